@@ -1,0 +1,68 @@
+"""The exceptions a user can meet.
+
+    VisionLoRAError
+    ├── ConfigError (ValueError)         an option that is unknown, missing or out of range
+    ├── DataError (ValueError)           pictures or captions that cannot be used
+    ├── ModelError (ValueError)          a base model that cannot be opened or does not fit
+    ├── TargetError (ValueError)         targets that match nothing, or what must not be adapted
+    ├── AdapterFileError (ValueError)    an adapter file that is broken or belongs to another base
+    ├── RunFolderError (ValueError)      an output folder that cannot be used
+    └── TrainingError (RuntimeError)     training that cannot go on
+
+Every message says what was given, what is allowed, the nearest valid choice and what to do next.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class VisionLoRAError(Exception):
+    """Base of all errors that are meant for the user; the command line prints them without a traceback."""
+
+    exit_code = 2
+    """Of the command line: 2 for wrong use, 1 for a failure on the way."""
+
+
+class ConfigError(VisionLoRAError, ValueError):
+    """An option that is unknown, missing or out of range."""
+
+
+class DataError(VisionLoRAError, ValueError):
+    """Pictures or captions that cannot be used."""
+
+
+class ModelError(VisionLoRAError, ValueError):
+    """A base model that cannot be opened or does not fit."""
+
+
+class TargetError(VisionLoRAError, ValueError):
+    """Targets that match nothing, or something that must not be adapted."""
+
+
+class AdapterFileError(VisionLoRAError, ValueError):
+    """An adapter file that is broken, incomplete or made for another base model."""
+
+
+class RunFolderError(VisionLoRAError, ValueError):
+    """An output folder that cannot be used."""
+
+
+class TrainingError(VisionLoRAError, RuntimeError):
+    """Training that cannot go on."""
+
+    exit_code = 1
+
+
+def nearest(given: str, allowed: Iterable[str]) -> str:
+    """A sentence naming the closest allowed word, or all of them when none is close.
+
+    >>> nearest("atn.q", ["attn.q", "attn.k"])
+    "Did you mean 'attn.q'?"
+    >>> nearest("zzz", ["b", "a"])
+    'Allowed: a, b.'
+    """
+    choices = sorted(allowed)
+    close = difflib.get_close_matches(given, choices, n=1)
+    return f"Did you mean {close[0]!r}?" if close else f"Allowed: {', '.join(choices)}."
