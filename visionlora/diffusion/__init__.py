@@ -1,0 +1,1 @@
+"""The diffusion side: what is learned at which noise, and drawing pictures."""

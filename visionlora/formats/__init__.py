@@ -1,0 +1,1 @@
+"""Adapter files: read to one in-memory `Adapter`, written from it."""

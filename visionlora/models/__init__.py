@@ -1,0 +1,1 @@
+"""Base models: choosing one, opening it, telling two of them apart."""

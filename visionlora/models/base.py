@@ -1,0 +1,185 @@
+"""Opens a Stable Diffusion base model: the embedded one, a diffusers folder, a Hub id or a single-file checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from visionlora.errors import ModelError, nearest
+from visionlora.models.fingerprint import architecture_fingerprint, weights_fingerprint
+
+EMBEDDED = "emoji-64"
+DEFAULT_ON_GPU = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+SINGLE_FILE_SUFFIXES = (".safetensors", ".ckpt")
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """An opened base model, in evaluation mode and frozen."""
+
+    id: str
+    """As a user would name it again: `emoji-64`, a folder or a Hub id."""
+    source: str
+    """Where the weights were read from."""
+    why: str
+    """One line: which model was taken, why, and how to choose another."""
+    pipe: Any
+    """The `StableDiffusionPipeline`."""
+
+    @property
+    def resolution(self) -> int:
+        """Native width and height of its pictures, px."""
+        return int(self.pipe.unet.config.sample_size) * self.scale_factor
+
+    @property
+    def scale_factor(self) -> int:
+        """Pixels per latent position along one side."""
+        return int(2 ** (len(self.pipe.vae.config.block_out_channels) - 1))
+
+    @property
+    def multiple(self) -> int:
+        """Width and height must be multiples of this, px: the VAE's factor times the UNet's downsamplings."""
+        return int(self.scale_factor * 2 ** (len(self.pipe.unet.config.down_block_types) - 1))
+
+    @property
+    def prediction_type(self) -> str:
+        """What the UNet predicts: `epsilon`, `v_prediction` or `sample`."""
+        return str(self.pipe.scheduler.config.prediction_type)
+
+    def components(self) -> dict[str, torch.nn.Module]:
+        """The parts that can carry adapters, under the names used in adapter files."""
+        return {"unet": self.pipe.unet, "text_encoder": self.pipe.text_encoder}
+
+    def fingerprints(self) -> dict[str, dict[str, str]]:
+        """Architecture and weights fingerprint of each part."""
+        return {
+            name: {"architecture": architecture_fingerprint(part), "weights": weights_fingerprint(part)}
+            for name, part in self.components().items()
+        }
+
+    def check_resolution(self, size: int) -> None:
+        """Raises ModelError when pictures of `size` px do not fit the model's grid."""
+        if size < self.multiple or size % self.multiple:
+            low = max(self.multiple, size // self.multiple * self.multiple)
+            raise ModelError(f"A resolution of {size} px does not fit {self.id}: it must be a multiple of {self.multiple}. "
+                             f"Use {low} or {low + self.multiple} (native: {self.resolution}).")  # fmt: skip
+
+
+@contextlib.contextmanager
+def embedded_folder() -> Iterator[Path]:
+    """The folder of the embedded base model, wherever the package is installed."""
+    with resources.as_file(resources.files("visionlora.assets") / EMBEDDED) as folder:
+        yield folder
+
+
+def choose(model: str) -> tuple[str, str]:
+    """Resolves `auto`: (model, one line that says which was taken, why, and how to choose)."""
+    if model != "auto":
+        return model, f"Base model: {model} (chosen with --model)."
+    if not torch.cuda.is_available():
+        return EMBEDDED, f"Base model: {EMBEDDED}, the embedded one, as there is no GPU. Choose with --model."
+    from huggingface_hub import snapshot_download
+
+    with contextlib.suppress(Exception):  # any failure means: cannot be had, take the embedded one
+        snapshot_download(DEFAULT_ON_GPU, allow_patterns=["model_index.json"])
+        return DEFAULT_ON_GPU, f"Base model: {DEFAULT_ON_GPU}, as there is a GPU. Choose with --model."
+    why = f"Base model: {EMBEDDED}, the embedded one, as {DEFAULT_ON_GPU} is neither cached nor reachable."
+    return EMBEDDED, why + " Choose with --model."
+
+
+def open_base(model: str = "auto", dtype: torch.dtype = torch.float32) -> BaseModel:
+    """Opens a base model for Stable Diffusion 1.x or 2.x, frozen, on the CPU.
+
+    Args:
+        model: `auto`, `emoji-64`, a diffusers folder, a single-file checkpoint or a Hub id.
+        dtype: of the weights.
+
+    Raises:
+        ModelError: when there is no such model, or it is not a text-to-image Stable Diffusion with one text encoder.
+    """
+    chosen, why = choose(model)
+    if chosen == EMBEDDED:
+        with embedded_folder() as folder:
+            if not (folder / "model_index.json").is_file():
+                raise ModelError(f"The embedded model is missing at {folder}. Build it with `make assets`, or pass --model.")
+            return _opened(EMBEDDED, str(folder), why, load_folder(str(folder), dtype))
+    path = Path(chosen).expanduser()
+    if path.is_file():
+        if path.suffix.lower() not in SINGLE_FILE_SUFFIXES:
+            raise ModelError(f"{path} is not a model: a single file ends in {' or '.join(SINGLE_FILE_SUFFIXES)}.")
+        return _opened(str(path), str(path), why, load_single_file(path, dtype))
+    if path.is_dir():
+        if not (path / "model_index.json").is_file():
+            raise ModelError(f"{path} is not a diffusers model: it has no model_index.json. "
+                             "Name the folder that holds model_index.json, unet, vae and text_encoder.")  # fmt: skip
+        return _opened(str(path), str(path.resolve()), why, load_folder(str(path), dtype))
+    if chosen.count("/") == 1 and not chosen.startswith((".", "/", "~")):
+        return _opened(chosen, chosen, why, load_folder(chosen, dtype))
+    siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    raise ModelError(f"There is no model at {chosen}. {nearest(path.name, [*siblings, EMBEDDED])} Give a diffusers folder, "
+                     f"a .safetensors checkpoint, a Hub id such as {DEFAULT_ON_GPU}, or {EMBEDDED}.")  # fmt: skip
+
+
+def load_folder(source: str, dtype: torch.dtype) -> Any:
+    """A diffusers folder or Hub id as a pipeline."""
+    from diffusers import StableDiffusionPipeline
+
+    try:
+        with quiet():
+            return StableDiffusionPipeline.from_pretrained(
+                source, torch_dtype=dtype, safety_checker=None, requires_safety_checker=False, feature_extractor=None
+            )
+    except Exception as e:  # the Hub client and diffusers raise many kinds; the user needs one sentence
+        text = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        raise ModelError(f"The model {source} cannot be opened: {text} Check the name and the connection, or use "
+                         f"--model {EMBEDDED}.") from None  # fmt: skip
+
+
+def load_single_file(path: Path, dtype: torch.dtype) -> Any:
+    """A single-file checkpoint as a pipeline; the configuration of its family is fetched by diffusers."""
+    from diffusers import StableDiffusionPipeline
+
+    try:
+        with quiet():
+            return StableDiffusionPipeline.from_single_file(str(path), torch_dtype=dtype, safety_checker=None)
+    except Exception as e:
+        text = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        raise ModelError(f"The checkpoint {path} cannot be opened: {text}") from None
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps the progress bars and advice of diffusers and transformers out of our output."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    levels = diffusers_logging.get_verbosity(), transformers_logging.get_verbosity()
+    diffusers_logging.set_verbosity(logging.ERROR), transformers_logging.set_verbosity(logging.ERROR)
+    diffusers_logging.disable_progress_bar(), transformers_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        diffusers_logging.set_verbosity(levels[0]), transformers_logging.set_verbosity(levels[1])
+
+
+def _opened(id: str, source: str, why: str, pipe: Any) -> BaseModel:
+    """Checks the parts and freezes them."""
+    if getattr(pipe, "text_encoder_2", None) is not None:
+        raise ModelError(f"{id} has two text encoders (SDXL). train-sd handles Stable Diffusion 1.x and 2.x so far.")
+    if pipe.unet.config.in_channels != pipe.vae.config.latent_channels:
+        raise ModelError(f"{id} is an inpainting or depth model: its UNet takes {pipe.unet.config.in_channels} channels "
+                         f"where text-to-image takes {pipe.vae.config.latent_channels}. Use the base model it came from.")  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    for part in (pipe.unet, pipe.vae, pipe.text_encoder):
+        part.requires_grad_(False).eval()
+    return BaseModel(id, source, why, pipe)

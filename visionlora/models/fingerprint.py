@@ -1,0 +1,35 @@
+"""Tells base models apart: by architecture (may an adapter be applied?) and by weights (is it the same model?)."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import nn
+
+from visionlora.lora.layers import AdaptedLayer
+
+SAMPLES = 8
+"""Values read from each tensor, spread over it: enough to tell fine-tunes apart without reading gigabytes."""
+
+
+def base_tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """The parameters of the base, sorted by name, without any adapter's."""
+    adapters = {id(p) for m in module.modules() if isinstance(m, AdaptedLayer) for p in m.adapters.parameters()}
+    return sorted((n, p) for n, p in module.named_parameters() if id(p) not in adapters)
+
+
+def architecture_fingerprint(module: nn.Module) -> str:
+    """16 hex digits over the names and shapes of all parameters; the same in every dtype."""
+    lines = [f"{name} {tuple(p.shape)}" for name, p in base_tensors(module)]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+@torch.no_grad()
+def weights_fingerprint(module: nn.Module) -> str:
+    """16 hex digits over a few values of each parameter, read as fp16: the fp32 and the fp16 file of one model agree."""
+    digest = hashlib.sha256()
+    for name, p in base_tensors(module):
+        index = torch.linspace(0, p.numel() - 1, SAMPLES, dtype=torch.float64).long().to(p.device)
+        digest.update(name.encode() + p.detach().flatten()[index].to(torch.float16).cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
