@@ -1,0 +1,56 @@
+# Every target makes the virtual environment first when it is missing or older than pyproject.toml.
+#
+# On Linux, PyPI's torch brings several GB of CUDA libraries. On a machine without an NVIDIA GPU take the CPU build:
+#     PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo
+# pip picks the highest version, and 2.13.0+cpu sorts above 2.13.0, so the CPU build wins wherever pip finds it.
+
+PYTHON ?= python3
+VENV ?= .venv
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: help venv demo test test-slow check bench assets clean
+.DEFAULT_GOAL := help
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+$(STAMP): pyproject.toml constraints.txt
+	@echo "Installing visionlora and its tools into $(VENV) (the first time takes some minutes) ..."
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+venv: $(STAMP)  ## the virtual environment alone
+
+demo: $(STAMP)  ## learn a dog style on the embedded model and draw the grid
+	@run="runs/demo-$$(date +%Y%m%d-%H%M%S)" && \
+	$(BIN)/visionlora train-sd --images assets/dog --config emoji64_dog --output "$$run" && \
+	echo "Look at $$run/grid.png"
+
+test: $(STAMP)  ## the tests
+	$(BIN)/python -m pytest
+
+test-slow: $(STAMP)  ## the heavy tests
+	$(BIN)/python -m pytest -m slow
+
+check: $(STAMP)  ## lint, format, types and tests
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+bench: $(STAMP)  ## the benchmarks
+	$(BIN)/python benchmarks/prompt_fidelity.py
+	$(BIN)/python benchmarks/style_transfer.py
+
+assets: $(STAMP)  ## rebuild the picture sets and the embedded model (needs npm; takes long)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[assets]'
+	mkdir -p build
+	$(BIN)/python -m visionlora.assets.build_pictures --output assets --all build/pictures.npz
+	$(BIN)/python -m visionlora.assets.build_model
+
+clean:  ## what the tools leave behind; the virtual environment and runs/ stay
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find assets benchmarks configs pipelines tests visionlora -name __pycache__ -type d -prune -exec rm -rf {} +
