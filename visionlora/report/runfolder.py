@@ -1,0 +1,197 @@
+"""The folder of one run: a free path -> a folder whose files are always whole.
+
+A run folder belongs to one run for ever: a folder that holds anything is refused, so no run overwrites another.
+Files are written to a temporary name and renamed, so a killed run leaves the old file or the new one, never a half.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from visionlora.errors import RunFolderError
+
+RUN_FILES = ("run.json", "config.yaml", "adapter.safetensors")
+"""Any of these marks a folder as the folder of a run."""
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The folder of one run. Get a new one from `open_run_folder`; build it directly to go on with an old one."""
+
+    path: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        """``checkpoints/``, made on first use."""
+        return self._subfolder("checkpoints")
+
+    @property
+    def samples(self) -> Path:
+        """``samples/``, made on first use."""
+        return self._subfolder("samples")
+
+    def write_text(self, name: str, text: str) -> Path:
+        """Write a text file whole or not at all, and return its path."""
+        return write_atomic(self.path / name, text.encode())
+
+    def write_json(self, name: str, obj: Any) -> Path:
+        """Write a JSON file whole or not at all, and return its path."""
+        return self.write_text(name, _to_json(obj, indent=2) + "\n")
+
+    def append_jsonl(self, name: str, obj: Any) -> None:
+        """Add one line of JSON to a file."""
+        line = _to_json(obj, indent=None) + "\n"
+        try:
+            with (self.path / name).open("ab") as file:
+                file.write(line.encode())
+        except OSError as error:
+            raise _cannot_write(self.path / name, error) from None
+
+    def _subfolder(self, name: str) -> Path:
+        folder = self.path / name
+        try:
+            folder.mkdir(exist_ok=True)
+        except OSError as error:
+            raise _cannot_write(folder, error) from None
+        return folder
+
+
+def check_run_folder(path: Path) -> None:
+    """Raise RunFolderError unless a new run could go to ``path``. Changes nothing on disk."""
+    try:
+        _check(path)
+    except OSError as error:
+        raise _cannot_write(path, error) from None
+
+
+def open_run_folder(path: Path) -> RunFolder:
+    """Check ``path`` and make the folder, with its parents.
+
+    Raises:
+        RunFolderError: The path is a file, holds something already, or cannot be written.
+    """
+    check_run_folder(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # A folder that appeared since the check belongs to another run: only an empty one seen before is taken over.
+        path.mkdir(exist_ok=path.is_dir() and not any(path.iterdir()))
+    except OSError as error:
+        raise _cannot_write(path, error) from None
+    return RunFolder(path)
+
+
+def default_run_folder(kind: str, subject: str) -> Path:
+    """``runs/<kind>-<subject>-<date>-<time>`` that does not exist yet; makes nothing.
+
+    Args:
+        kind: What the run does, such as ``sd``.
+        subject: What it learns, such as the name of the picture folder. Characters that are awkward in file names
+            become dashes.
+    """
+    words = "-".join(word for word in (_slug(kind), _slug(subject)) if word)
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    return _free(Path("runs") / (f"{words}-{stamp}" if words else stamp))
+
+
+def write_atomic(path: Path, content: bytes) -> Path:
+    """Write a file under a temporary name, flush it to disk, then rename it to ``path``.
+
+    Raises:
+        RunFolderError: The file cannot be written; an older file of that name is left as it was.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        try:
+            with temporary.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise _cannot_write(path, error) from None
+    return path
+
+
+def _check(path: Path) -> None:
+    if path.is_dir():
+        if held := sorted(entry.name for entry in path.iterdir()):
+            raise _in_use(path, held)
+    elif path.exists() or path.is_symlink():
+        raise RunFolderError(
+            f"The output {_shown(path)} is a file, and a run needs a folder of its own. "
+            f"Try --output {_shown(_free(path))}."
+        )
+    above = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    if not above.is_dir():
+        raise RunFolderError(
+            f"The output {_shown(path)} cannot be made because {_shown(above)} is a file. "
+            "Choose an --output inside a folder."
+        )
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise RunFolderError(
+            f"The output {_shown(path)} cannot be made because {_shown(above)} is not writable. "
+            "Choose an --output where you may write, or change the permissions of that folder."
+        )
+
+
+def _in_use(path: Path, held: list[str]) -> RunFolderError:
+    shown = ", ".join(held[:5]) + (f" and {len(held) - 5} more" if len(held) > 5 else "")
+    what = "already holds a run" if any(name in RUN_FILES for name in held) else "is not empty"
+    message = (
+        f"The output folder {_shown(path)} {what} ({shown}), and a run never overwrites anything. "
+        f"Choose another one, such as --output {_shown(_free(path))}, or remove the folder."
+    )
+    checkpoints = path / "checkpoints"
+    if checkpoints.is_dir() and any(checkpoints.iterdir()):
+        message += " To go on from its last checkpoint, use --resume."
+    return RunFolderError(message)
+
+
+def _cannot_write(path: Path, error: OSError) -> RunFolderError:
+    reason = error.strerror or type(error).__name__
+    return RunFolderError(
+        f"{_shown(path)} cannot be written: {reason}. Choose another --output, or free space and permissions there."
+    )
+
+
+def _free(path: Path) -> Path:
+    """The path itself, or the first of path-2, path-3, ... that does not exist."""
+    number, free = 1, path
+    while free.exists() or free.is_symlink():
+        number += 1
+        free = path.with_name(f"{path.resolve().name}-{number}")
+    return free
+
+
+def _shown(path: Path) -> str:
+    """The path as one writes it in a shell with forward slashes; quoted when it holds spaces."""
+    text = path.as_posix()
+    return repr(text) if not text or re.search(r"\s", text) else text
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^\w.-]+", "-", text).strip("-._")[:40].rstrip("-._")
+
+
+def _to_json(obj: Any, indent: int | None) -> str:
+    """Strict JSON: paths become text, numbers that are not finite become null."""
+    return json.dumps(_finite(obj), indent=indent, ensure_ascii=False, allow_nan=False, default=os.fspath)
+
+
+def _finite(obj: Any) -> Any:
+    if isinstance(obj, float):
+        return obj if math.isfinite(obj) else None
+    if isinstance(obj, dict):
+        return {key: _finite(value) for key, value in obj.items()}
+    if isinstance(obj, (list, tuple)):
+        return [_finite(value) for value in obj]
+    return obj
