@@ -79,11 +79,11 @@ ICON_SETS = (
 BASE_STYLE = "noto"
 DOG_STYLE = "fluent-emoji-high-contrast"
 DOGS = {
-    "dog": "a dog standing",
-    "dog-face": "a dog face",
-    "guide-dog": "a guide dog",
-    "poodle": "a poodle dog",
-    "service-dog": "a service dog",
+    "dog": "ink dog",
+    "dog-face": "ink dog face",
+    "guide-dog": "ink guide dog",
+    "poodle": "ink poodle",
+    "service-dog": "ink service dog",
 }
 
 CATEGORIES = ("Activities", "Animals & Nature", "Food & Drink", "Objects", "Smileys & Emotion", "Travel & Places")
@@ -92,8 +92,10 @@ NOT_DEPICTABLE = re.compile(
     r"(^|-)(man|men|woman|women|person|people|hands?|fingers?|arrow|button|oclock|thirty|sign|mark|symbol|letter|"
     r"medal|left|right|up|down|heavy|badge|chart|bar|suit|facing|front|japanese|kaaba|yen|pound|euro|index|"
     r"ceremony|at|derelict|mx|medium|low|high|muted|lowered|raised|without|departure|arrival|inbox|outbox|"
-    r"incoming|oncoming|small|large|dusk|mahjong|khanda|map|love|anger|bubble|balloon$(?<!^balloon)|zzz|hole|decoration|"
-    r"exclamation|squared?|circle|levels?|slider|quarter|gibbous|new|spouting|hair|nazar|hamsa|joker|bookmark|cricket)"
+    r"incoming|oncoming|small|large|dusk|mahjong|khanda|map|love|anger|bubble|zzz|hole|decoration|"
+    r"exclamation|squared?|circle|levels?|slider|quarter|gibbous|new|spouting|hair|nazar|hamsa|joker|bookmark|cricket|"
+    r"with|railway|car|rail|trolleybus|minibus|file|folder|ledger|label|card|placard|spiral|tear|disk|waning|waxing|"
+    r"womans|mans|mail|memo|asia|globe|unlocked|linked|timer|derelict|satellite|performing|goal|pouring|moai)"
     r"(-|$)"
 )
 # Of the smileys, only those that differ at a glance: the other yellow faces are one picture at 64 px.
@@ -104,6 +106,8 @@ SMILEYS = re.compile(
 )
 SAME_PICTURE = 0.95
 """Two base pictures whose ink (1 - pixel, at 16x16) has a higher cosine than this count as one picture."""
+FAINT = 0.01
+"""Pictures with less ink are white on white and left out."""
 # fxemoji names its icons in one word; these differ from the Unicode names otherwise.
 FXEMOJI_NAMES = {
     "aubergine": "eggplant", "backofenvelope": "envelope", "bactriancamel": "two-hump-camel", "bath": "bathtub",
@@ -194,10 +198,15 @@ def caption_of(name: str) -> str:
     return name.replace("-", " ")
 
 
+def ink(picture: Image.Image) -> float:
+    """Mean darkness, 0 for a white picture."""
+    return 1 - float(np.asarray(picture, dtype=np.float32).mean()) / 255
+
+
 def thumbnail(picture: Image.Image) -> np.ndarray[Any, Any]:
     """The ink of a picture at 16x16, as one unit vector."""
-    ink = 1 - np.asarray(picture.resize((16, 16), Image.Resampling.BOX), dtype=np.float32).ravel() / 255
-    return ink / np.linalg.norm(ink).clip(1e-6)
+    dark = 1 - np.asarray(picture.resize((16, 16), Image.Resampling.BOX), dtype=np.float32).ravel() / 255
+    return dark / np.linalg.norm(dark).clip(1e-6)
 
 
 @dataclass(frozen=True)
@@ -228,6 +237,8 @@ def render_all(folder: Path) -> tuple[dict[str, Rendered], dict[str, str]]:
         others: list[Image.Image] = []
         for name in renderable(source["icons"]):
             picture, concept = render(source["icons"], name), to_base.get(name)
+            if ink(picture) < FAINT:
+                continue
             if concept is None or concept in concepts:
                 others.append(picture)
             else:
@@ -287,9 +298,7 @@ def main() -> None:
         here = args.output / "styles" / icon_set.style
         counts = {}
         for split, held_out in (("train", False), ("heldout", True)):
-            part = {
-                n: (pictures[n], caption_of(n)) for n in chosen if n in pictures and is_held_out(n) == held_out
-            }
+            part = {n: (pictures[n], caption_of(n)) for n in chosen if n in pictures and is_held_out(n) == held_out}
             write_imagefolder(here / split, part)
             counts[split] = len(part)
         (here / "README.md").write_text(

@@ -1,0 +1,51 @@
+"""visionlora: fine-tunes image models with LoRA-family adapters and applies several of them at once.
+
+Names are loaded when they are first used, so that importing visionlora loads no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Adapter": "visionlora.lora.adapter",
+    "AdapterConfig": "visionlora.lora.config",
+    "Handle": "visionlora.lora.inject",
+    "TrainSDConfig": "visionlora.config",
+    "VisionLoRAError": "visionlora.errors",
+    "attach": "visionlora.lora.inject",
+    "inject": "visionlora.lora.inject",
+    "load_adapter": "visionlora.loaders",
+    "load_pipeline": "visionlora.loaders",
+    "save_adapter": "visionlora.loaders",
+    "train_sd": "visionlora.pipelines.train_sd",
+}
+
+if TYPE_CHECKING:
+    from visionlora.config import TrainSDConfig as TrainSDConfig
+    from visionlora.errors import VisionLoRAError as VisionLoRAError
+    from visionlora.loaders import load_adapter as load_adapter
+    from visionlora.loaders import load_pipeline as load_pipeline
+    from visionlora.loaders import save_adapter as save_adapter
+    from visionlora.lora.adapter import Adapter as Adapter
+    from visionlora.lora.config import AdapterConfig as AdapterConfig
+    from visionlora.lora.inject import Handle as Handle
+    from visionlora.lora.inject import attach as attach
+    from visionlora.lora.inject import inject as inject
+
+__all__ = [*sorted(_HOMES), "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        value = getattr(import_module(_HOMES[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'visionlora' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,68 @@
+"""Lines, progress bars and errors on the terminal; plain lines where there is no terminal."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import NoReturn
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+SECONDS_BETWEEN_LINES = 10.0
+"""Without a terminal a stage prints at most one line in this time, and its last."""
+
+
+def fail(message: str, code: int) -> NoReturn:
+    """Prints an error and ends the process."""
+    print(f"Error: {message}", file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+class ConsoleListener:
+    """Draws what a pipeline reports; use as a context manager."""
+
+    def __init__(self) -> None:
+        self.console = Console(highlight=False, soft_wrap=True)
+        self.live = self.console.is_terminal
+        self.bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=28),
+            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            TimeElapsedColumn(),
+            TextColumn("eta"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[detail]}"),
+            console=self.console,
+            disable=not self.live,
+        )
+        self.tasks: dict[str, TaskID] = {}
+        self.started: dict[str, float] = {}
+        self.printed: dict[str, float] = {}
+
+    def __enter__(self) -> ConsoleListener:
+        self.bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bars.stop()
+
+    def say(self, line: str) -> None:
+        """One line, above the bars."""
+        self.console.print(line, markup=False)
+
+    def progress(self, what: str, done: int, total: int, detail: str = "") -> None:
+        """Moves the bar of a stage, or prints a line now and then."""
+        now = time.monotonic()
+        if self.live:
+            if what not in self.tasks:
+                self.tasks[what] = self.bars.add_task(what, total=total, detail=detail)
+            self.bars.update(self.tasks[what], completed=done, total=total, detail=detail)
+            return
+        started = self.started.setdefault(what, now)
+        if done < total and now - self.printed.get(what, started) < SECONDS_BETWEEN_LINES:
+            return
+        self.printed[what] = now
+        eta = (now - started) / max(1, done) * (total - done)
+        text = f"{what} {done}/{total}" + (f"  eta {eta:.0f} s" if done < total and now > started else "")
+        self.console.print(f"{text}  {detail}".rstrip(), markup=False)

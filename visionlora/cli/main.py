@@ -1,0 +1,63 @@
+"""The verbs of the command line and what happens when one fails.
+
+Exit codes: 0 done, 1 failed, 2 wrong use, 130 interrupted. Errors meant for the user are printed without a traceback
+(`VISIONLORA_DEBUG=1` shows it).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from visionlora import __version__
+from visionlora.cli import configs, generate, train_sd
+from visionlora.cli.console import fail
+from visionlora.errors import VisionLoRAError
+
+app = typer.Typer(
+    name="visionlora",
+    help="Fine-tunes image models with LoRA adapters and applies several of them at once.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.command("train-sd")(train_sd.command)
+app.command("generate")(generate.command)
+app.command("configs")(configs.list_configs)
+app.command("copy-config")(configs.copy_config)
+
+
+def show_version(wanted: bool) -> None:
+    """Prints the version and ends."""
+    if wanted:
+        typer.echo(f"visionlora {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    """Fine-tunes image models with LoRA adapters and applies several of them at once."""
+
+
+def main() -> None:
+    """Runs the command line."""
+    try:
+        app()
+    except VisionLoRAError as e:
+        if os.environ.get("VISIONLORA_DEBUG"):
+            raise
+        fail(str(e), e.exit_code)
+    except KeyboardInterrupt:
+        fail("Interrupted.", 130)
+    except BrokenPipeError:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

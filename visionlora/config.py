@@ -1,0 +1,224 @@
+"""Run configurations: frozen, checked at construction, read from YAML files, `key=value` words and flags.
+
+Precedence: defaults < config files < key=value < flags. An unknown key is an error that names the nearest one, and
+all problems of a configuration are reported together.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from visionlora.errors import ConfigError, nearest
+
+T = TypeVar("T")
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+
+
+@dataclass(frozen=True)
+class TrainSDConfig:
+    """Everything `visionlora train-sd` can be told."""
+
+    images: str = ""
+    """Folder of pictures to learn from."""
+    prompt: str | None = None
+    """One caption for every picture; without it captions come from the folder."""
+    model: str = "auto"
+    """Base model: auto, emoji-64, a diffusers folder, a .safetensors checkpoint or a Hub id."""
+    output: str | None = None
+    """Run folder to create; by default a new one under runs/."""
+    steps: int = 500
+    """Optimizer steps."""
+    rank: int = 8
+    """Rank of each ΔW."""
+    alpha: float | None = None
+    """Scaling numerator; equal to the rank when not given."""
+    targets: str = "attn"
+    """What to adapt: roles, names or re:regex, separated by commas."""
+    learning_rate: float = 1e-4
+    """Of AdamW, after warm-up."""
+    warmup_steps: int = 20
+    """Steps over which the rate rises linearly; it then falls to zero along a cosine."""
+    weight_decay: float = 0.01
+    """Of AdamW."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm."""
+    batch_size: int = 1
+    """Pictures per forward pass and process."""
+    gradient_accumulation: int = 1
+    """Forward passes per optimizer step."""
+    resolution: int | None = None
+    """Width and height in px; the model's own when not given."""
+    caption_dropout: float = 0.05
+    """Share of captions replaced by the empty one, which keeps guidance working."""
+    flip: bool = False
+    """Mirror half of the pictures (each time anew)."""
+    dropout: float = 0.0
+    """Dropout on the adapter's input."""
+    precision: str = "auto"
+    """fp32, bf16, fp16, or auto: bf16 on a GPU that has it, fp32 on a CPU."""
+    seed: int = 0
+    """Of everything random."""
+    sample_prompts: tuple[str, ...] = ()
+    """Prompts of the sample grid; by default some captions of the pictures."""
+    sample_columns: int = 3
+    """Columns of the grid beside the base: the adapter at so many moments of training."""
+    sample_steps: int = 20
+    """Denoising steps per sample picture."""
+    guidance_scale: float = 4.0
+    """Classifier-free guidance of the samples."""
+    skip_broken: bool = False
+    """Leave out pictures that cannot be used instead of stopping."""
+
+    def __post_init__(self) -> None:
+        rules: list[tuple[str, bool, str]] = [
+            ("images", bool(self.images), "name the folder of pictures to learn from: --images ./dog"),
+            ("steps", self.steps >= 1, "it must be at least 1"),
+            ("rank", self.rank >= 1, "it must be at least 1"),
+            ("alpha", self.alpha is None or (math.isfinite(self.alpha) and self.alpha > 0), "it must be positive"),
+            ("learning_rate", math.isfinite(self.learning_rate) and self.learning_rate > 0, "it must be positive"),
+            ("warmup_steps", self.warmup_steps >= 0, "it must be 0 or more"),
+            ("weight_decay", self.weight_decay >= 0, "it must be 0 or more"),
+            ("max_grad_norm", self.max_grad_norm > 0, "it must be positive"),
+            ("batch_size", self.batch_size >= 1, "it must be at least 1"),
+            ("gradient_accumulation", self.gradient_accumulation >= 1, "it must be at least 1"),
+            ("resolution", self.resolution is None or self.resolution >= 1, "it must be at least 1 px"),
+            ("caption_dropout", 0 <= self.caption_dropout <= 1, "it must be between 0 and 1"),
+            ("dropout", 0 <= self.dropout < 1, "it must be at least 0 and below 1"),
+            ("precision", self.precision in PRECISIONS, nearest(self.precision, PRECISIONS)),
+            ("sample_columns", self.sample_columns >= 1, "it must be at least 1"),
+            ("sample_steps", self.sample_steps >= 1, "it must be at least 1"),
+            ("guidance_scale", self.guidance_scale >= 1, "it must be at least 1 (no guidance)"),
+        ]
+        problems = [f"{name} is {getattr(self, name)!r}; {rule}" for name, fine, rule in rules if not fine]
+        raise_all(problems)
+
+
+def raise_all(problems: list[str]) -> None:
+    """Raises one ConfigError for all problems, if there are any."""
+    if problems:
+        raise ConfigError("These settings cannot be used:\n" + "\n".join(f"- {p}" for p in problems))
+
+
+def build(cls: type[T], *layers: Mapping[str, Any]) -> T:
+    """Constructs a configuration from layers of settings, later ones winning.
+
+    Raises:
+        ConfigError: for unknown keys and values of the wrong type, all in one message.
+    """
+    hints, problems, values = get_type_hints(cls), [], {}
+    for layer in layers:
+        for key, value in layer.items():
+            name = key.replace("-", "_")
+            if name not in hints:
+                problems.append(f"{key} is not a setting. {nearest(name, hints)}")
+                continue
+            try:
+                values[name] = convert(value, hints[name])
+            except ValueError as e:
+                problems.append(f"{key} is {value!r}; {e}")
+    raise_all(problems)
+    return cls(**values)
+
+
+def convert(value: Any, hint: Any) -> Any:
+    """`value` as the annotated type; nothing is cast that could lose meaning (3.7 is not a whole number).
+
+    Raises:
+        ValueError: saying what was expected.
+    """
+    origin = get_origin(hint)
+    if origin in (Union, type(int | None)):
+        if value is None or (isinstance(value, str) and value.lower() in ("none", "null")):
+            return None
+        return convert(value, next(a for a in get_args(hint) if a is not type(None)))
+    if origin is tuple:
+        items = [value] if isinstance(value, str) else value
+        if not isinstance(items, list | tuple):
+            raise ValueError("expected a list")
+        return tuple(convert(item, get_args(hint)[0]) for item in items)
+    if origin is Literal:
+        return value
+    if hint is bool:
+        words = {"true": True, "yes": True, "false": False, "no": False}
+        if isinstance(value, bool):
+            return value
+        if isinstance(value, str) and value.lower() in words:
+            return words[value.lower()]
+        raise ValueError("expected true or false")
+    if hint in (int, float) and not isinstance(value, bool):
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            raise ValueError("expected a number") from None
+        if hint is int:
+            if not number.is_integer():
+                raise ValueError("expected a whole number")
+            return int(number)
+        return number
+    if hint is str and isinstance(value, str | int | float) and not isinstance(value, bool):
+        return str(value)
+    raise ValueError(f"expected {getattr(hint, '__name__', hint)}")
+
+
+def recipe_names() -> list[str]:
+    """The recipes that are installed with visionlora."""
+    folder = resources.files("visionlora.configs")
+    return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml"))
+
+
+def read_yaml(name: str) -> dict[str, Any]:
+    """The settings of a config file, given by path or by the name of an installed recipe.
+
+    Raises:
+        ConfigError: when there is no such file or recipe, or it is not a YAML mapping.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        text = path.read_text(encoding="utf-8")
+    elif name in recipe_names():
+        text = (resources.files("visionlora.configs") / f"{name}.yaml").read_text(encoding="utf-8")
+    else:
+        raise ConfigError(f"There is no config file or recipe {name!r}. {nearest(name, recipe_names())}")
+    try:
+        settings = yaml.safe_load(text)
+    except yaml.YAMLError as e:
+        where = getattr(e, "problem_mark", None)
+        raise ConfigError(f"{name} is not valid YAML{f' at line {where.line + 1}' if where else ''}: "
+                          f"{getattr(e, 'problem', e)}.") from None  # fmt: skip
+    if settings is None:
+        return {}
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{name} must hold `key: value` lines; it holds a {type(settings).__name__}.")
+    return {str(k): v for k, v in settings.items()}
+
+
+def parse_words(words: Iterable[str]) -> dict[str, Any]:
+    """`key=value` words; values are read as YAML, so that numbers, true/false and lists work.
+
+    Raises:
+        ConfigError: for a word without `=`.
+    """
+    settings: dict[str, Any] = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"{word!r} is not understood: settings are written key=value, options start with --.")
+        try:
+            settings[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            settings[key] = value
+    return settings
+
+
+def to_yaml(config: Any) -> str:
+    """The resolved configuration; reading the text again gives an equal one."""
+    plain = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config).items()}
+    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
