@@ -1,0 +1,218 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from visionlora.data.captions import Captions, closest, read_captions
+
+PICTURES = ("a.png", "b.png", "sub/c.jpg")
+ENDINGS = ".avif, .bmp, .gif, .jpeg, .jpg, .png, .tif, .tiff, .webp"
+
+
+def read(root: Path, files: dict[str, str | bytes], pictures: tuple[str, ...] = PICTURES) -> Captions:
+    for name in pictures:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        if not (root / name).is_symlink():
+            (root / name).touch()
+    for name, content in files.items():
+        (root / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    return read_captions(root, pictures, files)
+
+
+def test_nothing_there(tmp_path: Path) -> None:
+    assert read(tmp_path, {}) == Captions({}, {}, (), frozenset())
+
+
+@pytest.mark.parametrize("key", ["text", "caption", "prompt"])
+def test_jsonl(tmp_path: Path, key: str) -> None:
+    lines = f'\ufeff{{"file_name": "a.png", "{key}": " a  dog\\n"}}\r\n\n{{"file_name": "sub/c.jpg", "{key}": "é"}}\n'
+    found = read(tmp_path, {"metadata.jsonl": lines})
+    assert found == Captions({"a.png": "a dog", "sub/c.jpg": "é"}, {"metadata.jsonl": 2}, (), frozenset())
+
+
+@pytest.mark.parametrize("key", ["text", "caption", "prompt"])
+def test_csv(tmp_path: Path, key: str) -> None:
+    found = read(tmp_path, {"metadata.csv": f'file_name,{key}\na.png,"a dog,\n sitting"\nsub/c.jpg,cat\n'})
+    assert found.texts == {"a.png": "a dog, sitting", "sub/c.jpg": "cat"}
+    assert not found.problems
+
+
+def test_text_comes_before_caption_before_prompt(tmp_path: Path) -> None:
+    lines = '{"file_name": "a.png", "prompt": "p", "caption": "c", "text": "t"}\n'
+    lines += '{"file_name": "b.png", "prompt": "p", "caption": "c"}'
+    assert read(tmp_path, {"metadata.jsonl": lines}).texts == {"a.png": "t", "b.png": "c"}
+
+
+def test_sidecars(tmp_path: Path) -> None:
+    found = read(tmp_path, {"a.txt": "a dog,\n sitting\n", "b.caption": "two", "sub/c.TXT": "three"})
+    assert found.texts == {"a.png": "a dog, sitting", "b.png": "two", "sub/c.jpg": "three"}
+    assert found.sources == {".txt files": 2, ".caption files": 1}
+
+
+def test_precedence(tmp_path: Path) -> None:
+    pictures = tuple("abcde"[i] + ".png" for i in range(5))
+    files: dict[str, str | bytes] = {
+        "metadata.jsonl": '{"file_name": "a.png", "text": "jsonl"}',
+        "metadata.csv": "file_name,text\na.png,csv\nb.png,csv\n",
+        **{f"{stem}.txt": "txt" for stem in "abc"},
+        **{f"{stem}.caption": "caption" for stem in "abcd"},
+    }
+    found = read(tmp_path, files, pictures)
+    assert found.texts == {"a.png": "jsonl", "b.png": "csv", "c.png": "txt", "d.png": "caption"}
+    assert found.sources == {"metadata.jsonl": 1, "metadata.csv": 1, ".txt files": 1, ".caption files": 1}
+    assert not found.problems
+
+
+def test_metadata_in_a_subfolder_is_relative_to_it(tmp_path: Path) -> None:
+    lines = '{"file_name": "c.jpg", "text": "t"}\n{"file_name": "d.jpg", "text": "t"}'
+    found = read(tmp_path, {"sub/metadata.jsonl": lines})
+    assert found.texts == {"sub/c.jpg": "t"}
+    assert found.problems == ("sub/metadata.jsonl line 2 names d.jpg, which is not there; did you mean c.jpg?",)
+
+
+def test_windows_separators(tmp_path: Path) -> None:
+    assert read(tmp_path, {"metadata.csv": "file_name,text\nsub\\c.jpg,t\n"}).texts == {"sub/c.jpg": "t"}
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ('{"file_name": "a.png"', "is not JSON (Expecting ',' delimiter at character 22); put one object on each line"),
+        ("[" * 100_000, "is not JSON that can be read; put one object on each line"),
+        ('["a.png"]', 'is not an object; write it like {"file_name": "dog.png", "text": "a photo of a dog"}'),
+        ('"a.png"', 'is not an object; write it like {"file_name": "dog.png", "text": "a photo of a dog"}'),
+        ('{"file": "a.png", "text": "t"}', 'names no picture (it has "file", "text"); add a "file_name"'),
+        ("{}", 'names no picture (it has nothing); add a "file_name"'),
+        ('{"file_name": "a.png", "label": 1}', 'has no caption (it has "file_name", "label"); add a "text"'),
+        ('{"file_name": "a.png", "text": 3}', 'has a "text" that is no text; put the caption in quotes'),
+        (
+            '{"file_name": "a.png", "caption": " "}',
+            'has an empty "caption" for a.png; write a caption, or remove the line',
+        ),
+        ('{"file_name": "A.PNG", "text": "t"}', "names A.PNG, which is not there; did you mean a.png?"),
+        ('{"file_name": "c.jpg", "text": "t"}', "names c.jpg, which is not there; did you mean sub/c.jpg?"),
+        (
+            '{"file_name": "zzzzzzz", "text": "t"}',
+            "names zzzzzzz, which is not there; add the picture, or remove the line",
+        ),
+        ('{"file_name": "notes.md", "text": "t"}', f"names notes.md, which is no picture; pictures end in {ENDINGS}"),
+        (
+            '{"file_name": "a\\u0000\\n.png", "text": "t"}',
+            r"names a\x00\n.png, which is not there; did you mean a.png?",
+        ),
+    ],
+)
+def test_bad_row(tmp_path: Path, line: str, problem: str) -> None:
+    good = '{"file_name": "b.png", "text": "good"}'
+    found = read(tmp_path, {"metadata.jsonl": f"\n{line}\n{good}", "notes.md": ""})
+    assert found.problems == (f"metadata.jsonl line 2 {problem}",)
+    assert found.texts == {"b.png": "good"}
+
+
+@pytest.mark.parametrize("name", ["../secret.png", "sub/../../secret.png", "/etc/a.png", "C:\\a.png", "..\\a.png"])
+def test_a_row_cannot_leave_the_folder(tmp_path: Path, name: str) -> None:
+    found = read(tmp_path / "in", {"metadata.csv": f"file_name,text\n{name},t\n"})
+    assert found.problems == (
+        f"metadata.csv line 2 names {name}, which leaves the folder; "
+        "use a path inside it, relative to the metadata file",
+    )
+    assert not found.texts
+
+
+def test_a_link_cannot_leave_the_folder(tmp_path: Path) -> None:
+    root = tmp_path / "in"
+    root.mkdir()
+    (tmp_path / "secret.png").touch()
+    (tmp_path / "secret.txt").write_text("secret")
+    (root / "a.png").symlink_to(tmp_path / "secret.png")
+    (root / "b.txt").symlink_to(tmp_path / "secret.txt")
+    (root / "metadata.csv").write_text("file_name,text\na.png,t\n")
+    (root / "b.png").touch()
+    found = read_captions(root, ["a.png", "b.png"], ["b.txt", "metadata.csv"])
+    assert found.problems == (
+        "metadata.csv line 2 names a.png, a link to a file outside the folder; copy the file into the folder",
+        "b.txt is a link to a file outside the folder; copy the file into the folder",
+    )
+    assert not found.texts
+
+
+def test_a_link_inside_the_folder_is_fine(tmp_path: Path) -> None:
+    (tmp_path / "b.png").touch()
+    (tmp_path / "a.png").symlink_to("b.png")
+    assert read(tmp_path, {"metadata.csv": "file_name,text\na.png,t\n"}).texts == {"a.png": "t"}
+
+
+def test_blamed_pictures_are_those_with_a_bad_caption_and_no_other(tmp_path: Path) -> None:
+    lines = '{"file_name": "a.png"}\n{"file_name": "b.png"}'
+    found = read(tmp_path, {"metadata.jsonl": lines, "b.txt": "from the sidecar"})
+    assert found.blamed == {"a.png"}
+    assert found.texts == {"b.png": "from the sidecar"}
+
+
+def test_a_picture_twice_in_one_file(tmp_path: Path) -> None:
+    found = read(tmp_path, {"metadata.csv": "file_name,text\na.png,one\na.png,two\n"})
+    assert found.problems == ("metadata.csv line 3 captions a.png again, after line 2; keep one of the two",)
+    assert found.texts == {"a.png": "one"}
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ("file_name,label\na.png,1\n", '(it has "file_name", "label"); name them in its first line'),
+        ("a.png,a dog\n", '(it has "a.png", "a dog"); name them in its first line'),
+        ("", "(it has nothing); name them in its first line"),
+    ],
+)
+def test_csv_without_its_columns(tmp_path: Path, content: str, problem: str) -> None:
+    found = read(tmp_path, {"metadata.csv": content})
+    assert found.problems == (f'metadata.csv needs the columns "file_name" and "text" {problem}',)
+
+
+def test_csv_field_without_end(tmp_path: Path) -> None:
+    found = read(tmp_path, {"metadata.csv": 'file_name,text\na.png,"' + "x" * 200_000})
+    assert found.problems == (
+        "metadata.csv breaks off after line 1 (field larger than field limit (131072)); save it as plain CSV",
+    )
+
+
+def test_short_csv_row(tmp_path: Path) -> None:
+    found = read(tmp_path, {"metadata.csv": "file_name,text\na.png\n"})
+    assert found.problems == ('metadata.csv line 2 has no caption (it has "file_name", "text"); add a "text"',)
+
+
+def test_not_utf8(tmp_path: Path) -> None:
+    found = read(tmp_path, {"metadata.csv": b"file_name\xff", "a.txt": "\u00e9".encode("utf-16")})
+    assert found.problems == (
+        "metadata.csv is not UTF-8 text (at byte 9); save it as UTF-8",
+        "a.txt is not UTF-8 text (at byte 0); save it as UTF-8",
+    )
+
+
+def test_empty_sidecar(tmp_path: Path) -> None:
+    found = read(tmp_path, {"a.txt": " \n"})
+    assert found.problems == ("a.txt is empty; write a caption in it, or pass --prompt for all pictures",)
+    assert found.blamed == {"a.png"}
+
+
+def test_sidecar_without_its_picture(tmp_path: Path) -> None:
+    found = read(
+        tmp_path, {"a.txt": "t", "sub/a-dog.txt": "t", "C.txt": "t", "readme.txt": "t"}, ("a.png", "sub/c.jpg")
+    )
+    assert found.problems == (
+        "C.txt is a caption, but no picture has its name; did you mean sub/c.txt?",
+        "sub/a-dog.txt is a caption, but no picture has its name; add the picture, or remove it",
+    )
+
+
+def test_text_that_is_no_caption(tmp_path: Path) -> None:
+    assert read(tmp_path, {"some thoughts.txt": "t", "LICENSE.txt": "t"}) == Captions({}, {}, (), frozenset())
+    assert read(tmp_path, {"zzzzzzzz.caption": "t"}).problems == (
+        "zzzzzzzz.caption is a caption, but no picture has its name; add the picture, or remove it",
+    )
+
+
+def test_closest() -> None:
+    assert closest("dog_1.png", ["dog-1.png", "cat.png"]) == "dog-1.png"
+    assert closest("DOG.png", ["cat.png", "x/dog.png"]) == "x/dog.png"
+    assert closest("zzz", ["cat.png"]) is None

@@ -1,0 +1,239 @@
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from visionlora.data.folder import ImageItem, read_image_folder
+from visionlora.errors import ConfigError, DataError
+
+ENDINGS = ".avif, .bmp, .gif, .jpeg, .jpg, .png, .tif, .tiff, .webp"
+
+
+def picture(path: Path, seed: int) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(path)
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def said(folder: Path, prompt: str | None = None, skip_broken: bool = False) -> str:
+    with pytest.raises(DataError) as caught:
+        read_image_folder(folder, prompt, skip_broken=skip_broken)
+    return str(caught.value)
+
+
+@pytest.fixture
+def dog(tmp_path: Path) -> Path:
+    """Two good pictures with captions."""
+    for seed, stem in enumerate("ab"):
+        picture(tmp_path / "dog" / f"{stem}.png", seed)
+        (tmp_path / "dog" / f"{stem}.txt").write_text(f"dog {stem}")
+    return tmp_path / "dog"
+
+
+def test_items(tmp_path: Path) -> None:
+    root = tmp_path / "dog"
+    hashes = [picture(root / name, seed) for seed, name in enumerate(["B.PNG", "a.jpg", "sub/c.webp"])]
+    picture(root / ".hidden.png", 3)
+    picture(root / ".cache" / "d.png", 4)
+    (root / "README.md").write_text("origin")
+    (root / "metadata.jsonl").write_text(
+        "".join(f'{{"file_name": "{n}", "text": "t {n}"}}\n' for n in ("B.PNG", "a.jpg", "sub/c.webp"))
+    )
+    seen: list[tuple[int, int]] = []
+    folder = read_image_folder(root, progress=lambda done, total: seen.append((done, total)))
+    assert folder.items == tuple(
+        ImageItem(root / name, f"t {name}", sha)
+        for name, sha in zip(["B.PNG", "a.jpg", "sub/c.webp"], hashes, strict=True)
+    )
+    assert folder.root == root
+    assert folder.notes == ()
+    assert folder.caption_source == "captions from metadata.jsonl (3)"
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_sources_are_counted(dog: Path) -> None:
+    (dog / "metadata.csv").write_text("file_name,text\na.png,first\n")
+    folder = read_image_folder(dog)
+    assert [item.caption for item in folder.items] == ["first", "dog b"]
+    assert folder.caption_source == "captions from metadata.csv (1) and .txt files (1)"
+
+
+def test_prompt(dog: Path) -> None:
+    folder = read_image_folder(dog, " a photo of sks dog ")
+    assert [item.caption for item in folder.items] == ["a photo of sks dog"] * 2
+    assert folder.caption_source == (
+        '--prompt: all pictures get "a photo of sks dog"; the captions in .txt files are not used'
+    )
+
+
+def test_prompt_without_captions_in_the_folder(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png", 0)
+    assert read_image_folder(tmp_path, "x").caption_source == '--prompt: all pictures get "x"'
+
+
+def test_empty_prompt(dog: Path) -> None:
+    with pytest.raises(ConfigError, match="--prompt is empty; write a caption for all pictures, or leave it out"):
+        read_image_folder(dog, " ")
+
+
+@pytest.mark.parametrize(
+    ("name", "caption"),
+    [("My_grey-Dog", "sks my grey dog"), ("dog", "sks dog"), ("__", "sks"), ("Ein Hund", "sks ein hund")],
+)
+def test_instance_prompt(tmp_path: Path, name: str, caption: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    picture(tmp_path / name / "a.png", 0)
+    monkeypatch.chdir(tmp_path / name)
+    for folder in (read_image_folder(tmp_path / name), read_image_folder(Path())):
+        assert [item.caption for item in folder.items] == [caption]
+        assert folder.caption_source == (
+            f'no captions in the folder, so all pictures get "{caption}" (a rare word and the folder\'s name); '
+            '--prompt "..." changes it'
+        )
+
+
+def test_all_problems_come_in_one_message(dog: Path) -> None:
+    (dog / "notes.png").write_text("my notes")
+    (dog / "sub").mkdir()
+    (dog / "sub" / "x.jpg").touch()
+    (dog / "a.txt").write_text("")
+    picture(dog / "c.png", 2)
+    (dog / "metadata.jsonl").write_text('{"file_name": "B.png", "text": "t"}\n')
+    assert said(dog) == (
+        f"{dog} has 5 problems:\n"
+        "  notes.png is not a picture (its content is text); remove it or rename it\n"
+        "  sub/x.jpg is empty (0 bytes); copy it again from its source, or remove it\n"
+        "  metadata.jsonl line 1 names B.png, which is not there; did you mean b.png?\n"
+        "  a.txt is empty; write a caption in it, or pass --prompt for all pictures\n"
+        "  c.png has no caption; write it in c.txt, or pass --prompt for all\n"
+        "Fix this, or pass --skip-broken to leave out what cannot be used and go on with 1 picture."
+    )
+    folder = read_image_folder(dog, skip_broken=True)
+    assert [item.path.name for item in folder.items] == ["b.png"]
+    assert folder.notes == (
+        "left out: notes.png is not a picture (its content is text); remove it or rename it",
+        "left out: sub/x.jpg is empty (0 bytes); copy it again from its source, or remove it",
+        "left out: metadata.jsonl line 1 names B.png, which is not there; did you mean b.png?",
+        "left out: a.txt is empty; write a caption in it, or pass --prompt for all pictures",
+        "left out: c.png has no caption; write it in c.txt, or pass --prompt for all",
+    )
+
+
+def test_a_prompt_makes_bad_captions_harmless(dog: Path) -> None:
+    (dog / "a.txt").write_text("")
+    (dog / "metadata.jsonl").write_text("{")
+    assert len(read_image_folder(dog, "x").items) == 2
+
+
+def test_some_captions_missing(dog: Path) -> None:
+    for number in range(12):
+        picture(dog / "sub" / f"{number:02}.png", 10 + number)
+    names = ", ".join(f"sub/{number:02}.png" for number in range(10))
+    assert said(dog) == (
+        f"{dog} has 1 problem:\n"
+        f"  12 of 14 pictures have no caption: {names} and 2 more; "
+        "write them in sub/00.txt and so on, or pass --prompt for all\n"
+        "Fix this, or pass --skip-broken to leave out what cannot be used and go on with 2 pictures."
+    )
+
+
+def test_twenty_lines_at_most(dog: Path) -> None:
+    for number in range(23):
+        (dog / f"x{number:02}.png").touch()
+    lines = said(dog).splitlines()
+    assert lines[0] == f"{dog} has 23 problems:"
+    assert len(lines) == 1 + 20 + 2
+    assert lines[20].startswith("  x19.png is empty")
+    assert lines[21] == "  and 3 more"
+    assert len(read_image_folder(dog, skip_broken=True).notes) == 23
+
+
+@pytest.mark.parametrize("skip_broken", [False, True])
+def test_nothing_left(tmp_path: Path, skip_broken: bool) -> None:
+    (tmp_path / "a.png").touch()
+    assert said(tmp_path, skip_broken=skip_broken) == (
+        f"{tmp_path} has 1 problem:\n"
+        "  a.png is empty (0 bytes); copy it again from its source, or remove it\n"
+        "Fix this first: no usable picture is left."
+    )
+
+
+def test_the_same_picture_twice(dog: Path) -> None:
+    (dog / "A-copy.png").write_bytes((dog / "a.png").read_bytes())
+    folder = read_image_folder(dog)
+    assert [item.path.name for item in folder.items] == ["a.png", "b.png"]
+    assert folder.notes == ('the same picture, used once: A-copy.png, a.png; it keeps the caption of a.png, "dog a"',)
+    (dog / "A-copy.txt").write_text("dog a")
+    folder = read_image_folder(dog)
+    assert [item.path.name for item in folder.items] == ["A-copy.png", "b.png"]
+    assert folder.notes == ("the same picture, used once: A-copy.png, a.png",)
+
+
+def test_the_same_picture_twice_without_any_caption(dog: Path) -> None:
+    for name in ("x.png", "y.png"):
+        picture(dog / name, 7)
+    folder = read_image_folder(dog, skip_broken=True)
+    assert folder.notes == (
+        "the same picture, used once: x.png, y.png",
+        "left out: x.png has no caption; write it in x.txt, or pass --prompt for all",
+    )
+
+
+def test_conversions_are_noted_together(tmp_path: Path) -> None:
+    for level in range(2):
+        Image.new("RGBA", (2, 2), (level, 0, 0, 0)).save(tmp_path / f"clear{level}.png")
+    Image.new("CMYK", (8, 8)).save(tmp_path / "ink.jpg")
+    assert read_image_folder(tmp_path).notes == (
+        "transparent, put on white: clear0.png, clear1.png",
+        "CMYK, converted to RGB: ink.jpg",
+    )
+
+
+def test_pictures_of_other_kinds_are_mentioned(dog: Path) -> None:
+    (dog / "phone.HEIC").write_bytes(b"x")
+    assert read_image_folder(dog).notes == ("left out, export as JPEG or PNG to use: phone.HEIC",)
+
+
+def test_an_unprintable_name_stays_on_one_line(dog: Path) -> None:
+    (dog / "a\nb\x1b.png").touch()
+    assert said(dog).splitlines()[1].startswith(r"  a\nb\x1b.png is empty")
+
+
+def test_linked_pictures_count_linked_folders_do_not(dog: Path, tmp_path: Path) -> None:
+    picture(tmp_path / "else" / "c.png", 5)
+    (dog / "c.png").symlink_to(tmp_path / "else" / "c.png")
+    (dog / "c.txt").write_text("linked")
+    (dog / "loop").symlink_to(dog)
+    assert [item.caption for item in read_image_folder(dog).items] == ["dog a", "dog b", "linked"]
+
+
+def test_missing_folder(dog: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parent = dog.parent
+    assert said(parent / "dogs") == f"There is no folder {parent}/dogs; did you mean {parent}/dog?"
+    assert said(parent / "dogs" / "x") == f"There is no folder {parent}/dogs/x; did you mean {parent}/dog?"
+    assert said(parent / "zzz") == f"There is no folder {parent}/zzz; the folders in {parent.resolve()} are dog."
+    assert said(dog / "x") == f"There is no folder {dog}/x; {dog.resolve()} has no folders."
+    monkeypatch.chdir(parent)
+    assert said(Path("dogs")) == "There is no folder dogs; did you mean dog?"
+
+
+def test_a_file_is_no_folder(dog: Path) -> None:
+    assert said(dog / "a.png") == f"{dog}/a.png is a file, not a folder; pass the folder that holds the pictures."
+
+
+def test_empty_folder(tmp_path: Path) -> None:
+    assert said(tmp_path) == (
+        f"{tmp_path} is empty; put the pictures into it (pictures end in {ENDINGS}) or pass another folder."
+    )
+
+
+def test_folder_without_pictures(tmp_path: Path) -> None:
+    for name in ("a.heic", "b.HEIC", "c.md", "LICENSE"):
+        (tmp_path / name).touch()
+    assert said(tmp_path) == (
+        f"{tmp_path} holds no pictures: found 2 .heic, 1 without ending, 1 .md, but pictures end in {ENDINGS}. "
+        "Export them as JPEG or PNG first."
+    )

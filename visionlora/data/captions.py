@@ -1,0 +1,254 @@
+"""The captions of a folder of pictures: `metadata.jsonl`, then `metadata.csv`, then `dog.txt` beside `dog.png`.
+
+In: the folder and the names of its pictures. Out: one caption a picture, and every problem as one line for a person.
+A metadata file may lie in a subfolder too; its `file_name`s are relative to it.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import io
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+from visionlora.data.images import IMAGE_SUFFIXES, printable
+
+METADATA_FILES = ("metadata.jsonl", "metadata.csv")
+"""In order of precedence."""
+SIDECAR_SUFFIXES = (".txt", ".caption")
+"""In order of precedence; metadata files come first."""
+TEXT_KEYS = ("text", "caption", "prompt")
+"""Accepted names of the caption column, in order of precedence."""
+
+# Text files that lie beside pictures without being anyone's caption.
+_NOT_CAPTIONS = frozenset(
+    ("attribution", "changelog", "classes", "copying", "credits", "labels", "licence", "license", "notice", "origin",
+     "prompt", "prompts", "readme", "requirements")
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Captions:
+    """What was found; pictures are named by their posix path relative to the folder."""
+
+    texts: dict[str, str]
+    """Picture -> caption."""
+    sources: dict[str, int]
+    """`metadata.jsonl`, `.txt files` ... that are there -> how many captions were taken from it."""
+    problems: tuple[str, ...]
+    """One line each: what is wrong; what to do."""
+    blamed: frozenset[str]
+    """Pictures without a caption whose cause is already among the problems."""
+
+
+@dataclass
+class _Findings:
+    root: Path
+    pictures: frozenset[str]
+    others: frozenset[str]
+    texts: dict[str, str] = field(default_factory=dict)
+    sources: dict[str, int] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    blamed: set[str] = field(default_factory=set)
+
+    def take(self, picture: str, caption: str, source: str) -> None:
+        """Keeps the caption unless an earlier source has given one."""
+        if picture not in self.texts:
+            self.texts[picture] = caption
+            self.sources[source] += 1
+
+
+class _Unusable(Exception):
+    """A row or a file that cannot be used; the text goes after its name."""
+
+
+def read_captions(root: Path, pictures: Iterable[str], others: Iterable[str]) -> Captions:
+    """Captions of `pictures`, each from the first place that has one.
+
+    Args:
+        root: the folder; nothing outside it is read.
+        pictures: posix paths relative to `root`.
+        others: all other files of the folder, likewise.
+    """
+    found = _Findings(root, frozenset(pictures), frozenset(others))
+    for name in METADATA_FILES:
+        for file in sorted(f for f in found.others if PurePosixPath(f).name == name):
+            _read_metadata(found, file)
+    for suffix in SIDECAR_SUFFIXES:
+        _read_sidecars(found, suffix)
+    blamed = frozenset(found.blamed - found.texts.keys())
+    return Captions(dict(sorted(found.texts.items())), found.sources, tuple(found.problems), blamed)
+
+
+def closest(name: str, existing: Iterable[str]) -> str | None:
+    """The existing file that was probably meant: same name in another folder or case, else similar letters."""
+    choices = sorted(existing)
+    for choice in choices:
+        if PurePosixPath(choice).name.lower() == PurePosixPath(name).name.lower():
+            return choice
+    close = difflib.get_close_matches(name, choices, n=1)
+    return close[0] if close else None
+
+
+def _read_metadata(found: _Findings, file: str) -> None:
+    found.sources[file] = 0
+    lines: dict[str, int] = {}
+    try:
+        text = _read_text(found.root / file)
+        for line, row in _csv_rows(text) if file.endswith(".csv") else _json_lines(text):
+            try:
+                _take_row(found, file, line, _parse(row) if isinstance(row, str) else row, lines)
+            except _Unusable as error:
+                found.problems.append(f"{printable(file)} line {line} {error}")
+    except _Unusable as error:
+        found.problems.append(f"{printable(file)} {error}")
+
+
+def _take_row(found: _Findings, file: str, line: int, row: dict[str, Any], lines: dict[str, int]) -> None:
+    """Puts the caption of one row into `found`; `lines` are those of the pictures this file has named so far."""
+    name = row.get("file_name")
+    if not isinstance(name, str) or not name.strip():
+        raise _Unusable(f'names no picture (it has {_quoted(row)}); add a "file_name"')
+    picture = _picture_of(found, PurePosixPath(file).parent, name.strip())
+    if picture in lines:
+        raise _Unusable(f"captions {printable(name)} again, after line {lines[picture]}; keep one of the two")
+    lines[picture] = line
+    found.blamed.add(picture)  # for what may be raised below; a picture with a caption is taken out in the end
+    key = next((key for key in TEXT_KEYS if row.get(key) is not None), None)
+    if key is None:
+        raise _Unusable(f'has no caption (it has {_quoted(row)}); add a "text"')
+    if not isinstance(row[key], str):
+        raise _Unusable(f'has a "{key}" that is no text; put the caption in quotes')
+    if not row[key].strip():
+        raise _Unusable(f'has an empty "{key}" for {printable(name)}; write a caption, or remove the line')
+    found.take(picture, _one_line(row[key]), file)
+
+
+def _picture_of(found: _Findings, folder: PurePosixPath, name: str) -> str:
+    """The picture that a row of a metadata file in `folder` means."""
+    shown = printable(name)
+    path = PurePosixPath(name.replace("\\", "/"))  # as Windows programs write it
+    if path.is_absolute() or PureWindowsPath(name).anchor or ".." in path.parts:
+        raise _Unusable(f"names {shown}, which leaves the folder; use a path inside it, relative to the metadata file")
+    for picture in ((folder / name).as_posix(), (folder / path).as_posix()):
+        if picture in found.pictures:
+            if not _is_inside(found.root, found.root / picture):
+                raise _Unusable(f"names {shown}, a link to a file outside the folder; copy the file into the folder")
+            return picture
+    wanted = (folder / path).as_posix()
+    if wanted in found.others:
+        raise _Unusable(f"names {shown}, which is no picture; pictures end in {', '.join(IMAGE_SUFFIXES)}")
+    meant = closest(wanted, found.pictures)
+    if meant and folder.parts:
+        meant = meant.removeprefix(f"{folder}/")
+    hint = f"did you mean {printable(meant)}?" if meant else "add the picture, or remove the line"
+    raise _Unusable(f"names {shown}, which is not there; {hint}")
+
+
+def _read_sidecars(found: _Findings, suffix: str) -> None:
+    by_stem: dict[str, list[str]] = {}
+    for picture in sorted(found.pictures):
+        by_stem.setdefault(_stem(picture), []).append(picture)
+    files = sorted(f for f in found.others if PurePosixPath(f).suffix.lower() == suffix)
+    owned = {file: by_stem[_stem(file)] for file in files if _stem(file) in by_stem}
+    source = f"{suffix} files"
+    if owned:
+        found.sources[source] = 0
+    for file in files:
+        try:
+            if file not in owned:
+                _check_orphan(file, by_stem, in_use=bool(owned) or suffix == ".caption")
+                continue
+            if all(picture in found.texts for picture in owned[file]):
+                continue
+            found.blamed.update(owned[file])  # for what may be raised below
+            caption = _sidecar_text(found.root, file)
+        except _Unusable as error:
+            found.problems.append(f"{printable(file)} {error}")
+            continue
+        for picture in owned[file]:
+            found.take(picture, caption, source)
+
+
+def _sidecar_text(root: Path, file: str) -> str:
+    # Whatever the file says ends up in the run folder and perhaps in a published model card.
+    if not _is_inside(root, root / file):
+        raise _Unusable("is a link to a file outside the folder; copy the file into the folder")
+    caption = _one_line(_read_text(root / file))
+    if not caption:
+        raise _Unusable("is empty; write a caption in it, or pass --prompt for all pictures")
+    return caption
+
+
+def _check_orphan(file: str, stems: Iterable[str], in_use: bool) -> None:
+    """A caption file without its picture is a problem, but a readme is not."""
+    stem = PurePosixPath(_stem(file))
+    if stem.name.lower() in _NOT_CAPTIONS:
+        return
+    meant = closest(stem.as_posix(), stems)
+    # Where no text file belongs to a picture, one that is like none of them either is just some text.
+    if meant is None and not in_use:
+        return
+    hint = f"did you mean {printable(meant)}{PurePosixPath(file).suffix}?" if meant else "add the picture, or remove it"
+    raise _Unusable(f"is a caption, but no picture has its name; {hint}")
+
+
+def _json_lines(text: str) -> Iterator[tuple[int, str | dict[str, Any]]]:
+    # Not splitlines: that would also break at the line separators that JSON allows inside a string.
+    return ((number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
+
+
+def _parse(line: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise _Unusable(f"is not JSON ({error.msg} at character {error.colno}); put one object on each line") from None
+    except (ValueError, RecursionError):  # a number of too many digits, too many brackets
+        raise _Unusable("is not JSON that can be read; put one object on each line") from None
+    if not isinstance(row, dict):
+        raise _Unusable('is not an object; write it like {"file_name": "dog.png", "text": "a photo of a dog"}')
+    return row
+
+
+def _csv_rows(text: str) -> Iterator[tuple[int, str | dict[str, Any]]]:
+    reader = csv.DictReader(io.StringIO(text, newline=""))
+    try:
+        columns = list(reader.fieldnames or ())
+        if "file_name" not in columns or not set(TEXT_KEYS) & set(columns):
+            raise _Unusable(
+                f'needs the columns "file_name" and "text" (it has {_quoted(columns)}); name them in its first line'
+            )
+        for row in reader:
+            yield reader.line_num, {key: value for key, value in row.items() if key is not None}
+    except csv.Error as error:
+        raise _Unusable(f"breaks off after line {reader.line_num} ({error}); save it as plain CSV") from None
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise _Unusable(f"cannot be read ({error.strerror}); check that it is there and readable") from None
+    except UnicodeDecodeError as error:
+        raise _Unusable(f"is not UTF-8 text (at byte {error.start}); save it as UTF-8") from None
+
+
+def _is_inside(root: Path, path: Path) -> bool:
+    return path.resolve().is_relative_to(root.resolve())
+
+
+def _stem(file: str) -> str:
+    return PurePosixPath(file).with_suffix("").as_posix()
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _quoted(keys: Iterable[str]) -> str:
+    names = [f'"{printable(key)}"' for key in keys]
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "") or "nothing"
