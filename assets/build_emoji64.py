@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -47,7 +46,7 @@ def read_split(style: str, split: str) -> tuple[np.ndarray[Any, Any], list[str]]
 def save_state(path: Path, state: dict[str, Any]) -> None:
     """Atomic: a build killed while saving keeps the state before."""
     torch.save(state, path.with_suffix(".partial"))
-    os.replace(path.with_suffix(".partial"), path)
+    path.with_suffix(".partial").replace(path)
 
 
 # ---------------------------------------------------------------------------------------------------------------- VAE

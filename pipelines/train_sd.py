@@ -170,13 +170,13 @@ def fit(
         tell.progress("Training", progress.step, config.steps, detail)
         if progress.step in sampler.moments:
             sampler.draw_column(f"step {progress.step}", scale=1.0)
-            native.write(adapter_now(progress.step), run.path / "checkpoints" / f"step-{progress.step:06d}.safetensors")
+            native.write(adapter_now(progress.step), run.checkpoints / f"step-{progress.step:06d}.safetensors")
 
     try:
         train(accelerator, handle.model, handle.parameters(), task, loop_config(config), on_step)
     except KeyboardInterrupt:
         if history:
-            kept = run.path / "checkpoints" / f"step-{history[-1].step:06d}.safetensors"
+            kept = run.checkpoints / f"step-{history[-1].step:06d}.safetensors"
             native.write(adapter_now(history[-1].step), kept)
             tell.say(f"Interrupted at step {history[-1].step} of {config.steps}; the adapter so far is in {kept}.")
         raise
@@ -208,10 +208,8 @@ class Sampler:
 
         pictures = draw(self.base, self.prompts, self.size, self.settings, count)
         self.handle.set_scale(1.0)
-        folder = self.run.path / "samples"
-        folder.mkdir(exist_ok=True)
         for i, picture in enumerate(pictures):
-            picture.save(folder / f"{label.replace(' ', '-')}_{i:02d}.png")
+            picture.save(self.run.samples / f"{label.replace(' ', '-')}_{i:02d}.png")
         self.columns.append((label, pictures))
 
     def grid(self, title: str) -> Image.Image:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import struct
 from collections import Counter
@@ -103,20 +104,27 @@ def read(path: Path) -> Adapter:
     if "visionlora" not in metadata:
         raise AdapterFileError(f"{path} was not written by visionlora: its header has no `visionlora` entry. Only "
                                "visionlora's own adapter files are read so far.")  # fmt: skip
-    info = json.loads(metadata["visionlora"])
-    if info.get("format_version", 0) > FORMAT_VERSION:
-        raise AdapterFileError(f"{path} has format version {info['format_version']}, newer than this visionlora reads "
+    try:
+        info = dict(json.loads(metadata["visionlora"]))
+        version, listed = int(info.get("format_version", 0)), info.pop("modules", {})
+        alphas = {str(name): float(entry["alpha"]) for name, entry in dict(listed).items()}
+    except (ValueError, TypeError, KeyError, AttributeError) as e:
+        raise AdapterFileError(f"{path} has a broken header ({type(e).__name__}: {e}). Copy or download it again.") from None
+    if version > FORMAT_VERSION:
+        raise AdapterFileError(f"{path} has format version {version}, newer than this visionlora reads "
                                f"({FORMAT_VERSION}): update visionlora.")  # fmt: skip
-    listed = info.pop("modules")
     modules = {}
-    for name, entry in listed.items():
+    for name, alpha in alphas.items():
         try:
             down, up = (tensors.pop(name + suffix) for suffix in SUFFIXES)
         except KeyError as e:
             raise AdapterFileError(f"{path} lacks the tensor {e.args[0]!r} that its header lists.") from None
-        if not (torch.isfinite(down).all() and torch.isfinite(up).all()):
+        if down.dim() < 2 or up.dim() != down.dim() or up.shape[1] != down.shape[0] or not down.shape[0]:
+            raise AdapterFileError(f"{path} has factors of shapes {tuple(down.shape)} and {tuple(up.shape)} in {name!r}, "
+                                   "which cannot be multiplied.")  # fmt: skip
+        if not (math.isfinite(alpha) and torch.isfinite(down).all() and torch.isfinite(up).all()):
             raise AdapterFileError(f"{path} has NaN or infinite values in {name!r}: its training diverged.")
-        modules[name] = AdapterModule(down, up, float(entry["alpha"]))
+        modules[name] = AdapterModule(down, up, alpha)
     if tensors:
         raise AdapterFileError(f"{path} has {len(tensors)} tensors that its header does not list, the first "
                                f"{sorted(tensors)[0]!r}: the file was changed by another tool.")  # fmt: skip

@@ -130,13 +130,14 @@ def open_base(model: str = "auto", dtype: torch.dtype = torch.float32) -> BaseMo
 
 def load_folder(source: str, dtype: torch.dtype) -> Any:
     """A diffusers folder or Hub id as a pipeline."""
-    from diffusers import StableDiffusionPipeline
-
     try:
         with quiet():
-            return StableDiffusionPipeline.from_pretrained(
-                source, torch_dtype=dtype, safety_checker=None, requires_safety_checker=False, feature_extractor=None
+            from diffusers import StableDiffusionPipeline
+
+            pipe = StableDiffusionPipeline.from_pretrained(
+                source, safety_checker=None, requires_safety_checker=False, feature_extractor=None
             )
+            return pipe.to(dtype)
     except Exception as e:  # the Hub client and diffusers raise many kinds; the user needs one sentence
         text = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         raise ModelError(f"The model {source} cannot be opened: {text} Check the name and the connection, or use "
@@ -145,11 +146,11 @@ def load_folder(source: str, dtype: torch.dtype) -> Any:
 
 def load_single_file(path: Path, dtype: torch.dtype) -> Any:
     """A single-file checkpoint as a pipeline; the configuration of its family is fetched by diffusers."""
-    from diffusers import StableDiffusionPipeline
-
     try:
         with quiet():
-            return StableDiffusionPipeline.from_single_file(str(path), torch_dtype=dtype, safety_checker=None)
+            from diffusers import StableDiffusionPipeline
+
+            return StableDiffusionPipeline.from_single_file(str(path), safety_checker=None).to(dtype)
     except Exception as e:
         text = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         raise ModelError(f"The checkpoint {path} cannot be opened: {text}") from None

@@ -97,8 +97,9 @@ def train(
     model, optimizer = accelerator.prepare(model, optimizer)
     micro, shares = config.batch_size, config.gradient_accumulation
     per_step = micro * shares * accelerator.num_processes
-    start = time.monotonic()
+    spent = 0.0
     for step in range(config.steps):
+        start = time.monotonic()
         images_seen = step * per_step
         index = indices_at(config.seed, images_seen, per_step, len(task))
         for group in optimizer.param_groups:
@@ -121,5 +122,5 @@ def train(
         optimizer.step()
         optimizer.zero_grad()
         seen = images_seen + per_step
-        rate = seen / max(1e-9, time.monotonic() - start)
-        on_step(Progress(step + 1, mean, rate_at(step, config), float(norm), seen, rate))
+        spent += time.monotonic() - start  # what `on_step` draws and writes is not training
+        on_step(Progress(step + 1, mean, rate_at(step, config), float(norm), seen, seen / max(1e-9, spent)))

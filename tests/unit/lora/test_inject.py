@@ -1,0 +1,131 @@
+"""inject and attach: what they report, refuse and leave behind."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from visionlora.errors import ConfigError, TargetError
+from visionlora.lora.adapter import Adapter, AdapterModule
+from visionlora.lora.config import AdapterConfig
+from visionlora.lora.inject import attach, inject
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
+
+
+ALL = AdapterConfig(rank=2, targets=("0", "2"))
+
+
+def test_base_names_and_tensors_stay_the_same_objects() -> None:
+    m = model()
+    before, weight = set(m.state_dict()), m[0].weight
+    handle = inject(m, ALL)
+    assert before <= set(m.state_dict())
+    assert m[0].weight is weight
+    handle.eject()
+    assert set(m.state_dict()) == before
+    assert type(m[0]) is nn.Linear
+
+
+def test_only_the_adapter_trains() -> None:
+    m = model()
+    handle = inject(m, ALL)
+    assert {id(p) for p in m.parameters() if p.requires_grad} == {id(p) for p in handle.parameters()}
+
+
+def test_the_report_counts() -> None:
+    handle = inject(model(), ALL)
+    assert handle.report.hits == (("0", "0"), ("2", "2"))
+    assert handle.report.trained_parameters == 2 * (6 + 8) + 2 * (8 + 4)
+    assert str(handle.report) == "2 layers adapted, 52 parameters (56.52 % of the base)"
+
+
+def test_the_same_seed_gives_the_same_factors() -> None:
+    a, b, c = (inject(model(), ALL, seed=s).loras()["0"].lora_A for s in (1, 1, 2))
+    assert torch.equal(a, b)
+    assert not torch.equal(a, c)
+
+
+def test_a_taken_name_is_refused_and_the_model_left_alone() -> None:
+    m = model()
+    inject(m, AdapterConfig(rank=2, targets="0"))
+    with pytest.raises(ConfigError, match="named 'default' is on this model already"):
+        inject(m, ALL)
+    assert type(m[2]) is nn.Linear
+
+
+def test_a_failed_injection_leaves_the_model_alone() -> None:
+    m = model()
+    with pytest.raises(TargetError):
+        inject(m, AdapterConfig(rank=2, targets=("0", "nothing")))
+    assert type(m[0]) is nn.Linear
+    assert all(p.requires_grad for p in m.parameters())
+
+
+def test_two_adapters_add_up() -> None:
+    m, x = model(), torch.randn(3, 6)
+    base = m[0](x)
+    deltas = []
+    for name in ("a", "b"):
+        handle = inject(m, AdapterConfig(rank=2, targets="0"), name=name, seed=ord(name))
+        handle.loras()["0"].lora_B.data.normal_()
+        deltas.append(handle.loras()["0"].delta_weight())
+    torch.testing.assert_close(m[0](x), base + x @ sum(deltas).T, rtol=1e-5, atol=1e-5)
+
+
+def test_a_deep_copy_is_independent() -> None:
+    m = model()
+    handle = inject(m, ALL)
+    twin = copy.deepcopy(m)
+    handle.loras()["0"].lora_B.data.fill_(1.0)
+    x = torch.randn(2, 6)
+    assert not torch.equal(m(x), twin(x))
+
+
+def test_merging_nan_is_refused_before_any_weight_changes() -> None:
+    m = model()
+    before = copy.deepcopy(m.state_dict())
+    handle = inject(m, ALL)
+    handle.loras()["2"].lora_B.data.fill_(float("nan"))
+    with pytest.raises(ConfigError, match="NaN or infinite weights in '2'; nothing was changed"):
+        handle.merge()
+    assert all(torch.equal(m.state_dict()[k], v) for k, v in before.items())
+
+
+def test_scales_are_checked() -> None:
+    handle = inject(model(), ALL)
+    with pytest.raises(ConfigError, match="must be a finite number"):
+        handle.set_scale(float("nan"))
+    handle.merge()
+    with pytest.raises(ConfigError, match="unmerge it before changing its scale"):
+        handle.set_scale(0.5)
+
+
+def factors(i: int, o: int) -> AdapterModule:
+    return AdapterModule(torch.randn(2, i), torch.randn(o, 2), 4.0)
+
+
+def test_attach_applies_a_finished_adapter() -> None:
+    m, x = model(), torch.randn(3, 6)
+    base = m[0](x)
+    adapter = Adapter({"net.0": factors(6, 8)})
+    attach(m, adapter, "net")
+    torch.testing.assert_close(m[0](x), base + x @ adapter.delta_weights()["net.0"].T, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "words"),
+    [
+        (Adapter({"net.7": factors(6, 8)}), "has a layer net.7, which Sequential has not: it was made for another base"),
+        (Adapter({"net.0": factors(5, 8)}), "net.0 has shape (8, 5), the base weight (8, 6)"),
+    ],
+)
+def test_attach_refuses_what_does_not_fit(adapter: Adapter, words: str) -> None:
+    m = model()
+    with pytest.raises(TargetError) as caught:
+        attach(m, adapter, "net")
+    assert words in str(caught.value)
+    assert type(m[0]) is nn.Linear

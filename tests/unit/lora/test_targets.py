@@ -1,0 +1,91 @@
+"""Roles, names, suffixes and expressions -> modules; and every refusal."""
+
+import pytest
+import torch
+from torch import nn
+from visionlora.errors import TargetError
+from visionlora.lora.targets import GROUPS, ROLES, matches, resolve
+
+
+def block() -> nn.Module:
+    """A transformer block with diffusers' names beside layers that look alike."""
+    attn = nn.Module()
+    attn.to_q, attn.to_k, attn.to_v = (nn.Linear(8, 8) for _ in range(3))
+    attn.to_out = nn.ModuleList([nn.Linear(8, 8), nn.Dropout()])
+    model = nn.Module()
+    model.attn1, model.goto_q, model.norm = attn, nn.Linear(8, 8), nn.LayerNorm(8)
+    model.patch_embed = nn.Module()
+    model.patch_embed.proj = nn.Conv2d(3, 8, 2)
+    return model
+
+
+def names(*targets: str) -> list[str]:
+    return [hit.name for hit in resolve(block(), targets, 1).hits]
+
+
+@pytest.mark.parametrize(
+    ("targets", "expected"),
+    [
+        (("attn.q",), ["attn1.to_q"]),
+        (("attn.qv",), ["attn1.to_q", "attn1.to_v"]),
+        (("attn",), ["attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0"]),
+        (("attn1.to_k",), ["attn1.to_k"]),
+        (("to_q",), ["attn1.to_q"]),
+        (("re:.*to_q",), ["attn1.to_q", "goto_q"]),
+        (("attn.v", "attn.q", "to_q"), ["attn1.to_q", "attn1.to_v"]),
+    ],
+)
+def test_targets_reach(targets: tuple[str, ...], expected: list[str]) -> None:
+    assert names(*targets) == expected
+
+
+def test_every_group_names_known_roles() -> None:
+    assert {role for group in GROUPS.values() for role in group} <= set(ROLES)
+    assert len(ROLES) >= 8
+
+
+def test_a_suffix_ends_on_a_dot_boundary() -> None:
+    assert matches("a.to_q", "to_q")
+    assert not matches("a.goto_q", "to_q")
+
+
+@pytest.mark.parametrize(
+    ("targets", "words"),
+    [
+        (("atn.q",), "Target 'atn.q' reaches no layer of Module. Did you mean 'attn.q'?"),
+        (("attn", "to_x"), "Target 'to_x' reaches no layer of Module. Did you mean"),
+        (("re:[",), "Target 're:[' is not a valid regular expression"),
+        (("norm",), "reach no layer that can be adapted: norm (LayerNorm is neither linear nor a convolution)"),
+        (("proj",), "reaches the patch embedding 'patch_embed.proj', which adapters leave alone"),
+    ],
+)
+def test_refusals_say_what_and_what_else(targets: tuple[str, ...], words: str) -> None:
+    model = block()
+    if targets == ("proj",):
+        targets = ("re:.*proj",)
+    with pytest.raises(TargetError) as caught:
+        resolve(model, targets, 1)
+    assert words in str(caught.value)
+
+
+def test_a_rank_above_the_layer_is_refused() -> None:
+    with pytest.raises(TargetError, match=r"Rank 9 is larger than layer 'attn1.to_q' \(8 at its smaller side\)"):
+        resolve(block(), ("attn",), 9)
+
+
+def test_text_encoder_roles(tiny_model) -> None:
+    from transformers import CLIPTextModel
+
+    encoder = CLIPTextModel.from_pretrained(tiny_model / "text_encoder")
+    assert len(resolve(encoder, ("attn",), 2).hits) == 2 * 4
+    assert len(resolve(encoder, ("mlp",), 2).hits) == 2 * 2
+
+
+def test_stable_diffusion_1_5_has_the_published_numbers_of_layers() -> None:
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(cross_attention_dim=768, attention_head_dim=8)
+    assert len(resolve(unet, ("attn",), 8).hits) == 128
+    assert len(resolve(unet, ("attn", "mlp"), 8).hits) == 160
+    assert len(resolve(unet, ("attn", "mlp", "proj"), 8).hits) == 192
