@@ -147,6 +147,8 @@ def train_vae(pictures_file: Path, work: Path, steps: int, batch: int = 8, peak:
 TEMPLATES = ("{}", "{}", "{}", "a {}", "a picture of a {}", "an icon of a {}", "{} emoji")
 """How a caption may be worded while training: prompts of users are rarely just the name."""
 MAX_TOKENS = 24
+EMA_EVERY = 10
+"""Steps between updates of the averaged weights: each update reads them all, which a small model feels."""
 NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
@@ -245,7 +247,7 @@ def train_unet(work: Path, output: Path, steps: int, batch: int = 32, peak: floa
     ids, null = torch.stack([tokens([t.format(c) for c in captions]) for t in TEMPLATES]), tokens([""])
     trained = [*unet.parameters(), *text_encoder.parameters()]
     ema = [p.detach().clone() for p in trained]
-    optimizer = torch.optim.AdamW(trained, lr=peak, weight_decay=1e-2, betas=(0.9, 0.99), foreach=True)
+    optimizer = torch.optim.AdamW(trained, lr=peak, weight_decay=1e-2, betas=(0.9, 0.99), fused=True)
     state_file, first = work / "unet.pt", 0
     if state_file.exists():
         state = torch.load(state_file, weights_only=True)
@@ -272,8 +274,9 @@ def train_unet(work: Path, output: Path, steps: int, batch: int = 32, peak: floa
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        with torch.no_grad():
-            torch._foreach_lerp_(ema, [p.detach() for p in trained], 1 - min(0.999, (1 + step) / (10 + step)))
+        if (step + 1) % EMA_EVERY == 0:
+            with torch.no_grad():
+                torch._foreach_lerp_(ema, [p.detach() for p in trained], 1 - min(0.99, (1 + step) / (100 + step)))
         recent += loss.item()
         if (step + 1) % 100 == 0:
             rate = (time.monotonic() - start) / (step + 1 - first)

@@ -110,10 +110,9 @@ def train_sd(config: TrainSDConfig, listener: Listener | None = None) -> RunResu
     tell.say(base.why)
     size = config.resolution or base.resolution
     base.check_resolution(size)
-    from accelerate import Accelerator
+    from accelerate import Accelerator, PartialState
 
-    precision = resolve_precision(config.precision, Accelerator().device)
-    accelerator = Accelerator(mixed_precision=precision)
+    accelerator = Accelerator(mixed_precision=resolve_precision(config.precision, PartialState().device))
     for part in (base.pipe.unet, base.pipe.vae, base.pipe.text_encoder):
         part.to(accelerator.device)
     fingerprints = base.fingerprints()

@@ -97,3 +97,17 @@ def dogs(tmp_path: Path) -> Path:
         pixels = np.random.default_rng(i).integers(0, 256, (32, 32, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{i}.png")
     return folder
+
+
+@pytest.fixture
+def cli(tmp_path: Path):
+    """Runs the real command in its own process: cli(arguments) -> (exit code, standard output, standard error)."""
+    import subprocess
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        done = subprocess.run(
+            [sys.executable, "-m", "visionlora", *map(str, arguments)], capture_output=True, text=True, cwd=tmp_path
+        )
+        return done.returncode, done.stdout, done.stderr
+
+    return run

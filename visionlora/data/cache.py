@@ -7,6 +7,7 @@ never stale and never shared by two different models. Writes are atomic.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -49,9 +50,10 @@ class TensorCache:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, partial)
-            os.replace(partial, path)
+            partial.replace(path)
         except OSError:
-            partial.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                partial.unlink()
 
     def fill(
         self,

@@ -1,0 +1,105 @@
+"""train-sd end to end through the real command, on small real parts."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from PIL import Image
+from visionlora.loaders import load_adapter
+
+SMALL = ("--rank", 2, "sample_steps=2", "sample_columns=2", "learning_rate=0.01")
+
+
+def test_a_run_leaves_everything_and_its_config_runs_again_to_the_same_bytes(
+    cli, tiny_model: Path, dogs: Path, tmp_path: Path
+) -> None:
+    code, out, err = cli("train-sd", "--images", dogs, "--model", tiny_model, "--steps", 4, "--alpha", 3,
+                         "--output", tmp_path / "a", *SMALL)  # fmt: skip
+    assert code == 0, err
+    assert "sks dog" in out, "the made-up prompt is said"
+    run = tmp_path / "a"
+    found = {p.name for p in run.iterdir()}
+    assert found == {"config.yaml", "metrics.jsonl", "adapter.safetensors", "checkpoints", "samples", "grid.png",
+                     "loss.png", "README.md", "run.json"}  # fmt: skip
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [m["step"] for m in metrics] == [1, 2, 3, 4]
+    assert [p.name for p in sorted((run / "checkpoints").iterdir())] == ["step-000002.safetensors", "step-000004.safetensors"]
+    adapter = load_adapter(run)
+    assert {m.rank for m in adapter.modules.values()} == {2}
+    assert {m.alpha for m in adapter.modules.values()} == {3.0}
+    assert any(m.lora_B.abs().max() > 0 for m in adapter.modules.values()), "it trained"
+    assert adapter.info["base"]["fingerprints"]["unet"]["weights"]
+    assert json.loads((run / "run.json").read_text())["seed"] == 0
+    assert "sks dog" in (run / "README.md").read_text()
+
+    code, _, err = cli("train-sd", "--config", run / "config.yaml", "--output", tmp_path / "b")
+    assert code == 0, err
+    assert (tmp_path / "b" / "config.yaml").read_text() == (run / "config.yaml").read_text()
+    again = load_adapter(tmp_path / "b")
+    for name, module in adapter.modules.items():
+        assert torch.equal(module.lora_A, again.modules[name].lora_A)
+        assert torch.equal(module.lora_B, again.modules[name].lora_B)
+    assert (tmp_path / "b" / "grid.png").read_bytes() == (run / "grid.png").read_bytes()
+
+
+def test_the_base_column_shows_the_base(cli, tiny_model: Path, dogs: Path, tmp_path: Path) -> None:
+    assert cli("train-sd", "--images", dogs, "--model", tiny_model, "--steps", 3, "--output", tmp_path / "r", *SMALL)[0] == 0
+    code, _, err = cli("generate", "--prompt", "sks dog", "--model", tiny_model, "--steps", 2, "--output", tmp_path / "g")
+    assert code == 0, err
+    drawn = Image.open(next((tmp_path / "g").glob("*.png")))
+    assert drawn.tobytes() == Image.open(tmp_path / "r" / "samples" / "base_00.png").tobytes()
+    code, _, err = cli("generate", "--prompt", "sks dog", "--lora", tmp_path / "r", "--steps", 2, "--output", tmp_path / "h",
+                       "--model", tiny_model)  # fmt: skip
+    assert code == 0, err
+    with_adapter = Image.open(next((tmp_path / "h").glob("*.png")))
+    assert with_adapter.tobytes() == Image.open(tmp_path / "r" / "samples" / "step-3_00.png").tobytes()
+    assert with_adapter.tobytes() != drawn.tobytes()
+
+
+def test_bf16_and_accumulation_train(cli, tiny_model: Path, dogs: Path, tmp_path: Path) -> None:
+    code, _, err = cli("train-sd", "--images", dogs, "--model", tiny_model, "--steps", 2, "--precision", "bf16",
+                       "--gradient-accumulation", 2, "--batch-size", 2, "--output", tmp_path / "r", *SMALL)  # fmt: skip
+    assert code == 0, err
+    metrics = [json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
+    assert [m["images_seen"] for m in metrics] == [4, 8]
+
+
+def test_ctrl_c_keeps_the_adapter(tiny_model: Path, dogs: Path, tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "visionlora", "train-sd", "--images", str(dogs), "--model", str(tiny_model), "--steps",
+         "100000", "--output", str(tmp_path / "r"), *map(str, SMALL)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    metrics = tmp_path / "r" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and len(metrics.read_bytes()) > 200) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    assert "the adapter so far is in" in out
+    (kept,) = (tmp_path / "r" / "checkpoints").glob("*.safetensors")
+    assert load_adapter(kept).info["training"]["steps"] >= 1
+
+
+def test_an_adapter_of_another_base_is_refused(cli, tiny_model: Path, dogs: Path, tmp_path: Path) -> None:
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    assert cli("train-sd", "--images", dogs, "--model", tiny_model, "--steps", 1, "--output", tmp_path / "r", *SMALL)[0] == 0
+    tuned = tmp_path / "tuned"
+    shutil.copytree(tiny_model, tuned)
+    weights = tuned / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file({k: v + 0.01 for k, v in load_file(weights).items()}, weights, {"format": "pt"})
+    arguments = ("generate", "--prompt", "sks dog", "--lora", tmp_path / "r", "--model", tuned, "--steps", 1)
+    code, _, err = cli(*arguments)
+    assert code == 2
+    assert "has the same architecture but other weights" in err
+    assert "--force" in err
+    assert cli(*arguments, "--force")[0] == 0

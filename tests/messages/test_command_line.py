@@ -1,0 +1,36 @@
+"""The command itself: fast help without torch, versions, unknown verbs."""
+
+import subprocess
+import sys
+
+import visionlora
+
+
+def test_help_imports_no_torch() -> None:
+    code = "import sys; sys.argv = ['visionlora', '--help']\nfrom visionlora.cli.main import main\n"
+    code += "try:\n    main()\nexcept SystemExit:\n    pass\nprint(sorted(set(sys.modules) & {'torch', 'diffusers', 'PIL'}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert "train-sd" in done.stdout
+
+
+def test_version(cli) -> None:
+    assert cli("--version")[1].strip() == f"visionlora {visionlora.__version__}"
+
+
+def test_an_unknown_verb_is_wrong_use(cli) -> None:
+    code, _, err = cli("train-ds")
+    assert code == 2
+    assert "Traceback" not in err
+    assert "train-ds" in err
+
+
+def test_recipes_are_listed_and_copied_once(cli, tmp_path) -> None:
+    code, out, _ = cli("configs")
+    assert code == 0
+    assert "emoji64_dog" in out
+    assert cli("copy-config", "emoji64_dog")[0] == 0
+    assert (tmp_path / "emoji64_dog.yaml").read_text().startswith("#")
+    code, _, err = cli("copy-config", "emoji64_dog")
+    assert code == 2
+    assert "exists already" in err

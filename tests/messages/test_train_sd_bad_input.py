@@ -1,0 +1,102 @@
+"""Bad input to the real command: exit code, what a person reads, and that nothing was written."""
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+
+def check_refused(result: tuple[int, str, str], *words: str) -> None:
+    """Exit code 2, one message with all the words, no traceback."""
+    code, out, err = result
+    assert code == 2, (out, err)
+    assert "Traceback" not in out + err
+    for word in words:
+        assert word in err, f"{word!r} is not in:\n{err}"
+
+
+@pytest.fixture
+def train(cli, tiny_model: Path, dogs: Path, tmp_path: Path):
+    """Runs train-sd on the tiny model with small settings; keyword arguments become flags."""
+
+    def run(*words: str, **flags: object) -> tuple[int, str, str]:
+        options = {"images": dogs, "model": tiny_model, "output": tmp_path / "run", "steps": 1, "rank": 2, **flags}
+        given = [x for k, v in options.items() if v is not None for x in (f"--{k.replace('_', '-')}", v)]
+        return cli("train-sd", *given, "sample_steps=1", "sample_columns=1", *words)
+
+    return run
+
+
+CASES = {
+    "no images": ({"images": None}, ["images is ''; name the folder of pictures to learn from: --images ./dog"]),
+    "zero steps": ({"steps": 0}, ["steps is 0; it must be at least 1"]),
+    "negative steps": ({"steps": -5}, ["steps is -5; it must be at least 1"]),
+    "rank": ({"rank": 0}, ["rank is 0; it must be at least 1"]),
+    "rank too large": ({"rank": 500}, ["Rank 500 is larger than layer", "choose a rank of at most 16"]),
+    "alpha": ({"alpha": -1}, ["alpha is -1.0; it must be positive"]),
+    "targets": ({"targets": "atn.q"}, ["Target 'atn.q' reaches no layer", "Did you mean 'attn.q'?"]),
+    "precision": ({"precision": "fp8"}, ["precision is 'fp8'; Allowed: auto, bf16, fp16, fp32."]),
+    "fp16 on a cpu": ({"precision": "fp16"}, ["precision is 'fp16', but training runs on the CPU"]),
+    "resolution": ({"resolution": 33}, ["A resolution of 33 px does not fit", "Use 32 or 40 (native: 32)"]),
+    "no such model": ({"model": "nowhere"}, ["There is no model at nowhere", "emoji-64"]),
+    "no such recipe": ({"config": "emoji64_dogg"}, ["no config file or recipe 'emoji64_dogg'", "'emoji64_dog'?"]),
+    "no such folder": ({"images": "dgo"}, ["dgo"]),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_wrong_options_are_explained_and_nothing_is_written(case: str, train, tmp_path: Path) -> None:
+    flags, words = CASES[case]
+    before = sorted(tmp_path.rglob("*"))
+    check_refused(train(**flags), *words)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_unknown_setting_names_the_nearest(train) -> None:
+    check_refused(train("lerning_rate=1"), "lerning_rate is not a setting. Did you mean 'learning_rate'?")
+
+
+def test_an_empty_folder(train, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    check_refused(train(images=tmp_path / "empty"), "empty", ".png")
+    assert not (tmp_path / "run").exists()
+
+
+def test_every_bad_picture_is_named_with_its_remedy(train, dogs: Path, tmp_path: Path) -> None:
+    (dogs / "notes.png").write_text("not a picture")
+    Image.new("RGB", (64, 64), "red").save(dogs / "cut.jpg")
+    (dogs / "cut.jpg").write_bytes((dogs / "cut.jpg").read_bytes()[:-60])
+    check_refused(train(), "notes.png", "cut.jpg", "--skip-broken")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_caption_without_its_picture(train, dogs: Path, tmp_path: Path) -> None:
+    rows = [{"file_name": f"{i}.png", "text": "a dog"} for i in (0, 1, 2, 7)]
+    (dogs / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    check_refused(train(), "7.png")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_output_folder_with_a_run_is_left_alone(train, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "adapter.safetensors").write_bytes(b"precious")
+    check_refused(train(), "run", "--output")
+    assert (tmp_path / "run" / "adapter.safetensors").read_bytes() == b"precious"
+
+
+def test_odd_but_usable_pictures_train_and_are_mentioned(train, dogs: Path, tmp_path: Path) -> None:
+    Image.new("CMYK", (40, 32), (0, 200, 200, 0)).save(dogs / "cmyk.jpg")
+    Image.new("I;16", (32, 32), 40000).save(dogs / "deep.png")
+    Image.new("P", (32, 32), 3).save(dogs / "palette.png")
+    Image.new("RGBA", (32, 32), (255, 0, 0, 100)).save(dogs / "clear.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (48, 32), "blue").save(dogs / "turned.jpg", exif=exif)
+    (dogs / "twin.png").write_bytes((dogs / "0.png").read_bytes())
+    code, out, err = train()
+    assert code == 0, err
+    for word in ("cmyk.jpg", "CMYK", "deep.png", "16", "clear.png", "turned.jpg", "twin.png", "sks dog"):
+        assert word in out, f"{word!r} is not in:\n{out}"
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert len(record["images"]) == 3 + 5

@@ -1,0 +1,54 @@
+"""The cache: exact, atomic, recomputed when broken."""
+
+from pathlib import Path
+
+import torch
+from visionlora.data.cache import TensorCache, default_cache_folder, key_of
+
+
+def test_an_entry_comes_back_exactly(tmp_path: Path) -> None:
+    cache, value = TensorCache(tmp_path / "new"), torch.randn(2, 3)
+    assert cache.get("k") is None
+    cache.put("k", {"v": value})
+    assert torch.equal(cache.get("k")["v"], value)
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["k.safetensors"]
+
+
+def test_a_broken_entry_is_computed_again(tmp_path: Path) -> None:
+    cache = TensorCache(tmp_path)
+    (tmp_path / "k.safetensors").write_bytes(b"half")
+    entries, computed = cache.fill(["k"], lambda part: [{"v": torch.ones(1)} for _ in part], batch=4)
+    assert computed == 1
+    assert torch.equal(cache.get("k")["v"], entries[0]["v"])
+
+
+def test_fill_computes_only_what_is_missing_in_bounded_batches(tmp_path: Path) -> None:
+    cache, calls = TensorCache(tmp_path), []
+
+    def compute(part: list[int]) -> list[dict[str, torch.Tensor]]:
+        calls.append(part)
+        return [{"v": torch.tensor([float(i)])} for i in part]
+
+    cache.put("b", {"v": torch.tensor([1.0])})
+    entries, computed = cache.fill(["a", "b", "c", "d"], compute, batch=2)
+    assert calls == [[0, 2], [3]]
+    assert computed == 3
+    assert [e["v"].item() for e in entries] == [0, 1, 2, 3]
+    assert cache.fill(["a", "b", "c", "d"], compute, batch=2)[1] == 0
+
+
+def test_a_folder_that_cannot_be_written_is_no_reason_to_stop(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    cache = TensorCache(tmp_path / "file" / "cache")
+    entries, computed = cache.fill(["a"], lambda part: [{"v": torch.ones(1)}], batch=1)
+    assert (len(entries), computed) == (1, 1)
+
+
+def test_keys_tell_their_parts_apart() -> None:
+    assert key_of("ab", "c") != key_of("a", "bc")
+
+
+def test_the_folder_follows_the_environment(monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("VISIONLORA_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert default_cache_folder() == tmp_path / "visionlora"
