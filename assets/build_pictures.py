@@ -109,30 +109,29 @@ SAME_PICTURE = 0.95
 FAINT = 0.01
 """Pictures with less ink are white on white and left out."""
 # fxemoji names its icons in one word; these differ from the Unicode names otherwise.
-FXEMOJI_NAMES = {
-    "aubergine": "eggplant", "backofenvelope": "envelope", "bactriancamel": "two-hump-camel", "bath": "bathtub",
-    "beachumbrella": "beach-with-umbrella", "billiards": "pool-8-ball", "boot": "womans-boot", "bouquetofflowers": "bouquet",
-    "bullhorn": "megaphone", "bunny": "rabbit-face", "bunnyside": "rabbit", "catside": "cat", "cellphone": "mobile-phone",
-    "chilipepper": "hot-pepper", "construct": "building-construction", "curryandrice": "curry-rice",
-    "daggerknife": "dagger", "darksunglasses": "sunglasses", "directhit": "bullseye", "dogside": "dog",
-    "doveofpeace": "dove", "dragonhead": "dragon-face", "dragonside": "dragon", "dromedarycamel": "camel",
-    "earofmaize": "ear-of-corn", "earofrice": "sheaf-of-rice", "electrictorch": "flashlight", "europeancastle": "castle",
-    "europeanpostoffice": "post-office", "evergreen": "evergreen-tree", "fallingleaf": "fallen-leaf",
-    "faxicon": "fax-machine", "fireworksparkler": "sparkler", "fishcakeswirl": "fish-cake-with-swirl",
-    "fishingpoleandfish": "fishing-pole", "folder": "file-folder", "forkknife": "fork-and-knife",
-    "foxheart": "smiling-cat-with-heart-eyes", "foxgrin": "grinning-cat", "foxcrying": "crying-cat",
-    "foxwry": "cat-with-wry-smile", "framewithpicture": "framed-picture", "frontfacingchick": "baby-chick",
-    "fullmoonwithface": "full-moon-face", "hampster": "hamster", "handheldvideocamera": "video-camera",
-    "heartblue": "blue-heart", "heartgreen": "green-heart", "heartpurple": "purple-heart", "heartyellow": "yellow-heart",
-    "hocho": "kitchen-knife", "housebuilding": "house", "housebuildings": "houses", "izakayalantern": "red-paper-lantern",
-    "largeredcircle": "red-circle", "leopardside": "leopard", "lowerleftcrayon": "crayon",
-    "lowerleftfountainpen": "fountain-pen", "lowerleftpaintbrush": "paintbrush", "lowerleftpen": "pen",
-    "lowerleftpencil": "pencil", "mensshoe": "mans-shoe", "monkeysee": "see-no-evil-monkey",
-    "monkeyhear": "hear-no-evil-monkey", "americasglobe": "globe-showing-americas",
-    "asiaaustraliaglobe": "globe-showing-asia-australia", "europeafricaglobe": "globe-showing-europe-africa",
-    "meridianglobe": "globe-with-meridians", "blackpushpin": "pushpin", "controlknob": "control-knobs",
-    "blacktelephone": "telephone", "lock": "locked", "heartribbon": "heart-with-ribbon",
-}  # fmt: skip
+FXEMOJI_NAMES = dict(
+    pair.split(":")
+    for pair in """
+aubergine:eggplant backofenvelope:envelope bactriancamel:two-hump-camel bath:bathtub
+beachumbrella:beach-with-umbrella billiards:pool-8-ball boot:womans-boot bouquetofflowers:bouquet
+bullhorn:megaphone bunny:rabbit-face bunnyside:rabbit catside:cat cellphone:mobile-phone chilipepper:hot-pepper
+construct:building-construction curryandrice:curry-rice daggerknife:dagger darksunglasses:sunglasses
+directhit:bullseye dogside:dog doveofpeace:dove dragonhead:dragon-face dragonside:dragon dromedarycamel:camel
+earofmaize:ear-of-corn earofrice:sheaf-of-rice electrictorch:flashlight europeancastle:castle
+europeanpostoffice:post-office evergreen:evergreen-tree fallingleaf:fallen-leaf faxicon:fax-machine
+fireworksparkler:sparkler fishcakeswirl:fish-cake-with-swirl fishingpoleandfish:fishing-pole folder:file-folder
+forkknife:fork-and-knife foxheart:smiling-cat-with-heart-eyes foxgrin:grinning-cat foxcrying:crying-cat
+foxwry:cat-with-wry-smile framewithpicture:framed-picture frontfacingchick:baby-chick
+fullmoonwithface:full-moon-face hampster:hamster handheldvideocamera:video-camera heartblue:blue-heart
+heartgreen:green-heart heartpurple:purple-heart heartyellow:yellow-heart hocho:kitchen-knife housebuilding:house
+housebuildings:houses izakayalantern:red-paper-lantern largeredcircle:red-circle leopardside:leopard
+lowerleftcrayon:crayon lowerleftfountainpen:fountain-pen lowerleftpaintbrush:paintbrush lowerleftpen:pen
+lowerleftpencil:pencil mensshoe:mans-shoe monkeysee:see-no-evil-monkey monkeyhear:hear-no-evil-monkey
+americasglobe:globe-showing-americas asiaaustraliaglobe:globe-showing-asia-australia
+europeafricaglobe:globe-showing-europe-africa meridianglobe:globe-with-meridians blackpushpin:pushpin
+controlknob:control-knobs blacktelephone:telephone lock:locked heartribbon:heart-with-ribbon
+""".split()
+)
 
 
 def download(icon_set: IconSet, folder: Path) -> dict[str, Any]:
@@ -206,7 +205,8 @@ def ink(picture: Image.Image) -> float:
 def thumbnail(picture: Image.Image) -> np.ndarray[Any, Any]:
     """The ink of a picture at 16x16, as one unit vector."""
     dark = 1 - np.asarray(picture.resize((16, 16), Image.Resampling.BOX), dtype=np.float32).ravel() / 255
-    return dark / np.linalg.norm(dark).clip(1e-6)
+    unit: np.ndarray[Any, Any] = dark / np.linalg.norm(dark).clip(1e-6)
+    return unit
 
 
 @dataclass(frozen=True)

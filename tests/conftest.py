@@ -101,7 +101,7 @@ def dogs(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def cli(tmp_path: Path):
-    """Runs the real command in its own process: cli(arguments) -> (exit code, standard output, standard error)."""
+    """Runs the real command in its own process and gives its exit code, standard output and standard error."""
     import subprocess
 
     def run(*arguments: object) -> tuple[int, str, str]:

@@ -191,8 +191,9 @@ def read_yaml(name: str) -> dict[str, Any]:
         settings = yaml.safe_load(text)
     except yaml.YAMLError as e:
         where = getattr(e, "problem_mark", None)
-        raise ConfigError(f"{name} is not valid YAML{f' at line {where.line + 1}' if where else ''}: "
-                          f"{getattr(e, 'problem', e)}.") from None  # fmt: skip
+        raise ConfigError(
+            f"{name} is not valid YAML{f' at line {where.line + 1}' if where else ''}: {getattr(e, 'problem', e)}."
+        ) from None
     if settings is None:
         return {}
     if not isinstance(settings, dict):

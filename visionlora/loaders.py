@@ -50,14 +50,20 @@ def check_base(adapter: Adapter, base: BaseModel, force: bool = False) -> None:
         if given is None:
             continue
         if given["architecture"] != there[component]["architecture"]:
-            raise AdapterFileError(f"The adapter was made for {made_for.get('id')}, whose {component} has another "
-                                   f"architecture than that of {base.id}. Open its own base: --model {made_for.get('id')}.")  # fmt: skip
+            raise AdapterFileError(
+                f"The adapter was made for {made_for.get('id')}, whose {component} has another "
+                f"architecture than that of {base.id}. Open its own base: --model {made_for.get('id')}."
+            )
         if given["weights"] != there[component]["weights"] and not force:
-            raise AdapterFileError(f"The adapter was made for {made_for.get('id')}; {base.id} has the same architecture but "
-                                   "other weights. If it is a fine-tune of the same family, use --force.")  # fmt: skip
+            raise AdapterFileError(
+                f"The adapter was made for {made_for.get('id')}; {base.id} has the same architecture but "
+                "other weights. If it is a fine-tune of the same family, use --force."
+            )
 
 
-def apply(base: BaseModel, adapter: Adapter, name: str = "default", scale: float = 1.0, force: bool = False) -> list[Handle]:
+def apply(
+    base: BaseModel, adapter: Adapter, name: str = "default", scale: float = 1.0, force: bool = False
+) -> list[Handle]:
     """Puts an adapter on an opened base model, one handle per component.
 
     Raises:
@@ -72,9 +78,11 @@ def apply(base: BaseModel, adapter: Adapter, name: str = "default", scale: float
 
 
 def load_pipeline(
-    adapters: Mapping[str, str | Path | Adapter], model: str = "auto", scales: Mapping[str, float] | None = None,
+    adapters: Mapping[str, str | Path | Adapter],
+    model: str = "auto",
+    scales: Mapping[str, float] | None = None,
     force: bool = False,
-) -> Any:  # fmt: skip
+) -> Any:
     """A `StableDiffusionPipeline` with adapters on it, each with its own scale.
 
     Args:

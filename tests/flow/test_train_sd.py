@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+
 from visionlora.loaders import load_adapter
 
 SMALL = ("--rank", 2, "sample_steps=2", "sample_columns=2", "learning_rate=0.01")
@@ -27,7 +28,10 @@ def test_a_run_leaves_everything_and_its_config_runs_again_to_the_same_bytes(
                      "loss.png", "README.md", "run.json"}  # fmt: skip
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [m["step"] for m in metrics] == [1, 2, 3, 4]
-    assert [p.name for p in sorted((run / "checkpoints").iterdir())] == ["step-000002.safetensors", "step-000004.safetensors"]
+    assert [p.name for p in sorted((run / "checkpoints").iterdir())] == [
+        "step-000002.safetensors",
+        "step-000004.safetensors",
+    ]
     adapter = load_adapter(run)
     assert {m.rank for m in adapter.modules.values()} == {2}
     assert {m.alpha for m in adapter.modules.values()} == {3.0}
@@ -47,13 +51,18 @@ def test_a_run_leaves_everything_and_its_config_runs_again_to_the_same_bytes(
 
 
 def test_the_base_column_shows_the_base(cli, tiny_model: Path, dogs: Path, tmp_path: Path) -> None:
-    assert cli("train-sd", "--images", dogs, "--model", tiny_model, "--steps", 3, "--output", tmp_path / "r", *SMALL)[0] == 0
-    code, _, err = cli("generate", "--prompt", "sks dog", "--model", tiny_model, "--steps", 2, "--output", tmp_path / "g")
+    assert (
+        cli("train-sd", "--images", dogs, "--model", tiny_model, "--steps", 3, "--output", tmp_path / "r", *SMALL)[0]
+        == 0
+    )
+    code, _, err = cli(
+        "generate", "--prompt", "sks dog", "--model", tiny_model, "--steps", 2, "--output", tmp_path / "g"
+    )
     assert code == 0, err
     drawn = Image.open(next((tmp_path / "g").glob("*.png")))
     assert drawn.tobytes() == Image.open(tmp_path / "r" / "samples" / "base_00.png").tobytes()
-    code, _, err = cli("generate", "--prompt", "sks dog", "--lora", tmp_path / "r", "--steps", 2, "--output", tmp_path / "h",
-                       "--model", tiny_model)  # fmt: skip
+    code, _, err = cli("generate", "--prompt", "sks dog", "--lora", tmp_path / "r", "--steps", 2,
+                       "--output", tmp_path / "h", "--model", tiny_model)  # fmt: skip
     assert code == 0, err
     with_adapter = Image.open(next((tmp_path / "h").glob("*.png")))
     assert with_adapter.tobytes() == Image.open(tmp_path / "r" / "samples" / "step-3_00.png").tobytes()
@@ -92,7 +101,10 @@ def test_an_adapter_of_another_base_is_refused(cli, tiny_model: Path, dogs: Path
 
     from safetensors.torch import load_file, save_file
 
-    assert cli("train-sd", "--images", dogs, "--model", tiny_model, "--steps", 1, "--output", tmp_path / "r", *SMALL)[0] == 0
+    assert (
+        cli("train-sd", "--images", dogs, "--model", tiny_model, "--steps", 1, "--output", tmp_path / "r", *SMALL)[0]
+        == 0
+    )
     tuned = tmp_path / "tuned"
     shutil.copytree(tiny_model, tuned)
     weights = tuned / "unet" / "diffusion_pytorch_model.safetensors"

@@ -2,6 +2,7 @@
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from visionlora.errors import AdapterFileError
 from visionlora.formats import native
 from visionlora.lora.adapter import Adapter, AdapterModule

@@ -11,7 +11,8 @@ DOGS = Path(__file__).parents[2] / "assets" / "dog"
 
 def test_the_grid_of_a_short_run_looks_as_it_did(cli, tmp_path: Path, regenerate_golden: bool) -> None:
     code, _, err = cli("train-sd", "--images", DOGS, "--config", "emoji64_dog", "--steps", 12, "sample_steps=8",
-                       "sample_columns=1", "batch_size=4", "--output", tmp_path / "run", "--model", "emoji-64")  # fmt: skip
+                       "sample_columns=1", "batch_size=4", "--output", tmp_path / "run",
+                       "--model", "emoji-64")  # fmt: skip
     assert code == 0, err
     drawn = Image.open(tmp_path / "run" / "grid.png").convert("RGB")
     if regenerate_golden:

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+
 from visionlora.lora.config import AdapterConfig
 from visionlora.lora.inject import Handle, inject
 
@@ -34,7 +35,9 @@ def layer(kind: str) -> tuple[nn.Module, torch.Tensor]:
     return nn.Conv2d(6, 8, 3, **options), torch.randn(2, 6, 9, 9)
 
 
-def adapted(kind: str, dtype: torch.dtype = torch.float32, trained: bool = True) -> tuple[nn.Module, Handle, torch.Tensor]:
+def adapted(
+    kind: str, dtype: torch.dtype = torch.float32, trained: bool = True
+) -> tuple[nn.Module, Handle, torch.Tensor]:
     """A model of one layer with an adapter on it, and an input."""
     torch.manual_seed(1)
     base, x = layer(kind)
@@ -66,7 +69,7 @@ def test_injection_is_the_identity_bit_for_bit(kind: str, dtype: torch.dtype) ->
 def test_scale_zero_is_the_base_bit_for_bit(kind: str, dtype: torch.dtype) -> None:
     model, handle, x = adapted(kind, dtype)
     plain = copy.deepcopy(model)
-    for m in (handle, ):
+    for m in (handle,):
         m.set_scale(0.0)
     inner = nn.Sequential(layer(kind)[0]).to(dtype)
     inner.load_state_dict(bits(plain))

@@ -8,7 +8,8 @@ import visionlora
 
 def test_help_imports_no_torch() -> None:
     code = "import sys; sys.argv = ['visionlora', '--help']\nfrom visionlora.cli.main import main\n"
-    code += "try:\n    main()\nexcept SystemExit:\n    pass\nprint(sorted(set(sys.modules) & {'torch', 'diffusers', 'PIL'}))"
+    code += "try:\n    main()\nexcept SystemExit:\n    pass\n"
+    code += "print(sorted(set(sys.modules) & {'torch', 'diffusers', 'PIL'}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "[]"
     assert "train-sd" in done.stdout

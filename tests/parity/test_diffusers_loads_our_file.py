@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from visionlora.formats import native
 from visionlora.loaders import apply, load_adapter
 from visionlora.lora.adapter import Adapter
@@ -23,7 +24,9 @@ def random_adapter(model: Path, mixed: bool) -> Adapter:
     base = open_base(str(model))
     modules = {}
     for targets, rank, alpha in (("attn", 4, 3.0), ("mlp", 2, 10.0)) if mixed else (("attn,mlp,conv", 4, 9.0),):
-        handle = inject(base.pipe.unet, AdapterConfig(rank=rank, alpha=alpha, targets=targets), name=targets.replace(",", "_"))
+        handle = inject(
+            base.pipe.unet, AdapterConfig(rank=rank, alpha=alpha, targets=targets), name=targets.replace(",", "_")
+        )
         for lora in handle.loras().values():
             lora.lora_B.data.normal_(std=0.2)
         modules |= handle.modules("unet")

@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+
 from visionlora.lora.config import AdapterConfig
 from visionlora.lora.inject import inject
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+
 from visionlora.config import TrainSDConfig, build, parse_words, read_yaml, recipe_names, to_yaml
 from visionlora.errors import ConfigError
 
@@ -92,7 +93,9 @@ def test_broken_files_are_refused(tmp_path: Path, text: str, words: str) -> None
 
 
 def test_an_unknown_recipe_names_the_nearest() -> None:
-    with pytest.raises(ConfigError, match="There is no config file or recipe 'emoji_dog'. Did you mean 'emoji64_dog'"):
+    with pytest.raises(
+        ConfigError, match=r"There is no config file or recipe 'emoji_dog'\. Did you mean 'emoji64_dog'"
+    ):
         read_yaml("emoji_dog")
 
 

@@ -1,6 +1,7 @@
 """The public names are there, sorted, and load on first use."""
 
 import pytest
+
 import visionlora
 
 

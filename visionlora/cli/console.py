@@ -9,6 +9,8 @@ from typing import NoReturn
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from visionlora.report.listener import Listener
+
 SECONDS_BETWEEN_LINES = 10.0
 """Without a terminal a stage prints at most one line in this time, and its last."""
 
@@ -19,7 +21,7 @@ def fail(message: str, code: int) -> NoReturn:
     sys.exit(code)
 
 
-class ConsoleListener:
+class ConsoleListener(Listener):
     """Draws what a pipeline reports; use as a context manager."""
 
     def __init__(self) -> None:

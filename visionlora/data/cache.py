@@ -39,7 +39,8 @@ class TensorCache:
     def get(self, key: str) -> dict[str, Tensor] | None:
         """The entry, or None when there is none or it is broken (a broken entry is computed again)."""
         try:
-            return load_file(self.folder / f"{key}.safetensors")
+            entry: dict[str, Tensor] = load_file(self.folder / f"{key}.safetensors")
+            return entry
         except (FileNotFoundError, SafetensorError, OSError):
             return None
 

@@ -26,9 +26,23 @@ TEXT_KEYS = ("text", "caption", "prompt")
 
 # Text files that lie beside pictures without being anyone's caption.
 _NOT_CAPTIONS = frozenset(
-    ("attribution", "changelog", "classes", "copying", "credits", "labels", "licence", "license", "notice", "origin",
-     "prompt", "prompts", "readme", "requirements")
-)  # fmt: skip
+    (
+        "attribution",
+        "changelog",
+        "classes",
+        "copying",
+        "credits",
+        "labels",
+        "licence",
+        "license",
+        "notice",
+        "origin",
+        "prompt",
+        "prompts",
+        "readme",
+        "requirements",
+    )
+)
 
 
 @dataclass(frozen=True)

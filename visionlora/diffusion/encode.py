@@ -47,14 +47,19 @@ class Encoded:
 def encode_text(base: BaseModel, captions: Sequence[str]) -> Tensor:
     """Last hidden states, (captions, tokens, width), as `StableDiffusionPipeline` computes them."""
     tokenizer, encoder = base.pipe.tokenizer, base.pipe.text_encoder
-    ids = tokenizer(list(captions), padding="max_length", truncation=True,
-                    max_length=tokenizer.model_max_length, return_tensors="pt").input_ids  # fmt: skip
+    ids = tokenizer(
+        list(captions),
+        padding="max_length",
+        truncation=True,
+        max_length=tokenizer.model_max_length,
+        return_tensors="pt",
+    ).input_ids
     with torch.no_grad():
         states: Tensor = encoder(ids.to(encoder.device))[0]
     return states.cpu()
 
 
-def encode_pictures(base: BaseModel, pictures: np.ndarray) -> tuple[Tensor, Tensor]:  # type: ignore[type-arg]
+def encode_pictures(base: BaseModel, pictures: np.ndarray) -> tuple[Tensor, Tensor]:
     """uint8 (b, h, w, 3) -> mean and standard deviation of the latents, raw, (b, c, h/f, w/f) in fp32.
 
     Raises:
@@ -117,7 +122,8 @@ def encode_dataset(
     by_caption = {c: entry["text"].float() for c, entry in zip(captions, texts, strict=True)}
 
     def stacked(name: str) -> Tensor:
-        return torch.stack([entry[name] for entry in latents]).unflatten(0, (len(items), len(variants)))
+        stack = torch.stack([entry[name] for entry in latents])
+        return stack.view(len(items), len(variants), *stack.shape[1:])
 
     return Encoded(
         mean=stacked("mean"),

@@ -51,7 +51,13 @@ def denoising_losses(
 
 @torch.no_grad()
 def fixed_losses(
-    unet: Any, noise_scheduler: Any, latents: Tensor, text: Tensor, timesteps: tuple[int, ...], seed: int, batch: int = 32
+    unet: Any,
+    noise_scheduler: Any,
+    latents: Tensor,
+    text: Tensor,
+    timesteps: tuple[int, ...],
+    seed: int,
+    batch: int = 32,
 ) -> Tensor:
     """Losses at fixed timesteps and fixed noise, (pictures, timesteps): comparable between runs and adapters."""
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed)).to(latents)

@@ -71,7 +71,10 @@ def to_bytes(adapter: Adapter, extra: Mapping[str, str]) -> bytes:
     }
     # The hash covers the tensors alone, so it can be written into the header afterwards.
     digest = tensor_hash(save_tensors(tensors, metadata))
-    return save_tensors(tensors, {**metadata, "sshs_model_hash": digest, "modelspec.hash_sha256": "0x" + digest})
+    whole: bytes = save_tensors(
+        tensors, {**metadata, "sshs_model_hash": digest, "modelspec.hash_sha256": "0x" + digest}
+    )
+    return whole
 
 
 def write(adapter: Adapter, path: Path, extra: Mapping[str, str] | None = None) -> None:
@@ -82,7 +85,7 @@ def write(adapter: Adapter, path: Path, extra: Mapping[str, str] | None = None) 
         file.write(to_bytes(adapter, extra or {}))
         file.flush()
         os.fsync(file.fileno())
-    os.replace(partial, path)
+    partial.replace(path)
 
 
 def read(path: Path) -> Adapter:
@@ -102,17 +105,23 @@ def read(path: Path) -> Adapter:
     except Exception as e:  # safetensors raises its own, undocumented kinds on broken bytes
         raise AdapterFileError(f"{path} is not a whole safetensors file ({e}). Copy or download it again.") from None
     if "visionlora" not in metadata:
-        raise AdapterFileError(f"{path} was not written by visionlora: its header has no `visionlora` entry. Only "
-                               "visionlora's own adapter files are read so far.")  # fmt: skip
+        raise AdapterFileError(
+            f"{path} was not written by visionlora: its header has no `visionlora` entry. Only "
+            "visionlora's own adapter files are read so far."
+        )
     try:
         info = dict(json.loads(metadata["visionlora"]))
         version, listed = int(info.get("format_version", 0)), info.pop("modules", {})
         alphas = {str(name): float(entry["alpha"]) for name, entry in dict(listed).items()}
     except (ValueError, TypeError, KeyError, AttributeError) as e:
-        raise AdapterFileError(f"{path} has a broken header ({type(e).__name__}: {e}). Copy or download it again.") from None
+        raise AdapterFileError(
+            f"{path} has a broken header ({type(e).__name__}: {e}). Copy or download it again."
+        ) from None
     if version > FORMAT_VERSION:
-        raise AdapterFileError(f"{path} has format version {version}, newer than this visionlora reads "
-                               f"({FORMAT_VERSION}): update visionlora.")  # fmt: skip
+        raise AdapterFileError(
+            f"{path} has format version {version}, newer than this visionlora reads "
+            f"({FORMAT_VERSION}): update visionlora."
+        )
     modules = {}
     for name, alpha in alphas.items():
         try:
@@ -120,14 +129,18 @@ def read(path: Path) -> Adapter:
         except KeyError as e:
             raise AdapterFileError(f"{path} lacks the tensor {e.args[0]!r} that its header lists.") from None
         if down.dim() < 2 or up.dim() != down.dim() or up.shape[1] != down.shape[0] or not down.shape[0]:
-            raise AdapterFileError(f"{path} has factors of shapes {tuple(down.shape)} and {tuple(up.shape)} in {name!r}, "
-                                   "which cannot be multiplied.")  # fmt: skip
+            raise AdapterFileError(
+                f"{path} has factors of shapes {tuple(down.shape)} and {tuple(up.shape)} in {name!r}, "
+                "which cannot be multiplied."
+            )
         if not (math.isfinite(alpha) and torch.isfinite(down).all() and torch.isfinite(up).all()):
             raise AdapterFileError(f"{path} has NaN or infinite values in {name!r}: its training diverged.")
         modules[name] = AdapterModule(down, up, alpha)
     if tensors:
-        raise AdapterFileError(f"{path} has {len(tensors)} tensors that its header does not list, the first "
-                               f"{sorted(tensors)[0]!r}: the file was changed by another tool.")  # fmt: skip
+        raise AdapterFileError(
+            f"{path} has {len(tensors)} tensors that its header does not list, the first "
+            f"{sorted(tensors)[0]!r}: the file was changed by another tool."
+        )
     return Adapter(modules, info)
 
 

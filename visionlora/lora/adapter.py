@@ -13,7 +13,7 @@ from visionlora.lora.functional import delta_weight
 
 @dataclass(frozen=True)
 class AdapterModule:
-    """Factors of one layer. Linear: lora_A (r, i), lora_B (o, r); convolution: lora_A (r, i, *k), lora_B (o, r, 1, 1)."""
+    """Factors of one layer: lora_A (r, i), lora_B (o, r); for a convolution lora_A (r, i, *k), lora_B (o, r, 1, 1)."""
 
     lora_A: Tensor
     lora_B: Tensor

@@ -1,8 +1,8 @@
 """Puts adapters on a model and takes them off again: nothing is renamed and the base comes back bit for bit.
 
-    handle = inject(unet, AdapterConfig(rank=8, targets="attn"))
-    optimizer = AdamW(handle.parameters())
-    handle.merge(); handle.unmerge(); handle.eject()
+handle = inject(unet, AdapterConfig(rank=8, targets="attn"))
+optimizer = AdamW(handle.parameters())
+handle.merge(); handle.unmerge(); handle.eject()
 """
 
 from __future__ import annotations
@@ -81,8 +81,10 @@ class Handle:
             weight = cast(Tensor, self.layers[name].weight)
             merged[name] = (weight.float() + lora.delta_weight()).to(weight.dtype)
             if not torch.isfinite(merged[name]).all():
-                raise ConfigError(f"Merging adapter {self.name!r} gives NaN or infinite weights in {name!r}; nothing was "
-                                  "changed. Its training diverged, or its scale is too large.")  # fmt: skip
+                raise ConfigError(
+                    f"Merging adapter {self.name!r} gives NaN or infinite weights in {name!r}; nothing was "
+                    "changed. Its training diverged, or its scale is too large."
+                )
         for name, weight in merged.items():
             layer = self.layers[name]
             self._originals[name] = cast(Tensor, layer.weight).detach().clone()
@@ -159,12 +161,16 @@ def attach(model: nn.Module, adapter: Adapter, component: str, name: str = "defa
     for path, m in modules.items():
         if path not in available or not hasattr(available[path], "weight"):
             names = [n for n, module in available.items() if hasattr(module, "weight")]
-            raise TargetError(f"The adapter has a layer {component}.{path}, which {type(model).__name__} has not: it was "
-                              f"made for another base model. {nearest(path, names) if len(names) < 1000 else ''}")  # fmt: skip
+            raise TargetError(
+                f"The adapter has a layer {component}.{path}, which {type(model).__name__} has not: it was "
+                f"made for another base model. {nearest(path, names) if len(names) < 1000 else ''}"
+            )
         wanted, given = tuple(available[path].weight.shape), (m.lora_B.shape[0], *m.lora_A.shape[1:])
         if wanted != given:
-            raise TargetError(f"The adapter's ΔW for {component}.{path} has shape {given}, the base weight {wanted}: it was "
-                              "made for another base model.")  # fmt: skip
+            raise TargetError(
+                f"The adapter's ΔW for {component}.{path} has shape {given}, the base weight {wanted}: it was "
+                "made for another base model."
+            )
     layers = {}
     for path, m in modules.items():
         weight = cast(Tensor, available[path].weight)
@@ -180,5 +186,7 @@ def check_name(model: nn.Module, name: str) -> None:
     """Raises ConfigError when some layer of `model` already carries an adapter called `name`."""
     taken = {n for m in model.modules() if isinstance(m, AdaptedLayer) for n in m.adapters}
     if name in taken:
-        raise ConfigError(f"An adapter named {name!r} is on this model already (there: {', '.join(sorted(taken))}). "
-                          "Eject it first or choose another name.")  # fmt: skip
+        raise ConfigError(
+            f"An adapter named {name!r} is on this model already (there: {', '.join(sorted(taken))}). "
+            "Eject it first or choose another name."
+        )

@@ -8,7 +8,6 @@ Letters in shapes: b batch, n tokens, i in, o out, r rank, *s spatial sizes.
 from __future__ import annotations
 
 import math
-from functools import cache
 from typing import Any, cast
 
 import torch
@@ -51,7 +50,7 @@ class LoRA(nn.Module):
 
     @property
     def scaling(self) -> float:
-        """scale · alpha / rank."""
+        """Scale · alpha / rank."""
         return self.scale * self.alpha / self.rank
 
     def delta_weight(self) -> Tensor:
@@ -59,7 +58,7 @@ class LoRA(nn.Module):
         return delta_weight(self.lora_A.detach(), self.lora_B.detach(), self.scaling)
 
     def add_to(self, out: Tensor, x: Tensor, base: nn.Module) -> Tensor:
-        """`out` + ΔW applied to `x`, in the dtype of `out`: (b, n, o) for linear layers, (b, o, *s) for convolutions."""
+        """`out` + ΔW applied to `x`, in the dtype of `out`: (b, n, o), or (b, o, *s) for a convolution."""
         x = F.dropout(x, self.dropout, self.training)
         lora_A, lora_B = self.lora_A.to(out.dtype), self.lora_B.to(out.dtype)
         x = x.to(out.dtype)
@@ -89,10 +88,15 @@ class AdaptedLayer(nn.Module):
         return out
 
 
-@cache
+ADAPTED_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
+
+
 def adapted_class(base: type[nn.Module]) -> type[nn.Module]:
     """The subclass of `base` that runs adapters; one per class, so that compiled code is shared."""
-    return type(f"Adapted{base.__name__}", (AdaptedLayer, base), {"__module__": base.__module__, "base_class": base})
+    if base not in ADAPTED_CLASSES:
+        body = {"__module__": base.__module__, "base_class": base}
+        ADAPTED_CLASSES[base] = type(f"Adapted{base.__name__}", (AdaptedLayer, base), body)
+    return ADAPTED_CLASSES[base]
 
 
 def adapt(module: nn.Module, name: str, adapter: LoRA) -> None:

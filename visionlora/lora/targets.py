@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from visionlora.errors import TargetError, nearest
 
@@ -104,13 +105,17 @@ def resolve(model: nn.Module, targets: tuple[str, ...], rank: int) -> Resolution
             hits.append(Hit(name, module, found[0]))
     for target in targets:
         if target not in reached:
-            raise TargetError(f"Target {target!r} reaches no layer of {type(model).__name__}. "
-                              f"{nearest(target, known_words(model))}")  # fmt: skip
+            raise TargetError(
+                f"Target {target!r} reaches no layer of {type(model).__name__}. {nearest(target, known_words(model))}"
+            )
     if not hits:
-        raise TargetError(f"Targets {', '.join(targets)} reach no layer that can be adapted: " + "; ".join(
-            f"{name} ({why})" for name, why in skipped[:5]))  # fmt: skip
+        raise TargetError(
+            f"Targets {', '.join(targets)} reach no layer that can be adapted: "
+            + "; ".join(f"{name} ({why})" for name, why in skipped[:5])
+        )
     for hit in hits:
-        smaller = min(hit.module.weight.shape[0], hit.module.weight[0].numel())  # type: ignore[union-attr,index]
+        weight = cast(Tensor, hit.module.weight)
+        smaller = min(weight.shape[0], weight[0].numel())
         if rank > smaller:
             raise TargetError(
                 f"Rank {rank} is larger than layer {hit.name!r} ({smaller} at its smaller side): "

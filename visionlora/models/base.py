@@ -69,8 +69,10 @@ class BaseModel:
         """Raises ModelError when pictures of `size` px do not fit the model's grid."""
         if size < self.multiple or size % self.multiple:
             low = max(self.multiple, size // self.multiple * self.multiple)
-            raise ModelError(f"A resolution of {size} px does not fit {self.id}: it must be a multiple of {self.multiple}. "
-                             f"Use {low} or {low + self.multiple} (native: {self.resolution}).")  # fmt: skip
+            raise ModelError(
+                f"A resolution of {size} px does not fit {self.id}: it must be a multiple of {self.multiple}. "
+                f"Use {low} or {low + self.multiple} (native: {self.resolution})."
+            )
 
 
 @contextlib.contextmanager
@@ -109,7 +111,9 @@ def open_base(model: str = "auto", dtype: torch.dtype = torch.float32) -> BaseMo
     if chosen == EMBEDDED:
         with embedded_folder() as folder:
             if not (folder / "model_index.json").is_file():
-                raise ModelError(f"The embedded model is missing at {folder}. Build it with `make assets`, or pass --model.")
+                raise ModelError(
+                    f"The embedded model is missing at {folder}. Build it with `make assets`, or pass --model."
+                )
             return _opened(EMBEDDED, str(folder), why, load_folder(str(folder), dtype))
     path = Path(chosen).expanduser()
     if path.is_file():
@@ -118,14 +122,18 @@ def open_base(model: str = "auto", dtype: torch.dtype = torch.float32) -> BaseMo
         return _opened(str(path), str(path), why, load_single_file(path, dtype))
     if path.is_dir():
         if not (path / "model_index.json").is_file():
-            raise ModelError(f"{path} is not a diffusers model: it has no model_index.json. "
-                             "Name the folder that holds model_index.json, unet, vae and text_encoder.")  # fmt: skip
+            raise ModelError(
+                f"{path} is not a diffusers model: it has no model_index.json. "
+                "Name the folder that holds model_index.json, unet, vae and text_encoder."
+            )
         return _opened(str(path), str(path.resolve()), why, load_folder(str(path), dtype))
     if chosen.count("/") == 1 and not chosen.startswith((".", "/", "~")):
         return _opened(chosen, chosen, why, load_folder(chosen, dtype))
     siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-    raise ModelError(f"There is no model at {chosen}. {nearest(path.name, [*siblings, EMBEDDED])} Give a diffusers folder, "
-                     f"a .safetensors checkpoint, a Hub id such as {DEFAULT_ON_GPU}, or {EMBEDDED}.")  # fmt: skip
+    raise ModelError(
+        f"There is no model at {chosen}. {nearest(path.name, [*siblings, EMBEDDED])} Give a diffusers folder, "
+        f"a .safetensors checkpoint, a Hub id such as {DEFAULT_ON_GPU}, or {EMBEDDED}."
+    )
 
 
 def load_folder(source: str, dtype: torch.dtype) -> Any:
@@ -140,8 +148,9 @@ def load_folder(source: str, dtype: torch.dtype) -> Any:
             return pipe.to(dtype)
     except Exception as e:  # the Hub client and diffusers raise many kinds; the user needs one sentence
         text = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-        raise ModelError(f"The model {source} cannot be opened: {text} Check the name and the connection, or use "
-                         f"--model {EMBEDDED}.") from None  # fmt: skip
+        raise ModelError(
+            f"The model {source} cannot be opened: {text} Check the name and the connection, or use --model {EMBEDDED}."
+        ) from None
 
 
 def load_single_file(path: Path, dtype: torch.dtype) -> Any:
@@ -178,8 +187,10 @@ def _opened(id: str, source: str, why: str, pipe: Any) -> BaseModel:
     if getattr(pipe, "text_encoder_2", None) is not None:
         raise ModelError(f"{id} has two text encoders (SDXL). train-sd handles Stable Diffusion 1.x and 2.x so far.")
     if pipe.unet.config.in_channels != pipe.vae.config.latent_channels:
-        raise ModelError(f"{id} is an inpainting or depth model: its UNet takes {pipe.unet.config.in_channels} channels "
-                         f"where text-to-image takes {pipe.vae.config.latent_channels}. Use the base model it came from.")  # fmt: skip
+        raise ModelError(
+            f"{id} is an inpainting or depth model: its UNet takes {pipe.unet.config.in_channels} channels "
+            f"where text-to-image takes {pipe.vae.config.latent_channels}. Use the base model it came from."
+        )
     pipe.set_progress_bar_config(disable=True)
     for part in (pipe.unet, pipe.vae, pipe.text_encoder):
         part.requires_grad_(False).eval()

@@ -27,7 +27,7 @@ def architecture_fingerprint(module: nn.Module) -> str:
 
 @torch.no_grad()
 def weights_fingerprint(module: nn.Module) -> str:
-    """16 hex digits over a few values of each parameter, read as fp16: the fp32 and the fp16 file of one model agree."""
+    """16 hex digits over a few values of each parameter, read as fp16: a model's fp32 and fp16 files agree."""
     digest = hashlib.sha256()
     for name, p in base_tensors(module):
         index = torch.linspace(0, p.numel() - 1, SAMPLES, dtype=torch.float64).long().to(p.device)

@@ -53,7 +53,7 @@ class Task(Protocol):
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
-    """accelerate's word for a precision; `auto` is bf16 (or fp16) on a GPU and fp32 on a CPU.
+    """Accelerate's word for a precision; `auto` is bf16 (or fp16) on a GPU and fp32 on a CPU.
 
     Raises:
         ConfigError: for fp16 on a CPU, where it has no fast kernels and its gradients underflow.
@@ -63,7 +63,9 @@ def resolve_precision(precision: str, device: torch.device) -> str:
             return "no"
         return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
     if precision == "fp16" and device.type == "cpu":
-        raise ConfigError("precision is 'fp16', but training runs on the CPU, which needs fp32 or bf16: --precision bf16.")
+        raise ConfigError(
+            "precision is 'fp16', but training runs on the CPU, which needs fp32 or bf16: --precision bf16."
+        )
     return {"fp32": "no"}.get(precision, precision)
 
 
@@ -110,14 +112,18 @@ def train(
             last_share = share == shares - 1
             with accelerator.no_sync(model) if not last_share else accelerator.autocast():
                 with accelerator.autocast():
-                    losses = task.losses(model, index, generator_at(config.seed, images_seen), slice(first, first + micro))
+                    losses = task.losses(
+                        model, index, generator_at(config.seed, images_seen), slice(first, first + micro)
+                    )
                 loss = losses.mean() / shares
                 accelerator.backward(loss)
             total += loss.detach().float()
         mean = float(accelerator.reduce(total, "mean"))
         if not math.isfinite(mean):
-            raise TrainingError(f"The loss became {mean} at step {step + 1}. The usual causes: a learning rate that is too "
-                                f"high (now {config.learning_rate:g}; try a third of it) or fp16 (try --precision bf16).")  # fmt: skip
+            raise TrainingError(
+                f"The loss became {mean} at step {step + 1}. The usual causes: a learning rate that is too "
+                f"high (now {config.learning_rate:g}; try a third of it) or fp16 (try --precision bf16)."
+            )
         norm = accelerator.clip_grad_norm_(trained, config.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()

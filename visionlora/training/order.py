@@ -16,7 +16,7 @@ def generator_at(seed: int, images_seen: int, purpose: str = "noise") -> torch.G
     >>> bool((torch.randn(3, generator=a) == torch.randn(3, generator=b)).all())
     True
     """
-    mixed = (seed * 0x9E3779B97F4A7C15 + images_seen * 0xBF58476D1CE4E5B9 + sum(purpose.encode()) * 0x94D049BB133111EB)
+    mixed = seed * 0x9E3779B97F4A7C15 + images_seen * 0xBF58476D1CE4E5B9 + sum(purpose.encode()) * 0x94D049BB133111EB
     return torch.Generator().manual_seed(mixed % 2**63)
 
 

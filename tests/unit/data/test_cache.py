@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+
 from visionlora.data.cache import TensorCache, default_cache_folder, key_of
 
 

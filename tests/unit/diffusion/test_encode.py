@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+
 from visionlora.data.cache import TensorCache
 from visionlora.data.folder import read_image_folder
 from visionlora.diffusion.encode import encode_dataset, encode_text

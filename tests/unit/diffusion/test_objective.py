@@ -3,6 +3,7 @@
 import pytest
 import torch
 from diffusers import DDPMScheduler
+
 from visionlora.diffusion.objective import denoising_losses, fixed_losses, target_of
 from visionlora.errors import ModelError
 

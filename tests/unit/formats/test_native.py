@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+
 from visionlora.errors import AdapterFileError
 from visionlora.formats import native
 from visionlora.lora.adapter import Adapter, AdapterModule
@@ -105,7 +106,7 @@ def test_refusals(tmp_path: Path, change, words: str) -> None:
 
 def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
     native.write(adapter(), tmp_path / "a.safetensors")
-    with pytest.raises(AdapterFileError, match="It is a folder with a.safetensors: name the file"):
+    with pytest.raises(AdapterFileError, match=r"It is a folder with a\.safetensors: name the file"):
         native.read(tmp_path)
     with pytest.raises(AdapterFileError, match="There is no adapter file at"):
         native.read(tmp_path / "b.safetensors")

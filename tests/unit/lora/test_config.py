@@ -1,6 +1,7 @@
 """The adapter's settings are checked at construction, all together."""
 
 import pytest
+
 from visionlora.errors import ConfigError
 from visionlora.lora.config import AdapterConfig
 

@@ -1,6 +1,7 @@
 """ΔW from factors, for linear layers and convolutions."""
 
 import torch
+
 from visionlora.lora.functional import delta_weight, stack_factors
 
 

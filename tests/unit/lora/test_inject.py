@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+
 from visionlora.errors import ConfigError, TargetError
 from visionlora.lora.adapter import Adapter, AdapterModule
 from visionlora.lora.config import AdapterConfig
@@ -119,7 +120,10 @@ def test_attach_applies_a_finished_adapter() -> None:
 @pytest.mark.parametrize(
     ("adapter", "words"),
     [
-        (Adapter({"net.7": factors(6, 8)}), "has a layer net.7, which Sequential has not: it was made for another base"),
+        (
+            Adapter({"net.7": factors(6, 8)}),
+            "has a layer net.7, which Sequential has not: it was made for another base",
+        ),
         (Adapter({"net.0": factors(5, 8)}), "net.0 has shape (8, 5), the base weight (8, 6)"),
     ],
 )

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+
 from visionlora.errors import TargetError
 from visionlora.lora.targets import GROUPS, ROLES, matches, resolve
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from visionlora.errors import ModelError
 from visionlora.lora.config import AdapterConfig
 from visionlora.lora.inject import inject

@@ -1,9 +1,12 @@
 """The loop on a problem small enough to check by hand."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+
 from visionlora.errors import ConfigError, TrainingError
 from visionlora.training.loop import LoopConfig, Progress, rate_at, resolve_precision, train
 
@@ -56,7 +59,7 @@ def test_warm_up_then_cosine_to_zero() -> None:
     rates = [rate_at(i, replace(CONFIG, steps=100, warmup_steps=10)) for i in range(100)]
     assert rates[:10] == pytest.approx([0.01 * (i + 1) for i in range(10)])
     assert max(rates) == pytest.approx(0.1)
-    assert all(a > b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert all(a > b for a, b in pairwise(rates[10:]))
     assert rates[-1] < 1e-4
 
 

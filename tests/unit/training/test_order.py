@@ -3,6 +3,7 @@
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from visionlora.training.order import generator_at, indices_at
 
 

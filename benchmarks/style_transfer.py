@@ -1,0 +1,184 @@
+"""Does an adapter learn a style, and carry it to concepts it never saw in that style?
+
+    python benchmarks/style_transfer.py                 train the three adapters and measure them
+    python benchmarks/style_transfer.py --committed     measure the adapters under assets/adapters
+    python benchmarks/style_transfer.py --save          also store the trained adapters there
+
+Each adapter is trained by train-sd with the recipe `emoji64_style` on the training split of one style. On the held-out
+concepts (a) the denoising loss at fixed timesteps and noise, base against adapter; (b) the style that a classifier sees
+in pictures of them, at scale 0, 0.5 and 1 - it was trained on real pictures of the training split alone and its
+accuracy on real held-out pictures is printed; (c) whether the concept is kept: the nearest real picture of that style.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from record import record
+from torch import Tensor, nn
+from visionlora.assets.build_emoji64 import STYLES, read_split, to_tensor
+from visionlora.assets.build_pictures import thumbnail
+from visionlora.pipelines.train_sd import train_sd
+
+from visionlora.config import TrainSDConfig, build, read_yaml
+from visionlora.data.folder import read_image_folder
+from visionlora.diffusion.encode import encode_dataset
+from visionlora.diffusion.objective import fixed_losses
+from visionlora.diffusion.sampling import SamplingConfig, draw
+from visionlora.loaders import apply, load_adapter
+from visionlora.models.base import open_base
+from visionlora.report.grid import draw_grid
+
+ASSETS = Path(__file__).parents[1] / "assets"
+LEARNED = ("fluent-emoji-flat", "fluent-emoji-high-contrast", "fxemoji")
+SCALES = (0.0, 0.5, 1.0)
+TIMESTEPS = (100, 300, 500, 700, 900)
+
+
+class StyleClassifier(nn.Sequential):
+    """A small CNN: (b, 3, 64, 64) in -1..1 -> (b, styles)."""
+
+    def __init__(self) -> None:
+        layers: list[nn.Module] = []
+        for i, o in ((3, 24), (24, 48), (48, 96), (96, 128)):
+            layers += [nn.Conv2d(i, o, 3, padding=1, bias=False), nn.BatchNorm2d(o), nn.ReLU(), nn.MaxPool2d(2)]
+        super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.2), nn.Linear(128, len(STYLES)))
+
+
+def pictures_of(split: str) -> tuple[Tensor, Tensor]:
+    """Real pictures of all styles and their style's position in STYLES."""
+    parts = [to_tensor(read_split(style, split)[0]) for style in STYLES]
+    return torch.cat(parts), torch.cat([torch.full((len(p),), i) for i, p in enumerate(parts)])
+
+
+def train_classifier(epochs: int = 12) -> tuple[StyleClassifier, float]:
+    """Trained on real pictures; returns it and its accuracy on real held-out pictures."""
+    torch.manual_seed(0)
+    model, (x, y) = StyleClassifier(), pictures_of("train")
+    weight = len(y) / torch.bincount(y).float()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=epochs * (len(x) // 64))
+    for _ in range(epochs):
+        for index in torch.randperm(len(x))[: len(x) // 64 * 64].split(64):
+            batch = x[index]
+            batch = torch.where(torch.rand(64, 1, 1, 1) < 0.5, batch.flip(-1), batch)
+            dx, dy = torch.randint(-4, 5, (2,)).tolist()
+            batch = torch.roll(batch, (dx, dy), (2, 3))
+            # The VAE softens every generated picture; a classifier that reads sharpness would tell real from drawn.
+            if torch.rand(()) < 0.5:
+                batch = F.avg_pool2d(F.pad(batch, (1, 1, 1, 1), "replicate"), 3, 1)
+            loss = F.cross_entropy(model(batch + 0.05 * torch.randn_like(batch)), y[index], weight=weight)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    x, y = pictures_of("heldout")
+    return model.eval(), float((predict(model, x) == y).float().mean())
+
+
+@torch.no_grad()
+def predict(model: StyleClassifier, x: Tensor) -> Tensor:
+    """Positions in STYLES."""
+    return torch.cat([model.eval()(part).argmax(1) for part in x.split(128)])
+
+
+def measure(
+    style: str, adapter: Path, classifier: StyleClassifier, cells: int = 8
+) -> tuple[dict[str, object], Image.Image]:
+    """All numbers of one adapter, and a grid of held-out concepts: base, half, full, and the real picture."""
+    base = open_base("emoji-64")
+    folder = read_image_folder(ASSETS / "styles" / style / "heldout")
+    data = encode_dataset(base, folder.items, base.resolution)
+    latents = data.mean[:, 0] * data.scaling_factor
+    captions = [item.caption for item in folder.items]
+    real = [read_split(style, split) for split in ("train", "heldout")]
+    real_captions = [c for _, part in real for c in part]
+    real_features = np.stack([thumbnail(Image.fromarray(p)) for part, _ in real for p in part])
+
+    def loss() -> Tensor:
+        return fixed_losses(base.pipe.unet, base.pipe.scheduler, latents, data.text, TIMESTEPS, seed=0)
+
+    before = loss()
+    (handle,) = apply(base, load_adapter(adapter))
+    after = loss()
+    result: dict[str, object] = {
+        "held_out_pictures": len(captions),
+        "loss_base": float(before.mean()),
+        "loss_adapter": float(after.mean()),
+        "loss_reduction": float(1 - after.mean() / before.mean()),
+        "loss_reduction_by_timestep": dict(
+            zip(map(str, TIMESTEPS), (1 - after.mean(0) / before.mean(0)).tolist(), strict=True)
+        ),
+    }
+    columns = []
+    for scale in SCALES:
+        handle.set_scale(scale)
+        drawn = draw(base, captions, base.resolution, SamplingConfig(20, 4.0, seed=0, batch_size=25))
+        columns.append(drawn)
+        seen = predict(classifier, to_tensor(np.stack([np.asarray(p) for p in drawn])))
+        order = np.argsort(-np.stack([thumbnail(p) for p in drawn]) @ real_features.T, axis=1)[:, :5]
+        found = np.array([[real_captions[j] == c for j in row] for row, c in zip(order, captions, strict=True)])
+        result[f"scale_{scale:g}"] = {
+            "seen_as_this_style": float((seen == STYLES.index(style)).float().mean()),
+            "seen_as": {s: float((seen == i).float().mean()) for i, s in enumerate(STYLES)},
+            "concept_top1": float(found[:, 0].mean()),
+            "concept_top5": float(found.any(1).mean()),
+        }
+    originals = [Image.open(item.path).convert("RGB") for item in folder.items]
+    shown = np.linspace(0, len(captions) - 1, cells).astype(int)
+    grid = draw_grid(
+        [[column[i] for i in shown] for column in (*columns, originals)],
+        ["base", "scale 0.5", "scale 1", "the style's own picture"], [captions[i] for i in shown],
+        title=f"{style}: concepts never seen in this style",
+    )  # fmt: skip
+    return result, grid
+
+
+def main() -> None:
+    """Trains, measures, prints, records."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--committed", action="store_true", help="measure assets/adapters instead of training")
+    parser.add_argument("--save", action="store_true", help="store the trained adapters under assets/adapters")
+    parser.add_argument("--styles", nargs="+", default=LEARNED, choices=LEARNED)
+    parser.add_argument("settings", nargs="*", help="key=value, on top of the recipe emoji64_style")
+    args = parser.parse_args()
+    classifier, accuracy = train_classifier()
+    print(f"style classifier: {accuracy:.1%} on real held-out pictures")
+    from visionlora.config import parse_words
+
+    results: dict[str, object] = {"classifier_accuracy": accuracy, "timesteps": TIMESTEPS}
+    with tempfile.TemporaryDirectory() as temporary:
+        for style in args.styles:
+            adapter = ASSETS / "adapters" / style / "adapter.safetensors"
+            if not args.committed:
+                images = str(ASSETS / "styles" / style / "train")
+                config = build(TrainSDConfig, read_yaml("emoji64_style"), parse_words(args.settings),
+                               {"images": images, "output": f"{temporary}/{style}"})  # fmt: skip
+                run = train_sd(config)
+                print(f"{style}: trained in {run.seconds:.0f} s")
+                if args.save:
+                    adapter.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(run.adapter, adapter)
+                else:
+                    adapter = run.adapter
+            result, grid = measure(style, adapter, classifier)
+            results[style] = result
+            print(f"{style}: held-out loss down by {result['loss_reduction']:.1%}")
+            for scale in SCALES:
+                print(f"  scale {scale:g}: {result[f'scale_{scale:g}']}")
+            folder = Path(__file__).parent / "results"
+            folder.mkdir(exist_ok=True)
+            grid.save(folder / f"style_transfer_{style}.png")
+    if set(args.styles) == set(LEARNED) and not args.settings:
+        print("recorded:", record("style_transfer", results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""The sample grid of a training run: the same prompts and seed, the adapter at different moments."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from PIL import Image
+
+from visionlora.diffusion.sampling import SamplingConfig, draw
+from visionlora.lora.inject import Handle
+from visionlora.models.base import BaseModel
+from visionlora.report.grid import draw_grid
+from visionlora.report.listener import Listener
+from visionlora.report.runfolder import RunFolder
+
+
+def sample_moments(steps: int, columns: int) -> list[int]:
+    """The steps after which samples are drawn: evenly spread, the last one at the end.
+
+    >>> sample_moments(300, 3)
+    [100, 200, 300]
+    """
+    columns = min(columns, steps)
+    return [round(steps * (i + 1) / columns) for i in range(columns)]
+
+
+@dataclass
+class SampleSheet:
+    """Collects the columns of the grid while a run goes on."""
+
+    base: BaseModel
+    handle: Handle
+    prompts: tuple[str, ...]
+    size: int
+    settings: SamplingConfig
+    run: RunFolder
+    tell: Listener
+    columns: list[tuple[str, list[Image.Image]]] = field(default_factory=list)
+
+    def draw_column(self, label: str, scale: float) -> None:
+        """One picture per prompt at the adapter's present state; also kept one by one under `samples/`."""
+        done = 0
+
+        def count(more: int) -> None:
+            nonlocal done
+            done += more
+            self.tell.progress(f"Drawing samples ({label})", done, len(self.prompts))
+
+        self.handle.set_scale(scale)
+        pictures = draw(self.base, self.prompts, self.size, self.settings, count)
+        self.handle.set_scale(1.0)
+        for i, picture in enumerate(pictures):
+            picture.save(self.run.samples / f"{label.replace(' ', '-')}_{i:02d}.png")
+        self.columns.append((label, pictures))
+
+    def grid(self, title: str) -> Image.Image:
+        """Rows: prompts; columns: base, then the adapter as it learned."""
+        cells = [[column[row] for _, column in self.columns] for row in range(len(self.prompts))]
+        s = self.settings
+        caption = f"seed {s.seed}, {s.steps} steps, guidance {s.guidance_scale:g}"
+        return draw_grid(cells, self.prompts, [label for label, _ in self.columns], title=title, caption=caption)
+
+    def last_samples(self) -> list[tuple[str, str]]:
+        """Pairs of prompt and picture path of the newest column, relative to the run folder."""
+        label = self.columns[-1][0].replace(" ", "-")
+        return [(prompt, f"samples/{label}_{i:02d}.png") for i, prompt in enumerate(self.prompts)]

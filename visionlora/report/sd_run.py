@@ -1,0 +1,175 @@
+"""What a train-sd run says about itself: in the adapter's header, for other tools, and in the run folder."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from visionlora import __version__
+from visionlora.config import TrainSDConfig
+from visionlora.data.folder import ImageFolder
+from visionlora.lora.config import AdapterConfig
+from visionlora.lora.inject import Handle
+from visionlora.models.base import EMBEDDED, BaseModel
+from visionlora.report.card import model_card
+from visionlora.report.curves import draw_curves
+from visionlora.report.runfolder import RunFolder
+from visionlora.report.samples import SampleSheet
+from visionlora.training.loop import Progress
+
+RECENT = 50
+"""Steps over which a loss is averaged before it is told."""
+
+
+def adapter_config(config: TrainSDConfig) -> AdapterConfig:
+    """The adapter's share of the run configuration."""
+    return AdapterConfig(rank=config.rank, alpha=config.alpha, targets=config.targets, dropout=config.dropout)
+
+
+def recent_loss(history: Sequence[Progress]) -> float:
+    """Mean loss over the last steps."""
+    last = history[-RECENT:]
+    return sum(p.loss for p in last) / max(1, len(last))
+
+
+def data_hash(folder: ImageFolder) -> str:
+    """SHA-256 over the content hashes and captions of the training pictures."""
+    lines = sorted(f"{item.sha256} {item.caption}" for item in folder.items)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def header(
+    config: TrainSDConfig, base: BaseModel, fingerprints: Mapping[str, Any], folder: ImageFolder, size: int, step: int
+) -> dict[str, Any]:
+    """What the adapter file says about itself."""
+    return {
+        "version": __version__,
+        "base": {"id": base.id, "fingerprints": dict(fingerprints)},
+        "method": "lora",
+        "config": adapter_config(config).to_dict(),
+        "trigger": trigger(folder),
+        "training": {
+            "steps": step,
+            "pictures": len(folder.items),
+            "resolution": size,
+            "batch": config.batch_size * config.gradient_accumulation,
+            "learning_rate": config.learning_rate,
+            "seed": config.seed,
+            "data_sha256": data_hash(folder),
+        },
+    }
+
+
+def trigger(folder: ImageFolder) -> str | None:
+    """The caption, when all pictures share one."""
+    captions = {item.caption for item in folder.items}
+    return captions.pop() if len(captions) == 1 else None
+
+
+def public_metadata(config: TrainSDConfig, base: BaseModel, folder: ImageFolder, size: int) -> dict[str, str]:
+    """`ss_*` and `modelspec.*` entries that A1111, ComfyUI and Civitai show (modelspec 1.0.1)."""
+    family = "stable-diffusion-v2-512" if base.pipe.unet.config.cross_attention_dim == 1024 else "stable-diffusion-v1"
+    adapter = adapter_config(config)
+    return {
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(adapter.rank),
+        "ss_network_alpha": str(adapter.effective_alpha),
+        "ss_base_model_version": "sd_v2" if "v2" in family else "sd_v1",
+        "ss_v2": str("v2" in family),
+        "ss_sd_model_name": base.id,
+        "ss_learning_rate": str(config.learning_rate),
+        "ss_steps": str(config.steps),
+        "ss_seed": str(config.seed),
+        "ss_num_train_images": str(len(folder.items)),
+        "ss_resolution": f"({size}, {size})",
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": f"{family}/lora",
+        "modelspec.implementation": "visionlora",
+        "modelspec.title": Path(config.images).resolve().name,
+        "modelspec.resolution": f"{size}x{size}",
+        "modelspec.date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "modelspec.prediction_type": {"v_prediction": "v"}.get(base.prediction_type, base.prediction_type),
+        **({"modelspec.trigger_phrase": word} if (word := trigger(folder)) else {}),
+    }
+
+
+def report(
+    run: RunFolder,
+    config: TrainSDConfig,
+    base: BaseModel,
+    folder: ImageFolder,
+    handle: Handle,
+    sheet: SampleSheet,
+    history: list[Progress],
+    seconds: float,
+) -> None:
+    """grid.png, loss.png, README.md and run.json."""
+    name = Path(config.images).resolve().name
+    sheet.grid(f"{name}: {config.steps} steps, rank {config.rank}").save(run.path / "grid.png")
+    draw_curves(
+        run.path / "loss.png",
+        {"loss": [(p.step, p.loss) for p in history]},
+        xlabel="step",
+        ylabel="denoising loss",
+        title=f"Training on {name}",
+    )
+    adapter, source = adapter_config(config), "assets/emoji-64" if base.id == EMBEDDED else base.source
+    facts = {
+        "Base model": base.id,
+        "Pictures": str(len(folder.items)),
+        "Method": f"LoRA, rank {adapter.rank}, alpha {adapter.effective_alpha:g}, targets {config.targets}",
+        "Trained parameters": f"{handle.report.trained_parameters:,}",
+        "Steps": f"{config.steps} of {config.batch_size * config.gradient_accumulation} pictures",
+        "Learning rate": f"{config.learning_rate:g}",
+        "Seed": str(config.seed),
+    }
+    usage = (
+        "from diffusers import StableDiffusionPipeline\n\n"
+        f'pipe = StableDiffusionPipeline.from_pretrained("{source}")\n'
+        f'pipe.load_lora_weights("{run.path.name}", weight_name="adapter.safetensors")\n'
+        f"pipe({sheet.prompts[0]!r}).images[0]"
+    )
+    run.write_text(
+        "README.md",
+        model_card(
+            title=name,
+            base_model=base.id,
+            trigger=trigger(folder),
+            facts=facts,
+            samples=sheet.last_samples(),
+            usage=usage,
+            images_note="grid.png",
+            license=None,
+        ),
+    )
+    import accelerate
+    import diffusers
+    import transformers
+
+    run.write_json(
+        "run.json",
+        {
+            "visionlora": __version__,
+            "torch": torch.__version__,
+            "diffusers": diffusers.__version__,
+            "transformers": transformers.__version__,
+            "accelerate": accelerate.__version__,
+            "python": platform.python_version(),
+            "machine": platform.machine(),
+            "threads": torch.get_num_threads(),
+            "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            "seed": config.seed,
+            "data_sha256": data_hash(folder),
+            "base": base.id,
+            "seconds": round(seconds, 1),
+            "first_loss": history[0].loss,
+            "last_loss": recent_loss(history),
+            "images": [{"file": str(i.path.relative_to(folder.root)), "sha256": i.sha256} for i in folder.items],
+        },
+    )
