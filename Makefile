@@ -49,7 +49,10 @@ assets: $(STAMP)  ## rebuild the picture sets and the embedded model (needs npm;
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[assets]'
 	mkdir -p build
 	$(BIN)/python -m visionlora.assets.build_pictures --output assets --all build/pictures.npz
-	$(BIN)/python -m visionlora.assets.build_model
+	$(BIN)/python -m visionlora.assets.build_emoji64 vae --pictures build/pictures.npz --work build
+	$(BIN)/python -m visionlora.assets.build_emoji64 unet --work build
+	$(BIN)/python benchmarks/prompt_fidelity.py
+	$(BIN)/python benchmarks/style_transfer.py --save
 
 clean:  ## what the tools leave behind; the virtual environment and runs/ stay
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
