@@ -44,6 +44,7 @@ check: $(STAMP)  ## lint, format, types and tests
 bench: $(STAMP)  ## the benchmarks
 	$(BIN)/python benchmarks/prompt_fidelity.py
 	$(BIN)/python benchmarks/style_transfer.py
+	$(BIN)/python benchmarks/write_tables.py
 
 assets: $(STAMP)  ## rebuild the picture sets and the embedded model (needs npm; takes long)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[assets]'
@@ -53,6 +54,7 @@ assets: $(STAMP)  ## rebuild the picture sets and the embedded model (needs npm;
 	$(BIN)/python -m visionlora.assets.build_emoji64 unet --work build
 	$(BIN)/python benchmarks/prompt_fidelity.py
 	$(BIN)/python benchmarks/style_transfer.py --save
+	$(BIN)/python benchmarks/write_tables.py
 
 clean:  ## what the tools leave behind; the virtual environment and runs/ stay
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

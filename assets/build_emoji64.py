@@ -335,7 +335,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for the resumable state")
     parser.add_argument("--output", type=Path, default=HERE / "emoji-64", help="the pipeline folder (unet, export)")
     parser.add_argument("--vae-steps", type=int, default=7500)
-    parser.add_argument("--unet-steps", type=int, default=13500)
+    parser.add_argument("--unet-steps", type=int, default=9500)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     if args.stage == "vae":
