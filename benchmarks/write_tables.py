@@ -30,7 +30,7 @@ def style_table() -> str:
     """What each style adapter did on held-out concepts."""
     found = results("style_transfer")
     lines = [
-        "| style | held-out loss | recognised as the style at scale 0 / 0.5 / 1 | concept kept at scale 1, top-1 / top-5 |",
+        "| style | held-out loss | seen as the style at scale 0 / 0.5 / 1 | concept kept at scale 1, top-1 / top-5 |",
         "|---|---|---|---|",
     ]
     for style in GOALS:
@@ -40,9 +40,10 @@ def style_table() -> str:
         lines.append(f"| {style} | down by {percent(r['loss_reduction'])} | {seen} | {kept} |")
     accuracy = percent(found["classifier_accuracy"])
     note = (
-        f"\nOne rank-8 adapter per style, recipe `emoji64_style`, {found['fluent-emoji-flat']['held_out_pictures']} concepts "
-        f"never seen in the style ({found['fxemoji']['held_out_pictures']} for fxemoji). The classifier that judges the style "
-        f"was trained on real pictures and is right on {accuracy} of the real held-out ones. `benchmarks/style_transfer.py`."
+        "\nOne rank-8 adapter per style, recipe `emoji64_style`, on "
+        f"{found['fluent-emoji-flat']['held_out_pictures']} concepts never seen in the style "
+        f"({found['fxemoji']['held_out_pictures']} for fxemoji). The classifier that judges the style was trained on "
+        f"real pictures and is right on {accuracy} of the real held-out ones. `benchmarks/style_transfer.py`."
     )
     return "\n".join(lines) + "\n" + note
 
@@ -52,9 +53,9 @@ def fidelity_text() -> str:
     r = results("prompt_fidelity")
     psnr = ", ".join(f"{style} {value:.1f}" for style, value in r["vae_psnr_db"].items())
     return (
-        f"- Prompt fidelity of `emoji-64`: of {r['prompts']} captions of the base style, one picture each, the nearest of all "
-        f"{r['pictures']} base pictures ({r['feature']}) has the right caption for {percent(r['top1'])} (top-1) and "
-        f"{percent(r['top5'])} (top-5). {r['steps']} steps, guidance {r['guidance_scale']:g}.\n"
+        f"- Prompt fidelity of `emoji-64`: of {r['prompts']} captions of the base style, one picture each, the nearest "
+        f"of all {r['pictures']} base pictures ({r['feature']}) has the right caption for {percent(r['top1'])} (top-1) "
+        f"and {percent(r['top5'])} (top-5). {r['steps']} steps, guidance {r['guidance_scale']:g}.\n"
         f"- VAE, PSNR in dB on pictures it never saw: {psnr}.\n"
         "- `benchmarks/prompt_fidelity.py`."
     )

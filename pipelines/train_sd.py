@@ -47,7 +47,9 @@ def train_sd(config: TrainSDConfig, listener: Listener | None = None) -> RunResu
         KeyboardInterrupt: after the adapter as it is was saved under `checkpoints/`.
     """
     started = time.monotonic()
-    tell = listener or Listener()
+    from accelerate import Accelerator, PartialState
+
+    tell = (listener or Listener()) if PartialState().is_main_process else Listener()
 
     # Pictures and output folder
     target = Path(config.output) if config.output else default_run_folder("sd", Path(config.images).resolve().name)
@@ -63,10 +65,11 @@ def train_sd(config: TrainSDConfig, listener: Listener | None = None) -> RunResu
     tell.say(folder.caption_source)
 
     # Base model and adapter
-    from accelerate import Accelerator, PartialState
-
     base = open_base(config.model)
     tell.say(base.why)
+    chosen_for_user = {k: v for k, v in base.suggested.items() if getattr(config, k) is None}
+    config = dataclasses.replace(config, **chosen_for_user)
+    loop = loop_config(config)
     size = config.resolution or base.resolution
     base.check_resolution(size)
     accelerator = Accelerator(mixed_precision=resolve_precision(config.precision, PartialState().device))
@@ -78,22 +81,27 @@ def train_sd(config: TrainSDConfig, listener: Listener | None = None) -> RunResu
 
     # Latents and text, from here on the run leaves files
     data = encode_dataset(base, folder.items, size, config.flip, progress=tell.progress)
-    run = open_run_folder(target)
-    run.write_text("config.yaml", to_yaml(dataclasses.replace(config, output=None)))
+    run = RunFolder(target)
+    if accelerator.is_main_process:
+        run = open_run_folder(target)
+        run.write_text("config.yaml", to_yaml(dataclasses.replace(config, output=None)))
+    accelerator.wait_for_everyone()
 
     # Training
     prompts = config.sample_prompts or default_prompts(folder)
     settings = SamplingConfig(config.sample_steps, config.guidance_scale, config.seed)
     sheet = SampleSheet(base, handle, prompts, size, settings, run, tell)
     fitting = Fitting(
-        config, handle, run, sheet, tell, lambda step: header(config, base, fingerprints, folder, size, step)
+        config, handle, run, sheet, tell, lambda step: header(config, loop, base, fingerprints, folder, size, step)
     )
     history = fitting.fit(accelerator, DenoisingTask(data, base.pipe.scheduler, config.caption_dropout))
 
     # Adapter, grid and report
     adapter_path = run.path / "adapter.safetensors"
-    native.write(fitting.adapter(config.steps), adapter_path, public_metadata(config, base, folder, size))
-    report(run, config, base, folder, handle, sheet, history, time.monotonic() - started)
+    if accelerator.is_main_process:
+        adapter = fitting.adapter(history[-1].step)
+        native.write(adapter, adapter_path, public_metadata(config, loop, base, folder, size))
+        report(run, config, loop, base, folder, handle, sheet, history, time.monotonic() - started)
     seconds = time.monotonic() - started
     return RunResult(run.path, adapter_path, run.path / "grid.png", history[0].loss, recent_loss(history), seconds)
 
@@ -121,27 +129,31 @@ class Fitting:
         return path
 
     def fit(self, accelerator: Any, task: DenoisingTask) -> list[Progress]:
-        """Runs the loop; returns the state after each step."""
+        """Runs the loop; returns the state after each step. Only the main process draws and writes."""
         history: list[Progress] = []
-        moments = sample_moments(self.config.steps, self.config.sample_columns)
-        self.sheet.draw_column("base", scale=0.0)
+        loop, main = loop_config(self.config), accelerator.is_main_process
+        moments = sample_moments(loop.steps, self.config.sample_columns)
+        if main:
+            self.sheet.draw_column("base", scale=0.0)
 
         def on_step(progress: Progress) -> None:
             history.append(progress)
+            if not main:
+                return
             self.run.append_jsonl("metrics.jsonl", dataclasses.asdict(progress))
             detail = f"loss {recent_loss(history):.4f}  {progress.images_per_second:.1f} images/s"
-            self.tell.progress("Training", progress.step, self.config.steps, detail)
+            self.tell.progress("Training", progress.step, loop.steps, detail)
             if progress.step in moments:
                 self.checkpoint(progress.step)
                 self.sheet.draw_column(f"step {progress.step}", scale=1.0)
 
         try:
-            train(accelerator, self.handle.model, self.handle.parameters(), task, loop_config(self.config), on_step)
+            train(accelerator, self.handle.model, self.handle.parameters(), task, loop, on_step)
         except KeyboardInterrupt:
-            if history:
+            if history and main:
                 step = history[-1].step
                 kept = self.checkpoint(step)
-                self.tell.say(f"Interrupted at step {step} of {self.config.steps}; the adapter so far is in {kept}.")
+                self.tell.say(f"Interrupted at step {step} of {loop.steps}; the adapter so far is in {kept}.")
             raise
         return history
 

@@ -34,24 +34,24 @@ class TrainSDConfig:
     """Base model: auto, emoji-64, a diffusers folder, a .safetensors checkpoint or a Hub id."""
     output: str | None = None
     """Run folder to create; by default a new one under runs/."""
-    steps: int = 500
-    """Optimizer steps."""
+    steps: int | None = None
+    """Optimizer steps; by default what suits the base model."""
     rank: int = 8
     """Rank of each ΔW."""
     alpha: float | None = None
     """Scaling numerator; equal to the rank when not given."""
     targets: str = "attn"
     """What to adapt: roles, names or re:regex, separated by commas."""
-    learning_rate: float = 1e-4
-    """Of AdamW, after warm-up."""
+    learning_rate: float | None = None
+    """Of AdamW, after warm-up; by default what suits the base model."""
     warmup_steps: int = 20
     """Steps over which the rate rises linearly; it then falls to zero along a cosine."""
     weight_decay: float = 0.01
     """Of AdamW."""
     max_grad_norm: float = 1.0
     """Gradients are clipped to this norm."""
-    batch_size: int = 1
-    """Pictures per forward pass and process."""
+    batch_size: int | None = None
+    """Pictures per forward pass and process; by default what suits the base model."""
     gradient_accumulation: int = 1
     """Forward passes per optimizer step."""
     resolution: int | None = None
@@ -80,14 +80,14 @@ class TrainSDConfig:
     def __post_init__(self) -> None:
         rules: list[tuple[str, bool, str]] = [
             ("images", bool(self.images), "name the folder of pictures to learn from: --images ./dog"),
-            ("steps", self.steps >= 1, "it must be at least 1"),
+            ("steps", self.steps is None or self.steps >= 1, "it must be at least 1"),
             ("rank", self.rank >= 1, "it must be at least 1"),
             ("alpha", self.alpha is None or (math.isfinite(self.alpha) and self.alpha > 0), "it must be positive"),
-            ("learning_rate", math.isfinite(self.learning_rate) and self.learning_rate > 0, "it must be positive"),
+            ("learning_rate", self.learning_rate is None or 0 < self.learning_rate < math.inf, "it must be positive"),
             ("warmup_steps", self.warmup_steps >= 0, "it must be 0 or more"),
             ("weight_decay", self.weight_decay >= 0, "it must be 0 or more"),
             ("max_grad_norm", self.max_grad_norm > 0, "it must be positive"),
-            ("batch_size", self.batch_size >= 1, "it must be at least 1"),
+            ("batch_size", self.batch_size is None or self.batch_size >= 1, "it must be at least 1"),
             ("gradient_accumulation", self.gradient_accumulation >= 1, "it must be at least 1"),
             ("resolution", self.resolution is None or self.resolution >= 1, "it must be at least 1 px"),
             ("caption_dropout", 0 <= self.caption_dropout <= 1, "it must be between 0 and 1"),

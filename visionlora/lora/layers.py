@@ -111,7 +111,7 @@ def adapt(module: nn.Module, name: str, adapter: LoRA) -> None:
     layer = cast(AdaptedLayer, module)
     if name in layer.adapters:
         raise ConfigError(f"An adapter named {name!r} is there already: eject it first or choose another name.")
-    layer.adapters[name] = adapter
+    layer.adapters[name] = adapter.train(module.training)
 
 
 def release(module: nn.Module, name: str) -> None:

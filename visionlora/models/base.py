@@ -18,6 +18,8 @@ from visionlora.models.fingerprint import architecture_fingerprint, weights_fing
 
 EMBEDDED = "emoji-64"
 DEFAULT_ON_GPU = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+SMALL_UNET = 50_000_000
+"""Parameters below which a UNet learns at ten times the usual rate and takes small batches at no cost."""
 SINGLE_FILE_SUFFIXES = (".safetensors", ".ckpt")
 
 
@@ -53,6 +55,13 @@ class BaseModel:
     def prediction_type(self) -> str:
         """What the UNet predicts: `epsilon`, `v_prediction` or `sample`."""
         return str(self.pipe.scheduler.config.prediction_type)
+
+    @property
+    def suggested(self) -> dict[str, Any]:
+        """Settings of train-sd that suit the size of the model, used where the user gives none."""
+        if sum(p.numel() for p in self.pipe.unet.parameters()) < SMALL_UNET:
+            return {"steps": 300, "learning_rate": 2e-3, "batch_size": 8}
+        return {"steps": 800, "learning_rate": 1e-4, "batch_size": 1}
 
     def components(self) -> dict[str, torch.nn.Module]:
         """The parts that can carry adapters, under the names used in adapter files."""

@@ -47,7 +47,9 @@ class SampleSheet:
             self.tell.progress(f"Drawing samples ({label})", done, len(self.prompts))
 
         self.handle.set_scale(scale)
+        self.handle.model.eval()
         pictures = draw(self.base, self.prompts, self.size, self.settings, count)
+        self.handle.model.train()
         self.handle.set_scale(1.0)
         for i, picture in enumerate(pictures):
             picture.save(self.run.samples / f"{label.replace(' ', '-')}_{i:02d}.png")

@@ -21,7 +21,7 @@ from visionlora.report.card import model_card
 from visionlora.report.curves import draw_curves
 from visionlora.report.runfolder import RunFolder
 from visionlora.report.samples import SampleSheet
-from visionlora.training.loop import Progress
+from visionlora.training.loop import LoopConfig, Progress
 
 RECENT = 50
 """Steps over which a loss is averaged before it is told."""
@@ -45,7 +45,13 @@ def data_hash(folder: ImageFolder) -> str:
 
 
 def header(
-    config: TrainSDConfig, base: BaseModel, fingerprints: Mapping[str, Any], folder: ImageFolder, size: int, step: int
+    config: TrainSDConfig,
+    loop: LoopConfig,
+    base: BaseModel,
+    fingerprints: Mapping[str, Any],
+    folder: ImageFolder,
+    size: int,
+    step: int,
 ) -> dict[str, Any]:
     """What the adapter file says about itself."""
     return {
@@ -58,8 +64,8 @@ def header(
             "steps": step,
             "pictures": len(folder.items),
             "resolution": size,
-            "batch": config.batch_size * config.gradient_accumulation,
-            "learning_rate": config.learning_rate,
+            "batch": loop.batch_size * loop.gradient_accumulation,
+            "learning_rate": loop.learning_rate,
             "seed": config.seed,
             "data_sha256": data_hash(folder),
         },
@@ -72,7 +78,9 @@ def trigger(folder: ImageFolder) -> str | None:
     return captions.pop() if len(captions) == 1 else None
 
 
-def public_metadata(config: TrainSDConfig, base: BaseModel, folder: ImageFolder, size: int) -> dict[str, str]:
+def public_metadata(
+    config: TrainSDConfig, loop: LoopConfig, base: BaseModel, folder: ImageFolder, size: int
+) -> dict[str, str]:
     """`ss_*` and `modelspec.*` entries that A1111, ComfyUI and Civitai show (modelspec 1.0.1)."""
     family = "stable-diffusion-v2-512" if base.pipe.unet.config.cross_attention_dim == 1024 else "stable-diffusion-v1"
     adapter = adapter_config(config)
@@ -83,8 +91,8 @@ def public_metadata(config: TrainSDConfig, base: BaseModel, folder: ImageFolder,
         "ss_base_model_version": "sd_v2" if "v2" in family else "sd_v1",
         "ss_v2": str("v2" in family),
         "ss_sd_model_name": base.id,
-        "ss_learning_rate": str(config.learning_rate),
-        "ss_steps": str(config.steps),
+        "ss_learning_rate": str(loop.learning_rate),
+        "ss_steps": str(loop.steps),
         "ss_seed": str(config.seed),
         "ss_num_train_images": str(len(folder.items)),
         "ss_resolution": f"({size}, {size})",
@@ -102,6 +110,7 @@ def public_metadata(config: TrainSDConfig, base: BaseModel, folder: ImageFolder,
 def report(
     run: RunFolder,
     config: TrainSDConfig,
+    loop: LoopConfig,
     base: BaseModel,
     folder: ImageFolder,
     handle: Handle,
@@ -111,7 +120,7 @@ def report(
 ) -> None:
     """grid.png, loss.png, README.md and run.json."""
     name = Path(config.images).resolve().name
-    sheet.grid(f"{name}: {config.steps} steps, rank {config.rank}").save(run.path / "grid.png")
+    sheet.grid(f"{name}: {loop.steps} steps, rank {config.rank}").save(run.path / "grid.png")
     draw_curves(
         run.path / "loss.png",
         {"loss": [(p.step, p.loss) for p in history]},
@@ -125,8 +134,8 @@ def report(
         "Pictures": str(len(folder.items)),
         "Method": f"LoRA, rank {adapter.rank}, alpha {adapter.effective_alpha:g}, targets {config.targets}",
         "Trained parameters": f"{handle.report.trained_parameters:,}",
-        "Steps": f"{config.steps} of {config.batch_size * config.gradient_accumulation} pictures",
-        "Learning rate": f"{config.learning_rate:g}",
+        "Steps": f"{loop.steps} of {loop.batch_size * loop.gradient_accumulation} pictures",
+        "Learning rate": f"{loop.learning_rate:g}",
         "Seed": str(config.seed),
     }
     usage = (

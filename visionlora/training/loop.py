@@ -99,6 +99,7 @@ def train(
     model, optimizer = accelerator.prepare(model, optimizer)
     micro, shares = config.batch_size, config.gradient_accumulation
     per_step = micro * shares * accelerator.num_processes
+    model.train()
     spent = 0.0
     for step in range(config.steps):
         start = time.monotonic()
