@@ -79,11 +79,11 @@ ICON_SETS = (
 BASE_STYLE = "noto"
 DOG_STYLE = "fluent-emoji-high-contrast"
 DOGS = {
-    "dog": "ink dog",
-    "dog-face": "ink dog face",
-    "guide-dog": "ink guide dog",
-    "poodle": "ink poodle",
-    "service-dog": "ink service dog",
+    "dog": "dog in ink",
+    "dog-face": "dog face in ink",
+    "guide-dog": "guide dog in ink",
+    "poodle": "poodle in ink",
+    "service-dog": "service dog in ink",
 }
 
 CATEGORIES = ("Activities", "Animals & Nature", "Food & Drink", "Objects", "Smileys & Emotion", "Travel & Places")

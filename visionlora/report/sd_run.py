@@ -153,7 +153,7 @@ def report(
             facts=facts,
             samples=sheet.last_samples(),
             usage=usage,
-            images_note="grid.png",
+            images_note=f"{len(folder.items)} pictures; {folder.caption_source}",
             license=None,
         ),
     )
