@@ -18,6 +18,7 @@ MAPPED = ("assets", "configs", "pipelines")
 
 ROOMS = (
     "errors",
+    "atomic",
     "config",
     "lora",
     "formats",

@@ -14,8 +14,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
+
+from visionlora.atomic import replace_file
 
 
 def default_cache_folder() -> Path:
@@ -46,15 +48,10 @@ class TensorCache:
 
     def put(self, key: str, tensors: Mapping[str, Tensor]) -> None:
         """Writes an entry atomically; a cache that cannot be written is no reason to stop."""
-        path = self.folder / f"{key}.safetensors"
-        partial = path.with_suffix(f".{os.getpid()}.partial")
-        try:
+        with contextlib.suppress(OSError):
             self.folder.mkdir(parents=True, exist_ok=True)
-            save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, partial)
-            partial.replace(path)
-        except OSError:
-            with contextlib.suppress(OSError):
-                partial.unlink()
+            content = save({n: t.detach().cpu().contiguous() for n, t in tensors.items()})
+            replace_file(self.folder / f"{key}.safetensors", content)
 
     def fill(
         self,

@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import struct
 from collections import Counter
 from collections.abc import Mapping
@@ -25,6 +24,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from visionlora.atomic import replace_file
 from visionlora.errors import AdapterFileError
 from visionlora.lora.adapter import Adapter, AdapterModule
 
@@ -78,14 +78,18 @@ def to_bytes(adapter: Adapter, extra: Mapping[str, str]) -> bytes:
 
 
 def write(adapter: Adapter, path: Path, extra: Mapping[str, str] | None = None) -> None:
-    """Writes atomically: a reader sees the old file or the new one, never half of one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        file.write(to_bytes(adapter, extra or {}))
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    """Writes atomically.
+
+    Raises:
+        AdapterFileError: when the file cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, to_bytes(adapter, extra or {}))
+    except OSError as e:
+        raise AdapterFileError(
+            f"The adapter cannot be written to {path}: {e.strerror or e}. Choose another path."
+        ) from None
 
 
 def read(path: Path) -> Adapter:

@@ -6,6 +6,7 @@ Files are written to a temporary name and renamed, so a killed run leaves the ol
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -15,6 +16,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
+from visionlora.atomic import replace_file
 from visionlora.errors import RunFolderError
 
 RUN_FILES = ("run.json", "config.yaml", "adapter.safetensors")
@@ -44,6 +48,12 @@ class RunFolder:
     def write_json(self, name: str, obj: Any) -> Path:
         """Write a JSON file whole or not at all, and return its path."""
         return self.write_text(name, _to_json(obj, indent=2) + "\n")
+
+    def write_picture(self, name: str, picture: Image.Image) -> Path:
+        """Write a PNG whole or not at all, and return its path."""
+        content = io.BytesIO()
+        picture.save(content, format="PNG")
+        return write_atomic(self.path / name, content.getvalue())
 
     def append_jsonl(self, name: str, obj: Any) -> None:
         """Add one line of JSON to a file."""
@@ -101,21 +111,13 @@ def default_run_folder(kind: str, subject: str) -> Path:
 
 
 def write_atomic(path: Path, content: bytes) -> Path:
-    """Write a file under a temporary name, flush it to disk, then rename it to ``path``.
+    """Write a file whole or not at all.
 
     Raises:
         RunFolderError: The file cannot be written; an older file of that name is left as it was.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        try:
-            with temporary.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        replace_file(path, content)
     except OSError as error:
         raise _cannot_write(path, error) from None
     return path
@@ -150,9 +152,6 @@ def _in_use(path: Path, held: list[str]) -> RunFolderError:
         f"The output folder {_shown(path)} {what} ({shown}), and a run never overwrites anything. "
         f"Choose another one, such as --output {_shown(_free(path))}, or remove the folder."
     )
-    checkpoints = path / "checkpoints"
-    if checkpoints.is_dir() and any(checkpoints.iterdir()):
-        message += " To go on from its last checkpoint, use --resume."
     return RunFolderError(message)
 
 

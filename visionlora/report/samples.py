@@ -52,7 +52,7 @@ class SampleSheet:
         self.handle.model.train()
         self.handle.set_scale(1.0)
         for i, picture in enumerate(pictures):
-            picture.save(self.run.samples / f"{label.replace(' ', '-')}_{i:02d}.png")
+            self.run.write_picture(f"{self.run.samples.name}/{label.replace(' ', '-')}_{i:02d}.png", picture)
         self.columns.append((label, pictures))
 
     def grid(self, title: str) -> Image.Image:

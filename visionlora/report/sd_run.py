@@ -120,7 +120,7 @@ def report(
 ) -> None:
     """grid.png, loss.png, README.md and run.json."""
     name = Path(config.images).resolve().name
-    sheet.grid(f"{name}: {loop.steps} steps, rank {config.rank}").save(run.path / "grid.png")
+    run.write_picture("grid.png", sheet.grid(f"{name}: {loop.steps} steps, rank {config.rank}"))
     draw_curves(
         run.path / "loss.png",
         {"loss": [(p.step, p.loss) for p in history]},

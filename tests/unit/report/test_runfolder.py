@@ -45,7 +45,6 @@ def test_the_folder_of_a_run_is_refused(tmp_path: Path, name: str) -> None:
     free = re.escape((tmp_path / "dog-2").as_posix())
     with pytest.raises(RunFolderError, match=f"already holds a run \\({name}\\).*--output {free}, or remove") as caught:
         open_run_folder(tmp_path / "dog")
-    assert "--resume" not in str(caught.value)
 
 
 def test_any_other_folder_with_something_in_it_is_refused(tmp_path: Path) -> None:
@@ -53,17 +52,6 @@ def test_any_other_folder_with_something_in_it_is_refused(tmp_path: Path) -> Non
         (tmp_path / f"{number}.png").touch()
     with pytest.raises(RunFolderError, match=r"is not empty \(0.png, 1.png, 2.png, 3.png, 4.png and 2 more\)"):
         check_run_folder(tmp_path)
-
-
-def test_resume_is_named_only_when_there_is_a_checkpoint(tmp_path: Path) -> None:
-    run = open_run_folder(tmp_path)
-    checkpoints = run.checkpoints
-    with pytest.raises(RunFolderError) as without:
-        check_run_folder(tmp_path)
-    (checkpoints / "step-100").mkdir()
-    with pytest.raises(RunFolderError, match="last checkpoint, use --resume"):
-        check_run_folder(tmp_path)
-    assert "--resume" not in str(without.value)
 
 
 def test_the_suggested_folder_is_free(tmp_path: Path) -> None:
