@@ -13,7 +13,7 @@ from typing import Any
 
 from visionlora.config import TrainSDConfig, to_yaml
 from visionlora.data.folder import ImageFolder, read_image_folder
-from visionlora.diffusion.encode import encode_dataset
+from visionlora.diffusion.encode import cut_captions, encode_dataset
 from visionlora.diffusion.sampling import SamplingConfig
 from visionlora.diffusion.task import DenoisingTask
 from visionlora.formats import native
@@ -78,6 +78,8 @@ def train_sd(config: TrainSDConfig, listener: Listener | None = None) -> RunResu
     fingerprints = base.fingerprints()
     handle = inject(base.pipe.unet, adapter_config(config), seed=config.seed)
     tell.say(f"Adapter: {handle.report}.")
+    for caption, lost in cut_captions(base, [item.caption for item in folder.items]):
+        tell.say(f"The caption {caption!r} is longer than the model reads; it never sees: {lost}")
 
     # Latents and text, from here on the run leaves files
     data = encode_dataset(base, folder.items, size, config.flip, progress=tell.progress)

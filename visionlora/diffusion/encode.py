@@ -44,6 +44,17 @@ class Encoded:
         return (self.mean[index, variant] + self.std[index, variant] * noise) * self.scaling_factor
 
 
+def cut_captions(base: BaseModel, captions: Sequence[str]) -> list[tuple[str, str]]:
+    """Captions that are longer than the text encoder reads, each with the words that it never sees."""
+    tokenizer = base.pipe.tokenizer
+    cut = []
+    for caption in dict.fromkeys(captions):
+        ids = tokenizer(caption, truncation=False, verbose=False).input_ids
+        if len(ids) > tokenizer.model_max_length:
+            cut.append((caption, str(tokenizer.decode(ids[tokenizer.model_max_length - 1 : -1])).strip()))
+    return cut
+
+
 def encode_text(base: BaseModel, captions: Sequence[str]) -> Tensor:
     """Last hidden states, (captions, tokens, width), as `StableDiffusionPipeline` computes them."""
     tokenizer, encoder = base.pipe.tokenizer, base.pipe.text_encoder

@@ -8,7 +8,7 @@ from PIL import Image
 
 from visionlora.data.cache import TensorCache
 from visionlora.data.folder import read_image_folder
-from visionlora.diffusion.encode import encode_dataset, encode_text
+from visionlora.diffusion.encode import cut_captions, encode_dataset, encode_text
 from visionlora.models.base import open_base
 
 
@@ -31,6 +31,12 @@ def test_captions_are_encoded_as_the_pipeline_does(tiny_model: Path) -> None:
     base = open_base(str(tiny_model))
     expected, empty = base.pipe.encode_prompt("a dog", "cpu", 1, True, "")
     torch.testing.assert_close(encode_text(base, ["a dog", ""]), torch.cat([expected, empty]), rtol=0, atol=1e-6)
+
+
+def test_captions_that_are_too_long_are_named_with_what_is_lost(tiny_model: Path) -> None:
+    base = open_base(str(tiny_model))
+    long = "a b c d e f g h i j k l m n o p"
+    assert cut_captions(base, ["a b", long, long]) == [(long, "o p")]
 
 
 def test_a_second_start_computes_nothing_and_another_model_everything(

@@ -43,7 +43,7 @@ def test_the_folder_of_a_run_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / "dog").mkdir()
     (tmp_path / "dog" / name).touch()
     free = re.escape((tmp_path / "dog-2").as_posix())
-    with pytest.raises(RunFolderError, match=f"already holds a run \\({name}\\).*--output {free}, or remove") as caught:
+    with pytest.raises(RunFolderError, match=f"already holds a run \\({name}\\).*--output {free}, or remove"):
         open_run_folder(tmp_path / "dog")
 
 
