@@ -1,0 +1,32 @@
+"""What a run prints where there is no terminal."""
+
+import pytest
+
+from visionlora.cli import console
+from visionlora.cli.console import ConsoleListener, fail
+
+
+def test_plain_lines_name_the_stage_its_end_and_the_detail(capsys: pytest.CaptureFixture[str]) -> None:
+    with ConsoleListener() as listener:
+        listener.say("Base [model]: x")
+        for step in range(1, 101):
+            listener.progress("Training", step, 100, f"loss {1 / step:.2f}")
+    assert capsys.readouterr().out.splitlines() == ["Base [model]: x", "Training 100/100  loss 0.01"]
+
+
+def test_long_stages_print_now_and_then_with_the_time_left(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter(range(0, 1000, 6))
+    monkeypatch.setattr(console.time, "monotonic", lambda: float(next(clock)))
+    with ConsoleListener() as listener:
+        for step in range(1, 6):
+            listener.progress("Training", step, 5)
+    assert capsys.readouterr().out.splitlines() == ["Training 3/5  eta 8 s", "Training 5/5"]
+
+
+def test_errors_go_to_standard_error_with_their_code(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        fail("It broke.", 2)
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == "Error: It broke.\n"

@@ -1,0 +1,31 @@
+"""`path:scale` words."""
+
+from pathlib import Path
+
+import pytest
+
+from visionlora.cli.generate import parse_lora
+from visionlora.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("runs/dog", ("runs/dog", 1.0)),
+        ("runs/dog:0.8", ("runs/dog", 0.8)),
+        ("a.safetensors:-1", ("a.safetensors", -1.0)),
+    ],
+)
+def test_words_are_split(word: str, expected: tuple[str, float]) -> None:
+    assert parse_lora(word) == expected
+
+
+def test_a_path_with_a_colon_that_exists_is_a_path(tmp_path: Path) -> None:
+    path = tmp_path / "a:0.5"
+    path.mkdir()
+    assert parse_lora(str(path)) == (str(path), 1.0)
+
+
+def test_a_scale_that_is_no_number_is_refused() -> None:
+    with pytest.raises(ConfigError, match="--lora dog:strong: 'strong' is not a number; write path or path:scale"):
+        parse_lora("dog:strong")

@@ -1,0 +1,78 @@
+"""Adapter files on pipelines: by run folder, several at once, each with its scale."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from visionlora.errors import AdapterFileError
+from visionlora.loaders import apply, check_base, load_adapter, load_pipeline, save_adapter
+from visionlora.lora.adapter import Adapter
+from visionlora.lora.config import AdapterConfig
+from visionlora.lora.inject import inject
+from visionlora.models.base import BaseModel, open_base
+
+
+def random_adapter(base: BaseModel, seed: int) -> Adapter:
+    torch.manual_seed(seed)
+    handle = inject(base.pipe.unet, AdapterConfig(rank=2), seed=seed)
+    for lora in handle.loras().values():
+        lora.lora_B.data.normal_(std=0.3)
+    modules = handle.modules("unet")
+    handle.eject()
+    return Adapter(modules, {"base": {"id": base.id, "fingerprints": base.fingerprints()}})
+
+
+def predict(unet: torch.nn.Module) -> torch.Tensor:
+    x, text = torch.ones(1, 4, 8, 8), torch.ones(1, 16, 16)
+    with torch.no_grad():
+        return unet(x, 500, encoder_hidden_states=text, return_dict=False)[0]
+
+
+def test_a_run_folder_or_a_file_is_read(tiny_model: Path, tmp_path: Path) -> None:
+    adapter = random_adapter(open_base(str(tiny_model)), 0)
+    save_adapter(adapter, tmp_path / "run" / "adapter.safetensors")
+    for path in (tmp_path / "run", tmp_path / "run" / "adapter.safetensors", str(tmp_path / "run")):
+        assert load_adapter(path).modules.keys() == adapter.modules.keys()
+
+
+def test_two_adapters_at_their_scales_equal_the_sum_of_their_changes_in_the_weights(tiny_model: Path) -> None:
+    base = open_base(str(tiny_model))
+    a, b = random_adapter(base, 0), random_adapter(base, 1)
+    plain = predict(base.pipe.unet)
+    pipe = load_pipeline({"a": a, "b": b}, scales={"b": 0.5})
+    merged = open_base(str(tiny_model)).pipe.unet
+    modules = dict(merged.named_modules())
+    for adapter, scale in ((a, 1.0), (b, 0.5)):
+        for name, delta in adapter.delta_weights().items():
+            modules[name.removeprefix("unet.")].weight.data += scale * delta
+    assert not torch.allclose(plain, predict(merged), atol=1e-3)
+    torch.testing.assert_close(predict(pipe.unet), predict(merged), rtol=1e-4, atol=1e-4)
+
+
+def test_scale_zero_and_eject_give_the_base_bit_for_bit(tiny_model: Path) -> None:
+    base = open_base(str(tiny_model))
+    plain = predict(base.pipe.unet)
+    handles = apply(base, random_adapter(base, 0), scale=0.0)
+    assert torch.equal(predict(base.pipe.unet), plain)
+    for handle in handles:
+        handle.set_scale(1.0)
+        assert not torch.equal(predict(base.pipe.unet), plain)
+        handle.eject()
+    assert torch.equal(predict(base.pipe.unet), plain)
+
+
+def test_another_architecture_is_refused_even_with_force(tiny_model: Path) -> None:
+    base = open_base(str(tiny_model))
+    adapter = random_adapter(base, 0)
+    adapter.info["base"]["fingerprints"]["unet"]["architecture"] = "other"
+    with pytest.raises(AdapterFileError, match="whose unet has another architecture than that of"):
+        check_base(adapter, base, force=True)
+
+
+def test_a_part_that_the_base_has_not_is_refused(tiny_model: Path) -> None:
+    base = open_base(str(tiny_model))
+    adapter = random_adapter(base, 0)
+    moved = Adapter({n.replace("unet.", "text_encoder_2."): m for n, m in adapter.modules.items()}, adapter.info)
+    with pytest.raises(AdapterFileError, match="has a part for 'text_encoder_2', which"):
+        check_base(moved, base)
