@@ -25,7 +25,7 @@ from visionlora.models.base import open_base
 from visionlora.report.grid import draw_grid
 
 WELL_KNOWN = (
-    "dog face", "red heart", "pizza", "rocket", "cat face", "apple", "automobile", "sunflower",
+    "dog face", "red heart", "pizza", "rocket", "cat face", "red apple", "automobile", "sunflower",
     "penguin", "guitar", "umbrella", "hamburger", "fish", "house", "airplane", "skull",
 )  # fmt: skip
 PROMPTS = 200
@@ -36,7 +36,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="emoji-64")
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--guidance-scale", type=float, default=4.0)
+    parser.add_argument("--guidance-scale", type=float, default=2.0)
     parser.add_argument("--grid", type=Path, default=Path(__file__).parents[1] / "assets" / "emoji-64" / "samples.png")
     args = parser.parse_args()
     base = open_base(args.model)

@@ -91,7 +91,7 @@ def train_sd(config: TrainSDConfig, listener: Listener | None = None) -> RunResu
 
     # Training
     prompts = config.sample_prompts or default_prompts(folder)
-    settings = SamplingConfig(config.sample_steps, config.guidance_scale, config.seed)
+    settings = SamplingConfig(config.sample_steps, config.guidance_scale or 1.0, config.seed)
     sheet = SampleSheet(base, handle, prompts, size, settings, run, tell)
     fitting = Fitting(
         config, handle, run, sheet, tell, lambda step: header(config, loop, base, fingerprints, folder, size, step)

@@ -72,8 +72,8 @@ class TrainSDConfig:
     """Columns of the grid beside the base: the adapter at so many moments of training."""
     sample_steps: int = 20
     """Denoising steps per sample picture."""
-    guidance_scale: float = 4.0
-    """Classifier-free guidance of the samples."""
+    guidance_scale: float | None = None
+    """Classifier-free guidance of the samples; by default what suits the base model."""
     skip_broken: bool = False
     """Leave out pictures that cannot be used instead of stopping."""
 
@@ -95,7 +95,11 @@ class TrainSDConfig:
             ("precision", self.precision in PRECISIONS, nearest(self.precision, PRECISIONS)),
             ("sample_columns", self.sample_columns >= 1, "it must be at least 1"),
             ("sample_steps", self.sample_steps >= 1, "it must be at least 1"),
-            ("guidance_scale", self.guidance_scale >= 1, "it must be at least 1 (no guidance)"),
+            (
+                "guidance_scale",
+                self.guidance_scale is None or self.guidance_scale >= 1,
+                "it must be at least 1 (no guidance)",
+            ),
         ]
         problems = [f"{name} is {getattr(self, name)!r}; {rule}" for name, fine, rule in rules if not fine]
         raise_all(problems)

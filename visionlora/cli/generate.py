@@ -35,7 +35,10 @@ def command(
     output: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("pictures"),
     seed: Annotated[int, typer.Option(help="Of the noise; each picture starts from it.")] = 0,
     steps: Annotated[int, typer.Option(help="Denoising steps.", min=1)] = 25,
-    guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance.")] = 4.0,
+    guidance_scale: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(help="Classifier-free guidance; by default what suits the base."),
+    ] = None,
     size: Annotated[Optional[int], typer.Option(help="Width and height in px.")] = None,  # noqa: UP045
     force: Annotated[bool, typer.Option("--force", help="Accept a fine-tune of the adapter's base.")] = False,
 ) -> None:
@@ -54,6 +57,7 @@ def command(
         base.check_resolution(size or base.resolution)
         for i, (adapter, scale) in enumerate(adapters):
             apply(base, adapter, f"lora{i}", scale, force)
+        guidance = base.suggested["guidance_scale"] if guidance_scale is None else guidance_scale
         done = 0
 
         def count(more: int) -> None:
@@ -61,7 +65,7 @@ def command(
             done += more
             listener.progress("Drawing", done, len(prompt))
 
-        pictures = draw(base, prompt, size or base.resolution, SamplingConfig(steps, guidance_scale, seed), count)
+        pictures = draw(base, prompt, size or base.resolution, SamplingConfig(steps, guidance, seed), count)
     output.mkdir(parents=True, exist_ok=True)
     for i, (words, picture) in enumerate(zip(prompt, pictures, strict=True)):
         stem = "".join(c if c.isalnum() else "-" for c in words)[:40].strip("-") or "picture"

@@ -17,7 +17,7 @@ class SamplingConfig:
     """How pictures are drawn."""
 
     steps: int = 20
-    guidance_scale: float = 4.0
+    guidance_scale: float = 2.0
     seed: int = 0
     batch_size: int = 16
 

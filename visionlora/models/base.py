@@ -60,8 +60,8 @@ class BaseModel:
     def suggested(self) -> dict[str, Any]:
         """Settings of train-sd that suit the size of the model, used where the user gives none."""
         if sum(p.numel() for p in self.pipe.unet.parameters()) < SMALL_UNET:
-            return {"steps": 300, "learning_rate": 2e-3, "batch_size": 8}
-        return {"steps": 800, "learning_rate": 1e-4, "batch_size": 1}
+            return {"steps": 300, "learning_rate": 2e-3, "batch_size": 8, "guidance_scale": 2.0}
+        return {"steps": 800, "learning_rate": 1e-4, "batch_size": 1, "guidance_scale": 7.5}
 
     def components(self) -> dict[str, torch.nn.Module]:
         """The parts that can carry adapters, under the names used in adapter files."""
