@@ -16,10 +16,10 @@ STAMP := $(VENV)/.installed
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml
 	@echo "Installing visionlora and its tools into $(VENV) (the first time takes some minutes) ..."
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	@touch $@
 
 venv: $(STAMP)  ## the virtual environment alone
@@ -47,7 +47,7 @@ bench: $(STAMP)  ## the benchmarks
 	$(BIN)/python benchmarks/write_tables.py
 
 assets: $(STAMP)  ## rebuild the picture sets and the embedded model (needs npm; takes long)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[assets]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[assets]'
 	mkdir -p build
 	$(BIN)/python -m visionlora.assets.build_pictures --output assets --all build/pictures.npz
 	$(BIN)/python -m visionlora.assets.build_emoji64 vae --pictures build/pictures.npz --work build

@@ -3,9 +3,10 @@
     python -m visionlora.assets.build_pictures --all all.npz
     python -m visionlora.assets.build_emoji64 vae  --pictures all.npz --work build/
     python -m visionlora.assets.build_emoji64 unet --work build/
+    python -m visionlora.assets.build_emoji64 refine --work build/
 
 Every step draws its batch and noise from (seed, step) alone and the state is saved every few minutes: a build that
-was killed goes on where it stopped and ends in the same weights. Two CPU cores need about two hours in all.
+was killed goes on where it stopped and ends in the same weights. Two CPU cores need about two hours and a half in all.
 Letters in shapes: b batch, c latent channels (24), h and w latent height and width (8).
 """
 
@@ -291,6 +292,118 @@ def train_unet(work: Path, output: Path, steps: int, batch: int = 32, peak: floa
     save_pipeline(vae, text_encoder, tokenizer, unet, output)
 
 
+# ------------------------------------------------------------------------------------------------------------- refine
+
+INK, PALE = 0.72, 0.9
+"""Luminance below which a pixel is ink in `black and white`, and above which it is paper in every variant."""
+
+
+def luminance(x: Tensor) -> Tensor:
+    """(b, 3, h, w) in -1..1 -> (b, 1, h, w) in 0..1."""
+    weights = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
+    return ((x + 1) / 2 * weights).sum(1, keepdim=True)
+
+
+def in_black_and_white(x: Tensor) -> Tensor:
+    """Ink where the picture is dark, paper elsewhere."""
+    return torch.where(luminance(x) < INK, -1.0, 1.0).expand_as(x)
+
+
+def in_flat_colors(x: Tensor) -> Tensor:
+    """Neighbouring shades become one: smoothed, then four levels a channel."""
+    soft = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), "replicate"), 3, 1)
+    return ((soft + 1) * 1.5).round() / 1.5 - 1
+
+
+def as_an_outline(x: Tensor) -> Tensor:
+    """Dark lines where neighbours differ, paper elsewhere."""
+    grey = luminance(x)
+    dx, dy = (F.pad(e.abs(), p) for e, p in zip(edges(grey), ((0, 1), (0, 0, 0, 1)), strict=True))
+    return (1 - 2 * ((dx + dy) * 4).clamp(0, 1)).expand_as(x)
+
+
+VARIANTS: dict[str, Any] = {
+    "": lambda x: x,
+    " in gray": lambda x: (luminance(x) * 2 - 1).expand_as(x),
+    " in black and white": in_black_and_white,
+    " in flat colors": in_flat_colors,
+    " in other colors": lambda x: x[:, [2, 0, 1]],
+    " as an outline": as_an_outline,
+}
+"""Ways to draw the base pictures, by the words that ask for them. Learning that a concept can be drawn in several ways
+keeps what it is apart from how it looks, which is what a style adapter builds on."""
+PLAIN_SHARE = 0.6
+"""Share of pictures seen as they are."""
+
+
+def refine(work: Path, output: Path, steps: int, batch: int = 32, peak: float = 6e-4) -> None:
+    """Goes on from the pipeline in `output` with the base pictures drawn in several ways, at a falling rate."""
+    from diffusers import DDPMScheduler, StableDiffusionPipeline
+
+    torch.manual_seed(SEED)
+    pipe = StableDiffusionPipeline.from_pretrained(output, safety_checker=None, requires_safety_checker=False)
+    pipe.to(torch.float32)
+    unet, text_encoder, vae, tokenizer = pipe.unet.train(), pipe.text_encoder.train(), pipe.vae, pipe.tokenizer
+    schedule = DDPMScheduler(clip_sample=False, prediction_type="v_prediction", **NOISE)
+    pictures, captions = base_set()
+    with torch.no_grad():
+        parts = to_tensor(pictures).split(64)
+        latents = [torch.cat([vae.encode(f(x)).latent_dist.mean for x in parts]) for f in VARIANTS.values()]
+        z = torch.stack(latents) * vae.config.scaling_factor
+
+    def tokens(texts: list[str]) -> Tensor:
+        padded = tokenizer(texts, padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
+        ids: Tensor = padded.input_ids
+        return ids
+
+    ids = torch.stack(
+        [torch.stack([tokens([t.format(c) + words for c in captions]) for t in TEMPLATES]) for words in VARIANTS]
+    )
+    null, trained = tokens([""]), [*unet.parameters(), *text_encoder.parameters()]
+    ema = [p.detach().clone() for p in trained]
+    optimizer = torch.optim.AdamW(trained, lr=peak, weight_decay=1e-2, betas=(0.9, 0.99), fused=True)
+    state_file, first = work / "refine.pt", 0
+    if state_file.exists():
+        state = torch.load(state_file, weights_only=True)
+        for p, saved, e, saved_ema in zip(trained, state["weights"], ema, state["ema"], strict=True):
+            p.data.copy_(saved), e.copy_(saved_ema)
+        optimizer.load_state_dict(state["optimizer"])
+        first = state["step"]
+    start, recent = time.monotonic(), 0.0
+    for step in range(first, steps):
+        generator = torch.Generator().manual_seed(SEED * 1_000_003 + 500_000 + step)
+        i = torch.randint(len(captions), (batch,), generator=generator)
+        v = torch.randint(1, len(VARIANTS), (batch,), generator=generator)
+        v = torch.where(torch.rand(batch, generator=generator) < PLAIN_SHARE, 0, v)
+        c = ids[v, torch.randint(len(TEMPLATES), (batch,), generator=generator), i]
+        c = torch.where(torch.rand(batch, 1, generator=generator) < 0.1, null, c)
+        clean, noise = z[v, i], torch.randn(z[0, i].shape, generator=generator)
+        t = torch.randint(1000, (batch,), generator=generator)
+        for group in optimizer.param_groups:
+            group["lr"] = peak * min(1.0, (step + 1) / 200) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+        predicted = unet(schedule.add_noise(clean, noise, t), t, text_encoder(c)[0]).sample
+        loss = F.mse_loss(predicted, schedule.get_velocity(clean, noise, t))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if (step + 1) % EMA_EVERY == 0:
+            with torch.no_grad():
+                torch._foreach_lerp_(ema, [p.detach() for p in trained], 1 - min(0.98, (1 + step) / (100 + step)))
+        recent += loss.item()
+        if (step + 1) % 100 == 0:
+            rate = (time.monotonic() - start) / (step + 1 - first)
+            print(f"refine {step + 1}/{steps} loss {recent / 100:.4f} {rate:.3f} s/step", flush=True)
+            recent = 0.0
+        if (step + 1) % 500 == 0 or step + 1 == steps:
+            state = {"weights": [p.detach() for p in trained], "ema": ema, "optimizer": optimizer.state_dict()}
+            save_state(state_file, {**state, "step": step + 1})
+    with torch.no_grad():
+        for p, e in zip(trained, ema, strict=True):
+            p.copy_(e)
+    save_pipeline(vae, text_encoder, tokenizer, unet, output)
+
+
 def save_pipeline(vae: Any, text_encoder: Any, tokenizer: Any, unet: Any, output: Path) -> None:
     """Diffusers' folder layout, fp16 safetensors."""
     from diffusers import DDIMScheduler, StableDiffusionPipeline
@@ -330,12 +443,13 @@ def export(work: Path, output: Path) -> None:
 def main() -> None:
     """One stage of the build."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=("vae", "unet", "export"))
+    parser.add_argument("stage", choices=("vae", "unet", "refine", "export"))
     parser.add_argument("--pictures", type=Path, help="the .npz of build_pictures --all (stage vae)")
     parser.add_argument("--work", type=Path, required=True, help="folder for the resumable state")
     parser.add_argument("--output", type=Path, default=HERE / "emoji-64", help="the pipeline folder (unet, export)")
     parser.add_argument("--vae-steps", type=int, default=7500)
     parser.add_argument("--unet-steps", type=int, default=9500)
+    parser.add_argument("--refine-steps", type=int, default=6000)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     if args.stage == "vae":
@@ -344,6 +458,8 @@ def main() -> None:
         train_vae(args.pictures, args.work, args.vae_steps)
     elif args.stage == "unet":
         train_unet(args.work, args.output, args.unet_steps)
+    elif args.stage == "refine":
+        refine(args.work, args.output, args.refine_steps)
     else:
         export(args.work, args.output)
 

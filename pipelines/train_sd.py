@@ -96,7 +96,8 @@ def train_sd(config: TrainSDConfig, listener: Listener | None = None) -> RunResu
     fitting = Fitting(
         config, handle, run, sheet, tell, lambda step: header(config, loop, base, fingerprints, folder, size, step)
     )
-    history = fitting.fit(accelerator, DenoisingTask(data, base.pipe.scheduler, config.caption_dropout))
+    low, high = config.timestep_range
+    history = fitting.fit(accelerator, DenoisingTask(data, base.pipe.scheduler, config.caption_dropout, (low, high)))
 
     # Adapter, grid and report
     adapter_path = run.path / "adapter.safetensors"

@@ -58,6 +58,8 @@ class TrainSDConfig:
     """Width and height in px; the model's own when not given."""
     caption_dropout: float = 0.05
     """Share of captions replaced by the empty one, which keeps guidance working."""
+    timestep_range: tuple[int, ...] = (0, 1000)
+    """Noise levels that are learned, of 1000: `0,600` leaves composition, which is settled at high noise, to the base."""
     flip: bool = False
     """Mirror half of the pictures (each time anew)."""
     dropout: float = 0.0
@@ -91,6 +93,11 @@ class TrainSDConfig:
             ("gradient_accumulation", self.gradient_accumulation >= 1, "it must be at least 1"),
             ("resolution", self.resolution is None or self.resolution >= 1, "it must be at least 1 px"),
             ("caption_dropout", 0 <= self.caption_dropout <= 1, "it must be between 0 and 1"),
+            (
+                "timestep_range",
+                len(self.timestep_range) == 2 and 0 <= self.timestep_range[0] < self.timestep_range[1] <= 1000,
+                "it must be two whole numbers, the first below the second, in 0 … 1000",
+            ),
             ("dropout", 0 <= self.dropout < 1, "it must be at least 0 and below 1"),
             ("precision", self.precision in PRECISIONS, nearest(self.precision, PRECISIONS)),
             ("sample_columns", self.sample_columns >= 1, "it must be at least 1"),

@@ -11,7 +11,7 @@ from visionlora.lora.adapter import Adapter, AdapterModule
 def whole() -> bytes:
     import torch
 
-    module = AdapterModule(torch.ones(2, 3), torch.ones(4, 2), 2.0)
+    module = AdapterModule.lora(torch.ones(2, 3), torch.ones(4, 2), 2.0)
     return native.to_bytes(Adapter({"unet.a": module}), {})
 
 

@@ -44,7 +44,7 @@ def adapted(
     model = nn.Sequential(base).to(dtype)
     handle = inject(model, AdapterConfig(rank=3, alpha=2.0, targets="0"))
     if trained:
-        for lora in handle.loras().values():
+        for lora in handle.methods.values():
             lora.lora_B.data.normal_(std=0.5)
     return model, handle, x.to(dtype)
 
@@ -107,8 +107,8 @@ def test_merged_equals_unmerged(kind: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_unmerged_equals_base_plus_delta_in_fp64(kind: str) -> None:
     model, handle, x = adapted(kind, torch.float64)
-    handle.loras()["0"].double()
-    lora = handle.loras()["0"]
+    handle.methods["0"].double()
+    lora = handle.methods["0"]
     product = lora.lora_B.detach().flatten(1) @ lora.lora_A.detach().flatten(1) * lora.scaling
     explicit = nn.Sequential(layer(kind)[0]).double()
     explicit.load_state_dict(bits(model))
@@ -144,10 +144,10 @@ def test_frozen_parameters_never_move(kind: str) -> None:
     model, handle, x = adapted(kind)
     before = bits(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    start = handle.loras()["0"].lora_B.detach().clone()
+    start = handle.methods["0"].lora_B.detach().clone()
     for _ in range(3):
         model(x).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
     assert all(torch.equal(bits(model)[name], value) for name, value in before.items())
-    assert not torch.equal(handle.loras()["0"].lora_B, start)
+    assert not torch.equal(handle.methods["0"].lora_B, start)

@@ -19,6 +19,7 @@ MAPPED = ("assets", "configs", "pipelines")
 ROOMS = (
     "errors",
     "atomic",
+    "plugins",
     "config",
     "lora",
     "formats",

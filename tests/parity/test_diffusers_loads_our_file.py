@@ -27,7 +27,7 @@ def random_adapter(model: Path, mixed: bool) -> Adapter:
         handle = inject(
             base.pipe.unet, AdapterConfig(rank=rank, alpha=alpha, targets=targets), name=targets.replace(",", "_")
         )
-        for lora in handle.loras().values():
+        for lora in handle.methods.values():
             lora.lora_B.data.normal_(std=0.2)
         modules |= handle.modules("unet")
         handle.eject()

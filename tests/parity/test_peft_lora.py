@@ -29,7 +29,7 @@ def test_output_and_gradients_equal_peft(kind: str, alpha: int) -> None:
     ours, theirs = nn.Sequential(make()).double(), nn.Sequential(make()).double()
     theirs.load_state_dict(ours.state_dict())
     handle = inject(ours, AdapterConfig(rank=4, alpha=float(alpha), targets="0"))
-    lora = handle.loras()["0"].double()
+    lora = handle.methods["0"].double()
     lora.lora_B.data.normal_()
     wrapped = peft.get_peft_model(theirs, peft.LoraConfig(r=4, lora_alpha=alpha, target_modules=["0"])).double()
     layer = wrapped.base_model.model[0]

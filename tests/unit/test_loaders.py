@@ -16,7 +16,7 @@ from visionlora.models.base import BaseModel, open_base
 def random_adapter(base: BaseModel, seed: int) -> Adapter:
     torch.manual_seed(seed)
     handle = inject(base.pipe.unet, AdapterConfig(rank=2), seed=seed)
-    for lora in handle.loras().values():
+    for lora in handle.methods.values():
         lora.lora_B.data.normal_(std=0.3)
     modules = handle.modules("unet")
     handle.eject()

@@ -20,6 +20,8 @@ class DenoisingTask:
     noise_scheduler: Any
     caption_dropout: float
     """Share of captions replaced by the empty one."""
+    timestep_range: tuple[int, int] = (0, 1000)
+    """First and one past the last noise level that is learned, in thousandths of the model's own."""
 
     def __len__(self) -> int:
         return len(self.data)
@@ -29,7 +31,9 @@ class DenoisingTask:
         n, data = len(index), self.data
         shape = (n, *data.mean.shape[2:])
         of_latents, noise = torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)
-        timesteps = torch.randint(self.noise_scheduler.config.num_train_timesteps, (n,), generator=generator)
+        levels = self.noise_scheduler.config.num_train_timesteps
+        low, high = (bound * levels // 1000 for bound in self.timestep_range)
+        timesteps = torch.randint(low, max(high, low + 1), (n,), generator=generator)
         variant = torch.randint(data.mean.shape[1], (n,), generator=generator)
         drop = torch.rand(n, generator=generator) < self.caption_dropout
         device = next(model.parameters()).device

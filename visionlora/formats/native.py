@@ -1,8 +1,9 @@
 """visionlora's own adapter file: one safetensors that describes itself and loads in diffusers as it is.
 
-Tensors: ``<component>.<module>.lora_A.weight`` and ``.lora_B.weight`` (PEFT's dotted spelling, which diffusers reads).
+Tensors: ``<component>.<module>.lora_A.weight`` and ``.lora_B.weight`` (PEFT's dotted spelling, which diffusers reads),
+with ``.lora_magnitude_vector`` for DoRA; the names of the other kinds are in `TENSOR_KEYS`.
 Header, all values strings:
-    visionlora                JSON: format_version, base, config, alpha and rank per module, trigger, training
+    visionlora                JSON: format_version, base, config; kind, alpha, rank and options per module; trigger, training
     lora_adapter_metadata     JSON as diffusers writes it: `unet.r`, `unet.lora_alpha`, `unet.alpha_pattern` …
     ss_*, modelspec.*         what A1111, Civitai and ComfyUI show; `sshs_model_hash` is the SHA-256 of the bytes after
                               the header (AutoV3)
@@ -26,10 +27,21 @@ from torch import Tensor
 
 from visionlora.atomic import replace_file
 from visionlora.errors import AdapterFileError
-from visionlora.lora.adapter import Adapter, AdapterModule
+from visionlora.lora.adapter import TENSOR_NAMES, Adapter, AdapterModule
 
 FORMAT_VERSION = 1
-SUFFIXES = (".lora_A.weight", ".lora_B.weight")
+TENSOR_KEYS = {
+    "lora_A": ".lora_A.weight",
+    "lora_B": ".lora_B.weight",
+    "magnitude": ".lora_magnitude_vector",
+    "lambda_b": ".vera_lambda_b",
+    "lambda_d": ".vera_lambda_d",
+    "vector": ".ia3_l",
+    "value": ".value",
+}
+"""What follows a module's name, by the name of the tensor in memory."""
+PIPELINE_PARTS = ("unet", "text_encoder", "text_encoder_2")
+"""Components that diffusers reads."""
 
 
 def diffusers_metadata(adapter: Adapter) -> dict[str, Any]:
@@ -37,6 +49,8 @@ def diffusers_metadata(adapter: Adapter) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for component in adapter.components:
         modules = adapter.component(component)
+        if component not in PIPELINE_PARTS or {m.kind for m in modules.values()} > {"lora", "dora"}:
+            continue
         rank = Counter(m.rank for m in modules.values()).most_common(1)[0][0]
         alpha = Counter(m.alpha for m in modules.values()).most_common(1)[0][0]
         flat[f"{component}.r"] = rank
@@ -44,7 +58,21 @@ def diffusers_metadata(adapter: Adapter) -> dict[str, Any]:
         flat[f"{component}.target_modules"] = sorted(modules)
         flat[f"{component}.rank_pattern"] = {n: m.rank for n, m in modules.items() if m.rank != rank}
         flat[f"{component}.alpha_pattern"] = {n: m.alpha for n, m in modules.items() if m.alpha != alpha}
+        if any(m.kind == "dora" for m in modules.values()):
+            flat[f"{component}.use_dora"] = True
     return flat
+
+
+def peft_magnitude(magnitude: Tensor, module: AdapterModule) -> Tensor:
+    """PEFT keeps the magnitude of a convolution as (1, o, 1, ...), that of a linear layer as (o,)."""
+    spatial = module.tensors["lora_A"].dim() - 2
+    return magnitude.view(1, -1, *(1,) * spatial) if spatial else magnitude
+
+
+def described(module: AdapterModule) -> dict[str, Any]:
+    """What the header says of a module."""
+    entry: dict[str, Any] = {"kind": module.kind, "rank": module.rank, "alpha": module.alpha}
+    return {**entry, "options": dict(module.options)} if module.options else entry
 
 
 def tensor_hash(data: bytes) -> str:
@@ -56,12 +84,13 @@ def to_bytes(adapter: Adapter, extra: Mapping[str, str]) -> bytes:
     """The whole file."""
     tensors: dict[str, Tensor] = {}
     for name, m in adapter.modules.items():
-        tensors[name + ".lora_A.weight"] = m.lora_A.contiguous()
-        tensors[name + ".lora_B.weight"] = m.lora_B.contiguous()
+        for what, tensor in m.tensors.items():
+            shaped = peft_magnitude(tensor, m) if what == "magnitude" else tensor
+            tensors[name + TENSOR_KEYS[what]] = shaped.contiguous()
     header = {
         **adapter.info,
         "format_version": FORMAT_VERSION,
-        "modules": {name: {"rank": m.rank, "alpha": m.alpha} for name, m in sorted(adapter.modules.items())},
+        "modules": {name: described(m) for name, m in sorted(adapter.modules.items())},
     }
     metadata = {
         "format": "pt",
@@ -116,7 +145,10 @@ def read(path: Path) -> Adapter:
     try:
         info = dict(json.loads(metadata["visionlora"]))
         version, listed = int(info.get("format_version", 0)), info.pop("modules", {})
-        alphas = {str(name): float(entry["alpha"]) for name, entry in dict(listed).items()}
+        entries = {
+            str(name): (str(e.get("kind", "lora")), float(e["alpha"]), dict(e.get("options", {})))
+            for name, e in dict(listed).items()
+        }
     except (ValueError, TypeError, KeyError, AttributeError) as e:
         raise AdapterFileError(
             f"{path} has a broken header ({type(e).__name__}: {e}). Copy or download it again."
@@ -126,26 +158,45 @@ def read(path: Path) -> Adapter:
             f"{path} has format version {version}, newer than this visionlora reads "
             f"({FORMAT_VERSION}): update visionlora."
         )
-    modules = {}
-    for name, alpha in alphas.items():
-        try:
-            down, up = (tensors.pop(name + suffix) for suffix in SUFFIXES)
-        except KeyError as e:
-            raise AdapterFileError(f"{path} lacks the tensor {e.args[0]!r} that its header lists.") from None
-        if down.dim() < 2 or up.dim() != down.dim() or up.shape[1] != down.shape[0] or not down.shape[0]:
-            raise AdapterFileError(
-                f"{path} has factors of shapes {tuple(down.shape)} and {tuple(up.shape)} in {name!r}, "
-                "which cannot be multiplied."
-            )
-        if not (math.isfinite(alpha) and torch.isfinite(down).all() and torch.isfinite(up).all()):
-            raise AdapterFileError(f"{path} has NaN or infinite values in {name!r}: its training diverged.")
-        modules[name] = AdapterModule(down, up, alpha)
+    modules = {name: take_module(path, name, entry, tensors) for name, entry in entries.items()}
     if tensors:
         raise AdapterFileError(
             f"{path} has {len(tensors)} tensors that its header does not list, the first "
             f"{sorted(tensors)[0]!r}: the file was changed by another tool."
         )
     return Adapter(modules, info)
+
+
+def take_module(
+    path: Path, name: str, entry: tuple[str, float, dict[str, Any]], tensors: dict[str, Tensor]
+) -> AdapterModule:
+    """One module out of `tensors`, checked.
+
+    Raises:
+        AdapterFileError: when its kind is unknown, a tensor is missing, or its values cannot be used.
+    """
+    kind, alpha, options = entry
+    if kind not in TENSOR_NAMES:
+        raise AdapterFileError(
+            f"{path} has a module of kind {kind!r} ({name!r}), which this visionlora does not know "
+            f"({', '.join(TENSOR_NAMES)}): update visionlora."
+        )
+    try:
+        own = {what: tensors.pop(name + TENSOR_KEYS[what]) for what in TENSOR_NAMES[kind]}
+    except KeyError as e:
+        raise AdapterFileError(f"{path} lacks the tensor {e.args[0]!r} that its header lists.") from None
+    if "lora_A" in own:
+        down, up = own["lora_A"], own["lora_B"]
+        if down.dim() < 2 or up.dim() != down.dim() or up.shape[1] != down.shape[0] or not down.shape[0]:
+            raise AdapterFileError(
+                f"{path} has factors of shapes {tuple(down.shape)} and {tuple(up.shape)} in {name!r}, "
+                "which cannot be multiplied."
+            )
+    if not (math.isfinite(alpha) and all(torch.isfinite(t).all() for t in own.values())):
+        raise AdapterFileError(f"{path} has NaN or infinite values in {name!r}: its training diverged.")
+    if "magnitude" in own:
+        own["magnitude"] = own["magnitude"].flatten()
+    return AdapterModule(kind, own, alpha, options)
 
 
 def read_metadata(data: bytes) -> dict[str, str]:

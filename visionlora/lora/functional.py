@@ -7,6 +7,8 @@ Source: LoRA, arXiv 2106.09685, eq. 3.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -21,7 +23,7 @@ def delta_weight(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     return (product * scaling).reshape(lora_B.shape[0], *lora_A.shape[1:])
 
 
-def stack_factors(factors: list[tuple[Tensor, Tensor, float]]) -> tuple[Tensor, Tensor]:
+def stack_factors(factors: Sequence[tuple[Tensor, Tensor, float]]) -> tuple[Tensor, Tensor]:
     """Concatenates (lora_A, lora_B, scaling) of several adapters along the rank, in fp32, scalings folded into B.
 
     Exact: [s1·B1 … sk·Bk]·[A1; …; Ak] = Σ s·B·A, so k adapters cost one pair of matmuls.
@@ -29,3 +31,55 @@ def stack_factors(factors: list[tuple[Tensor, Tensor, float]]) -> tuple[Tensor, 
     down = torch.cat([a.float() for a, _, _ in factors], dim=0)
     up = torch.cat([b.float() * s for _, b, s in factors], dim=1)
     return down, up
+
+
+def row_norms(weight: Tensor) -> Tensor:
+    """L2 norm of each output row of a weight, (o,)."""
+    return weight.flatten(1).norm(dim=1)
+
+
+def sum_row_norms(weight: Tensor, squares: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """Row norms of W + scaling·B·A, (o,), without the dense product: ‖w‖² + 2s·(B∘WAᵀ)·1 + s²·(B·AAᵀ∘B)·1.
+
+    Args:
+        weight: W, (o, i) or (o, i/g, *k).
+        squares: ‖w‖² of each row, (o,), computed once.
+        lora_A: (r, i) or (r, i/g, *k).
+        lora_B: (o, r) or (o, r, 1, ...).
+        scaling: s.
+    """
+    w, a, b = weight.flatten(1), lora_A.flatten(1), lora_B.flatten(1)
+    cross = (b * (w @ a.t())).sum(1)
+    own = ((b @ (a @ a.t())) * b).sum(1)
+    return (squares + 2 * scaling * cross + scaling**2 * own).clamp(min=0).sqrt()
+
+
+def factorise(delta: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The best rank-r factors of a dense ΔW (Eckart-Young), in fp32; singular values are shared evenly.
+
+    Returns:
+        lora_A (r, i) or (r, i/g, *k) and lora_B (o, r) or (o, r, 1, ...).
+
+    >>> down, up = factorise(torch.eye(3)[:, :2] * 2, 2)
+    >>> torch.allclose(delta_weight(down, up, 1.0), torch.eye(3)[:, :2] * 2, atol=1e-6)
+    True
+    """
+    u, s, v = torch.linalg.svd(delta.float().flatten(1), full_matrices=False)
+    root = s[:rank].sqrt()
+    return _shaped(root[:, None] * v[:rank], u[:, :rank] * root, delta.shape)
+
+
+def resize(lora_A: Tensor, lora_B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The best factors of a smaller (or equal) rank for the same ΔW, by QR of the factors: no dense ΔW is built."""
+    qb, rb = torch.linalg.qr(lora_B.float().flatten(1))
+    qa, ra = torch.linalg.qr(lora_A.float().flatten(1).t())
+    u, s, v = torch.linalg.svd(rb @ ra.t(), full_matrices=False)
+    root = s[:rank].sqrt()
+    down, up = root[:, None] * (v[:rank] @ qa.t()), qb @ (u[:, :rank] * root)
+    return _shaped(down, up, (lora_B.shape[0], *lora_A.shape[1:]))
+
+
+def _shaped(down: Tensor, up: Tensor, weight_shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Factors (r, i·*k) and (o, r) in the shapes of the layer's kind."""
+    kernel = weight_shape[2:]
+    return down.reshape(len(down), *weight_shape[1:]), up.reshape(*up.shape, *(1 for _ in kernel))

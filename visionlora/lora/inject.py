@@ -1,24 +1,33 @@
 """Puts adapters on a model and takes them off again: nothing is renamed and the base comes back bit for bit.
 
 handle = inject(unet, AdapterConfig(rank=8, targets="attn"))
-optimizer = AdamW(handle.parameters())
+optimizer = AdamW(handle.parameter_groups(1e-4))
 handle.merge(); handle.unmerge(); handle.eject()
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import cast
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from visionlora.errors import ConfigError, TargetError, nearest
+from visionlora import plugins
+from visionlora.errors import AdapterFileError, ConfigError, TargetError
 from visionlora.lora.adapter import Adapter, AdapterModule
-from visionlora.lora.config import AdapterConfig
-from visionlora.lora.layers import AdaptedLayer, LoRA, adapt, release
-from visionlora.lora.targets import resolve
+from visionlora.lora.attention import AdaptedAttention, give_back, take_over
+from visionlora.lora.config import PLUGIN_GROUPS, AdapterConfig
+from visionlora.lora.lean import Lean, make_lean, make_plain, unlean
+from visionlora.lora.layers import AdaptedLayer, adapt, release, write_merged
+from visionlora.lora.methods import KINDS, METHODS
+from visionlora.lora.methods.adalora import AdaLoRA, allocate
+from visionlora.lora.methods.base import Method, Site
+from visionlora.lora.targets import ends_on_boundary, owners_of, resolve, site_at
 
 
 @dataclass(frozen=True)
@@ -31,89 +40,253 @@ class InjectionReport:
     """Pairs of module name and the reason why it is not adapted."""
     trained_parameters: int
     base_parameters: int
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    """Rank by module name."""
+    in_full: tuple[str, ...] = ()
+    """Parameters of the base that train in full."""
 
     def __str__(self) -> str:
         share = 100 * self.trained_parameters / max(1, self.base_parameters)
         text = f"{len(self.hits)} layers adapted, {self.trained_parameters:,} parameters ({share:.2f} % of the base)"
+        text += f", {len(self.in_full)} of them trained in full" if self.in_full else ""
         return text + (f", {len(self.skipped)} names skipped" if self.skipped else "")
+
+
+@dataclass
+class InFull:
+    """A parameter of the base that an adapter replaces."""
+
+    parameter: nn.Parameter
+    original: Tensor
+    """As it was before."""
+    trained: Tensor | None = None
+    """The adapter's value while the scale is not 1."""
+
+    @torch.no_grad()
+    def set_scale(self, scale: float) -> None:
+        """original + scale · (trained - original); 1 and 0 are exact."""
+        if self.trained is None:
+            self.trained = self.parameter.detach().clone()
+        if scale == 1:
+            self.parameter.copy_(self.trained)
+            self.trained = None
+        else:
+            self.parameter.copy_(torch.lerp(self.original, self.trained, scale) if scale else self.original)
+
+    def value(self) -> Tensor:
+        """The adapter's value."""
+        return (self.parameter if self.trained is None else self.trained).detach()
 
 
 class Handle:
     """One adapter on one model."""
 
-    def __init__(self, model: nn.Module, name: str, layers: Mapping[str, nn.Module], report: InjectionReport) -> None:
-        self.model, self.name, self.report = model, name, report
-        self.layers = {n: cast(AdaptedLayer, m) for n, m in layers.items()}
-        self._originals: dict[str, Tensor] = {}
+    def __init__(self, model: nn.Module, name: str, config: AdapterConfig | None = None) -> None:
+        self.model, self.name, self.config = model, name, config
+        self.methods: dict[str, Method] = {}
+        """The adapter's part on each site, by the site's name."""
+        self.in_full: dict[str, InFull] = {}
+        """Parameters that it replaces, by name."""
+        self.report = InjectionReport((), (), 0, 0)
+        self._owners: tuple[nn.Module, ...] = ()
+        self._lean: list[nn.Module] = []
+        self._trained_before: list[nn.Parameter] = []
 
-    def loras(self) -> dict[str, LoRA]:
-        """The factors by module name."""
-        return {name: cast(LoRA, layer.adapters[self.name]) for name, layer in self.layers.items()}
+    # ----------------------------------------------------------------------------------------------------- training
 
     def parameters(self) -> list[nn.Parameter]:
         """Everything that trains."""
-        return [p for lora in self.loras().values() for p in lora.parameters()]
+        own = [p for m in self.methods.values() for p in m.parameters() if p.requires_grad]
+        return own + [f.parameter for f in self.in_full.values() if f.parameter.requires_grad]
 
-    def set_scale(self, scale: float) -> None:
-        """Multiplies alpha/rank of every layer; 0 gives the base model's output bit for bit.
+    def parameter_groups(
+        self, lr: float, weight_decay: float = 0.0, full_lr: float | None = None
+    ) -> list[dict[str, Any]]:
+        """Groups for an optimizer. B has its own rate (LoRA+, arXiv 2402.12354); vectors are not decayed.
+
+        Args:
+            lr: of everything but B and what trains in full.
+            weight_decay: of matrices.
+            full_lr: of modules trained in full, such as a head; `lr` when not given.
+        """
+        ratio = self.config.effective_lr_ratio if self.config else 1.0
+        groups: dict[str, list[nn.Parameter]] = {"adapter": [], "lora_B": [], "vectors": [], "full": [], "full_1d": []}
+        for m in self.methods.values():
+            for name, p in m.named_parameters():
+                if p.requires_grad:
+                    groups["lora_B" if name == "lora_B" else "vectors" if p.dim() < 2 else "adapter"].append(p)
+        for f in self.in_full.values():
+            if f.parameter.requires_grad:
+                groups["full_1d" if f.parameter.dim() < 2 else "full"].append(f.parameter)
+        head = lr if full_lr is None else full_lr
+        rates = {"adapter": lr, "lora_B": lr * ratio, "vectors": lr, "full": head, "full_1d": head}
+        decays = {"adapter": weight_decay, "lora_B": weight_decay, "vectors": 0.0, "full": weight_decay, "full_1d": 0.0}
+        return [
+            {"name": name, "params": params, "lr": rates[name], "weight_decay": decays[name]}
+            for name, params in groups.items()
+            if params
+        ]
+
+    def regularisation(self) -> Tensor | None:
+        """A term that the loss should include; AdaLoRA alone has one (the mean of its sites, times 0.5)."""
+        parts = [r for m in self.methods.values() if (r := m.regularisation()) is not None]
+        return 0.5 * torch.stack(parts).mean() if parts else None
+
+    def after_backward(self, step: int, steps: int) -> None:
+        """Call between backward and the optimizer step; AdaLoRA prunes its ranks here.
+
+        Args:
+            step: counted from 1.
+            steps: of the whole training.
 
         Raises:
-            ConfigError: when the scale is not finite, or the adapter is merged.
+            TargetError: on the first step, when some adapted layer got no gradient: the model never calls it.
         """
-        if not torch.isfinite(torch.tensor(float(scale))):
-            raise ConfigError(f"The scale of adapter {self.name!r} is {scale!r}; it must be a finite number.")
-        if self._originals:
-            raise ConfigError(f"Adapter {self.name!r} is merged: unmerge it before changing its scale.")
-        for lora in self.loras().values():
-            lora.scale = float(scale)
+        if step == 1:
+            self.check_gradients()
+        adaptive = [m for m in self.methods.values() if isinstance(m, AdaLoRA)]
+        if adaptive and self.config is not None:
+            allocate(adaptive, step, steps, sum(self.config.rank_of(m.site.name) for m in adaptive))
 
-    @torch.no_grad()
+    def check_gradients(self) -> None:
+        """Raises TargetError when, after a backward pass, some adapted layer has no gradient: it trains in vain."""
+        dead = [
+            name
+            for name, m in self.methods.items()
+            if m.trainable and all(p.grad is None for p in m.parameters() if p.requires_grad)
+        ]
+        if dead:
+            raise TargetError(
+                f"{len(dead)} adapted layers got no gradient, the first {dead[0]!r}: the model never calls them, or "
+                "uses their weights past them. Leave them out: exclude=" + repr(tuple(dead[:3])) + "."
+            )
+
+    # ------------------------------------------------------------------------------------------------ scale and merge
+
+    @property
+    def merged(self) -> bool:
+        """Whether ΔW is in the weights."""
+        return any(m.merged for m in self.methods.values())
+
+    def set_scale(self, scale: float) -> None:
+        """Multiplies the adapter's effect in every layer; 0 gives the base model's output bit for bit.
+
+        A merged adapter is merged anew from the untouched originals.
+
+        Raises:
+            ConfigError: when the scale is not finite.
+        """
+        if not math.isfinite(scale):
+            raise ConfigError(f"The scale of adapter {self.name!r} is {scale!r}; it must be a finite number.")
+        for m in self.methods.values():
+            m.scale = float(scale)
+        for f in self.in_full.values():
+            f.set_scale(float(scale))
+        if self.merged:
+            self._write()
+
     def merge(self) -> None:
         """Adds ΔW to the base weights in fp32, keeping the originals; twice is the same as once.
 
         Raises:
             ConfigError: when a merged weight would not be finite, before any weight is changed.
         """
-        if self._originals:
-            return
-        merged: dict[str, Tensor] = {}
-        for name, lora in self.loras().items():
-            weight = cast(Tensor, self.layers[name].weight)
-            merged[name] = (weight.float() + lora.delta_weight()).to(weight.dtype)
-            if not torch.isfinite(merged[name]).all():
-                raise ConfigError(
-                    f"Merging adapter {self.name!r} gives NaN or infinite weights in {name!r}; nothing was "
-                    "changed. Its training diverged, or its scale is too large."
-                )
-        for name, weight in merged.items():
-            layer = self.layers[name]
-            self._originals[name] = cast(Tensor, layer.weight).detach().clone()
-            cast(Tensor, layer.weight).copy_(weight)
-            layer.merged = True
+        pending = [m for m in self.methods.values() if not m.merged]
+        for m in pending:
+            m.merged = True
+        try:
+            self._write()
+        except ConfigError:
+            for m in pending:
+                m.merged = False
+            raise
+
+    def unmerge(self) -> None:
+        """Takes ΔW out again, bit for bit."""
+        for m in self.methods.values():
+            m.merged = False
+        self._write()
 
     @torch.no_grad()
-    def unmerge(self) -> None:
-        """Puts the original weights back, bit for bit."""
-        for name, original in self._originals.items():
-            cast(Tensor, self.layers[name].weight).copy_(original)
-            self.layers[name].merged = False
-        self._originals.clear()
+    def _write(self) -> None:
+        """Writes the weights of every layer that this adapter is on, from the originals and what is merged."""
+        layers = {id(m.site.layer): cast(AdaptedLayer, m.site.layer) for m in self.methods.values()}
+        new = []
+        for layer in layers.values():
+            values = write_merged(layer)
+            for value in values.values():
+                if not torch.isfinite(value).all():
+                    name = next(m.site.name for m in self.methods.values() if m.site.layer is layer)
+                    raise ConfigError(
+                        f"Merging adapter {self.name!r} gives NaN or infinite weights in {name!r}; nothing was "
+                        "changed. Its training diverged, or its scale is too large."
+                    )
+            new.append((layer, values))
+        for layer, values in new:
+            for name in [n for n in layer.originals if n not in values]:
+                cast(Tensor, getattr(layer, name)).copy_(layer.originals.pop(name))
+            for name, value in values.items():
+                parameter = cast(Tensor, getattr(layer, name))
+                layer.originals.setdefault(name, parameter.detach().clone())
+                parameter.copy_(value)
 
+    @torch.no_grad()
     def eject(self) -> None:
         """Takes the adapter off; the model is as it was before `inject`."""
-        self.unmerge()
-        for layer in self.layers.values():
-            release(layer, self.name)
-        self.layers = {}
+        if self.merged:
+            self.unmerge()
+        for m in self.methods.values():
+            release(m.site.layer, m.key)
+        for f in self.in_full.values():
+            f.parameter.copy_(f.original)
+        for owner in self._owners:
+            give_back(owner)
+        make_plain(self._lean)
+        if not any(isinstance(m, AdaptedLayer) for m in self.model.modules()):
+            for p in self.model.parameters():
+                p.requires_grad_(False)
+            for p in self._trained_before:
+                p.requires_grad_(True)
+        self.methods, self.in_full, self._owners, self._lean = {}, {}, (), []
+
+    # -------------------------------------------------------------------------------------------------------- files
 
     def modules(self, prefix: str) -> dict[str, AdapterModule]:
-        """Copies of the factors on the CPU in fp32, named `prefix.module`, for an `Adapter`."""
-        return {
-            f"{prefix}.{name}": AdapterModule(
-                lora.lora_A.detach().float().cpu().clone(), lora.lora_B.detach().float().cpu().clone(), lora.alpha
-            )
-            for name, lora in self.loras().items()
-        }
+        """Copies of the parameters on the CPU in fp32, named `prefix.module`, for an `Adapter`."""
+        found = {f"{prefix}.{name}": m.export() for name, m in self.methods.items()}
+        for name, f in self.in_full.items():
+            found[f"{prefix}.{name}"] = AdapterModule("full", {"value": f.value().cpu().clone()}, 1.0)
+        return found
+
+    def adapter(self, component: str = "model", info: Mapping[str, Any] | None = None) -> Adapter:
+        """The adapter as it is now, in memory."""
+        config = {} if self.config is None else {"method": self.config.method, "config": self.config.to_dict()}
+        return Adapter(self.modules(component), {**config, **(info or {})})
+
+    def save(self, path: str | Path, component: str = "model", info: Mapping[str, Any] | None = None) -> None:
+        """Writes the adapter to a file of our own format, atomically.
+
+        Args:
+            path: of the file.
+            component: the part of a pipeline that the model is (`unet`, `text_encoder`), before the names in the file.
+            info: more for the header.
+        """
+        # The loaders lie above this room, so they are looked up when they are called for.
+        import_module("visionlora.loaders").save_adapter(self.adapter(component, info), path)
+
+
+def method_class(name: str) -> type[Method]:
+    """The class of a method, ours or a plug-in's.
+
+    Raises:
+        ConfigError: when a plug-in's method cannot be imported.
+    """
+    if name in METHODS:
+        return METHODS[name]
+    found = plugins.load(PLUGIN_GROUPS["method"], name)
+    if found is None:
+        raise ConfigError(f"Method {name!r} comes from a plug-in that cannot be imported; see `visionlora plugins`.")
+    return cast("type[Method]", found)
 
 
 def inject(model: nn.Module, config: AdapterConfig, name: str = "default", seed: int = 0) -> Handle:
@@ -130,61 +303,167 @@ def inject(model: nn.Module, config: AdapterConfig, name: str = "default", seed:
         ConfigError: when an adapter of that name is there. In both cases the model is left untouched.
     """
     check_name(model, name)
-    resolution = resolve(model, config.target_list, config.rank)
-    base_parameters = sum(p.numel() for p in model.parameters())
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    for hit in resolution.hits:
-        adapt(hit.module, name, LoRA.new(cast(nn.Linear, hit.module), config, generator))
-    layers = {hit.name: hit.module for hit in resolution.hits}
-    handle = Handle(model, name, layers, InjectionReport((), (), 0, 0))
+    handle = Handle(model, name, config)
+    base = base_parameters(model)
+    replaced = select_in_full(model, config, base)
+    methods: list[Method] = []
+    skipped: tuple[tuple[str, str], ...] = ()
+    if config.method not in ("full", "linear-probe"):
+        resolution = resolve(model, config)
+        cls, generator = method_class(config.method), torch.Generator().manual_seed(seed)
+        methods = [cls.new(site, config, generator) for site in resolution.sites]
+        skipped = resolution.skipped
+    _place(handle, methods, name)
+    handle._trained_before = [p for p in base.values() if p.requires_grad]
+    for n, parameter in base.items():
+        parameter.requires_grad_(n in replaced)
+        if n in replaced:
+            handle.in_full[n] = InFull(parameter, parameter.detach().clone())
+    if config.save_memory and methods:
+        handle._lean = make_lean(model)
     handle.report = InjectionReport(
-        tuple((hit.name, hit.target) for hit in resolution.hits),
-        resolution.skipped,
+        tuple((m.site.name, m.site.target) for m in methods),
+        skipped,
         sum(p.numel() for p in handle.parameters()),
-        base_parameters,
+        sum(p.numel() for p in base.values()),
+        {m.site.name: len(p) for m in methods if (p := getattr(m, "lora_A", None)) is not None},
+        tuple(handle.in_full),
     )
     return handle
 
 
-def attach(model: nn.Module, adapter: Adapter, component: str, name: str = "default") -> Handle:
+def attach(model: nn.Module, adapter: Adapter, component: str = "", name: str = "default") -> Handle:
     """Adds a finished adapter's factors for one component to `model`, frozen.
+
+    Args:
+        model: the base model.
+        adapter: from a file or a handle.
+        component: which of the adapter's parts; the only one when empty.
+        name: to tell adapters on one model apart.
 
     Raises:
         TargetError: when a module is missing in the model or has another shape; the model is left untouched.
         ConfigError: when an adapter of that name is there.
     """
     check_name(model, name)
-    available = dict(model.named_modules())
-    modules = adapter.component(component)
+    if not component:
+        if len(adapter.components) != 1:
+            raise ConfigError(f"The adapter has parts for {', '.join(adapter.components)}: say which to attach.")
+        (component,) = adapter.components
+    handle = Handle(model, name)
+    modules, base = adapter.component(component), base_parameters(model)
+    methods, replaced = [], {}
     for path, m in modules.items():
-        if path not in available or not hasattr(available[path], "weight"):
-            names = [n for n, module in available.items() if hasattr(module, "weight")]
+        if m.kind == "full":
+            replaced[path] = fitting_parameter(base, path, m, component, model)
+            continue
+        if m.kind not in KINDS:
+            raise AdapterFileError(f"The adapter's layer {component}.{path} is of kind {m.kind!r}, unknown here.")
+        try:
+            site = site_at(model, path)
+        except TargetError as e:
             raise TargetError(
                 f"The adapter has a layer {component}.{path}, which {type(model).__name__} has not: it was "
-                f"made for another base model. {nearest(path, names) if len(names) < 1000 else ''}"
-            )
-        wanted, given = tuple(available[path].weight.shape), (m.lora_B.shape[0], *m.lora_A.shape[1:])
-        if wanted != given:
+                f"made for another base model. {str(e).partition('. ')[2]}"
+            ) from None
+        check_shape(site, m, f"{component}.{path}")
+        methods.append(KINDS[m.kind].load(site, m))
+    _place(handle, methods, name)
+    with torch.no_grad():
+        for path, parameter in replaced.items():
+            handle.in_full[path] = InFull(parameter, parameter.detach().clone())
+            parameter.copy_(modules[path].tensors["value"])
+    count = sum(t.numel() for m in modules.values() for t in m.tensors.values())
+    ranks = {path: m.rank for path, m in modules.items() if m.rank}
+    handle.report = InjectionReport(tuple((path, "file") for path in modules), (), count, 0, ranks, tuple(replaced))
+    return handle
+
+
+def _place(handle: Handle, methods: Sequence[Method], name: str) -> None:
+    """Puts methods on their layers."""
+    owners = owners_of(handle.model, [m.site for m in methods])
+    for m in methods:
+        if isinstance(m.site.layer, Lean):
+            unlean(m.site.layer)
+    for owner in owners:
+        take_over(owner)
+    for m in methods:
+        m.adapter_name = name
+        adapt(m.site.layer, m, AdaptedAttention if isinstance(m.site.layer, nn.MultiheadAttention) else None)
+    handle.methods, handle._owners = {m.site.name: m for m in methods}, owners
+
+
+def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of the base, by name, without any adapter's."""
+    adapters = {id(p) for m in model.modules() if isinstance(m, AdaptedLayer) for p in m.adapters.parameters()}
+    return {n: p for n, p in model.named_parameters() if id(p) not in adapters}
+
+
+def select_in_full(model: nn.Module, config: AdapterConfig, base: Iterable[str]) -> set[str]:
+    """The parameters that train in full.
+
+    Raises:
+        TargetError: when a name in `train` reaches none.
+    """
+    if config.method == "full":
+        return set(base)
+    found = set()
+    for word in config.train_list:
+        paths = [n for n, _ in model.named_modules() if n and ends_on_boundary(n, word)]
+        reached = {p for p in base if p == word or any(p.startswith(path + ".") for path in paths)}
+        if not reached:
+            from visionlora.errors import nearest
+
+            names = {n.split(".", 1)[0] for n in base} | {n.rpartition(".")[0] for n in base}
             raise TargetError(
-                f"The adapter's ΔW for {component}.{path} has shape {given}, the base weight {wanted}: it was "
-                "made for another base model."
+                f"train names {word!r}, which is no module of {type(model).__name__}. {nearest(word, names)}"
             )
-    layers = {}
-    for path, m in modules.items():
-        weight = cast(Tensor, available[path].weight)
-        lora = LoRA(m.lora_A.to(weight.device), m.lora_B.to(weight.device), m.alpha)
-        adapt(available[path], name, lora.requires_grad_(False))
-        layers[path] = available[path]
-    count = sum(m.lora_A.numel() + m.lora_B.numel() for m in modules.values())
-    report = InjectionReport(tuple((path, "file") for path in modules), (), count, 0)
-    return Handle(model, name, layers, report)
+        found |= reached
+    return found
+
+
+def check_shape(site: Site, module: AdapterModule, name: str) -> None:
+    """Raises TargetError when an adapter's module does not fit the base weight."""
+    wanted = tuple(site.weight.shape)
+    given = module.shape()
+    if given is None and module.kind == "vera":
+        given = (len(module.tensors["lambda_b"]), *wanted[1:])
+    if given is None and module.kind == "ia3":
+        width = site.inputs if module.options.get("on_input") else wanted[0]
+        given = wanted if module.tensors["vector"].numel() == width else (module.tensors["vector"].numel(),)
+    if wanted != given:
+        raise TargetError(
+            f"The adapter's ΔW for {name} has shape {given}, the base weight {wanted}: it was made for another base "
+            "model."
+        )
+
+
+def fitting_parameter(
+    base: Mapping[str, nn.Parameter], path: str, module: AdapterModule, component: str, model: nn.Module
+) -> nn.Parameter:
+    """The base parameter that a module of kind `full` replaces.
+
+    Raises:
+        TargetError: when there is none of this name and shape.
+    """
+    value = module.tensors["value"]
+    if path not in base:
+        raise TargetError(f"The adapter replaces {component}.{path}, which {type(model).__name__} has not.")
+    if base[path].shape != value.shape:
+        raise TargetError(
+            f"The adapter's {component}.{path} has shape {tuple(value.shape)}, the base's {tuple(base[path].shape)}: "
+            "it was made for another base model."
+        )
+    return base[path]
 
 
 def check_name(model: nn.Module, name: str) -> None:
-    """Raises ConfigError when some layer of `model` already carries an adapter called `name`."""
-    taken = {n for m in model.modules() if isinstance(m, AdaptedLayer) for n in m.adapters}
+    """Raises ConfigError when `name` cannot name an adapter, or some layer of `model` already carries one of it."""
+    if not name or "." in name or ":" in name or hasattr(nn.ModuleDict, name):
+        raise ConfigError(
+            f"{name!r} cannot name an adapter: use a word without dots and colons that is no method of a module."
+        )
+    taken = {cast(Method, a).adapter_name for m in model.modules() if isinstance(m, AdaptedLayer) for a in m.methods()}
     if name in taken:
         raise ConfigError(
             f"An adapter named {name!r} is on this model already (there: {', '.join(sorted(taken))}). "

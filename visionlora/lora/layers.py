@@ -2,12 +2,20 @@
 
 A layer is adapted in place: its class is replaced by a subclass that also runs the adapters, so the module, its
 weight and their names stay the same objects, and giving the class back restores the model exactly.
+
+A layer runs in one of four ways, with one result:
+    merged      ΔW is in the weight: the base's own forward
+    training    fused kernels that keep little for backward (`visionlora.lora.kernels`)
+    stacked     without gradients: the factors of all active adapters concatenated, one pair of matmuls for any number
+    plain       under torch.compile: ordinary operations with the scales in tensors, so that a new scale re-traces nothing
+
 Letters in shapes: b batch, n tokens, i in, o out, r rank, *s spatial sizes.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -15,109 +23,388 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visionlora.errors import ConfigError
-from visionlora.lora.config import AdapterConfig
-from visionlora.lora.functional import delta_weight
+from visionlora.lora.functional import stack_factors
+from visionlora.lora.kernels import CONVOLVE, Branch, Geometry, Rows, low_rank_conv, low_rank_linear
+from visionlora.lora.methods.base import Gain, Method
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-class LoRA(nn.Module):
-    """The two factors of one adapter on one layer; `scale` multiplies alpha/rank and may change at any time."""
+@dataclass(frozen=True)
+class Stack:
+    """What all active adapters of a layer do together, ready for the dtype of its output."""
 
-    lora_A: nn.Parameter
-    lora_B: nn.Parameter
-
-    def __init__(self, lora_A: Tensor, lora_B: Tensor, alpha: float, dropout: float = 0.0) -> None:
-        super().__init__()
-        self.lora_A, self.lora_B = nn.Parameter(lora_A), nn.Parameter(lora_B)
-        self.alpha, self.dropout, self.scale = float(alpha), float(dropout), 1.0
-
-    @classmethod
-    def new(cls, base: nn.Linear | nn.Conv2d, config: AdapterConfig, generator: torch.Generator) -> LoRA:
-        """Factors for one base layer: A random, B zero. Geometry and device come from the base weight."""
-        weight = base.weight
-        down = torch.empty(config.rank, *weight.shape[1:], dtype=torch.float32)
-        if config.init == "gaussian":
-            down.normal_(std=1 / config.rank, generator=generator)
-        else:  # U(-1/√i, 1/√i), what kaiming_uniform with a=√5 gives
-            bound = 1 / math.sqrt(down[0].numel())
-            down.uniform_(-bound, bound, generator=generator)
-        up = torch.zeros(weight.shape[0], config.rank, *(1,) * (weight.dim() - 2))
-        return cls(down.to(weight.device), up.to(weight.device), config.effective_alpha, config.dropout)
-
-    @property
-    def rank(self) -> int:
-        """Rank r of ΔW."""
-        return self.lora_A.shape[0]
-
-    @property
-    def scaling(self) -> float:
-        """Scale · alpha / rank."""
-        return self.scale * self.alpha / self.rank
-
-    def delta_weight(self) -> Tensor:
-        """ΔW in fp32 at the present scale."""
-        return delta_weight(self.lora_A.detach(), self.lora_B.detach(), self.scaling)
-
-    def add_to(self, out: Tensor, x: Tensor, base: nn.Module) -> Tensor:
-        """`out` + ΔW applied to `x`, in the dtype of `out`: (b, n, o), or (b, o, *s) for a convolution."""
-        x = F.dropout(x, self.dropout, self.training)
-        lora_A, lora_B = self.lora_A.to(out.dtype), self.lora_B.to(out.dtype)
-        x = x.to(out.dtype)
-        if isinstance(base, nn.Linear):
-            up = F.linear(x, lora_A).flatten(0, -2)
-            return torch.addmm(out.flatten(0, -2), up, lora_B.t(), alpha=self.scaling).view_as(out)
-        conv = cast(Any, base)
-        # Groups share A: repeating it gives every group its own r channels, which is the grouped ΔW exactly.
-        down = conv._conv_forward(x, lora_A.repeat(conv.groups, *(1,) * (lora_A.dim() - 1)), None)
-        convolve = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[x.dim()]
-        return out + self.scaling * convolve(down, lora_B, groups=conv.groups)
+    lora_A: Tensor | None
+    """(Σr, i) or (Σr, i/g, *k)."""
+    lora_B: Tensor | None
+    """(o, Σr) or (o, Σr, 1, ...), scalings folded in."""
+    gain: Tensor | None
+    """(o,): out += gain · (out - bias)."""
+    gain_with_bias: Tensor | None
+    """(o,): out += gain · out."""
+    input_gain: Tensor | None
+    """(i,): the base sees x · (1 + input_gain)."""
 
 
 class AdaptedLayer(nn.Module):
     """Mixed into the class of an adapted layer. Adapters with scale 0 are not run: the output is the base's own."""
 
     adapters: nn.ModuleDict
-    merged: bool
+    originals: dict[str, Tensor]
+    """The untouched weight and bias while some adapter is merged."""
+    _stacks: dict[Any, tuple[tuple[Any, ...], Stack]]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The base layer's output plus every adapter's."""
-        out: Tensor = super().forward(x)
-        if not self.merged:
-            for adapter in self.adapters.values():
-                if cast(LoRA, adapter).scale != 0:
-                    out = cast(LoRA, adapter).add_to(out, x, self)
+    def methods(self) -> Iterator[Method]:
+        """Every adapter's part on this layer."""
+        return (cast(Method, m) for m in self.adapters.values())
+
+    def active(self) -> list[Method]:
+        """The parts that are to be run beside the weight."""
+        found = []
+        for m in self.methods():
+            if m.merged:
+                continue
+            if torch.compiler.is_compiling() or m.scale != 0:
+                found.append(m)
+        return found
+
+    def guarded(self, out: Tensor) -> Tensor:
+        """`out`; where merged adapters are in training mode, with an error for whoever runs backward through it."""
+        if torch.is_grad_enabled() and self.training and not torch.compiler.is_compiling():
+            for m in self.methods():
+                if m.merged and m.trainable:
+                    first = next(p for p in m.parameters() if p.requires_grad)
+                    guarded: Tensor = MergedTraining.apply(out, first, m.adapter_name, m.site.name)  # type: ignore[no-untyped-call]
+                    return guarded
         return out
 
+    def wants_graph(self, x: Tensor, active: list[Method]) -> bool:
+        """Whether a gradient will be asked of this layer."""
+        return torch.is_grad_enabled() and (x.requires_grad or any(m.trainable for m in active))
 
-ADAPTED_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
+    def stack(self, dtype: torch.dtype, active: list[Method]) -> Stack:
+        """The active adapters concatenated; built anew only when a scale or a factor has changed."""
+        state = tuple(s for m in active for s in m.state())
+        kept = self._stacks.get(dtype)
+        if kept is None or kept[0] != state:
+            kept = self._stacks[dtype] = (state, build_stack(cast(Any, self).weight, dtype, active))
+        return kept[1]
 
 
-def adapted_class(base: type[nn.Module]) -> type[nn.Module]:
-    """The subclass of `base` that runs adapters; one per class, so that compiled code is shared."""
-    if base not in ADAPTED_CLASSES:
-        body = {"__module__": base.__module__, "base_class": base}
-        ADAPTED_CLASSES[base] = type(f"Adapted{base.__name__}", (AdaptedLayer, base), body)
-    return ADAPTED_CLASSES[base]
+class MergedTraining(torch.autograd.Function):
+    """The identity; backward is refused, as the gradient would not reach the merged adapter."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, parameter: Tensor, adapter: str, layer: str) -> Tensor:  # noqa: D102
+        ctx.names = adapter, layer
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:  # noqa: D102
+        adapter, layer = ctx.names
+        raise ConfigError(
+            f"Adapter {adapter!r} is merged into {layer!r}, so training it would change nothing: call unmerge() first."
+        )
 
 
-def adapt(module: nn.Module, name: str, adapter: LoRA) -> None:
-    """Adds one adapter to a layer under `name`.
+def build_stack(weight: Tensor, dtype: torch.dtype, active: Iterable[Method]) -> Stack:
+    """Concatenates factors and sums gains, in fp32."""
+    factors, plain, with_bias, inputs = [], [], [], []
+    out = weight.shape[0]
+    with torch.no_grad():
+        for m in active:
+            for lora_A, lora_B, scaling in m.factors():
+                factors.append((lora_A, placed(lora_B.float(), m.site.rows, out), float(scaling)))
+            if (gain := m.gain()) is not None:
+                target = with_bias if gain.with_bias else plain
+                target.append(placed(gain.value.float(), m.site.rows, out))
+            if (scale := m.input_gain()) is not None:
+                inputs.append(scale.float())
+        down, up = stack_factors(factors) if factors else (None, None)
+
+        def summed(parts: list[Tensor]) -> Tensor | None:
+            return torch.stack(parts).sum(0).to(dtype) if parts else None
+
+        return Stack(
+            None if down is None else down.to(dtype),
+            None if up is None else up.to(dtype),
+            summed(plain),
+            summed(with_bias),
+            summed(inputs),
+        )
+
+
+def placed(value: Tensor, rows: Rows, out: int) -> Tensor:
+    """`value` of some rows of a fused layer among zeros for all of them."""
+    if rows is None:
+        return value
+    pads = [0, 0] * (value.dim() - 1) + [rows.start, out - rows.stop]
+    return F.pad(value, pads)
+
+
+def total_gain(active: Iterable[Method], out: int, with_bias: bool) -> Tensor | None:
+    """The sum of the gains of one kind, differentiable."""
+    gains = [(m.gain(), m.site.rows) for m in active]
+    parts = [placed(g.value, rows, out) for g, rows in gains if isinstance(g, Gain) and g.with_bias == with_bias]
+    return torch.stack(parts).sum(0) if len(parts) > 1 else (parts[0] if parts else None)
+
+
+def total_input_gain(active: Iterable[Method]) -> Tensor | None:
+    """The sum of the input gains, differentiable."""
+    parts = [g for m in active if (g := m.input_gain()) is not None]
+    return torch.stack(parts).sum(0) if len(parts) > 1 else (parts[0] if parts else None)
+
+
+def branches_of(active: Iterable[Method]) -> list[Branch]:
+    """Every low-rank branch, for the kernels."""
+    return [
+        Branch(lora_A, lora_B, float(scaling), m.site.rows, m.dropout if m.training else 0.0)
+        for m in active
+        for lora_A, lora_B, scaling in m.factors()
+    ]
+
+
+class AdaptedLinear(AdaptedLayer):
+    """A linear layer with adapters."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., i) -> (..., o)."""
+        base = cast(nn.Linear, self)
+        return self.run(x, base.bias)
+
+    def run(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The layer with a bias given by the caller; some models keep the bias beside the layer."""
+        weight: Tensor = cast(nn.Linear, self).weight
+        if not (active := self.active()):
+            return self.guarded(F.linear(x, weight, bias))
+        if torch.compiler.is_compiling():
+            return self.plain(x, weight, bias, active)
+        if self.wants_graph(x, active):
+            if weight.requires_grad or (bias is not None and bias.requires_grad):
+                return self.plain(x, weight, bias, active)  # the kernels take the base for frozen
+            return self.trained(x, weight, bias, active)
+        return self.stacked(x, weight, bias, active)
+
+    def trained(self, x: Tensor, weight: Tensor, bias: Tensor | None, active: list[Method]) -> Tensor:
+        """With gradients."""
+        if (scale := total_input_gain(active)) is not None:
+            out = low_rank_linear(x * (1 + scale).to(x.dtype), weight, bias, [])
+            return out + self.added(x, out, bias, active)
+        gain, over = (total_gain(active, weight.shape[0], with_bias) for with_bias in (False, True))
+        if over is not None:
+            out = low_rank_linear(x, weight, bias, [])
+            return out + self.added(x, out, bias, active)
+        return low_rank_linear(x, weight, bias, branches_of(active), gain)
+
+    def plain(self, x: Tensor, weight: Tensor, bias: Tensor | None, active: list[Method]) -> Tensor:
+        """Ordinary operations alone."""
+        scale = total_input_gain(active)
+        out = F.linear(x if scale is None else x * (1 + scale).to(x.dtype), weight, bias)
+        return out + self.added(x, out, bias, active)
+
+    def added(self, x: Tensor, out: Tensor, bias: Tensor | None, active: list[Method]) -> Tensor:
+        """What the adapters add to the base's output."""
+        total = torch.zeros((), dtype=out.dtype, device=out.device)
+        if (gain := total_gain(active, out.shape[-1], False)) is not None:
+            total = total + gain.to(out.dtype) * (out if bias is None else out - bias.to(out.dtype))
+        if (gain := total_gain(active, out.shape[-1], True)) is not None:
+            total = total + gain.to(out.dtype) * out
+        for m in active:
+            for lora_A, lora_B, scaling in m.factors():
+                seen = F.dropout(x.to(out.dtype), m.dropout, m.training)
+                part = F.linear(F.linear(seen, lora_A.to(out.dtype)), lora_B.to(out.dtype)) * scaling
+                rows = m.site.rows
+                total = total + (part if rows is None else F.pad(part, (rows.start, out.shape[-1] - rows.stop)))
+        return total
+
+    def stacked(self, x: Tensor, weight: Tensor, bias: Tensor | None, active: list[Method]) -> Tensor:
+        """Without gradients."""
+        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else weight.dtype
+        stack = self.stack(dtype, active)
+        with torch.no_grad():
+            seen = x if stack.input_gain is None else x * (1 + stack.input_gain).to(x.dtype)
+            out = F.linear(seen, weight, bias)
+            added: list[Tensor] = []
+            if stack.gain is not None:
+                added.append(stack.gain * (out if bias is None else out - bias.to(out.dtype)))
+            if stack.gain_with_bias is not None:
+                added.append(stack.gain_with_bias * out)
+            for part in added:
+                out = out + part
+            if stack.lora_A is not None and stack.lora_B is not None:
+                h = F.linear(x, stack.lora_A)
+                out.view(-1, out.shape[-1]).addmm_(h.view(-1, h.shape[-1]), stack.lora_B.t())
+            return out
+
+
+class AdaptedConv(AdaptedLayer):
+    """A convolution with adapters; the down path moves over the input exactly as the base does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (b, i, *s) -> (b, o, *s')."""
+        base = cast(Any, self)
+        if not (active := self.active()):
+            return self.guarded(cast(Tensor, super().forward(x)))
+        if torch.compiler.is_compiling() or base.weight.requires_grad or isinstance(base.padding, str):
+            return self.plain(x, active)
+        if self.wants_graph(x, active):
+            return self.trained(x, active)
+        return self.stacked(x, active)
+
+    def trained(self, x: Tensor, active: list[Method]) -> Tensor:
+        """With gradients."""
+        base = cast(Any, self)
+        if any(m.gain() is not None or m.input_gain() is not None for m in active):
+            return self.plain(x, active)
+        padded, geometry = conv_geometry(base, x)
+        return low_rank_conv(padded, base.weight, base.bias, geometry, branches_of(active))
+
+    def plain(self, x: Tensor, active: list[Method]) -> Tensor:
+        """Ordinary operations alone."""
+        base, spatial = cast(Any, self), (1,) * (x.dim() - 2)
+        scale = total_input_gain(active)
+        seen = x if scale is None else x * (1 + scale).to(x.dtype).view(-1, *spatial)
+        out: Tensor = base._conv_forward(seen, base.weight, base.bias)
+        total = out
+        for with_bias in (False, True):
+            if (gain := total_gain(active, out.shape[1], with_bias)) is not None:
+                shown = out if with_bias or base.bias is None else out - base.bias.view(-1, *spatial).to(out.dtype)
+                total = total + gain.to(out.dtype).view(-1, *spatial) * shown
+        for m in active:
+            for lora_A, lora_B, scaling in m.factors():
+                dropped = F.dropout(x.to(out.dtype), m.dropout, m.training)
+                total = total + conv_branch(base, dropped, lora_A.to(out.dtype), lora_B.to(out.dtype)) * scaling
+        return total
+
+    def stacked(self, x: Tensor, active: list[Method]) -> Tensor:
+        """Without gradients."""
+        base, spatial = cast(Any, self), (1,) * (x.dim() - 2)
+        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        stack = self.stack(dtype, active)
+        with torch.no_grad():
+            seen = x if stack.input_gain is None else x * (1 + stack.input_gain).to(x.dtype).view(-1, *spatial)
+            out: Tensor = base._conv_forward(seen, base.weight, base.bias)
+            total = out
+            if stack.gain is not None:
+                shown = out if base.bias is None else out - base.bias.view(-1, *spatial).to(out.dtype)
+                total = total + stack.gain.view(-1, *spatial) * shown
+            if stack.gain_with_bias is not None:
+                total = total + stack.gain_with_bias.view(-1, *spatial) * out
+            if stack.lora_A is not None and stack.lora_B is not None:
+                # Not in place: under some memory formats the base's output is a view of its input's layout.
+                total = total + conv_branch(base, x.to(dtype), stack.lora_A, stack.lora_B)
+            return total
+
+
+def conv_geometry(base: Any, x: Tensor) -> tuple[Tensor, Geometry]:
+    """The input, padded where the padding is not zeros, and how the kernel moves over it."""
+    padding = base.padding
+    if base.padding_mode != "zeros":
+        x = F.pad(x, base._reversed_padding_repeated_twice, mode=base.padding_mode)
+        padding = (0,) * len(base.stride)
+    return x, Geometry(base.stride, padding, base.dilation, base.groups)
+
+
+def conv_branch(base: Any, x: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+    """B·A over the base's own stride, padding, dilation and groups; groups share A (each repeats it for its inputs)."""
+    down = base._conv_forward(x, lora_A.repeat(base.groups, *(1,) * (lora_A.dim() - 1)), None)
+    return CONVOLVE[x.dim()](down, lora_B, groups=base.groups)
+
+
+ADAPTED_CLASSES: dict[tuple[type[nn.Module], type[nn.Module]], type[nn.Module]] = {}
+
+
+def adapted_class(base: type[nn.Module], mixin: type[nn.Module]) -> type[nn.Module]:
+    """The subclass of `base` with `mixin`; one per pair, so that compiled code is shared."""
+    if (base, mixin) not in ADAPTED_CLASSES:
+        body = {"__module__": base.__module__, "base_class": base, "__reduce_ex__": _reduce}
+        ADAPTED_CLASSES[base, mixin] = type(f"{mixin.__name__}{base.__name__}", (mixin, base), body)
+    return ADAPTED_CLASSES[base, mixin]
+
+
+def _reduce(self: Any, protocol: int) -> Any:
+    """Pickles an adapted layer as its base class and a mixin: the class made on the fly has no name to import."""
+    return _rebuild, (self.base_class, type(self).__mro__[1]), self.__dict__
+
+
+def _rebuild(base: type[nn.Module], mixin: type[nn.Module]) -> nn.Module:
+    cls = adapted_class(base, mixin)
+    return cls.__new__(cls)
+
+
+def swap_class(module: nn.Module, mixin: type[nn.Module]) -> None:
+    """Gives `module` the adapted class, once."""
+    if not isinstance(module, AdaptedLayer):
+        module.__class__ = adapted_class(type(module), mixin)
+        module.adapters, module.originals, module._stacks = nn.ModuleDict(), {}, {}  # type: ignore[assignment]
+
+
+def mixin_of(module: nn.Module) -> type[nn.Module]:
+    """How a layer of this kind runs its adapters."""
+    return AdaptedConv if isinstance(module, CONVOLUTIONS) else AdaptedLinear
+
+
+def adapt(module: nn.Module, method: Method, mixin: type[nn.Module] | None = None) -> None:
+    """Adds one adapter's part to a layer.
 
     Raises:
         ConfigError: when the layer already has an adapter of that name.
     """
-    if not isinstance(module, AdaptedLayer):
-        module.__class__ = adapted_class(type(module))
-        module.adapters, module.merged = nn.ModuleDict(), False  # type: ignore[assignment]
+    swap_class(module, mixin or mixin_of(module))
     layer = cast(AdaptedLayer, module)
-    if name in layer.adapters:
-        raise ConfigError(f"An adapter named {name!r} is there already: eject it first or choose another name.")
-    layer.adapters[name] = adapter.train(module.training)
+    if method.key in layer.adapters:
+        raise ConfigError(
+            f"An adapter named {method.adapter_name!r} is there already: eject it first or choose another name."
+        )
+    layer.adapters[method.key] = method.train(module.training)
 
 
-def release(module: nn.Module, name: str) -> None:
-    """Takes one adapter off a layer; with the last one the layer becomes the plain base layer again."""
+def release(module: nn.Module, key: str) -> None:
+    """Takes one adapter's part off a layer; with the last one the layer becomes the plain base layer again."""
     layer = cast(AdaptedLayer, module)
-    del layer.adapters[name]
+    del layer.adapters[key]
+    layer._stacks.clear()
     if not layer.adapters:
-        del layer.adapters, layer.merged
+        for name in ("adapters", "originals", "_stacks"):
+            delattr(layer, name)
         module.__class__ = module.base_class  # type: ignore[assignment]
+
+
+@torch.no_grad()
+def write_merged(layer: AdaptedLayer) -> dict[str, Tensor]:
+    """The parameters of a layer with its merged adapters in them, from the untouched originals, in fp32.
+
+    All low-rank adapters go in as one product of their stacked factors. Parameters that no adapter changes are left out.
+    """
+    new: dict[str, Tensor] = {}
+    merged = [m for m in layer.methods() if m.merged and m.scale != 0]
+
+    def before(name: str) -> Tensor:
+        found: Tensor = layer.originals.get(name, getattr(layer, name))
+        return found
+
+    for name in dict.fromkeys(m.site.weight_name for m in merged):
+        own, weight = [m for m in merged if m.site.weight_name == name], before(name)
+        total, low_rank = weight.float(), [m for m in own if m.additive]
+        if low_rank:
+            factors = [
+                (a, placed(b.float(), m.site.rows, len(weight)), float(s)) for m in low_rank for a, b, s in m.factors()
+            ]
+            down, up = stack_factors(factors)
+            total = torch.addmm(total.flatten(1), up.flatten(1), down.flatten(1)).view_as(weight)
+        for m in own:
+            if m.additive:
+                continue
+            rows = m.site.rows
+            total = total + placed(m.delta_weight(part_of(weight, rows)), rows, len(weight))
+            bias = getattr(layer, m.site.bias_name, None)
+            if bias is not None and (shift := m.delta_bias(part_of(before(m.site.bias_name), rows))) is not None:
+                start = new.get(m.site.bias_name, before(m.site.bias_name).float())
+                new[m.site.bias_name] = start + placed(shift[0], rows, len(weight))
+        new[name] = total
+    return {n: t.to(before(n).dtype) for n, t in new.items()}
+
+
+def part_of(value: Tensor, rows: Rows) -> Tensor:
+    """The rows of a fused layer's weight or bias that belong to one part."""
+    return value if rows is None else value[rows]

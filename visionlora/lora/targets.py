@@ -1,55 +1,47 @@
-"""From roles to modules: which layers of a model an adapter reaches.
+"""From roles to sites: which layers of a model, and which parts of fused layers, an adapter reaches.
 
-A target is one of: a role (``attn.q``), the exact name of a module, the end of a name on a dot boundary (``to_q`` hits
-``mid_block.attn1.to_q`` but not ``goto_q``), or ``re:`` and a regular expression for the whole name.
+A target is one of: a role (``attn.q``), a group of roles (``attn``, ``mlp``, ``all``), a preset of a plug-in, the exact
+name of a module or of a part of a fused layer (``blocks.0.attn.qkv.q``), the end of a name on a dot boundary (``to_q``
+hits ``mid_block.attn1.to_q`` but not ``goto_q``), or ``re:`` and a regular expression for the whole name.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import cast
 
-from torch import Tensor, nn
+from torch import nn
 
+from visionlora import plugins
 from visionlora.errors import TargetError, nearest
+from visionlora.lora.config import AdapterConfig
+from visionlora.lora.families import fused_names, lookup, patch_embeddings, role_names, weight_users
+from visionlora.lora.methods.base import Site
 
-# Ends of module names by role. diffusers UNets: to_q …, ff.net …; CLIP text encoders: q_proj …, mlp.fc1 ….
-ROLES: dict[str, tuple[str, ...]] = {
-    "attn.q": ("to_q", "self_attn.q_proj"),
-    "attn.k": ("to_k", "self_attn.k_proj"),
-    "attn.v": ("to_v", "self_attn.v_proj"),
-    "attn.out": ("to_out.0", "self_attn.out_proj"),
-    "mlp": ("ff.net.0.proj", "ff.net.2", "mlp.fc1", "mlp.fc2"),
-    "proj": ("proj_in", "proj_out"),
-    "conv": ("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv"),
-    "time": ("time_emb_proj",),
-}
+ROLES = ("attn.q", "attn.k", "attn.v", "attn.out", "mlp.in", "mlp.out", "proj", "conv", "time")
 GROUPS: dict[str, tuple[str, ...]] = {
     "attn": ("attn.q", "attn.k", "attn.v", "attn.out"),
     "attn.qv": ("attn.q", "attn.v"),
-    "all": tuple(ROLES),
+    "attn.qkv": ("attn.q", "attn.k", "attn.v"),
+    "mlp": ("mlp.in", "mlp.out"),
+    "linear": ("attn.q", "attn.k", "attn.v", "attn.out", "mlp.in", "mlp.out"),
+    "all": ROLES,
 }
-ADAPTABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-PATCH_EMBEDDINGS = ("patch_embed.proj", "conv_proj", "patch_embeddings.projection", "embeddings.patch_embedding")
-
-
-@dataclass(frozen=True)
-class Hit:
-    """One module that a target reached."""
-
-    name: str
-    module: nn.Module
-    target: str
+LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+OUT_PROJECTION = "out_proj"
+"""The child of nn.MultiheadAttention that projects its output; its weight is used, it is never called."""
 
 
 @dataclass(frozen=True)
 class Resolution:
     """What the targets reached and what they reached in vain."""
 
-    hits: tuple[Hit, ...]
+    sites: tuple[Site, ...]
     skipped: tuple[tuple[str, str], ...]
     """Pairs of module name and the reason why it is not adapted."""
+    owners: tuple[nn.Module, ...]
+    """Modules that use the weights of adapted children and must be told."""
 
 
 def ends_on_boundary(name: str, suffix: str) -> bool:
@@ -57,68 +49,226 @@ def ends_on_boundary(name: str, suffix: str) -> bool:
     return name == suffix or name.endswith("." + suffix)
 
 
-def matches(name: str, target: str) -> bool:
-    """Whether one target reaches the module of this name."""
+def attention_parts(name: str, module: nn.MultiheadAttention) -> Iterator[Site]:
+    """q, k and v of torch's own attention, in one packed weight or in three."""
+    width = module.embed_dim
+    for k, part in enumerate(("q", "k", "v")):
+        role = f"attn.{part}"
+        if module.in_proj_weight is None:
+            yield Site(f"{name}.{part}", module, part, None, f"{part}_proj_weight", f"_{part}_bias", role=role)
+        else:
+            rows = slice(k * width, (k + 1) * width)
+            yield Site(f"{name}.{part}", module, part, rows, "in_proj_weight", "in_proj_bias", role=role)
+
+
+def sites_of(model: nn.Module) -> Iterator[Site]:
+    """Every place for an adapter, in the model's order: a fused layer as a whole, then its parts."""
+    out_projections = set()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.MultiheadAttention):
+            yield from attention_parts(name, module)
+            out_projections.add(f"{name}.{OUT_PROJECTION}" if name else OUT_PROJECTION)
+        elif isinstance(module, LAYERS):
+            yield from layer_sites(name, module, name in out_projections)
+
+
+def layer_sites(name: str, module: nn.Module, out_projection: bool = False) -> Iterator[Site]:
+    """A layer, and its parts when it is a fused one."""
+    fused = lookup(name, fused_names())
+    key = lookup(name, role_names())
+    role = "attn.out" if out_projection else None if key is None or fused is not None else role_names()[key]
+    yield Site(name, module, role=role)
+    if fused is not None and isinstance(module, nn.Linear):
+        parts = fused_names()[fused]
+        width, rest = divmod(module.out_features, len(parts))
+        if not rest:
+            for k, part in enumerate(parts):
+                yield Site(f"{name}.{part}", module, part, slice(k * width, (k + 1) * width), role=f"attn.{part}")
+
+
+def site_at(model: nn.Module, name: str) -> Site:
+    """The site of this name.
+
+    Raises:
+        TargetError: when the model has none.
+    """
+    parent, _, part = name.rpartition(".")
+    modules = dict(model.named_modules()) if not hasattr(model, "get_submodule") else None
+    for path in (name, parent):
+        try:
+            module = model.get_submodule(path) if modules is None else modules[path]
+        except (AttributeError, KeyError):
+            continue
+        if path == name and isinstance(module, LAYERS):
+            return Site(name, module)
+        if path == parent and isinstance(module, nn.MultiheadAttention):
+            found = [s for s in attention_parts(parent, module) if s.part == part]
+        elif path == parent and isinstance(module, LAYERS):
+            found = [s for s in layer_sites(parent, module) if s.part == part and part]
+        else:
+            continue
+        if found:
+            return found[0]
+    names = [s.name for s in sites_of(model)]
+    hint = nearest(name, names) if len(names) < 1000 else ""
+    raise TargetError(f"{type(model).__name__} has no layer {name!r}. {hint}".rstrip())
+
+
+def presets() -> dict[str, tuple[str, ...]]:
+    """Target presets of plug-ins."""
+    return {name: tuple(value) for name, value in plugins.load_all("visionlora.targets").items()}
+
+
+def matcher(target: str) -> Callable[[Site], bool]:
+    """Whether a site is reached by this target.
+
+    Raises:
+        TargetError: for an expression that is not valid.
+    """
     if target.startswith("re:"):
-        return re.fullmatch(target[3:], name) is not None
+        try:
+            expression = re.compile(target[3:])
+        except re.error as e:
+            raise TargetError(f"Target {target!r} is not a valid regular expression: {e}.") from None
+        return lambda site: expression.fullmatch(site.name) is not None
     if target in GROUPS:
-        return any(matches(name, role) for role in GROUPS[target])
+        roles = GROUPS[target]
+        return lambda site: site.role in roles
     if target in ROLES:
-        return any(ends_on_boundary(name, suffix) for suffix in ROLES[target])
-    return ends_on_boundary(name, target)
+        return lambda site: site.role == target
+    if target not in plugins.names("visionlora.targets"):
+        return lambda site: ends_on_boundary(site.name, target) or (
+            isinstance(site.layer, nn.MultiheadAttention) and ends_on_boundary(site.name.rpartition(".")[0], target)
+        )
+    tests = [matcher(t) for t in presets().get(target, ())]
+    return lambda site: any(test(site) for test in tests)
 
 
 def known_words(model: nn.Module) -> set[str]:
     """Every role and every last part of a module name: what a mistyped target may have meant."""
-    names = {name for name, module in model.named_modules() if isinstance(module, ADAPTABLE)}
-    return set(ROLES) | set(GROUPS) | {n.rsplit(".", 1)[-1] for n in names if not n.rsplit(".", 1)[-1].isdigit()}
+    last = {site.name.rsplit(".", 1)[-1] for site in sites_of(model)}
+    return set(ROLES) | set(GROUPS) | set(plugins.names("visionlora.targets")) | {n for n in last if not n.isdigit()}
 
 
-def resolve(model: nn.Module, targets: tuple[str, ...], rank: int) -> Resolution:
-    """The layers of `model` that `targets` reach, in the model's own order whatever the order of the targets.
+def resolve(model: nn.Module, config: AdapterConfig) -> Resolution:
+    """The sites of `model` that the targets reach, in the model's own order whatever the order of the targets.
 
     Raises:
         TargetError: when one of the targets reaches nothing, is not a valid expression, reaches only modules that
-            cannot be adapted, names a patch embedding, or when the rank is larger than a layer.
+            cannot be adapted, names a patch embedding or a part of a layer that has no parts, or when the rank is
+            larger than a layer.
     """
-    for target in targets:
-        if target.startswith("re:"):
-            try:
-                re.compile(target[3:])
-            except re.error as e:
-                raise TargetError(f"Target {target!r} is not a valid regular expression: {e}.") from None
-    hits: list[Hit] = []
-    skipped: list[tuple[str, str]] = []
+    tests = {target: matcher(target) for target in config.target_list}
+    excluded = {target: matcher(target) for target in config.exclude_list}
     reached: set[str] = set()
-    for name, module in model.named_modules():
-        if not (found := [t for t in targets if name and matches(name, t)]):
+    used: set[str] = set()
+    hits: list[Site] = []
+    skipped: list[tuple[str, str]] = []
+    whole: set[int] = set()
+    for site in sites_of(model):
+        if not (found := [t for t, test in tests.items() if test(site)]):
             continue
         reached.update(found)
-        if not isinstance(module, ADAPTABLE):
-            skipped.append((name, f"{type(module).__name__} is neither linear nor a convolution"))
-        elif any(ends_on_boundary(name, p) for p in PATCH_EMBEDDINGS):
+        if out := [t for t, test in excluded.items() if test(site)]:
+            used.update(out)
+            skipped.append((site.name, f"excluded by {out[0]!r}"))
+        elif any(ends_on_boundary(site.name, p) for p in patch_embeddings()):
+            if found[0] in ROLES or found[0] in GROUPS:
+                continue
             raise TargetError(
-                f"Target {found[0]!r} reaches the patch embedding {name!r}, which adapters leave alone: its output "
-                "feeds every layer. Use a role such as `attn` or the full names of the layers you mean."
+                f"Target {found[0]!r} reaches the patch embedding {site.name!r}, which adapters leave alone: its "
+                "output feeds every layer. Use a role such as `attn` or the full names of the layers you mean."
             )
+        elif site.part and id(site.layer) in whole:
+            skipped.append((site.name, "its whole layer is adapted"))
         else:
-            hits.append(Hit(name, module, found[0]))
-    for target in targets:
-        if target not in reached:
-            raise TargetError(
-                f"Target {target!r} reaches no layer of {type(model).__name__}. {nearest(target, known_words(model))}"
-            )
+            if not site.part:
+                whole.add(id(site.layer))
+            hits.append(Site(*(getattr(site, f) for f in Site.__dataclass_fields__ if f not in ("target", "role")),
+                             found[0], site.role))  # fmt: skip
+    skipped += unfit(model, config, reached)
+    check_reached(model, config, reached, used, hits, skipped)
+    check_ranks(config, hits)
+    return Resolution(tuple(hits), tuple(skipped), owners_of(model, hits))
+
+
+def unfit(model: nn.Module, config: AdapterConfig, reached: set[str]) -> list[tuple[str, str]]:
+    """Modules that a name reaches but that no adapter fits."""
+    found = []
+    for name, module in model.named_modules():
+        if name and not isinstance(module, (*LAYERS, nn.MultiheadAttention)):
+            for target in config.target_list:
+                if target in ROLES or target in GROUPS:
+                    continue
+                if matcher(target)(Site(name, module)):
+                    reached.add(target)
+                    found.append((name, f"{type(module).__name__} is neither linear nor a convolution"))
+    return found
+
+
+def check_reached(
+    model: nn.Module, config: AdapterConfig, reached: set[str], used: set[str], hits: list[Site],
+    skipped: list[tuple[str, str]],
+) -> None:  # fmt: skip
+    """Raises TargetError for targets that reach nothing."""
+    for target in (*config.target_list, *config.exclude_list):
+        if target in reached or target in used:
+            continue
+        layer, _, part = target.rpartition(".")
+        if part in ("q", "k", "v") and layer not in ("", "attn"):
+            same = [s for s in sites_of(model) if ends_on_boundary(s.name, layer)]
+            if same:
+                kind = type(same[0].layer).__name__
+                raise TargetError(
+                    f"Target {target!r} asks for the part {part!r} of {same[0].name!r}, which is a {kind} without "
+                    f"parts: name the layer itself, {layer!r}, or use a role such as `attn.{part}`."
+                )
+        what = "Target" if target in config.target_list else "Exclusion"
+        raise TargetError(
+            f"{what} {target!r} reaches no layer of {type(model).__name__}. {nearest(target, known_words(model))}"
+        )
     if not hits:
         raise TargetError(
-            f"Targets {', '.join(targets)} reach no layer that can be adapted: "
+            f"Targets {', '.join(config.target_list)} reach no layer that can be adapted: "
             + "; ".join(f"{name} ({why})" for name, why in skipped[:5])
         )
-    for hit in hits:
-        weight = cast(Tensor, hit.module.weight)
+
+
+def check_ranks(config: AdapterConfig, hits: list[Site]) -> None:
+    """Raises TargetError for a rank that a layer has no room for; VeRA's shared projections may be wider."""
+    if config.method in ("vera", "ia3"):
+        return
+    for site in hits:
+        weight, rank = site.weight, config.rank_of(site.name)
         smaller = min(weight.shape[0], weight[0].numel())
         if rank > smaller:
             raise TargetError(
-                f"Rank {rank} is larger than layer {hit.name!r} ({smaller} at its smaller side): "
+                f"Rank {rank} is larger than layer {site.name!r} ({smaller} at its smaller side): "
                 f"choose a rank of at most {smaller} or leave this layer out of the targets."
             )
-    return Resolution(tuple(hits), tuple(skipped))
+
+
+def class_name(module: nn.Module) -> str:
+    """`module.Class` of a module, of its own class when it is adapted."""
+    cls = getattr(type(module), "base_class", type(module))
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def owners_of(model: nn.Module, sites: list[Site]) -> tuple[nn.Module, ...]:
+    """The modules that use the weights of these layers instead of calling them."""
+    layers = {id(s.layer) for s in sites}
+    users = weight_users()
+    found = []
+    for module in model.modules():
+        if isinstance(module, nn.MultiheadAttention):
+            children: tuple[str, ...] = (OUT_PROJECTION,)
+        else:
+            children = next((users[n] for n in ancestry(module) if n in users), ())
+        if any(id(getattr(module, child, None)) in layers for child in children):
+            found.append(module)
+    return tuple(found)
+
+
+def ancestry(module: nn.Module) -> list[str]:
+    """The names of a module's class and of those it inherits from."""
+    return [f"{c.__module__}.{c.__qualname__}" for c in type(module).__mro__]

@@ -7,16 +7,15 @@ import hashlib
 import torch
 from torch import nn
 
-from visionlora.lora.layers import AdaptedLayer
+from visionlora.lora.inject import base_parameters
 
 SAMPLES = 8
 """Values read from each tensor, spread over it: enough to tell fine-tunes apart without reading gigabytes."""
 
 
-def base_tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
+def base_tensors(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """The parameters of the base, sorted by name, without any adapter's."""
-    adapters = {id(p) for m in module.modules() if isinstance(m, AdaptedLayer) for p in m.adapters.parameters()}
-    return sorted((n, p) for n, p in module.named_parameters() if id(p) not in adapters)
+    return sorted(base_parameters(module).items())
 
 
 def architecture_fingerprint(module: nn.Module) -> str:

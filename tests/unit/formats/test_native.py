@@ -17,8 +17,8 @@ from visionlora.lora.adapter import Adapter, AdapterModule
 def adapter() -> Adapter:
     torch.manual_seed(0)
     modules = {
-        "unet.a.to_q": AdapterModule(torch.randn(4, 6), torch.randn(8, 4), 4.0),
-        "unet.b.conv": AdapterModule(torch.randn(2, 6, 3, 3), torch.randn(8, 2, 1, 1), 7.5),
+        "unet.a.to_q": AdapterModule.lora(torch.randn(4, 6), torch.randn(8, 4), 4.0),
+        "unet.b.conv": AdapterModule.lora(torch.randn(2, 6, 3, 3), torch.randn(8, 2, 1, 1), 7.5),
     }
     return Adapter(modules, {"trigger": "sks dog"})
 
@@ -30,8 +30,8 @@ def test_round_trip_is_exact(tmp_path: Path) -> None:
     assert back.info["trigger"] == "sks dog"
     assert list(back.modules) == list(adapter().modules)
     for name, module in adapter().modules.items():
-        assert torch.equal(back.modules[name].lora_A, module.lora_A)
-        assert torch.equal(back.modules[name].lora_B, module.lora_B)
+        assert module.tensors.keys() == back.modules[name].tensors.keys()
+        assert all(torch.equal(back.modules[name].tensors[k], t) for k, t in module.tensors.items())
         assert back.modules[name].alpha == module.alpha
     assert [p.name for p in path.parent.iterdir()] == ["a.safetensors"], "no partial file stays"
 

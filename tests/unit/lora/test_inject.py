@@ -45,7 +45,7 @@ def test_the_report_counts() -> None:
 
 
 def test_the_same_seed_gives_the_same_factors() -> None:
-    a, b, c = (inject(model(), ALL, seed=s).loras()["0"].lora_A for s in (1, 1, 2))
+    a, b, c = (inject(model(), ALL, seed=s).methods["0"].lora_A for s in (1, 1, 2))
     assert torch.equal(a, b)
     assert not torch.equal(a, c)
 
@@ -72,8 +72,8 @@ def test_two_adapters_add_up() -> None:
     deltas = []
     for name in ("a", "b"):
         handle = inject(m, AdapterConfig(rank=2, targets="0"), name=name, seed=ord(name))
-        handle.loras()["0"].lora_B.data.normal_()
-        deltas.append(handle.loras()["0"].delta_weight())
+        handle.methods["0"].lora_B.data.normal_()
+        deltas.append(handle.methods["0"].delta_weight(m[0].weight))
     torch.testing.assert_close(m[0](x), base + x @ sum(deltas).T, rtol=1e-5, atol=1e-5)
 
 
@@ -81,7 +81,7 @@ def test_a_deep_copy_is_independent() -> None:
     m = model()
     handle = inject(m, ALL)
     twin = copy.deepcopy(m)
-    handle.loras()["0"].lora_B.data.fill_(1.0)
+    handle.methods["0"].lora_B.data.fill_(1.0)
     x = torch.randn(2, 6)
     assert not torch.equal(m(x), twin(x))
 
@@ -90,7 +90,7 @@ def test_merging_nan_is_refused_before_any_weight_changes() -> None:
     m = model()
     before = copy.deepcopy(m.state_dict())
     handle = inject(m, ALL)
-    handle.loras()["2"].lora_B.data.fill_(float("nan"))
+    handle.methods["2"].lora_B.data.fill_(float("nan"))
     with pytest.raises(ConfigError, match="NaN or infinite weights in '2'; nothing was changed"):
         handle.merge()
     assert all(torch.equal(m.state_dict()[k], v) for k, v in before.items())
@@ -100,13 +100,24 @@ def test_scales_are_checked() -> None:
     handle = inject(model(), ALL)
     with pytest.raises(ConfigError, match="must be a finite number"):
         handle.set_scale(float("nan"))
+
+
+def test_a_merged_adapter_takes_a_new_scale_from_the_originals() -> None:
+    m, x = model(), torch.randn(3, 6)
+    handle = inject(m, ALL)
+    for method in handle.methods.values():
+        method.lora_B.data.normal_()
+    before = m[0].weight.detach().clone()
     handle.merge()
-    with pytest.raises(ConfigError, match="unmerge it before changing its scale"):
-        handle.set_scale(0.5)
+    handle.set_scale(0.5)
+    merged = m(x)
+    handle.unmerge()
+    assert torch.equal(m[0].weight, before)
+    torch.testing.assert_close(merged, m(x), rtol=1e-5, atol=1e-6)
 
 
 def factors(i: int, o: int) -> AdapterModule:
-    return AdapterModule(torch.randn(2, i), torch.randn(o, 2), 4.0)
+    return AdapterModule.lora(torch.randn(2, i), torch.randn(o, 2), 4.0)
 
 
 def test_attach_applies_a_finished_adapter() -> None:

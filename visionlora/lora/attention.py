@@ -1,0 +1,227 @@
+"""Modules that use the weights of adapted layers instead of calling them: torch's own attention, and others.
+
+`nn.MultiheadAttention` keeps q, k and v in one packed weight and reads the weight of `out_proj`; timm's BEiT and EVA and
+torchvision's Swin read the weight of `qkv`. Without help an adapter on such a layer would train in vain.
+Letters in shapes: b batch, l queries, s keys, h heads, d width of a head, e = h·d.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from visionlora.lora.kernels import Branch, low_rank_linear
+from visionlora.lora.layers import AdaptedLayer, AdaptedLinear, adapted_class, branches_of
+from visionlora.lora.methods.base import Method
+
+
+class AdaptedAttention(AdaptedLayer):
+    """`nn.MultiheadAttention` with adapters on q, k, v; `out_proj` is called, so that it may carry its own.
+
+    With no active adapter (scale 0, or merged) it is torch's own code, fast path included.
+    """
+
+    if not torch.jit.is_scripting():
+
+        @property
+        def _qkv_same_embed_dim(self) -> bool:
+            """False keeps `nn.TransformerEncoderLayer` from reading the weights past an active adapter."""
+            return bool(self.__dict__["_qkv_same_embed_dim"]) and not self.running()
+
+        @_qkv_same_embed_dim.setter
+        def _qkv_same_embed_dim(self, value: bool) -> None:
+            self.__dict__["_qkv_same_embed_dim"] = value
+
+    def running(self) -> bool:
+        """Whether some adapter is to be run, here or on the output projection."""
+        mha = cast(Any, self)
+        inner = [*self.active(), *(mha.out_proj.active() if isinstance(mha.out_proj, AdaptedLayer) else [])]
+        return bool(inner)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As `nn.MultiheadAttention.forward`."""
+        mha = cast(Any, self)
+        if not self.running():
+            return cast(
+                "tuple[Tensor, Tensor | None]",
+                super().forward(
+                    query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+                ),
+            )
+        batched = query.dim() == 3
+        same = query is key and key is value
+        if not batched:
+            query, key, value = (x.unsqueeze(1) for x in (query, key, value))
+            key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
+        elif mha.batch_first:
+            query, key, value = (x.transpose(0, 1) for x in (query, key, value))
+        length, batch, width = query.shape
+        heads, head = mha.num_heads, mha.embed_dim // mha.num_heads
+        q, k, v = self.project(query, key, value, same)
+        mask = merged_mask(attn_mask, key_padding_mask, batch, heads, k.shape[0], q.dtype)
+        if mha.bias_k is not None:
+            k, v = (torch.cat([x, b.repeat(1, batch, 1)]) for x, b in ((k, mha.bias_k), (v, mha.bias_v)))
+            mask = None if mask is None else F.pad(mask, (0, 1))
+        if mha.add_zero_attn:
+            k, v = (torch.cat([x, x.new_zeros(1, *x.shape[1:])]) for x in (k, v))
+            mask = None if mask is None else F.pad(mask, (0, 1))
+        q, k, v = (x.reshape(len(x), batch * heads, head).transpose(0, 1) for x in (q, k, v))
+        dropout = mha.dropout if mha.training else 0.0
+        weights: Tensor | None = None
+        if need_weights:
+            scores = (q * (1.0 / head) ** 0.5) @ k.transpose(-2, -1)
+            if mask is not None:
+                scores = (scores.view(batch, heads, *scores.shape[1:]) + mask).view_as(scores)
+            weights = F.dropout(scores.softmax(-1), dropout)
+            seen = weights @ v
+        else:
+            q, k, v = (x.view(batch, heads, -1, head) for x in (q, k, v))
+            causal = is_causal and mask is None
+            seen = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal).flatten(0, 1)
+        out = mha.out_proj(seen.transpose(0, 1).reshape(length * batch, mha.embed_dim)).view(length, batch, -1)
+        if weights is not None:
+            weights = weights.view(batch, heads, *weights.shape[1:])
+            weights = weights.mean(1) if average_attn_weights else weights
+        if not batched:
+            return out.squeeze(1), None if weights is None else weights.squeeze(0)
+        return (out.transpose(0, 1) if mha.batch_first else out), weights
+
+    def project(self, query: Tensor, key: Tensor, value: Tensor, same: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """The three projections, (l or s, b, e) each."""
+        mha, active = cast(Any, self), self.active()
+        bias: Tensor | None = mha.in_proj_bias
+        if mha.in_proj_weight is not None and same:
+            packed = self.one(query, mha.in_proj_weight, bias, active)
+            q, k, v = packed.chunk(3, dim=-1)
+            return q, k, v
+        found = []
+        for n, (part, x) in enumerate((("q", query), ("k", key), ("v", value))):
+            rows = slice(n * mha.embed_dim, (n + 1) * mha.embed_dim)
+            packed_weight = mha.in_proj_weight
+            weight = getattr(mha, f"{part}_proj_weight") if packed_weight is None else packed_weight[rows]
+            own = [m for m in active if m.site.part == part]
+            found.append(self.one(x, weight, None if bias is None else bias[rows], own, alone=True))
+        return found[0], found[1], found[2]
+
+    def one(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, active: list[Method], alone: bool = False
+    ) -> Tensor:
+        """One projection with its adapters; `alone` when the weight is that of one part."""
+        if not active:
+            return F.linear(x, weight, bias)
+        plain = [m for m in active if m.gain() is None and m.input_gain() is None]
+        branches = branches_of(plain)
+        if alone:
+            branches = [b._replace(rows=None) for b in branches]
+        if torch.compiler.is_compiling() or weight.requires_grad or len(plain) < len(active):
+            return plain_projection(x, weight, bias, active, alone)
+        # Scales are the kernels' own numbers, so the same code serves with and without gradients.
+        return low_rank_linear(x, weight, bias, [b for b in branches if b.scaling])
+
+
+def plain_projection(x: Tensor, weight: Tensor, bias: Tensor | None, active: list[Method], alone: bool) -> Tensor:
+    """One projection in ordinary operations, with gains."""
+    total = out = F.linear(x, weight, bias)
+    for m in active:
+        rows = slice(0, out.shape[-1]) if alone or m.site.rows is None else m.site.rows
+        pad = (rows.start, out.shape[-1] - rows.stop)
+        if (gain := m.gain()) is not None:
+            part = out[..., rows]
+            shown = part if gain.with_bias or bias is None else part - bias[rows].to(out.dtype)
+            total = total + F.pad(gain.value.to(out.dtype) * shown, pad)
+        for lora_A, lora_B, scaling in m.factors():
+            seen = F.dropout(x.to(out.dtype), m.dropout, m.training)
+            change = F.linear(F.linear(seen, lora_A.to(out.dtype)), lora_B.to(out.dtype)) * scaling
+            total = total + F.pad(change, pad)
+    return total
+
+
+def merged_mask(
+    attn_mask: Tensor | None, padding: Tensor | None, batch: int, heads: int, keys: int, dtype: torch.dtype
+) -> Tensor | None:
+    """Both masks as one additive mask, broadcastable to (b, h, l, s)."""
+
+    def additive(mask: Tensor) -> Tensor:
+        if mask.dtype != torch.bool:
+            return mask.to(dtype)
+        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(mask, float("-inf"))
+
+    total: Tensor | None = None
+    if attn_mask is not None:
+        mask = additive(attn_mask)
+        total = mask.view(batch, heads, *mask.shape[1:]) if mask.dim() == 3 else mask[None, None]
+    if padding is not None:
+        mask = additive(padding).view(batch, 1, 1, keys)
+        total = mask if total is None else total + mask
+    return total
+
+
+class Reroute(TorchFunctionMode):
+    """Sends F.linear on the weight of an adapted layer to that layer, with the caller's bias."""
+
+    def __init__(self, layers: list[AdaptedLinear]) -> None:
+        super().__init__()
+        self.by_weight = {id(cast(Any, layer).weight): layer for layer in layers}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Every torch call passes here while the owner's forward runs."""
+        kwargs = kwargs or {}
+        if func is F.linear:
+            x, weight, bias = bound(*args, **kwargs)
+            if (layer := self.by_weight.get(id(weight))) is not None:
+                return layer.run(x, bias)
+        return func(*args, **kwargs)
+
+
+def bound(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The arguments of F.linear."""
+    return input, weight, bias
+
+
+class WeightUser(nn.Module):
+    """Mixed into a module that reads the weights of its children: its forward runs their adapters all the same."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own forward."""
+        children = [m for m in self.children() if isinstance(m, AdaptedLinear)]
+        with Reroute(children):
+            return super().forward(*args, **kwargs)
+
+
+def take_over(owner: nn.Module) -> None:
+    """Makes a module run the adapters of the children whose weights it uses."""
+    if isinstance(owner, (AdaptedAttention, WeightUser)):
+        return
+    if isinstance(owner, nn.MultiheadAttention):
+        from visionlora.lora.layers import swap_class
+
+        swap_class(owner, AdaptedAttention)
+    else:
+        owner.__class__ = adapted_class(type(owner), WeightUser)
+
+
+def give_back(owner: nn.Module) -> None:
+    """Makes it its plain self again when no adapter is left on it or on its children."""
+    if any(isinstance(m, AdaptedLayer) and m.adapters for m in owner.modules()):
+        return
+    if isinstance(owner, AdaptedAttention):
+        for name in ("adapters", "originals", "_stacks"):
+            delattr(owner, name)
+    if isinstance(owner, (AdaptedAttention, WeightUser)):
+        owner.__class__ = owner.base_class  # type: ignore[union-attr]

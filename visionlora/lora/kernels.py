@@ -1,0 +1,242 @@
+"""The forward and backward passes of frozen layers with low-rank branches, keeping as little as possible for backward.
+
+- A frozen layer's own input is not needed for its backward pass; torch keeps that of a convolution all the same.
+- Branches on one input keep it once, whatever the dtype they train in; a branch whose A is frozen keeps x·Aᵀ alone.
+- The gradient of the input is accumulated in place: no second buffer per branch.
+- Dropout keeps a seed, not a mask.
+
+Letters in shapes: n positions (all leading dimensions), b batch, i in, o out, r rank, g groups, *s spatial sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+Rows = slice | None
+CONVOLVE: dict[int, Callable[..., Tensor]] = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
+
+
+class Branch(NamedTuple):
+    """One low-rank branch: out[..., rows] += scaling · B·A·dropout(x)."""
+
+    lora_A: Tensor
+    lora_B: Tensor
+    scaling: float
+    rows: Rows = None
+    """Output features it adds to; all when None (a part of a fused layer otherwise)."""
+    dropout: float = 0.0
+    """Share of inputs dropped, 0 outside training."""
+
+
+class Geometry(NamedTuple):
+    """How a convolution moves over its input."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+
+def new_seed() -> int:
+    """A seed drawn from torch's global CPU generator: `torch.manual_seed` still decides everything."""
+    return int(torch.randint(2**62, ()))
+
+
+def drop(x: Tensor, share: float, seed: int) -> Tensor:
+    """Dropout as a function of a seed: the backward pass draws the same mask again instead of keeping it."""
+    generator = torch.Generator(x.device).manual_seed(seed)
+    keep = torch.empty_like(x, memory_format=torch.contiguous_format).bernoulli_(1 - share, generator=generator)
+    return x * keep.div_(1 - share)
+
+
+def undo(x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor] | None]:
+    """What to keep instead of `x`: the input of the cheap function that made it, where that is kept anyway."""
+    made = getattr(x, "made_from", None)
+    return (x, None) if made is None else made
+
+
+class LowRankLinear(torch.autograd.Function):
+    """F.linear(x, weight, bias) + gain · (the same without bias) + Σ branches, for a frozen weight. x (..., i) -> (..., o)."""
+
+    @staticmethod
+    def forward(  # noqa: D102
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        gain: Tensor | None,
+        plan: tuple[tuple[float, Rows, float], ...],
+        *factors: Tensor,
+    ) -> Tensor:
+        out = F.linear(x, weight, bias)
+        flat = out.view(-1, out.shape[-1])
+        plain: Tensor | None = None
+        if gain is not None:
+            plain = flat.clone() if bias is None else flat - bias.to(out.dtype)
+            flat.addcmul_(plain, gain.to(out.dtype))
+        inputs = x.reshape(-1, x.shape[-1]).to(out.dtype)
+        hidden, seeds = [], []
+        for k, (scaling, rows, dropout) in enumerate(plan):
+            down, up = factors[2 * k].to(out.dtype), factors[2 * k + 1].to(out.dtype)
+            seeds.append(new_seed() if dropout else 0)
+            h = (drop(inputs, dropout, seeds[-1]) if dropout else inputs) @ down.t()
+            (flat if rows is None else flat[:, rows]).addmm_(h, up.t(), alpha=scaling)
+            hidden.append(h)
+        needs_x = any(ctx.needs_input_grad[5::2])
+        kept, ctx.remake = undo(x) if needs_x else (None, None)
+        ctx.plan, ctx.seeds, ctx.dtype, ctx.x_dtype = plan, seeds, out.dtype, x.dtype
+        ctx.save_for_backward(kept, weight, gain, plain if ctx.needs_input_grad[3] else None, *factors, *hidden)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
+        kept, weight, gain, plain, *saved = ctx.saved_tensors
+        count = len(ctx.plan)
+        factors, hidden = saved[: 2 * count], saved[2 * count :]
+        flat = grad.reshape(-1, grad.shape[-1]).to(ctx.dtype)
+        shape = grad.shape[:-1]
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            into_base = flat if gain is None else flat * (1 + gain.to(ctx.dtype))
+            grad_x = into_base @ weight.to(ctx.dtype)
+        grad_gain = None if plain is None else (flat * plain).sum(0).to(gain.dtype)
+        inputs: Tensor | None = None
+        if kept is not None:
+            x = kept if ctx.remake is None else ctx.remake(kept)
+            inputs = x.reshape(-1, x.shape[-1]).to(ctx.dtype)
+        grads: list[Tensor | None] = []
+        for k, (scaling, rows, dropout) in enumerate(ctx.plan):
+            down, up = factors[2 * k], factors[2 * k + 1]
+            part = flat if rows is None else flat[:, rows]
+            needs_down, needs_up = ctx.needs_input_grad[5 + 2 * k : 7 + 2 * k]
+            grad_down = None
+            if needs_down or grad_x is not None:
+                grad_h = part @ up.to(ctx.dtype)
+                if grad_x is not None and not dropout:
+                    grad_x.addmm_(grad_h, down.to(ctx.dtype), alpha=scaling)
+                elif grad_x is not None:
+                    grad_x.add_(drop(grad_h @ down.to(ctx.dtype), dropout, ctx.seeds[k]), alpha=scaling)
+                if needs_down and inputs is not None:
+                    seen = drop(inputs, dropout, ctx.seeds[k]) if dropout else inputs
+                    grad_down = (grad_h.t() @ seen).mul_(scaling).to(down.dtype)
+            grad_up = (part.t() @ hidden[k]).mul_(scaling).to(up.dtype) if needs_up else None
+            grads += [grad_down, grad_up]
+        if grad_x is not None:
+            grad_x = grad_x.view(*shape, weight.shape[1]).to(ctx.x_dtype)
+        return (grad_x, None, None, grad_gain, None, *grads)
+
+
+def low_rank_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, branches: list[Branch], gain: Tensor | None = None
+) -> Tensor:
+    """F.linear with low-rank branches; the weight and bias are frozen.
+
+    Args:
+        x: (..., i).
+        weight: (o, i).
+        bias: (o,).
+        branches: added to the output.
+        gain: (o,); gain · (output - bias) is added too.
+    """
+    plan = tuple((b.scaling, b.rows, b.dropout) for b in branches)
+    factors = [t for b in branches for t in (b.lora_A, b.lora_B)]
+    out: Tensor = LowRankLinear.apply(x, weight, bias, gain, plan, *factors)  # type: ignore[no-untyped-call]
+    return out
+
+
+def input_gradient(grad: Tensor, shape: torch.Size, weight: Tensor, geometry: Geometry) -> Tensor:
+    """Gradient of a convolution's input, from the weight and the shape of the input alone."""
+    placeholder = grad.new_empty(()).expand(shape)
+    stride, padding, dilation, groups = geometry
+    found: Tensor = torch.ops.aten.convolution_backward(
+        grad, placeholder, weight, None, stride, padding, dilation, False, [0] * len(stride), groups,
+        [True, False, False],
+    )[0]  # fmt: skip
+    return found
+
+
+class LowRankConv(torch.autograd.Function):
+    """A frozen convolution + Σ branches. x (b, i, *s) -> (b, o, *s'); without branches it keeps nothing of x."""
+
+    @staticmethod
+    def forward(  # noqa: D102
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        geometry: Geometry,
+        plan: tuple[tuple[float, float], ...],
+        *factors: Tensor,
+    ) -> Tensor:
+        convolve, groups = CONVOLVE[x.dim()], geometry.groups
+        out = convolve(x, weight, bias, *geometry)
+        hidden, seeds = [], []
+        for k, (scaling, dropout) in enumerate(plan):
+            down, up = factors[2 * k].to(out.dtype), factors[2 * k + 1].to(out.dtype)
+            seeds.append(new_seed() if dropout else 0)
+            seen = drop(x, dropout, seeds[-1]) if dropout else x
+            # Groups share A: repeating it gives every group its own r channels, which is the grouped ΔW exactly.
+            h = convolve(seen.to(out.dtype), down.repeat(groups, *(1,) * (down.dim() - 1)), None, *geometry)
+            out.add_(convolve(h, up, groups=groups), alpha=scaling)
+            hidden.append(h)
+        kept, ctx.remake = undo(x) if any(ctx.needs_input_grad[5::2]) else (None, None)
+        ctx.plan, ctx.seeds, ctx.geometry, ctx.shape = plan, seeds, geometry, x.shape
+        ctx.dtype, ctx.x_dtype = out.dtype, x.dtype
+        ctx.save_for_backward(kept, weight, *factors, *hidden)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
+        kept, weight, *saved = ctx.saved_tensors
+        count, geometry = len(ctx.plan), ctx.geometry
+        factors, hidden = saved[: 2 * count], saved[2 * count :]
+        stride, padding, dilation, groups = geometry
+        grad = grad.to(ctx.dtype)
+        wants_x = ctx.needs_input_grad[0]
+        grad_x = input_gradient(grad, ctx.shape, weight.to(ctx.dtype), geometry) if wants_x else None
+        x = kept if kept is None or ctx.remake is None else ctx.remake(kept)
+        point = Geometry((1,) * len(stride), (0,) * len(stride), (1,) * len(stride), groups)
+        grads: list[Tensor | None] = []
+        for k, (scaling, dropout) in enumerate(ctx.plan):
+            down, up = factors[2 * k], factors[2 * k + 1]
+            needs_down, needs_up = ctx.needs_input_grad[5 + 2 * k : 7 + 2 * k]
+            h = hidden[k]
+            grad_h, grad_up, _ = torch.ops.aten.convolution_backward(
+                grad, h, up.to(ctx.dtype), None, point.stride, point.padding, point.dilation, False,
+                [0] * len(stride), groups, [bool(needs_down or wants_x), bool(needs_up), False],
+            )  # fmt: skip
+            grad_down = None
+            if needs_down or wants_x:
+                repeated = down.to(ctx.dtype).repeat(groups, *(1,) * (down.dim() - 1))
+                if needs_down and x is not None:
+                    seen = (drop(x, dropout, ctx.seeds[k]) if dropout else x).to(ctx.dtype)
+                else:
+                    seen = grad.new_empty(()).expand(ctx.shape)
+                into_x, into_down, _ = torch.ops.aten.convolution_backward(
+                    grad_h, seen, repeated, None, stride, padding, dilation, False, [0] * len(stride), groups,
+                    [wants_x, bool(needs_down), False],
+                )  # fmt: skip
+                if grad_x is not None:
+                    grad_x.add_(drop(into_x, dropout, ctx.seeds[k]) if dropout else into_x, alpha=scaling)
+                if needs_down:
+                    grad_down = into_down.view(groups, *down.shape).sum(0).mul_(scaling).to(down.dtype)
+            grads += [grad_down, grad_up.mul_(scaling).to(up.dtype) if needs_up else None]
+        return (None if grad_x is None else grad_x.to(ctx.x_dtype), None, None, None, None, *grads)
+
+
+def low_rank_conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, branches: list[Branch]
+) -> Tensor:
+    """A convolution with low-rank branches, x padded already where the padding is not zeros."""
+    plan = tuple((b.scaling, b.dropout) for b in branches)
+    factors = [t for b in branches for t in (b.lora_A, b.lora_B)]
+    out: Tensor = LowRankConv.apply(x, weight, bias, geometry, plan, *factors)  # type: ignore[no-untyped-call]
+    return out

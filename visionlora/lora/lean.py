@@ -1,0 +1,106 @@
+"""Frozen layers that keep less for backward, with the same outputs and gradients.
+
+torch keeps the input of every convolution, also of a frozen one, whose backward pass needs the weight alone. And it keeps
+the output of a normalisation or an activation when the next layer's adapter needs it, beside the input that it was made
+from: here the next layer keeps that input too (it is the same tensor) and makes the output again in its own backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+
+from torch import Tensor, nn
+
+from visionlora.lora.kernels import low_rank_conv
+from visionlora.lora.layers import CONVOLUTIONS, AdaptedLayer, adapted_class, conv_geometry
+
+
+class Lean(nn.Module):
+    """Mixed into the class of a frozen layer."""
+
+    users: int
+    """How many adapters on the model want it lean."""
+
+
+class LeanConv(Lean):
+    """A frozen convolution that keeps nothing of its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (b, i, *s) -> (b, o, *s')."""
+        base = cast(Any, self)
+        if (
+            torch.compiler.is_compiling()
+            or not torch.is_grad_enabled()
+            or not x.requires_grad
+            or base.weight.requires_grad
+            or (base.bias is not None and base.bias.requires_grad)
+            or isinstance(base.padding, str)
+        ):
+            return cast(Tensor, super().forward(x))
+        padded, geometry = conv_geometry(base, x)
+        return low_rank_conv(padded, base.weight, base.bias, geometry, [])
+
+
+class LeanPointwise(Lean):
+    """A normalisation or activation whose output can be made again from its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The layer's own output, with a note of what it was made from."""
+        out = cast(Tensor, super().forward(x))
+        if torch.is_grad_enabled() and x.requires_grad and not torch.compiler.is_compiling():
+            out.made_from = (x, self.again())  # type: ignore[attr-defined]
+        return out
+
+    def again(self) -> Callable[[Tensor], Tensor]:
+        """The function from input to output."""
+        forward = cast(Any, super()).forward
+
+        def remake(x: Tensor) -> Tensor:
+            with torch.no_grad():
+                return cast(Tensor, forward(x))
+
+        return remake
+
+
+def mixin_for(module: nn.Module) -> type[Lean] | None:
+    """How a frozen layer can be lean; None when it cannot."""
+    if isinstance(module, (AdaptedLayer, Lean)) or any(p.requires_grad for p in module.parameters(recurse=False)):
+        return None
+    if isinstance(module, CONVOLUTIONS) and not isinstance(module, nn.modules.conv._ConvTransposeNd):
+        return LeanConv
+    if isinstance(module, (nn.LayerNorm, nn.GELU)):
+        return LeanPointwise
+    return None
+
+
+def make_lean(model: nn.Module) -> list[nn.Module]:
+    """Makes every frozen layer of `model` lean that can be; returns them, for `make_plain`."""
+    changed = []
+    for module in model.modules():
+        if isinstance(module, Lean):
+            module.users += 1
+        elif (mixin := mixin_for(module)) is not None:
+            module.__class__ = adapted_class(type(module), mixin)
+            module.users = 1  # type: ignore[assignment]
+        else:
+            continue
+        changed.append(module)
+    return changed
+
+
+def unlean(module: nn.Module) -> None:
+    """Gives one layer its own class back for good: an adapter is about to be put on it."""
+    del module.users
+    module.__class__ = module.base_class  # type: ignore[assignment]
+
+
+def make_plain(modules: list[nn.Module]) -> None:
+    """Undoes `make_lean` for one adapter."""
+    for module in modules:
+        if isinstance(module, Lean):
+            module.users -= 1
+            if not module.users:
+                unlean(module)

@@ -1,0 +1,172 @@
+"""What every adapter method is: parameters on one layer and what they do to its output.
+
+A method describes its effect in three terms, all differentiable, from which layers run, stack and merge it:
+    factors        out[rows] += scaling · B·A·x          (low rank)
+    gain           out += gain · (out - bias), or gain · out with the bias
+    input gain     the base sees x · (1 + input_gain)
+`scale` multiplies all of them and may change at any time; 0 gives the base's output bit for bit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from visionlora.lora.adapter import AdapterModule
+from visionlora.lora.config import AdapterConfig
+from visionlora.lora.functional import delta_weight
+from visionlora.lora.kernels import Rows
+
+Factors = tuple[Tensor, Tensor, "float | Tensor"]
+"""lora_A (r, i) or (r, i/g, *k), lora_B (o, r) or (o, r, 1, ...), and the scaling."""
+
+
+class Gain(NamedTuple):
+    """A factor on the base's output."""
+
+    value: Tensor
+    """(o,): gain minus 1, so that 0 changes nothing."""
+    with_bias: bool
+    """Whether the bias is multiplied too."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place for an adapter: a layer, or the rows of a fused layer that belong to one projection."""
+
+    name: str
+    """As in adapter files: the module's name, and the part of a fused layer after a dot."""
+    layer: nn.Module
+    part: str = ""
+    """`q`, `k`, `v` … of a fused layer."""
+    rows: Rows = None
+    weight_name: str = "weight"
+    """The layer's parameter that is adapted."""
+    bias_name: str = "bias"
+    target: str = ""
+    """What reached it."""
+    role: str | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        """The base weight, (o, i) or (o, i/g, *k): of this part alone."""
+        whole: Tensor = getattr(self.layer, self.weight_name)
+        return whole if self.rows is None else whole[self.rows]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base bias of this part, (o,)."""
+        whole: Tensor | None = getattr(self.layer, self.bias_name, None)
+        return whole if whole is None or self.rows is None else whole[self.rows]
+
+    @property
+    def inputs(self) -> int:
+        """Width of the layer's input (of all groups of a convolution)."""
+        return int(self.weight.shape[1] * getattr(self.layer, "groups", 1))
+
+
+class Method(nn.Module):
+    """One adapter on one site. Subclasses fill in parameters and the terms of their effect."""
+
+    kind: ClassVar[str]
+    additive: ClassVar[bool] = True
+    """Whether the effect is ΔW alone, independent of the base weight: the sum of its factors."""
+
+    scale_tensor: Tensor
+
+    def __init__(self, site: Site, dropout: float = 0.0) -> None:
+        super().__init__()
+        self._site = (site,)  # in a tuple: a module here would become a child of its own child
+        self.dropout, self.merged = float(dropout), False
+        self.adapter_name = "default"
+        self._scale = 1.0
+        # For compiled code, which must not be traced again when only a scale changes.
+        self.register_buffer("scale_tensor", torch.ones((), device=site.weight.device), persistent=False)
+
+    @classmethod
+    def new(cls, site: Site, config: AdapterConfig, generator: torch.Generator) -> Method:
+        """Fresh parameters whose effect is nothing."""
+        raise NotImplementedError(f"{cls.__name__} cannot be made anew")
+
+    @classmethod
+    def load(cls, site: Site, module: AdapterModule) -> Method:
+        """From what a file says about this site."""
+        raise NotImplementedError(f"{cls.__name__} cannot be read from a file")
+
+    def export(self) -> AdapterModule:
+        """Copies for a file, fp32 on the CPU."""
+        raise NotImplementedError(f"{type(self).__name__} cannot be written to a file")
+
+    # ------------------------------------------------------------------------------------------------------- effect
+
+    def factors(self) -> list[Factors]:
+        """Low-rank terms at the present scale."""
+        return []
+
+    def gain(self) -> Gain | None:
+        """Factor on the output, minus 1, at the present scale."""
+        return None
+
+    def input_gain(self) -> Tensor | None:
+        """Factor on the base's input, minus 1, (i,), at the present scale."""
+        return None
+
+    def delta_weight(self, weight: Tensor) -> Tensor:
+        """ΔW at the present scale in fp32, given the base weight of this site."""
+        total = torch.zeros(weight.shape, device=weight.device)
+        for lora_A, lora_B, scaling in self.factors():
+            total += delta_weight(lora_A.detach(), lora_B.detach(), float(scaling))
+        return total
+
+    def delta_bias(self, bias: Tensor) -> tuple[Tensor] | None:
+        """The change of the bias in fp32, in a tuple; None when there is none."""
+        return None
+
+    # -------------------------------------------------------------------------------------------------- bookkeeping
+
+    @property
+    def site(self) -> Site:
+        """Where it is."""
+        return self._site[0]
+
+    @property
+    def key(self) -> str:
+        """Its name among the adapters of its layer."""
+        return f"{self.adapter_name}:{self.site.part}" if self.site.part else self.adapter_name
+
+    @property
+    def scale(self) -> float:
+        """Multiplies the whole effect."""
+        return self._scale
+
+    @scale.setter
+    def scale(self, value: float) -> None:
+        self._scale = float(value)
+        self.scale_tensor.fill_(value)
+
+    @property
+    def factor(self) -> float | Tensor:
+        """The scale as the present code path wants it."""
+        return self.scale_tensor if torch.compiler.is_compiling() else self._scale
+
+    @property
+    def trainable(self) -> bool:
+        """Whether any parameter trains."""
+        return any(p.requires_grad for p in self.parameters())
+
+    def state(self) -> tuple[Any, ...]:
+        """Changes whenever the effect may have: scale and the versions of all tensors."""
+        tensors = (*self._parameters.values(), *self._buffers.values())
+        return (self._scale, *((id(t), t._version) for t in tensors if t is not None))
+
+    def regularisation(self) -> Tensor | None:
+        """A term that the training loss should include, if the method has one."""
+        return None
+
+
+def cpu(tensor: Tensor) -> Tensor:
+    """A copy for a file."""
+    return tensor.detach().float().cpu().clone()

@@ -1,0 +1,97 @@
+"""DoRA: y = m ⊙ (W + s·B·A)x / ‖W + s·B·A‖, the norm of each output row taken as a constant (arXiv 2402.09353, eq. 5).
+
+The norms come from the low-rank identity in `visionlora.lora.functional.sum_row_norms`: no dense B·A is ever built. The
+output is written as the base's own plus a change that is zero while B is, so training starts as the identity.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from visionlora.lora.adapter import AdapterModule
+from visionlora.lora.config import AdapterConfig
+from visionlora.lora.functional import row_norms, sum_row_norms
+from visionlora.lora.inits import INITS
+from visionlora.lora.methods.base import Factors, Gain, Method, Site, cpu
+
+
+class DoRA(Method):
+    """Factors and a magnitude of each output feature."""
+
+    kind = "dora"
+    additive = False
+
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    magnitude: nn.Parameter
+    squares: Tensor
+
+    def __init__(
+        self, site: Site, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor | None, alpha: float,
+        scaling: float | None = None, dropout: float = 0.0,
+    ) -> None:  # fmt: skip
+        super().__init__(site, dropout)
+        self.lora_A, self.lora_B = nn.Parameter(lora_A), nn.Parameter(lora_B)
+        self.alpha, self.scaling = float(alpha), alpha / len(lora_A) if scaling is None else scaling
+        wide = torch.promote_types(site.weight.dtype, torch.float32)
+        with torch.no_grad():
+            weight = site.weight.to(wide)
+            self.register_buffer("squares", weight.flatten(1).square().sum(1), persistent=False)
+            self.magnitude = nn.Parameter(self.norms().clone() if magnitude is None else magnitude)
+
+    @classmethod
+    def new(cls, site: Site, config: AdapterConfig, generator: torch.Generator) -> DoRA:
+        """A by the chosen init, B zero, the magnitude at the norms of W."""
+        rank, weight = config.rank_of(site.name), site.weight
+        down = INITS[config.init](site, rank, config, generator)
+        up = torch.zeros(len(weight), rank, *(1,) * (weight.dim() - 2))
+        alpha, scaling = config.alpha_of(site.name), config.scaling_of(site.name)
+        return cls(site, down.to(weight.device), up.to(weight.device), None, alpha, scaling, config.dropout)
+
+    @classmethod
+    def load(cls, site: Site, module: AdapterModule) -> DoRA:
+        """Frozen."""
+        device, (down, up) = site.weight.device, module.lora_factors()
+        magnitude = module.tensors["magnitude"].float().flatten().to(device)
+        made = cls(site, down.to(device), up.to(device), magnitude, module.alpha, module.scaling)
+        made.requires_grad_(False)
+        return made
+
+    @property
+    def rank(self) -> int:
+        """Rank r of the direction's change."""
+        return self.lora_A.shape[0]
+
+    @torch.no_grad()
+    def norms(self) -> Tensor:
+        """‖W + s·B·A‖ of each output row, (o,)."""
+        wide = self.squares.dtype
+        factors = self.lora_A.detach().to(wide), self.lora_B.detach().to(wide)
+        return sum_row_norms(self.site.weight.to(wide), self.squares, *factors, self.scaling)
+
+    def ratio(self) -> Tensor:
+        """m / ‖W + s·B·A‖, (o,)."""
+        return self.magnitude / self.norms().clamp_min(torch.finfo(self.squares.dtype).tiny)
+
+    def gain(self) -> Gain:
+        """m/‖·‖ - 1, on the output without its bias."""
+        return Gain((self.ratio() - 1) * self.factor, with_bias=False)
+
+    def factors(self) -> list[Factors]:
+        """(m/‖·‖ ⊙ B)·A."""
+        ratio = self.ratio().view(-1, *(1,) * (self.lora_B.dim() - 1))
+        return [(self.lora_A, self.lora_B * ratio.to(self.lora_B.dtype), self.factor * self.scaling)]
+
+    @torch.no_grad()
+    def delta_weight(self, weight: Tensor) -> Tensor:
+        """m ⊙ (W + s·B·A)/‖·‖ - W."""
+        product = self.lora_B.float().flatten(1) @ self.lora_A.float().flatten(1) * self.scaling
+        total = weight.float() + product.view(weight.shape)
+        ratio = (self.magnitude.float() / row_norms(total)).view(-1, *(1,) * (weight.dim() - 1))
+        return (total * ratio - weight.float()) * self._scale
+
+    def export(self) -> AdapterModule:
+        """Factors and magnitude."""
+        tensors = {"lora_A": cpu(self.lora_A), "lora_B": cpu(self.lora_B), "magnitude": cpu(self.magnitude)}
+        return AdapterModule("dora", tensors, self.scaling * self.rank)
