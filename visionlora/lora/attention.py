@@ -7,6 +7,8 @@ Letters in shapes: b batch, l queries, s keys, h heads, d width of a head, e = h
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -15,14 +17,14 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from visionlora.lora.kernels import Branch, low_rank_linear
-from visionlora.lora.layers import AdaptedLayer, AdaptedLinear, adapted_class, branches_of
+from visionlora.lora.layers import AdaptedLayer, AdaptedLinear, adapted_class, branches_of, swap_class, with_adapters
 from visionlora.lora.methods.base import Method
 
 
 class AdaptedAttention(AdaptedLayer):
     """`nn.MultiheadAttention` with adapters on q, k, v; `out_proj` is called, so that it may carry its own.
 
-    With no active adapter (scale 0, or merged) it is torch's own code, fast path included.
+    Without gradients it is torch's own code on W + ΔW, fast path included.
     """
 
     if not torch.jit.is_scripting():
@@ -30,7 +32,8 @@ class AdaptedAttention(AdaptedLayer):
         @property
         def _qkv_same_embed_dim(self) -> bool:
             """False keeps `nn.TransformerEncoderLayer` from reading the weights past an active adapter."""
-            return bool(self.__dict__["_qkv_same_embed_dim"]) and not self.running()
+            plain = self.__dict__.get("_weights_swapped", False) or not self.running()
+            return bool(self.__dict__["_qkv_same_embed_dim"]) and plain
 
         @_qkv_same_embed_dim.setter
         def _qkv_same_embed_dim(self, value: bool) -> None:
@@ -55,13 +58,17 @@ class AdaptedAttention(AdaptedLayer):
     ) -> tuple[Tensor, Tensor | None]:
         """As `nn.MultiheadAttention.forward`."""
         mha = cast(Any, self)
-        if not self.running():
-            return cast(
-                "tuple[Tensor, Tensor | None]",
-                super().forward(
-                    query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
-                ),
-            )
+        training = torch.is_grad_enabled() and (
+            any(x.requires_grad for x in (query, key, value)) or any(p.requires_grad for p in mha.parameters())
+        )
+        if not (self.running() and (training or torch.compiler.is_compiling())):
+            with self.weights_with_adapters():
+                return cast(
+                    "tuple[Tensor, Tensor | None]",
+                    super().forward(
+                        query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+                    ),
+                )
         batched = query.dim() == 3
         same = query is key and key is value
         if not batched:
@@ -99,6 +106,26 @@ class AdaptedAttention(AdaptedLayer):
         if not batched:
             return out.squeeze(1), None if weights is None else weights.squeeze(0)
         return (out.transpose(0, 1) if mha.batch_first else out), weights
+
+    @contextmanager
+    def weights_with_adapters(self) -> Iterator[None]:
+        """W + ΔW in place of W, for torch's own code: its fast path and its bits, at no cost per call."""
+        layers = [self, *(m for m in [cast(Any, self).out_proj] if isinstance(m, AdaptedLayer))]
+        swapped: list[tuple[AdaptedLayer, str, nn.Parameter | None]] = []
+        try:
+            for layer in layers:
+                if active := layer.active():
+                    adapters = [m for m in layer.methods() if m.merged or m in active]
+                    values = layer.kept("weights", adapters, lambda l=layer, a=adapters: with_adapters(l, a))
+                    for name, value in values.items():
+                        swapped.append((layer, name, layer._parameters[name]))
+                        layer._parameters[name] = nn.Parameter(value, requires_grad=False)
+            self.__dict__["_weights_swapped"] = True
+            yield
+        finally:
+            self.__dict__.pop("_weights_swapped", None)
+            for layer, name, parameter in swapped:
+                layer._parameters[name] = parameter
 
     def project(self, query: Tensor, key: Tensor, value: Tensor, same: bool) -> tuple[Tensor, Tensor, Tensor]:
         """The three projections, (l or s, b, e) each."""
@@ -184,7 +211,7 @@ class Reroute(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.linear:
             x, weight, bias = bound(*args, **kwargs)
-            if (layer := self.by_weight.get(id(weight))) is not None:
+            if (layer := self.by_weight.get(id(weight))) is not None and not layer.__dict__["calling"]:
                 return layer.run(x, bias)
         return func(*args, **kwargs)
 
@@ -199,18 +226,19 @@ class WeightUser(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own forward."""
-        children = [m for m in self.children() if isinstance(m, AdaptedLinear)]
-        with Reroute(children):
+        with Reroute([m for m in self.children() if isinstance(m, AdaptedLinear) and "calling" in m.__dict__]):
             return super().forward(*args, **kwargs)
 
 
-def take_over(owner: nn.Module) -> None:
-    """Makes a module run the adapters of the children whose weights it uses."""
+def take_over(owner: nn.Module, children: tuple[str, ...]) -> None:
+    """Makes a module run the adapters of these children, whose weights it uses; call it after they are adapted."""
+    if not isinstance(owner, nn.MultiheadAttention):
+        for child in children:
+            if isinstance(layer := getattr(owner, child), AdaptedLinear):
+                layer.__dict__["calling"] = False
     if isinstance(owner, (AdaptedAttention, WeightUser)):
         return
     if isinstance(owner, nn.MultiheadAttention):
-        from visionlora.lora.layers import swap_class
-
         swap_class(owner, AdaptedAttention)
     else:
         owner.__class__ = adapted_class(type(owner), WeightUser)
@@ -221,7 +249,7 @@ def give_back(owner: nn.Module) -> None:
     if any(isinstance(m, AdaptedLayer) and m.adapters for m in owner.modules()):
         return
     if isinstance(owner, AdaptedAttention):
-        for name in ("adapters", "originals", "_stacks"):
+        for name in ("adapters", "originals", "_kept"):
             delattr(owner, name)
     if isinstance(owner, (AdaptedAttention, WeightUser)):
         owner.__class__ = owner.base_class  # type: ignore[union-attr]

@@ -24,18 +24,18 @@ def delta_weight(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
 
 
 def stack_factors(factors: Sequence[tuple[Tensor, Tensor, float]]) -> tuple[Tensor, Tensor]:
-    """Concatenates (lora_A, lora_B, scaling) of several adapters along the rank, in fp32, scalings folded into B.
+    """Concatenates (lora_A, lora_B, scaling) of several adapters along the rank, in fp32 or wider, scalings folded into B.
 
     Exact: [s1·B1 … sk·Bk]·[A1; …; Ak] = Σ s·B·A, so k adapters cost one pair of matmuls.
     """
-    down = torch.cat([a.float() for a, _, _ in factors], dim=0)
-    up = torch.cat([b.float() * s for _, b, s in factors], dim=1)
+    down = torch.cat([wide(a) for a, _, _ in factors], dim=0)
+    up = torch.cat([wide(b) * s for _, b, s in factors], dim=1)
     return down, up
 
 
-def row_norms(weight: Tensor) -> Tensor:
-    """L2 norm of each output row of a weight, (o,)."""
-    return weight.flatten(1).norm(dim=1)
+def wide(tensor: Tensor) -> Tensor:
+    """In fp32, or as it is when it is wider."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def sum_row_norms(weight: Tensor, squares: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:

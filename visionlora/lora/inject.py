@@ -23,7 +23,7 @@ from visionlora.lora.adapter import Adapter, AdapterModule
 from visionlora.lora.attention import AdaptedAttention, give_back, take_over
 from visionlora.lora.config import PLUGIN_GROUPS, AdapterConfig
 from visionlora.lora.lean import Lean, make_lean, make_plain, unlean
-from visionlora.lora.layers import AdaptedLayer, adapt, release, write_merged
+from visionlora.lora.layers import AdaptedLayer, adapt, release, with_adapters
 from visionlora.lora.methods import KINDS, METHODS
 from visionlora.lora.methods.adalora import AdaLoRA, allocate
 from visionlora.lora.methods.base import Method, Site
@@ -213,7 +213,7 @@ class Handle:
         layers = {id(m.site.layer): cast(AdaptedLayer, m.site.layer) for m in self.methods.values()}
         new = []
         for layer in layers.values():
-            values = write_merged(layer)
+            values = with_adapters(layer, [m for m in layer.methods() if m.merged])
             for value in values.values():
                 if not torch.isfinite(value).all():
                     name = next(m.site.name for m in self.methods.values() if m.site.layer is layer)
@@ -385,12 +385,12 @@ def _place(handle: Handle, methods: Sequence[Method], name: str) -> None:
     for m in methods:
         if isinstance(m.site.layer, Lean):
             unlean(m.site.layer)
-    for owner in owners:
-        take_over(owner)
     for m in methods:
         m.adapter_name = name
         adapt(m.site.layer, m, AdaptedAttention if isinstance(m.site.layer, nn.MultiheadAttention) else None)
-    handle.methods, handle._owners = {m.site.name: m for m in methods}, owners
+    for owner, children in owners:
+        take_over(owner, children)
+    handle.methods, handle._owners = {m.site.name: m for m in methods}, tuple(owner for owner, _ in owners)
 
 
 def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

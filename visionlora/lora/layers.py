@@ -14,7 +14,7 @@ Letters in shapes: b batch, n tokens, i in, o out, r rank, *s spatial sizes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -23,9 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visionlora.errors import ConfigError
-from visionlora.lora.functional import stack_factors
+from visionlora.lora.functional import stack_factors, wide
 from visionlora.lora.kernels import CONVOLVE, Branch, Geometry, Rows, low_rank_conv, low_rank_linear
-from visionlora.lora.methods.base import Gain, Method
+from visionlora.lora.methods.base import Method
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -52,7 +52,7 @@ class AdaptedLayer(nn.Module):
     adapters: nn.ModuleDict
     originals: dict[str, Tensor]
     """The untouched weight and bias while some adapter is merged."""
-    _stacks: dict[Any, tuple[tuple[Any, ...], Stack]]
+    _kept: dict[Any, tuple[tuple[Any, ...], Any]]
 
     def methods(self) -> Iterator[Method]:
         """Every adapter's part on this layer."""
@@ -83,12 +83,22 @@ class AdaptedLayer(nn.Module):
         return torch.is_grad_enabled() and (x.requires_grad or any(m.trainable for m in active))
 
     def stack(self, dtype: torch.dtype, active: list[Method]) -> Stack:
-        """The active adapters concatenated; built anew only when a scale or a factor has changed."""
+        """The active adapters concatenated; kept until a scale or a factor changes."""
+        stack: Stack = self.kept(dtype, active, lambda: build_stack(cast(Any, self).weight, dtype, active))
+        return stack
+
+    def kept(self, what: Any, active: list[Method], build: Callable[[], Any]) -> Any:
+        """What `build` gives, from before while the active adapters are the same.
+
+        Those in training are not kept: writes through `.data`, which much training code does, leave no trace.
+        """
+        if any(m.trainable for m in active):
+            return build()
         state = tuple(s for m in active for s in m.state())
-        kept = self._stacks.get(dtype)
-        if kept is None or kept[0] != state:
-            kept = self._stacks[dtype] = (state, build_stack(cast(Any, self).weight, dtype, active))
-        return kept[1]
+        found = self._kept.get(what)
+        if found is None or found[0] != state:
+            found = self._kept[what] = (state, build())
+        return found[1]
 
 
 class MergedTraining(torch.autograd.Function):
@@ -114,12 +124,12 @@ def build_stack(weight: Tensor, dtype: torch.dtype, active: Iterable[Method]) ->
     with torch.no_grad():
         for m in active:
             for lora_A, lora_B, scaling in m.factors():
-                factors.append((lora_A, placed(lora_B.float(), m.site.rows, out), float(scaling)))
+                factors.append((lora_A, placed(lora_B, m.site.rows, out), float(scaling)))
             if (gain := m.gain()) is not None:
                 target = with_bias if gain.with_bias else plain
-                target.append(placed(gain.value.float(), m.site.rows, out))
+                target.append(placed(gain.value, m.site.rows, out))
             if (scale := m.input_gain()) is not None:
-                inputs.append(scale.float())
+                inputs.append(scale)
         down, up = stack_factors(factors) if factors else (None, None)
 
         def summed(parts: list[Tensor]) -> Tensor | None:
@@ -144,14 +154,21 @@ def placed(value: Tensor, rows: Rows, out: int) -> Tensor:
 
 def total_gain(active: Iterable[Method], out: int, with_bias: bool) -> Tensor | None:
     """The sum of the gains of one kind, differentiable."""
-    gains = [(m.gain(), m.site.rows) for m in active]
-    parts = [placed(g.value, rows, out) for g, rows in gains if isinstance(g, Gain) and g.with_bias == with_bias]
+    parts = []
+    for m in active:
+        gain = m.gain()
+        if gain is not None and gain.with_bias == with_bias:
+            parts.append(placed(gain.value, m.site.rows, out))
     return torch.stack(parts).sum(0) if len(parts) > 1 else (parts[0] if parts else None)
 
 
 def total_input_gain(active: Iterable[Method]) -> Tensor | None:
     """The sum of the input gains, differentiable."""
-    parts = [g for m in active if (g := m.input_gain()) is not None]
+    parts = []
+    for m in active:
+        gain = m.input_gain()
+        if gain is not None:
+            parts.append(gain)
     return torch.stack(parts).sum(0) if len(parts) > 1 else (parts[0] if parts else None)
 
 
@@ -165,12 +182,22 @@ def branches_of(active: Iterable[Method]) -> list[Branch]:
 
 
 class AdaptedLinear(AdaptedLayer):
-    """A linear layer with adapters."""
+    """A linear layer with adapters.
+
+    Where the module above reads its weight (`visionlora.lora.attention.WeightUser`) it has a flag `calling`, true while
+    it is called as a layer all the same, so that its own use of the weight is not taken for the other's.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., i) -> (..., o)."""
-        base = cast(nn.Linear, self)
-        return self.run(x, base.bias)
+        bias = cast(nn.Linear, self).bias
+        if "calling" not in self.__dict__:
+            return self.run(x, bias)
+        self.__dict__["calling"] = True
+        try:
+            return self.run(x, bias)
+        finally:
+            self.__dict__["calling"] = False
 
     def run(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """The layer with a bias given by the caller; some models keep the bias beside the layer."""
@@ -336,7 +363,7 @@ def swap_class(module: nn.Module, mixin: type[nn.Module]) -> None:
     """Gives `module` the adapted class, once."""
     if not isinstance(module, AdaptedLayer):
         module.__class__ = adapted_class(type(module), mixin)
-        module.adapters, module.originals, module._stacks = nn.ModuleDict(), {}, {}  # type: ignore[assignment]
+        module.adapters, module.originals, module._kept = nn.ModuleDict(), {}, {}  # type: ignore[assignment]
 
 
 def mixin_of(module: nn.Module) -> type[nn.Module]:
@@ -363,21 +390,22 @@ def release(module: nn.Module, key: str) -> None:
     """Takes one adapter's part off a layer; with the last one the layer becomes the plain base layer again."""
     layer = cast(AdaptedLayer, module)
     del layer.adapters[key]
-    layer._stacks.clear()
+    layer._kept.clear()
     if not layer.adapters:
-        for name in ("adapters", "originals", "_stacks"):
+        for name in ("adapters", "originals", "_kept"):
             delattr(layer, name)
+        module.__dict__.pop("calling", None)
         module.__class__ = module.base_class  # type: ignore[assignment]
 
 
 @torch.no_grad()
-def write_merged(layer: AdaptedLayer) -> dict[str, Tensor]:
-    """The parameters of a layer with its merged adapters in them, from the untouched originals, in fp32.
+def with_adapters(layer: AdaptedLayer, adapters: Iterable[Method]) -> dict[str, Tensor]:
+    """The parameters of a layer with these adapters in them, from the untouched originals, in fp32.
 
     All low-rank adapters go in as one product of their stacked factors. Parameters that no adapter changes are left out.
     """
     new: dict[str, Tensor] = {}
-    merged = [m for m in layer.methods() if m.merged and m.scale != 0]
+    merged = [m for m in adapters if m.scale != 0]
 
     def before(name: str) -> Tensor:
         found: Tensor = layer.originals.get(name, getattr(layer, name))
@@ -385,10 +413,10 @@ def write_merged(layer: AdaptedLayer) -> dict[str, Tensor]:
 
     for name in dict.fromkeys(m.site.weight_name for m in merged):
         own, weight = [m for m in merged if m.site.weight_name == name], before(name)
-        total, low_rank = weight.float(), [m for m in own if m.additive]
+        total, low_rank = wide(weight), [m for m in own if m.additive]
         if low_rank:
             factors = [
-                (a, placed(b.float(), m.site.rows, len(weight)), float(s)) for m in low_rank for a, b, s in m.factors()
+                (a.to(total.dtype), placed(b.to(total.dtype), m.site.rows, len(weight)), float(s)) for m in low_rank for a, b, s in m.factors()
             ]
             down, up = stack_factors(factors)
             total = torch.addmm(total.flatten(1), up.flatten(1), down.flatten(1)).view_as(weight)
@@ -399,7 +427,7 @@ def write_merged(layer: AdaptedLayer) -> dict[str, Tensor]:
             total = total + placed(m.delta_weight(part_of(weight, rows)), rows, len(weight))
             bias = getattr(layer, m.site.bias_name, None)
             if bias is not None and (shift := m.delta_bias(part_of(before(m.site.bias_name), rows))) is not None:
-                start = new.get(m.site.bias_name, before(m.site.bias_name).float())
+                start = new.get(m.site.bias_name, wide(before(m.site.bias_name)))
                 new[m.site.bias_name] = start + placed(shift[0], rows, len(weight))
         new[name] = total
     return {n: t.to(before(n).dtype) for n, t in new.items()}

@@ -40,8 +40,6 @@ class Resolution:
     sites: tuple[Site, ...]
     skipped: tuple[tuple[str, str], ...]
     """Pairs of module name and the reason why it is not adapted."""
-    owners: tuple[nn.Module, ...]
-    """Modules that use the weights of adapted children and must be told."""
 
 
 def ends_on_boundary(name: str, suffix: str) -> bool:
@@ -147,6 +145,7 @@ def matcher(target: str) -> Callable[[Site], bool]:
 def known_words(model: nn.Module) -> set[str]:
     """Every role and every last part of a module name: what a mistyped target may have meant."""
     last = {site.name.rsplit(".", 1)[-1] for site in sites_of(model)}
+    last |= {n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)}
     return set(ROLES) | set(GROUPS) | set(plugins.names("visionlora.targets")) | {n for n in last if not n.isdigit()}
 
 
@@ -189,7 +188,7 @@ def resolve(model: nn.Module, config: AdapterConfig) -> Resolution:
     skipped += unfit(model, config, reached)
     check_reached(model, config, reached, used, hits, skipped)
     check_ranks(config, hits)
-    return Resolution(tuple(hits), tuple(skipped), owners_of(model, hits))
+    return Resolution(tuple(hits), tuple(skipped))
 
 
 def unfit(model: nn.Module, config: AdapterConfig, reached: set[str]) -> list[tuple[str, str]]:
@@ -248,14 +247,8 @@ def check_ranks(config: AdapterConfig, hits: list[Site]) -> None:
             )
 
 
-def class_name(module: nn.Module) -> str:
-    """`module.Class` of a module, of its own class when it is adapted."""
-    cls = getattr(type(module), "base_class", type(module))
-    return f"{cls.__module__}.{cls.__qualname__}"
-
-
-def owners_of(model: nn.Module, sites: list[Site]) -> tuple[nn.Module, ...]:
-    """The modules that use the weights of these layers instead of calling them."""
+def owners_of(model: nn.Module, sites: list[Site]) -> tuple[tuple[nn.Module, tuple[str, ...]], ...]:
+    """The modules that use the weights of these layers instead of calling them, and the names of the children."""
     layers = {id(s.layer) for s in sites}
     users = weight_users()
     found = []
@@ -265,7 +258,7 @@ def owners_of(model: nn.Module, sites: list[Site]) -> tuple[nn.Module, ...]:
         else:
             children = next((users[n] for n in ancestry(module) if n in users), ())
         if any(id(getattr(module, child, None)) in layers for child in children):
-            found.append(module)
+            found.append((module, children))
     return tuple(found)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from visionlora.lora.adapter import AdapterModule
 from visionlora.lora.config import AdapterConfig
-from visionlora.lora.functional import row_norms, sum_row_norms
+from visionlora.lora.functional import sum_row_norms, wide
 from visionlora.lora.inits import INITS
 from visionlora.lora.methods.base import Factors, Gain, Method, Site, cpu
 
@@ -86,10 +86,9 @@ class DoRA(Method):
     @torch.no_grad()
     def delta_weight(self, weight: Tensor) -> Tensor:
         """m ⊙ (W + s·B·A)/‖·‖ - W."""
-        product = self.lora_B.float().flatten(1) @ self.lora_A.float().flatten(1) * self.scaling
-        total = weight.float() + product.view(weight.shape)
-        ratio = (self.magnitude.float() / row_norms(total)).view(-1, *(1,) * (weight.dim() - 1))
-        return (total * ratio - weight.float()) * self._scale
+        product = wide(self.lora_B).flatten(1) @ wide(self.lora_A).flatten(1) * self.scaling
+        ratio = self.ratio().view(-1, *(1,) * (weight.dim() - 1))
+        return ((wide(weight) + product.view(weight.shape)) * ratio - wide(weight)) * self._scale
 
     def export(self) -> AdapterModule:
         """Factors and magnitude."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from visionlora.lora.adapter import AdapterModule
 from visionlora.lora.config import AdapterConfig
+from visionlora.lora.functional import wide
 from visionlora.lora.methods.base import Gain, Method, Site, cpu
 
 
@@ -51,17 +52,17 @@ class IA3(Method):
     @torch.no_grad()
     def delta_weight(self, weight: Tensor) -> Tensor:
         """(l - 1) ⊙ W, over rows or over columns."""
-        change = (self.factor_vector.float() - 1) * self._scale
+        change = (wide(self.factor_vector) - 1) * self._scale
         if not self.on_input:
-            return weight.float() * change.view(-1, *(1,) * (weight.dim() - 1))
+            return wide(weight) * change.view(-1, *(1,) * (weight.dim() - 1))
         groups = self.site.inputs // weight.shape[1]
         of_group = change.view(groups, weight.shape[1]).repeat_interleave(len(weight) // groups, dim=0)
-        return weight.float() * of_group.view(*of_group.shape, *(1,) * (weight.dim() - 2))
+        return wide(weight) * of_group.view(*of_group.shape, *(1,) * (weight.dim() - 2))
 
     @torch.no_grad()
     def delta_bias(self, bias: Tensor) -> tuple[Tensor] | None:
         """(l - 1) ⊙ bias when the factor is on the output."""
-        return None if self.on_input else ((self.factor_vector.float() - 1) * self._scale * bias.float(),)
+        return None if self.on_input else ((wide(self.factor_vector) - 1) * self._scale * wide(bias),)
 
     def export(self) -> AdapterModule:
         """The vector and where it acts."""

@@ -1,0 +1,184 @@
+"""Adapted models in the hands of others: compile, copies, pickles, autocast, checkpointing, optimizers."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from visionlora.errors import ConfigError
+from visionlora.lora.config import AdapterConfig
+from visionlora.lora.inject import Handle, inject
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Flatten(2), nn.LayerNorm(16), nn.Linear(16, 8), nn.GELU(),
+                         nn.Linear(8, 4))  # fmt: skip
+
+
+def adapted(method: str = "lora", **options: object) -> tuple[nn.Module, Handle, torch.Tensor]:
+    model = network()
+    handle = inject(model, AdapterConfig(method=method, rank=2, targets=("0", "3", "5"), **options))
+    for m in handle.methods.values():
+        for p in m.parameters():
+            p.data += 0.2 * torch.randn(p.shape)
+    return model, handle, torch.randn(2, 3, 4, 4)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("method", ["lora", "dora", "ia3", "vera"])
+def test_compiled_whole_and_not_traced_again_for_a_new_scale(method: str) -> None:
+    torch._dynamo.reset()
+    model, handle, x = adapted(method)
+    traces = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: object) -> object:
+        traces.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    for scale in (1.0, 0.5, 2.0, 0.0):
+        handle.set_scale(scale)
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
+    assert len(traces) == 1
+
+
+def test_copies_and_pickles_are_independent() -> None:
+    model, handle, x = adapted()
+    twin, back = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+    expected = model(x)
+    handle.eject()
+    for other in (twin, back):
+        torch.testing.assert_close(other(x), expected, rtol=0, atol=0)
+        assert other.state_dict().keys() > model.state_dict().keys()
+
+
+def test_state_dict_keeps_the_names_of_the_base() -> None:
+    model, handle, x = adapted()
+    other, _, _ = adapted()
+    assert set(network().state_dict()) <= set(model.state_dict())
+    other.load_state_dict(model.state_dict())
+    torch.testing.assert_close(other(x), model(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "vera"])
+def test_autocast_trains_in_bf16_with_fp32_parameters(method: str) -> None:
+    model, handle, x = adapted(method)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(x)
+        with torch.no_grad():
+            stacked = model(x)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), model(x), rtol=0.1, atol=0.1)
+    torch.testing.assert_close(out, stacked, rtol=0.05, atol=0.05)
+    out.float().square().sum().backward()
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in handle.parameters())
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_gradient_checkpointing_gives_the_same_gradients(dropout: float) -> None:
+    gradients = []
+    for again in (False, True):
+        model, handle, x = adapted(dropout=dropout)
+        torch.manual_seed(5)
+        out = checkpoint(model, x, use_reentrant=False) if again else model(x)
+        out.square().sum().backward()
+        gradients.append([p.grad for p in handle.parameters()])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+def test_dropout_draws_the_same_mask_again_in_backward() -> None:
+    model, handle, x = adapted(dropout=0.5)
+    x = x.double().requires_grad_()
+    model.double()
+    torch.manual_seed(1)
+    (grad,) = torch.autograd.grad(model(x).sum(), x)
+    step, values = 1e-6, []
+    for sign in (1, -1):
+        torch.manual_seed(1)
+        moved = x.detach().clone()
+        moved[0, 0, 0, 0] += sign * step
+        values.append(model(moved).sum().detach())
+    torch.testing.assert_close((values[0] - values[1]) / (2 * step), grad[0, 0, 0, 0], rtol=1e-4, atol=1e-6)
+    model.eval()
+    assert torch.equal(model(x), model(x))
+
+
+def test_lean_layers_keep_less_and_give_the_same_gradients() -> None:
+    kept, gradients = [], []
+    for lean in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(*(nn.Conv2d(4, 4, 3, padding=1) for _ in range(6)))
+        handle = inject(model, AdapterConfig(rank=2, targets="0", save_memory=lean))
+        handle.methods["0"].lora_B.data.normal_(generator=torch.Generator().manual_seed(0))
+        sizes: list[int] = []
+        x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, s=sizes: s.append(t.numel()) or t, lambda t: t):
+            out = model(x)
+        out.square().sum().backward()
+        kept.append(sum(n for n in sizes if n >= x.numel()))
+        gradients.append([p.grad for p in handle.parameters()])
+    assert kept[1] == kept[0] - 5 * x.numel()
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_parameter_groups_give_b_alone_its_ratio() -> None:
+    model = nn.ModuleDict({"body": nn.Linear(4, 4), "head": nn.Linear(4, 2)})
+    handle = inject(model, AdapterConfig(method="lora+", rank=2, targets="body", train="head"))
+    groups = {g["name"]: g for g in handle.parameter_groups(1e-3, weight_decay=0.1, full_lr=1e-2)}
+    assert groups["lora_B"]["lr"] == pytest.approx(16e-3)
+    assert groups["adapter"]["lr"] == pytest.approx(1e-3)
+    assert groups["full"]["lr"] == groups["full_1d"]["lr"] == 1e-2
+    assert groups["full_1d"]["weight_decay"] == 0.0
+    assert sum(len(g["params"]) for g in groups.values()) == len(handle.parameters()) == 4
+
+
+@pytest.mark.parametrize("method", ["full", "linear-probe"])
+def test_baselines_train_save_scale_and_restore(method: str, tmp_path) -> None:
+    import visionlora as vl
+
+    model = network()
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    handle = vl.inject(model, vl.AdapterConfig(method=method, train="5" if method == "linear-probe" else ()))
+    optimizer = torch.optim.SGD(handle.parameter_groups(0.5))
+    x = torch.randn(2, 3, 4, 4)
+    model(x).square().mean().backward()
+    optimizer.step()
+    moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert moved == ({"5.weight", "5.bias"} if method == "linear-probe" else set(before))
+    trained = model(x)
+    handle.save(tmp_path / "a.safetensors")
+    other = network()
+    vl.attach(other, vl.load_adapter(tmp_path / "a.safetensors"))
+    assert torch.equal(other(x), trained)
+    handle.set_scale(0.0)
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    handle.set_scale(1.0)
+    assert torch.equal(model(x), trained)
+    handle.eject()
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+
+def test_training_through_a_merged_adapter_is_refused() -> None:
+    model, handle, x = adapted()
+    handle.merge()
+    with pytest.raises(ConfigError, match=r"merged into '5', so training it would change nothing: call unmerge"):
+        model(x).sum().backward()
+
+
+def test_two_merged_adapters_leave_in_any_order() -> None:
+    model = network()
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    handles = [inject(model, AdapterConfig(rank=2, targets=("3", "5")), name=n) for n in ("a", "b")]
+    for h in handles:
+        for m in h.methods.values():
+            m.lora_B.data.normal_()
+        h.merge()
+    handles[0].eject()
+    handles[1].eject()
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
