@@ -199,8 +199,8 @@ def test_only_what_trains_moves(method: str, kind: str) -> None:
         if (extra := handle.regularisation()) is not None:
             loss = loss + extra
         loss.backward()
-        handle.after_backward(step, 4)
         optimizer.step()
+        handle.after_step(step, 4)
         optimizer.zero_grad()
     assert all(torch.equal(base_of(model)[n], t) for n, t in before.items())
     assert all(not torch.equal(a, b) for a, b in zip(start, handle.parameters(), strict=True))

@@ -132,8 +132,8 @@ class Handle:
         parts = [r for m in self.methods.values() if (r := m.regularisation()) is not None]
         return 0.5 * torch.stack(parts).mean() if parts else None
 
-    def after_backward(self, step: int, steps: int) -> None:
-        """Call between backward and the optimizer step; AdaLoRA prunes its ranks here.
+    def after_step(self, step: int, steps: int) -> None:
+        """Call after the optimizer step, before the gradients are cleared; AdaLoRA prunes its ranks here.
 
         Args:
             step: counted from 1.

@@ -195,4 +195,4 @@ def test_a_layer_that_is_never_called_is_named() -> None:
     handle = inject(model, AdapterConfig(rank=2, targets=("used", "dead")))
     model["used"](torch.randn(2, 4)).sum().backward()
     with pytest.raises(TargetError, match="1 adapted layers got no gradient, the first 'dead'"):
-        handle.after_backward(1, 10)
+        handle.after_step(1, 10)

@@ -2,8 +2,8 @@
 
 Importance of a triplet (eq. 8-11): smoothed |w·∂L/∂w| times its smoothed deviation, of E plus the means over the row of A
 and the column of B. The budget falls from the initial to the target rank along a cubic (eq. 12). Call
-`Handle.after_backward(step, steps)` between backward and the optimizer step, and add `Handle.regularisation()` to the
-loss (eq. 4). The file holds what is left as plain LoRA with a rank of its own per module.
+`Handle.after_step(step, steps)` after each optimizer step, before the gradients are cleared, and add
+`Handle.regularisation()` to the loss (eq. 4). The file holds what is left as plain LoRA with a rank of its own per module.
 """
 
 from __future__ import annotations
