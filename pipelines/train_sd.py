@@ -151,7 +151,7 @@ class Fitting:
                 self.sheet.draw_column(f"step {progress.step}", scale=1.0)
 
         try:
-            train(accelerator, self.handle.model, self.handle.parameters(), task, loop, on_step)
+            train(accelerator, self.handle, task, loop, on_step)
         except KeyboardInterrupt:
             if history and main:
                 step = history[-1].step

@@ -17,9 +17,12 @@ _HOMES = {
     "TrainSDConfig": "visionlora.config",
     "VisionLoRAError": "visionlora.errors",
     "attach": "visionlora.lora.inject",
+    "choose_ranks": "visionlora.lora.rank",
     "inject": "visionlora.lora.inject",
+    "input_spectra": "visionlora.lora.rank",
     "load_adapter": "visionlora.loaders",
     "load_pipeline": "visionlora.loaders",
+    "merge_together": "visionlora.lora.inject",
     "save_adapter": "visionlora.loaders",
     "train_sd": "visionlora.pipelines.train_sd",
 }
@@ -35,6 +38,9 @@ if TYPE_CHECKING:
     from visionlora.lora.inject import Handle as Handle
     from visionlora.lora.inject import attach as attach
     from visionlora.lora.inject import inject as inject
+    from visionlora.lora.inject import merge_together as merge_together
+    from visionlora.lora.rank import choose_ranks as choose_ranks
+    from visionlora.lora.rank import input_spectra as input_spectra
 
 __all__ = [*sorted(_HOMES), "__version__"]
 

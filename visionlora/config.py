@@ -36,6 +36,8 @@ class TrainSDConfig:
     """Run folder to create; by default a new one under runs/."""
     steps: int | None = None
     """Optimizer steps; by default what suits the base model."""
+    method: str = "lora"
+    """lora, rslora, lora+, lora-fa, dora, adalora, vera, ia3, or full as a baseline."""
     rank: int = 8
     """Rank of each ΔW."""
     alpha: float | None = None
@@ -62,6 +64,10 @@ class TrainSDConfig:
     """Noise levels that are learned, of 1000: `0,600` leaves composition, which is settled at high noise, to the base."""
     flip: bool = False
     """Mirror half of the pictures (each time anew)."""
+    init: str = "kaiming"
+    """How the adapter starts: kaiming, gaussian, orthogonal or pissa."""
+    basis_index: int = 0
+    """Part of the shared basis for init orthogonal; adapters that will be combined take different ones."""
     dropout: float = 0.0
     """Dropout on the adapter's input."""
     precision: str = "auto"

@@ -160,7 +160,9 @@ def test_q_and_v_of_a_fused_layer_equal_loralib() -> None:
             self.attn.qkv = nn.Linear(6, 24)
 
     block = Block().double()
-    theirs = loralib.MergedLinear(6, 24, r=2, lora_alpha=6, enable_lora=[True, False, True], merge_weights=False).double()
+    theirs = loralib.MergedLinear(
+        6, 24, r=2, lora_alpha=6, enable_lora=[True, False, True], merge_weights=False
+    ).double()
     theirs.weight.data.copy_(block.attn.qkv.weight)
     theirs.bias.data.copy_(block.attn.qkv.bias)
     handle = inject(block, AdapterConfig(rank=2, alpha=6.0, targets="attn.qv"))

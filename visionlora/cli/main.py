@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from visionlora import __version__
-from visionlora.cli import configs, generate, train_sd
+from visionlora.cli import configs, generate, plugins, train_sd
 from visionlora.cli.console import fail
 from visionlora.errors import VisionLoRAError
 
@@ -29,6 +29,7 @@ app.command("train-sd")(train_sd.command)
 app.command("generate")(generate.command)
 app.command("configs")(configs.list_configs)
 app.command("copy-config")(configs.copy_config)
+app.command("plugins")(plugins.command)
 
 
 def show_version(wanted: bool) -> None:

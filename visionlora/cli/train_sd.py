@@ -22,6 +22,7 @@ def command(
     ] = None,
     output: Annotated[Optional[str], typer.Option(help="Run folder to create.")] = None,  # noqa: UP045
     steps: Annotated[Optional[int], typer.Option(help="Optimizer steps.")] = None,  # noqa: UP045
+    method: Annotated[Optional[str], typer.Option(help="lora, dora, vera, ia3 …; see the README.")] = None,  # noqa: UP045
     rank: Annotated[Optional[int], typer.Option(help="Rank of each layer's change.")] = None,  # noqa: UP045
     alpha: Annotated[Optional[float], typer.Option(help="Scaling numerator; the rank by default.")] = None,  # noqa: UP045
     targets: Annotated[

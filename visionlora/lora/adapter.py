@@ -104,7 +104,9 @@ class Adapter:
         Args:
             base: the base model, with components as children; LoRA alone does not need it.
         """
-        return {name: m.delta_weight(None if base is None else base_weight(base, name)) for name, m in self.modules.items()}
+        return {
+            name: m.delta_weight(None if base is None else base_weight(base, name)) for name, m in self.modules.items()
+        }
 
     def component(self, prefix: str) -> dict[str, AdapterModule]:
         """The modules of one component (`unet`, `text_encoder`), without its prefix; all when it is empty."""

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from visionlora.lora.kernels import Branch, low_rank_linear
+from visionlora.lora.kernels import low_rank_linear
 from visionlora.lora.layers import AdaptedLayer, AdaptedLinear, adapted_class, branches_of, swap_class, with_adapters
 from visionlora.lora.methods.base import Method
 
@@ -144,9 +144,7 @@ class AdaptedAttention(AdaptedLayer):
             found.append(self.one(x, weight, None if bias is None else bias[rows], own, alone=True))
         return found[0], found[1], found[2]
 
-    def one(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, active: list[Method], alone: bool = False
-    ) -> Tensor:
+    def one(self, x: Tensor, weight: Tensor, bias: Tensor | None, active: list[Method], alone: bool = False) -> Tensor:
         """One projection with its adapters; `alone` when the weight is that of one part."""
         if not active:
             return F.linear(x, weight, bias)

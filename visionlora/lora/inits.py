@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from visionlora import plugins
 from visionlora.errors import ConfigError
+from visionlora.lora.config import PLUGIN_GROUPS
 
 if TYPE_CHECKING:
     from visionlora.lora.config import AdapterConfig
@@ -85,6 +87,25 @@ def eva(site: Site, rank: int, config: AdapterConfig, generator: torch.Generator
 
 INITS: dict[str, Init] = {"kaiming": kaiming, "gaussian": gaussian, "orthogonal": orthogonal, "eva": eva}
 """By name. `pissa` is not here: it starts both factors, from the base weight (`visionlora.lora.methods.lora`)."""
+
+
+def start(site: Site, rank: int, config: AdapterConfig, generator: torch.Generator) -> Tensor:
+    """lora_A by the init of the configuration, ours or a plug-in's.
+
+    Raises:
+        ConfigError: when a plug-in's init cannot be imported, or gives another shape.
+    """
+    init: Init | None = INITS.get(config.init) or plugins.load(PLUGIN_GROUPS["init"], config.init)
+    if init is None:
+        raise ConfigError(
+            f"Init {config.init!r} comes from a plug-in that cannot be imported: see `visionlora plugins`."
+        )
+    down, wanted = init(site, rank, config, generator), (rank, *site.weight.shape[1:])
+    if tuple(down.shape) != wanted:
+        raise ConfigError(
+            f"Init {config.init!r} gave lora_A of shape {tuple(down.shape)} for {site.name!r}, not {wanted}."
+        )
+    return down
 
 
 def principal_factors(weight: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor]:

@@ -22,12 +22,12 @@ from visionlora.errors import AdapterFileError, ConfigError, TargetError
 from visionlora.lora.adapter import Adapter, AdapterModule
 from visionlora.lora.attention import AdaptedAttention, give_back, take_over
 from visionlora.lora.config import PLUGIN_GROUPS, AdapterConfig
-from visionlora.lora.lean import Lean, make_lean, make_plain, unlean
 from visionlora.lora.layers import AdaptedLayer, adapt, release, with_adapters
+from visionlora.lora.lean import Lean, make_lean, make_plain, unlean
 from visionlora.lora.methods import KINDS, METHODS
 from visionlora.lora.methods.adalora import AdaLoRA, allocate
 from visionlora.lora.methods.base import Method, Site
-from visionlora.lora.targets import ends_on_boundary, owners_of, resolve, site_at
+from visionlora.lora.targets import check_ranks, ends_on_boundary, owners_of, resolve, site_at
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class InFull:
 
     @torch.no_grad()
     def set_scale(self, scale: float) -> None:
-        """original + scale · (trained - original); 1 and 0 are exact."""
+        """Original + scale · (trained - original); 1 and 0 are exact."""
         if self.trained is None:
             self.trained = self.parameter.detach().clone()
         if scale == 1:
@@ -207,28 +207,9 @@ class Handle:
             m.merged = False
         self._write()
 
-    @torch.no_grad()
     def _write(self) -> None:
-        """Writes the weights of every layer that this adapter is on, from the originals and what is merged."""
-        layers = {id(m.site.layer): cast(AdaptedLayer, m.site.layer) for m in self.methods.values()}
-        new = []
-        for layer in layers.values():
-            values = with_adapters(layer, [m for m in layer.methods() if m.merged])
-            for value in values.values():
-                if not torch.isfinite(value).all():
-                    name = next(m.site.name for m in self.methods.values() if m.site.layer is layer)
-                    raise ConfigError(
-                        f"Merging adapter {self.name!r} gives NaN or infinite weights in {name!r}; nothing was "
-                        "changed. Its training diverged, or its scale is too large."
-                    )
-            new.append((layer, values))
-        for layer, values in new:
-            for name in [n for n in layer.originals if n not in values]:
-                cast(Tensor, getattr(layer, name)).copy_(layer.originals.pop(name))
-            for name, value in values.items():
-                parameter = cast(Tensor, getattr(layer, name))
-                layer.originals.setdefault(name, parameter.detach().clone())
-                parameter.copy_(value)
+        """Writes the weights of every layer that this adapter is on."""
+        write_weights([self])
 
     @torch.no_grad()
     def eject(self) -> None:
@@ -275,6 +256,60 @@ class Handle:
         import_module("visionlora.loaders").save_adapter(self.adapter(component, info), path)
 
 
+@torch.no_grad()
+def write_weights(handles: Sequence[Handle]) -> None:
+    """Writes the weights of every layer of these adapters, from the untouched originals and all that is merged there.
+
+    Raises:
+        ConfigError: when a weight would not be finite, before any is changed.
+    """
+    names = {id(m.site.layer): (h.name, m.site) for h in handles for m in h.methods.values()}
+    new: list[tuple[AdaptedLayer, dict[str, Tensor]]] = []
+    for adapter, site in names.values():
+        layer = cast(AdaptedLayer, site.layer)
+        merged = [m for m in layer.methods() if m.merged]
+        values = with_adapters(layer, merged)
+        # NaN and infinity survive a sum, which reads each weight once and writes nothing.
+        if not all(bool(torch.isfinite(v.sum(dtype=torch.float32))) for v in values.values()):
+            raise not_finite(adapter, site.name)
+        new.append((layer, values))
+    for layer, values in new:
+        for name in [n for n in layer.originals if n not in values]:
+            cast(Tensor, getattr(layer, name)).copy_(layer.originals.pop(name))
+        for name, value in values.items():
+            parameter = cast(Tensor, getattr(layer, name))
+            layer.originals.setdefault(name, parameter.detach().clone())
+            parameter.copy_(value)
+
+
+def not_finite(adapter: str, layer: str) -> ConfigError:
+    """What a merge that would spoil the base says."""
+    return ConfigError(
+        f"Merging adapter {adapter!r} gives NaN or infinite weights in {layer!r}; nothing was changed. Its training "
+        "diverged, or its scale is too large."
+    )
+
+
+def merge_together(handles: Sequence[Handle], scales: Sequence[float] | None = None) -> None:
+    """Merges several adapters of one model, at new scales, writing each weight once.
+
+    Args:
+        handles: on the same model.
+        scales: one each; as they are when not given.
+
+    Raises:
+        ConfigError: when a scale or a weight would not be finite, before any weight is changed.
+    """
+    for handle, scale in zip(handles, scales or [1.0] * len(handles), strict=True):
+        if not math.isfinite(scale):
+            raise ConfigError(f"The scale of adapter {handle.name!r} is {scale!r}; it must be a finite number.")
+        for m in handle.methods.values():
+            if scales is not None:
+                m.scale = scale
+            m.merged = True
+    write_weights(handles)
+
+
 def method_class(name: str) -> type[Method]:
     """The class of a method, ours or a plug-in's.
 
@@ -311,6 +346,8 @@ def inject(model: nn.Module, config: AdapterConfig, name: str = "default", seed:
     if config.method not in ("full", "linear-probe"):
         resolution = resolve(model, config)
         cls, generator = method_class(config.method), torch.Generator().manual_seed(seed)
+        if cls.bounded_rank:
+            check_ranks(config, resolution.sites)
         methods = [cls.new(site, config, generator) for site in resolution.sites]
         skipped = resolution.skipped
     _place(handle, methods, name)

@@ -232,9 +232,7 @@ class LowRankConv(torch.autograd.Function):
         return (None if grad_x is None else grad_x.to(ctx.x_dtype), None, None, None, None, *grads)
 
 
-def low_rank_conv(
-    x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, branches: list[Branch]
-) -> Tensor:
+def low_rank_conv(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, branches: list[Branch]) -> Tensor:
     """A convolution with low-rank branches, x padded already where the padding is not zeros."""
     plan = tuple((b.scaling, b.dropout) for b in branches)
     factors = [t for b in branches for t in (b.lora_A, b.lora_B)]

@@ -189,7 +189,7 @@ class AdaptedLinear(AdaptedLayer):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., i) -> (..., o)."""
+        """X (..., i) -> (..., o)."""
         bias = cast(nn.Linear, self).bias
         if "calling" not in self.__dict__:
             return self.run(x, bias)
@@ -268,7 +268,7 @@ class AdaptedConv(AdaptedLayer):
     """A convolution with adapters; the down path moves over the input exactly as the base does."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (b, i, *s) -> (b, o, *s')."""
+        """X (b, i, *s) -> (b, o, *s')."""
         base = cast(Any, self)
         if not (active := self.active()):
             return self.guarded(cast(Tensor, super().forward(x)))
@@ -416,7 +416,9 @@ def with_adapters(layer: AdaptedLayer, adapters: Iterable[Method]) -> dict[str, 
         total, low_rank = wide(weight), [m for m in own if m.additive]
         if low_rank:
             factors = [
-                (a.to(total.dtype), placed(b.to(total.dtype), m.site.rows, len(weight)), float(s)) for m in low_rank for a, b, s in m.factors()
+                (a.to(total.dtype), placed(b.to(total.dtype), m.site.rows, len(weight)), float(s))
+                for m in low_rank
+                for a, b, s in m.factors()
             ]
             down, up = stack_factors(factors)
             total = torch.addmm(total.flatten(1), up.flatten(1), down.flatten(1)).view_as(weight)

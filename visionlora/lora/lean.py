@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch
-
 from torch import Tensor, nn
 
 from visionlora.lora.kernels import low_rank_conv
@@ -29,7 +28,7 @@ class LeanConv(Lean):
     """A frozen convolution that keeps nothing of its input."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (b, i, *s) -> (b, o, *s')."""
+        """X (b, i, *s) -> (b, o, *s')."""
         base = cast(Any, self)
         if (
             torch.compiler.is_compiling()

@@ -8,7 +8,7 @@ hits ``mid_block.attn1.to_q`` but not ``goto_q``), or ``re:`` and a regular expr
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -135,8 +135,11 @@ def matcher(target: str) -> Callable[[Site], bool]:
     if target in ROLES:
         return lambda site: site.role == target
     if target not in plugins.names("visionlora.targets"):
-        return lambda site: ends_on_boundary(site.name, target) or (
-            isinstance(site.layer, nn.MultiheadAttention) and ends_on_boundary(site.name.rpartition(".")[0], target)
+        return lambda site: (
+            ends_on_boundary(site.name, target)
+            or (
+                isinstance(site.layer, nn.MultiheadAttention) and ends_on_boundary(site.name.rpartition(".")[0], target)
+            )
         )
     tests = [matcher(t) for t in presets().get(target, ())]
     return lambda site: any(test(site) for test in tests)
@@ -154,8 +157,7 @@ def resolve(model: nn.Module, config: AdapterConfig) -> Resolution:
 
     Raises:
         TargetError: when one of the targets reaches nothing, is not a valid expression, reaches only modules that
-            cannot be adapted, names a patch embedding or a part of a layer that has no parts, or when the rank is
-            larger than a layer.
+            cannot be adapted, names a patch embedding or a part of a layer that has no parts.
     """
     tests = {target: matcher(target) for target in config.target_list}
     excluded = {target: matcher(target) for target in config.exclude_list}
@@ -187,7 +189,6 @@ def resolve(model: nn.Module, config: AdapterConfig) -> Resolution:
                              found[0], site.role))  # fmt: skip
     skipped += unfit(model, config, reached)
     check_reached(model, config, reached, used, hits, skipped)
-    check_ranks(config, hits)
     return Resolution(tuple(hits), tuple(skipped))
 
 
@@ -233,10 +234,8 @@ def check_reached(
         )
 
 
-def check_ranks(config: AdapterConfig, hits: list[Site]) -> None:
-    """Raises TargetError for a rank that a layer has no room for; VeRA's shared projections may be wider."""
-    if config.method in ("vera", "ia3"):
-        return
+def check_ranks(config: AdapterConfig, hits: Sequence[Site]) -> None:
+    """Raises TargetError for a rank that a layer has no room for."""
     for site in hits:
         weight, rank = site.weight, config.rank_of(site.name)
         smaller = min(weight.shape[0], weight[0].numel())

@@ -29,7 +29,8 @@ RECENT = 50
 
 def adapter_config(config: TrainSDConfig) -> AdapterConfig:
     """The adapter's share of the run configuration."""
-    return AdapterConfig(rank=config.rank, alpha=config.alpha, targets=config.targets, dropout=config.dropout)
+    shared = ("method", "rank", "alpha", "targets", "dropout", "init", "basis_index")
+    return AdapterConfig(**{name: getattr(config, name) for name in shared})
 
 
 def recent_loss(history: Sequence[Progress]) -> float:
@@ -57,7 +58,7 @@ def header(
     return {
         "version": __version__,
         "base": {"id": base.id, "fingerprints": dict(fingerprints)},
-        "method": "lora",
+        "method": config.method,
         "config": adapter_config(config).to_dict(),
         "trigger": trigger(folder),
         "training": {
@@ -132,7 +133,7 @@ def report(
     facts = {
         "Base model": base.id,
         "Pictures": str(len(folder.items)),
-        "Method": f"LoRA, rank {adapter.rank}, alpha {adapter.effective_alpha:g}, targets {config.targets}",
+        "Method": f"{config.method}, rank {adapter.rank}, alpha {adapter.effective_alpha:g}, targets {config.targets}",
         "Trained parameters": f"{handle.report.trained_parameters:,}",
         "Steps": f"{loop.steps} of {loop.batch_size * loop.gradient_accumulation} pictures",
         "Learning rate": f"{loop.learning_rate:g}",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -40,6 +40,21 @@ class Progress:
     grad_norm: float
     images_seen: int
     images_per_second: float
+
+
+class Learner(Protocol):
+    """What learns: an adapter on a model (`visionlora.lora.inject.Handle`), or anything with the same methods."""
+
+    model: nn.Module
+
+    def parameter_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+        """Groups for the optimizer, each with its rate at the peak of the schedule."""
+
+    def regularisation(self) -> Tensor | None:
+        """A term that the loss includes."""
+
+    def after_step(self, step: int, steps: int) -> None:
+        """Called after each optimizer step, while the gradients are there; steps are counted from 1."""
 
 
 class Task(Protocol):
@@ -80,8 +95,7 @@ def rate_at(step: int, config: LoopConfig) -> float:
 
 def train(
     accelerator: Any,
-    model: nn.Module,
-    parameters: Iterable[nn.Parameter],
+    learner: Learner,
     task: Task,
     config: LoopConfig,
     on_step: Callable[[Progress], None],
@@ -94,9 +108,11 @@ def train(
     Raises:
         TrainingError: when the loss is NaN or infinite; the weights are those of the last good step.
     """
-    trained = list(parameters)
-    optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay, foreach=True)
-    model, optimizer = accelerator.prepare(model, optimizer)
+    groups = learner.parameter_groups(config.learning_rate, config.weight_decay)
+    trained = [p for group in groups for p in group["params"]]
+    peaks = [group["lr"] / config.learning_rate for group in groups]
+    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=config.weight_decay, foreach=True)
+    model, optimizer = accelerator.prepare(learner.model, optimizer)
     micro, shares = config.batch_size, config.gradient_accumulation
     per_step = micro * shares * accelerator.num_processes
     model.train()
@@ -105,8 +121,8 @@ def train(
         start = time.monotonic()
         images_seen = step * per_step
         index = indices_at(config.seed, images_seen, per_step, len(task))
-        for group in optimizer.param_groups:
-            group["lr"] = rate_at(step, config)
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+            group["lr"] = rate_at(step, config) * peak
         total = torch.zeros((), device=accelerator.device)
         for share in range(shares):
             first = (accelerator.process_index * shares + share) * micro
@@ -117,7 +133,8 @@ def train(
                         model, index, generator_at(config.seed, images_seen), slice(first, first + micro)
                     )
                 loss = losses.mean() / shares
-                accelerator.backward(loss)
+                penalty = learner.regularisation()
+                accelerator.backward(loss if penalty is None else loss + penalty / shares)
             total += loss.detach().float()
         mean = float(accelerator.reduce(total, "mean"))
         if not math.isfinite(mean):
@@ -127,6 +144,7 @@ def train(
             )
         norm = accelerator.clip_grad_norm_(trained, config.max_grad_norm)
         optimizer.step()
+        learner.after_step(step + 1, config.steps)
         optimizer.zero_grad()
         seen = images_seen + per_step
         spent += time.monotonic() - start  # what `on_step` draws and writes is not training

@@ -6,6 +6,7 @@ from torch import nn
 
 from visionlora.errors import TargetError
 from visionlora.lora.config import AdapterConfig
+from visionlora.lora.inject import inject
 from visionlora.lora.targets import GROUPS, ROLES, Resolution, resolve
 
 
@@ -71,7 +72,7 @@ def test_refusals_say_what_and_what_else(targets: tuple[str, ...], words: str) -
 
 def test_a_rank_above_the_layer_is_refused() -> None:
     with pytest.raises(TargetError, match=r"Rank 9 is larger than layer 'attn1.to_q' \(8 at its smaller side\)"):
-        found(block(), "attn", rank=9)
+        inject(block(), AdapterConfig(targets="attn", rank=9))
 
 
 def test_text_encoder_roles(tiny_model) -> None:

@@ -14,6 +14,22 @@ CONFIG = LoopConfig(steps=20, batch_size=2, gradient_accumulation=1, learning_ra
                     weight_decay=0.0, max_grad_norm=1.0, seed=0)  # fmt: skip
 
 
+class Learner:
+    """All parameters of a model, in one group."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.told = model, []
+
+    def parameter_groups(self, lr: float, weight_decay: float) -> list[dict]:
+        return [{"params": list(self.model.parameters()), "lr": lr, "weight_decay": weight_decay}]
+
+    def regularisation(self) -> None:
+        return None
+
+    def after_step(self, step: int, steps: int) -> None:
+        self.told.append((step, steps, all(p.grad is not None for p in self.model.parameters())))
+
+
 class Regression:
     """y = 3x, learned by one weight."""
 
@@ -27,9 +43,10 @@ class Regression:
 
 def run(config: LoopConfig, task=None) -> tuple[nn.Linear, list[Progress]]:
     torch.manual_seed(0)
-    model, history = nn.Linear(1, 1, bias=False), []
-    train(Accelerator(cpu=True), model, model.parameters(), task or Regression(), config, history.append)
-    return model, history
+    learner, history = Learner(nn.Linear(1, 1, bias=False)), []
+    train(Accelerator(cpu=True), learner, task or Regression(), config, history.append)
+    assert learner.told == [(i + 1, config.steps, True) for i in range(config.steps)]
+    return learner.model, history
 
 
 def test_it_learns() -> None:
@@ -76,6 +93,25 @@ def test_a_loss_that_is_not_finite_stops_the_run_at_the_last_good_weights() -> N
 
     with pytest.raises(TrainingError, match="The loss became nan at step 1"):
         run(CONFIG, Broken())
+
+
+def test_groups_keep_their_ratio_to_the_schedule_and_the_penalty_counts() -> None:
+    class Two(Learner):
+        def parameter_groups(self, lr: float, weight_decay: float) -> list[dict]:
+            one, other = self.model.parameters()
+            return [{"params": [one], "lr": lr}, {"params": [other], "lr": 16 * lr}]
+
+        def regularisation(self) -> Tensor:
+            return 100 * self.model.bias.square().sum()
+
+        def after_step(self, step: int, steps: int) -> None:
+            self.told.append(self.model.bias.grad.item())
+
+    torch.manual_seed(0)
+    learner = Two(nn.Linear(1, 1))
+    start = learner.model.bias.item()
+    train(Accelerator(cpu=True), learner, Regression(), CONFIG, lambda progress: None)
+    assert abs(learner.model.bias.item()) < abs(start)
 
 
 @pytest.mark.parametrize(("given", "expected"), [("auto", "no"), ("fp32", "no"), ("bf16", "bf16")])

@@ -25,12 +25,15 @@ class AdaLoRA(Method):
     """Triplets on one site."""
 
     kind = "adalora"
+    bounded_rank = True
 
     lora_A: nn.Parameter
     lora_B: nn.Parameter
     lora_E: nn.Parameter
 
-    def __init__(self, site: Site, lora_A: Tensor, lora_B: Tensor, lora_E: Tensor, alpha: float, dropout: float) -> None:
+    def __init__(
+        self, site: Site, lora_A: Tensor, lora_B: Tensor, lora_E: Tensor, alpha: float, dropout: float
+    ) -> None:
         super().__init__(site, dropout)
         self.lora_A, self.lora_B, self.lora_E = nn.Parameter(lora_A), nn.Parameter(lora_B), nn.Parameter(lora_E)
         self.alpha = float(alpha)
@@ -47,9 +50,7 @@ class AdaLoRA(Method):
         up = up.view(len(weight), rank, *(1,) * (weight.dim() - 2))
         start = torch.zeros(rank)
         device = weight.device
-        return cls(
-            site, down.to(device), up.to(device), start.to(device), config.alpha_of(site.name), config.dropout
-        )
+        return cls(site, down.to(device), up.to(device), start.to(device), config.alpha_of(site.name), config.dropout)
 
     @property
     def scaling(self) -> float:

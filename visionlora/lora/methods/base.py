@@ -75,6 +75,9 @@ class Method(nn.Module):
     additive: ClassVar[bool] = True
     """Whether the effect is ΔW alone, independent of the base weight: the sum of its factors."""
 
+    bounded_rank: ClassVar[bool] = False
+    """Whether a rank above the smaller side of a layer makes no sense."""
+
     scale_tensor: Tensor
 
     def __init__(self, site: Site, dropout: float = 0.0) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from visionlora.lora.adapter import AdapterModule
 from visionlora.lora.config import AdapterConfig
 from visionlora.lora.functional import sum_row_norms, wide
-from visionlora.lora.inits import INITS
+from visionlora.lora.inits import start
 from visionlora.lora.methods.base import Factors, Gain, Method, Site, cpu
 
 
@@ -20,6 +20,7 @@ class DoRA(Method):
     """Factors and a magnitude of each output feature."""
 
     kind = "dora"
+    bounded_rank = True
     additive = False
 
     lora_A: nn.Parameter
@@ -44,7 +45,7 @@ class DoRA(Method):
     def new(cls, site: Site, config: AdapterConfig, generator: torch.Generator) -> DoRA:
         """A by the chosen init, B zero, the magnitude at the norms of W."""
         rank, weight = config.rank_of(site.name), site.weight
-        down = INITS[config.init](site, rank, config, generator)
+        down = start(site, rank, config, generator)
         up = torch.zeros(len(weight), rank, *(1,) * (weight.dim() - 2))
         alpha, scaling = config.alpha_of(site.name), config.scaling_of(site.name)
         return cls(site, down.to(weight.device), up.to(weight.device), None, alpha, scaling, config.dropout)
@@ -71,7 +72,7 @@ class DoRA(Method):
         return sum_row_norms(self.site.weight.to(wide), self.squares, *factors, self.scaling)
 
     def ratio(self) -> Tensor:
-        """m / ‖W + s·B·A‖, (o,)."""
+        """M / ‖W + s·B·A‖, (o,)."""
         return self.magnitude / self.norms().clamp_min(torch.finfo(self.squares.dtype).tiny)
 
     def gain(self) -> Gain:
@@ -85,7 +86,7 @@ class DoRA(Method):
 
     @torch.no_grad()
     def delta_weight(self, weight: Tensor) -> Tensor:
-        """m ⊙ (W + s·B·A)/‖·‖ - W."""
+        """M ⊙ (W + s·B·A)/‖·‖ - W."""
         product = wide(self.lora_B).flatten(1) @ wide(self.lora_A).flatten(1) * self.scaling
         ratio = self.ratio().view(-1, *(1,) * (weight.dim() - 1))
         return ((wide(weight) + product.view(weight.shape)) * ratio - wide(weight)) * self._scale

@@ -1,12 +1,12 @@
 """LoRA and its close kin: y = Wx + s·B·A·x.
 
-    lora       s = alpha/r                        arXiv 2106.09685, eq. 3
-    rslora     s = alpha/√r                       arXiv 2312.03732, theorem 3.2
-    lora+      B learns `lr_ratio` times as fast  arXiv 2402.12354; the ratio is applied by `Handle.parameter_groups`
-    lora-fa    A stays frozen; the gradient of B is multiplied by (A·Aᵀ)⁻¹/s², arXiv 2308.03303, eq. 9
-    init pissa A and B start at the principal part of W, arXiv 2404.02948. The base is left alone: the branch is
-               s·(B·A - B₀·A₀), kept as offsets from A₀ and B₀ so that it starts at exactly nothing; the file holds it
-               as a LoRA of rank 2r that is right on the untouched base.
+lora       s = alpha/r                        arXiv 2106.09685, eq. 3
+rslora     s = alpha/√r                       arXiv 2312.03732, theorem 3.2
+lora+      B learns `lr_ratio` times as fast  arXiv 2402.12354; the ratio is applied by `Handle.parameter_groups`
+lora-fa    A stays frozen; the gradient of B is multiplied by (A·Aᵀ)⁻¹/s², arXiv 2308.03303, eq. 9
+init pissa A and B start at the principal part of W, arXiv 2404.02948. The base is left alone: the branch is
+s·(B·A - B₀·A₀), kept as offsets from A₀ and B₀ so that it starts at exactly nothing; the file holds it
+as a LoRA of rank 2r that is right on the untouched base.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from visionlora.lora.adapter import AdapterModule
 from visionlora.lora.config import AdapterConfig
-from visionlora.lora.inits import INITS, principal_factors
+from visionlora.lora.inits import principal_factors, start
 from visionlora.lora.methods.base import Factors, Method, Site, cpu
 
 
@@ -41,6 +41,7 @@ class LoRA(Method):
     """The two factors of one adapter on one site."""
 
     kind = "lora"
+    bounded_rank = True
 
     lora_A: nn.Parameter
     lora_B: nn.Parameter
@@ -65,7 +66,7 @@ class LoRA(Method):
         if config.init == "pissa":
             down, up = principal_factors(weight, rank, scaling)
             return PrincipalLoRA(site, down, up, alpha, scaling, config.dropout)
-        down = INITS[config.init](site, rank, config, generator)
+        down = start(site, rank, config, generator)
         up = torch.zeros(len(weight), rank, *(1,) * (weight.dim() - 2))
         made = cls(site, down.to(weight.device), up.to(weight.device), alpha, scaling, config.dropout)
         if config.method == "lora-fa":

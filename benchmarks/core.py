@@ -1,0 +1,317 @@
+"""The LoRA core beside PEFT and diffusers, on the shapes people train: time, memory kept for backward, load and merge.
+
+    python benchmarks/core.py                  everything (about 20 minutes on two cores)
+    python benchmarks/core.py unet-fp32 vit    some of it
+
+Weights are random; only shapes matter. Ours and theirs share the base weights, run in one process and take turns; every
+number is the median of at least 5 turns, every comparison a ratio.
+
+    unet-fp32, unet-bf16   the UNet of Stable Diffusion 1.5 (860 M), 32x32 latents, batch 1, rank 8 on q, k, v, out
+    vit                    timm ViT-B/16 at 224 px, batch 8
+    load                   a Stable Diffusion 1.5 adapter into a ready UNet
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from record import record, results
+from torch import Tensor, nn
+
+from visionlora.lora.config import AdapterConfig
+from visionlora.lora.inject import attach, inject
+
+TURNS = 5
+RANK = 8
+ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
+
+
+def take_turns(contestants: dict[str, Callable[[], object]], turns: int = TURNS) -> dict[str, float]:
+    """Median seconds of each, after one warm-up turn; they alternate, so that a slow moment hits all."""
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    for turn in range(turns + 1):
+        for name, run in contestants.items():
+            start = time.perf_counter()
+            run()
+            if turn:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def bytes_kept(run: Callable[[], Tensor]) -> int:
+    """Bytes that a forward pass keeps for backward, each storage once, parameters not counted."""
+    storages: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, nn.Parameter):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = run()
+    kept = dict(storages)
+    del out
+    return sum(kept.values())
+
+
+def sharing(model: nn.Module, build: Callable[[], nn.Module]) -> nn.Module:
+    """A second model object on the same weights."""
+    with torch.device("meta"):
+        twin = build()
+    twin.load_state_dict(model.state_dict(), assign=True)
+    return twin.requires_grad_(False)
+
+
+def unet_of_sd15() -> nn.Module:
+    """Random weights in the shapes of Stable Diffusion 1.5."""
+    from diffusers import UNet2DConditionModel
+
+    made: nn.Module = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
+    return made
+
+
+def inputs_of_unet(dtype: torch.dtype) -> dict[str, Tensor]:
+    """Latents of 256 px pictures and text."""
+    return {
+        "sample": torch.randn(1, 4, 32, 32, dtype=dtype),
+        "timestep": torch.tensor([500]),
+        "encoder_hidden_states": torch.randn(1, 77, 768, dtype=dtype),
+    }
+
+
+def call(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    """The model's prediction."""
+    out: Tensor = model(**inputs).sample
+    return out
+
+
+def step(model: nn.Module, forward: Callable[[], Tensor]) -> Callable[[], None]:
+    """One training step without the optimizer: forward, loss, backward."""
+
+    def run() -> None:
+        forward().float().square().mean().backward()
+        for p in model.parameters():
+            p.grad = None
+
+    return run
+
+
+def peft_on(model: nn.Module, name: str = "default", **options: Any) -> nn.Module:
+    """PEFT's layers injected as diffusers does it."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = LoraConfig(r=RANK, lora_alpha=RANK, init_lora_weights="gaussian", **options)
+        made: nn.Module = inject_adapter_in_model(config, model, adapter_name=name)
+    return made
+
+
+def fill(model: nn.Module) -> None:
+    """Factors B as after training."""
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.normal_(std=0.01)
+
+
+def measure_unet(dtype: torch.dtype) -> dict[str, Any]:
+    """Everything on the UNet in one dtype."""
+    torch.manual_seed(0)
+    base = unet_of_sd15().to(dtype).requires_grad_(False)
+    inputs = inputs_of_unet(dtype)
+    found: dict[str, Any] = {**train_steps(base, inputs), **many_active(base, inputs)}
+    return found
+
+
+def train_steps(base: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Any]:
+    """Step times over the bare forward, and bytes kept."""
+    ours, theirs, dora, their_dora, bare = (sharing(base, unet_of_sd15) for _ in range(5))
+    inject(ours, AdapterConfig(rank=RANK, targets="attn"))
+    inject(dora, AdapterConfig(method="dora", rank=RANK, targets="attn"))
+    peft_on(theirs, target_modules=ATTENTION)
+    peft_on(their_dora, target_modules=ATTENTION, use_dora=True)
+    for model in (ours, theirs, dora, their_dora):
+        fill(model.train())
+
+    def forward() -> None:
+        with torch.no_grad():
+            call(bare, inputs)
+
+    t = take_turns({
+        "forward": forward,
+        **{name: step(m, lambda m=m: call(m, inputs)) for name, m in  # type: ignore[misc]
+           (("ours", ours), ("peft", theirs), ("our DoRA", dora), ("peft DoRA", their_dora))},
+    })  # fmt: skip
+    kept = {name: bytes_kept(lambda m=m: call(m, inputs)) for name, m in (("ours", ours), ("peft", theirs))}  # type: ignore[misc]
+    return {
+        "forward_s": t["forward"],
+        "step_over_two_forwards": {n: t[n] / (2 * t["forward"]) for n in ("ours", "peft")},
+        "kept_mib": {n: v / 2**20 for n, v in kept.items()},
+        "kept_ours_over_peft": kept["ours"] / kept["peft"],
+        "dora_over_lora": {"ours": t["our DoRA"] / t["ours"], "peft": t["peft DoRA"] / t["peft"]},
+    }
+
+
+def many_active(base: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Any]:
+    """Inference with 1, 4 and 8 adapters, and merging 8 at new scales."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    found: dict[str, Any] = {"active_over_bare": {}}
+    for k in (1, 4, 8):
+        bare, ours, theirs = (sharing(base, unet_of_sd15).eval() for _ in range(3))
+        handles = []
+        for i in range(k):
+            handles.append(inject(ours, AdapterConfig(rank=RANK, targets="attn"), name=f"a{i}", seed=i))
+            peft_on(theirs, f"a{i}", target_modules=ATTENTION)
+        fill(ours), fill(theirs)
+        ours.requires_grad_(False)
+        layers = [m for m in theirs.modules() if isinstance(m, BaseTunerLayer)]
+        for layer in layers:
+            layer.set_adapter([f"a{i}" for i in range(k)])
+        theirs.requires_grad_(False)
+        with torch.no_grad():
+            t = take_turns({n: lambda m=m: call(m, inputs) for n, m in  # type: ignore[misc]
+                            (("bare", bare), ("ours", ours), ("peft", theirs))}, turns=7)  # fmt: skip
+        found["active_over_bare"][str(k)] = {n: t[n] / t["bare"] for n in ("ours", "peft")}
+    found["merge"] = merge_times(handles, layers)
+    return found
+
+
+def merge_times(handles: list[Any], layers: list[Any]) -> dict[str, float]:
+    """8 adapters at new scales into the weights: ours against PEFT's set_scale + unmerge + merge."""
+    scales = iter(float(i % 7 + 1) / 7 for i in range(1000))
+
+    def ours() -> None:
+        scale = next(scales)
+        merge_all(handles, [scale * (i + 1) / len(handles) for i in range(len(handles))])
+
+    def theirs() -> None:
+        scale, names = next(scales), [f"a{i}" for i in range(len(handles))]
+        for layer in layers:
+            layer.unmerge() if layer.merged else None
+            for i, name in enumerate(names):
+                layer.set_scale(name, scale * (i + 1) / len(names))
+            layer.merge(adapter_names=names)
+
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        t = take_turns({"ours": ours, "peft": theirs})
+    return {"ours_s": t["ours"], "peft_s": t["peft"], "ours_over_peft": t["ours"] / t["peft"]}
+
+
+def merge_all(handles: list[Any], scales: list[float]) -> None:
+    """New scales for several merged adapters, written once."""
+    from visionlora.lora.inject import merge_together
+
+    merge_together(handles, scales)
+
+
+def measure_vit() -> dict[str, Any]:
+    """Timm ViT-B/16, batch 8: q, v in the fused qkv for speed, every linear layer for memory."""
+    import timm
+
+    torch.manual_seed(0)
+
+    def build() -> nn.Module:
+        made: nn.Module = timm.create_model("vit_base_patch16_224", num_classes=10)
+        return made
+
+    base, x = build().requires_grad_(False), torch.randn(8, 3, 224, 224)
+    ours, theirs, our_all, their_all, bare = (sharing(base, build).train() for _ in range(5))
+    inject(ours, AdapterConfig(rank=RANK, targets="attn.qv"))
+    inject(our_all, AdapterConfig(rank=RANK, targets="attn,mlp"))
+    peft_on(theirs, target_modules=["qkv"])
+    peft_on(their_all, target_modules=r"blocks\..*\.(qkv|attn\.proj|fc1|fc2)")
+    for model in (ours, theirs, our_all, their_all):
+        fill(model)
+
+    def forward() -> None:
+        with torch.no_grad():
+            bare(x)
+
+    t = take_turns({"forward": forward, **{n: step(m, lambda m=m: m(x)) for n, m in  # type: ignore[misc]
+                   (("ours", ours), ("peft", theirs), ("our all", our_all), ("peft all", their_all))}})  # fmt: skip
+    kept = {n: bytes_kept(lambda m=m: m(x)) for n, m in  # type: ignore[misc]
+            (("ours", ours), ("peft", theirs), ("our all", our_all), ("peft all", their_all))}  # fmt: skip
+    return {
+        "forward_s": t["forward"],
+        "step_over_two_forwards": {n: t[n] / (2 * t["forward"]) for n in ("ours", "peft", "our all", "peft all")},
+        "qv_step_ours_over_peft": t["ours"] / t["peft"],
+        "kept_mib_per_picture": {n: v / 2**20 / len(x) for n, v in kept.items()},
+        "kept_qv_ours_over_peft": kept["ours"] / kept["peft"],
+        "kept_all_ours_over_peft": kept["our all"] / kept["peft all"],
+    }
+
+
+def measure_load() -> dict[str, Any]:
+    """Reading a file and putting it on a UNet, with none and with 10 other adapters there."""
+    from visionlora.loaders import load_adapter
+
+    torch.manual_seed(0)
+    base = unet_of_sd15().requires_grad_(False)
+    ours, theirs = (sharing(base, unet_of_sd15) for _ in range(2))
+    handle = inject(ours, AdapterConfig(rank=RANK, targets="attn"))
+    fill(ours)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "adapter.safetensors"
+        handle.save(path, component="unet")
+        handle.eject()
+        return compare_loads(path, ours, theirs, load_adapter)
+
+
+def compare_loads(path: Path, ours: Any, theirs: Any, load_adapter: Callable[[Path], Any]) -> dict[str, Any]:
+    """Seconds by the number of adapters that are there already."""
+    found: dict[str, Any] = {}
+    count = {"ours": 0, "peft": 0}
+
+    def our_load() -> None:
+        count["ours"] += 1
+        attach(ours, load_adapter(path), "unet", f"x{count['ours']}")
+
+    def their_load() -> None:
+        count["peft"] += 1
+        theirs.load_lora_adapter(str(path), prefix="unet", adapter_name=f"x{count['peft']}")
+
+    for already in (0, 6):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            t = take_turns({"ours": our_load, "peft": their_load})
+        found[f"from_{already}"] = {
+            "ours_s": t["ours"], "diffusers_s": t["peft"], "diffusers_over_ours": t["peft"] / t["ours"],
+        }  # fmt: skip
+    return found
+
+
+PARTS: dict[str, Callable[[], dict[str, Any]]] = {
+    "unet-fp32": lambda: measure_unet(torch.float32),
+    "unet-bf16": lambda: measure_unet(torch.bfloat16),
+    "vit": measure_vit,
+    "load": measure_load,
+}
+
+
+def main() -> None:
+    """Measures, prints, records."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", help=", ".join(PARTS))
+    args = parser.parse_args()
+    known = results("core")
+    for name in args.parts or PARTS:
+        known[name] = PARTS[name]()
+        print(name, known[name], flush=True)
+        gc.collect()
+    print("recorded:", record("core", {k: v for k, v in known.items() if k in PARTS}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""Automatic ranks: the budget goes where the gradient is, and noise gets nothing."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from visionlora.errors import ConfigError, TrainingError
+from visionlora.lora.config import AdapterConfig
+from visionlora.lora.inject import inject
+from visionlora.lora.rank import choose_ranks, input_spectra, spend, triplet_energies
+
+
+def problem(wanted: int) -> tuple[nn.Module, AdapterConfig, object]:
+    """Two layers side by side; the target differs from the first by a matrix of rank `wanted` and not from the second."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"needed": nn.Linear(12, 12), "fine": nn.Linear(12, 12)}).requires_grad_(False)
+    change = torch.randn(12, wanted) @ torch.randn(wanted, 12)
+
+    def loss_of(batch: int) -> Tensor:
+        x = torch.randn(64, 12, generator=torch.Generator().manual_seed(batch))
+        noise = 0.1 * torch.randn(64, 12, generator=torch.Generator().manual_seed(1000 + batch))
+        first = model["needed"](x) - (model["needed"](x).detach() + x @ change.T)
+        second = model["fine"](x) - model["fine"](x).detach() + noise
+        return first.square().mean() + second.square().mean()
+
+    return model, AdapterConfig(rank=3, targets=("needed", "fine")), loss_of
+
+
+@pytest.mark.parametrize("wanted", [1, 2, 5])
+def test_the_layer_that_must_change_gets_the_rank_of_the_change(wanted: int) -> None:
+    model, config, loss_of = problem(wanted)
+    choice = choose_ranks(model, config, loss_of, batches=16)
+    assert choice.ranks["needed"] >= wanted
+    assert choice.parameters <= 3 * 2 * 24
+    assert choice.energies["needed"] > 100 * choice.energies["fine"]
+    handle = inject(model, choice.config)
+    assert {n: m.rank for n, m in handle.methods.items()} == {n: r for n, r in choice.ranks.items() if r}
+    assert handle.report.trained_parameters == choice.parameters
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    model, config, loss_of = problem(2)
+    model["fine"].requires_grad_(True)
+    before = {n: (p.detach().clone(), p.requires_grad) for n, p in model.named_parameters()}
+    choose_ranks(model, config, loss_of, batches=4)
+    for n, p in model.named_parameters():
+        assert torch.equal(p, before[n][0])
+        assert p.requires_grad == before[n][1]
+        assert p.grad is None
+
+
+def test_what_the_halves_disagree_on_counts_for_nothing() -> None:
+    torch.manual_seed(0)
+    first = torch.randn(8, 8)
+    assert triplet_energies(first, -first + 1e-6, 4).sum() == 0
+    assert (triplet_energies(first, first, 4) > 0).all()
+
+
+def test_spending_never_exceeds_the_budget() -> None:
+    energies = {"a": torch.tensor([9.0, 8.0, 1.0]), "b": torch.tensor([7.0, 0.0])}
+    assert spend(energies, {"a": 10, "b": 4}, 14) == {"a": 1, "b": 1}
+    assert spend(energies, {"a": 10, "b": 4}, 3) == {"a": 0, "b": 0}
+
+
+def test_refusals() -> None:
+    model, config, loss_of = problem(1)
+    with pytest.raises(ConfigError, match="need at least 2 calibration batches; 1 were given"):
+        choose_ranks(model, config, loss_of, batches=1)
+    with pytest.raises(TrainingError, match="The calibration loss of batch 0 is nan"):
+        choose_ranks(model, config, lambda i: loss_of(i) * float("nan"), batches=2)
+    with pytest.raises(ConfigError, match="needs the inputs of layer 'needed': measure them"):
+        inject(model, AdapterConfig(rank=2, targets="needed", init="eva"))
+
+
+@pytest.mark.parametrize("layer", ["linear", "conv"])
+def test_input_spectra_are_the_principal_directions(layer: str) -> None:
+    torch.manual_seed(0)
+    if layer == "linear":
+        model = nn.Sequential(nn.Linear(6, 4))
+        batches = [torch.randn(32, 6) * torch.tensor([9.0, 1, 1, 1, 1, 5]) for _ in range(3)]
+        rows = torch.cat(batches)
+    else:
+        model = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1, stride=2))
+        batches = [torch.randn(4, 2, 8, 8) for _ in range(3)]
+        rows = torch.cat(
+            [nn.functional.unfold(b, 3, padding=1, stride=2).transpose(1, 2).flatten(0, 1) for b in batches]
+        )
+    config = AdapterConfig(rank=2, targets="0", init="eva")
+    spectra = input_spectra(model, config, lambda i: model(batches[i]), batches=3)
+    _, _, v = torch.linalg.svd(rows, full_matrices=False)
+    assert ((spectra["0"] * v[:2]).sum(1).abs() > 0.999).all()
+    from dataclasses import replace
+
+    handle = inject(model, replace(config, spectra=spectra))
+    torch.testing.assert_close(handle.methods["0"].lora_A.flatten(1), spectra["0"], rtol=0, atol=0)
+
+
+def test_adapters_of_different_numbers_start_at_right_angles() -> None:
+    rows = []
+    for index in range(3):
+        model = nn.Sequential(nn.Linear(24, 8))
+        config = AdapterConfig(method="lora-fa", rank=4, targets="0", init="orthogonal", basis_index=index)
+        rows.append(inject(model, config).methods["0"].lora_A.detach())
+    gram = torch.cat(rows) @ torch.cat(rows).T
+    torch.testing.assert_close(gram, torch.eye(12) / 3, rtol=0, atol=1e-6)
+    with pytest.raises(ConfigError, match="the largest basis_index is 5"):
+        inject(nn.Sequential(nn.Linear(24, 8)), AdapterConfig(rank=4, targets="0", init="orthogonal", basis_index=6))

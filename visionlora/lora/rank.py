@@ -1,0 +1,214 @@
+"""Automatic ranks: which layers deserve parameters, measured on the user's own data before training.
+
+A short calibration pass adds up the gradient G of every targeted weight, once over the even and once over the odd batches.
+The best rank-r change of a layer lowers the loss, to first order and for its size, by the energy of the top r singular
+triplets of G (Eckart-Young). A triplet's energy is taken as the product of its strengths in both halves, so that what is
+only noise of small batches counts for nothing. Triplets of all layers then compete for one budget by energy per
+parameter. Related: GoRA (arXiv 2502.12171) takes mean |W∘G| per layer, AdaLoRA (2303.10512) prunes while training, EVA
+(2410.07170) looks at the spectrum of the inputs.
+Letters in shapes: o out, i in (of a convolution: of one group, times the kernel), r rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from visionlora.errors import ConfigError, TrainingError
+from visionlora.lora.config import AdapterConfig
+from visionlora.lora.methods.base import Site
+from visionlora.lora.targets import resolve
+
+WIDEST = 4
+"""No layer gets more than this many times the mean rank."""
+
+
+@dataclass(frozen=True)
+class RankChoice:
+    """What was measured and what follows from it."""
+
+    ranks: dict[str, int]
+    """By module name; 0 where the layer is left out."""
+    energies: dict[str, float]
+    """Energy of all triplets that were in reach, by module name."""
+    parameters: int
+    """Of the adapter that follows."""
+    config: AdapterConfig
+    """The configuration with `rank_pattern` and `exclude` filled in."""
+
+    def by_block(self) -> dict[str, float]:
+        """Mean rank of each block, in the model's order: the data of a bar chart."""
+        blocks: dict[str, list[int]] = {}
+        for name, rank in self.ranks.items():
+            blocks.setdefault(block_of(name), []).append(rank)
+        return {block: sum(ranks) / len(ranks) for block, ranks in blocks.items()}
+
+
+def block_of(name: str) -> str:
+    """The name up to its first number, and that number: `down_blocks.0`, `blocks.7`, `mid_block`.
+
+    >>> block_of("down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"), block_of("mid_block.resnets.0.conv1")
+    ('down_blocks.1', 'mid_block')
+    """
+    parts = name.split(".")
+    return ".".join(parts[:2]) if len(parts) > 1 and parts[1].isdigit() else parts[0]
+
+
+def gradient_halves(
+    model: nn.Module, sites: tuple[Site, ...], loss_of: Callable[[int], Tensor], batches: int
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Mean gradient of each site's weight over the even and over the odd batches, fp32.
+
+    Raises:
+        TrainingError: when a loss is NaN or infinite.
+    """
+    weights = {(id(s.layer), s.weight_name): cast(nn.Parameter, getattr(s.layer, s.weight_name)) for s in sites}
+    flags = {p: p.requires_grad for p in model.parameters()}
+    halves: list[dict[int, Tensor]] = [{}, {}]
+    try:
+        for p in flags:
+            p.requires_grad_(False)
+        for p in weights.values():
+            p.requires_grad_(True)
+        for batch in range(batches):
+            loss = loss_of(batch)
+            if not torch.isfinite(loss):
+                raise TrainingError(f"The calibration loss of batch {batch} is {loss.item()}: check the data.")
+            for p, grad in zip(weights.values(), torch.autograd.grad(loss, list(weights.values())), strict=True):
+                half = halves[batch % 2]
+                half[id(p)] = half[id(p)] + grad.float() if id(p) in half else grad.float()
+    finally:
+        for p, flag in flags.items():
+            p.requires_grad_(flag)
+    found = {}
+    for site in sites:
+        key = id(weights[id(site.layer), site.weight_name])
+        first, second = (h[key] if site.rows is None else h[key][site.rows] for h in halves)
+        found[site.name] = (first.flatten(1) / batches, second.flatten(1) / batches)
+    return found
+
+
+def triplet_energies(first: Tensor, second: Tensor, most: int) -> Tensor:
+    """Energy of the top singular triplets of a gradient that both halves agree on, (most,), never rising.
+
+    Args:
+        first: mean gradient over one half, (o, i).
+        second: over the other.
+        most: how many.
+    """
+    u, _, v = torch.linalg.svd(first + second, full_matrices=False)
+    u, v = u[:, :most], v[:most]
+    strengths = [(u * (half @ v.t())).sum(0) for half in (first, second)]
+    energy: Tensor = (strengths[0] * strengths[1]).clamp(min=0).cummin(0).values
+    return energy
+
+
+def choose_ranks(
+    model: nn.Module, config: AdapterConfig, loss_of: Callable[[int], Tensor], batches: int = 16
+) -> RankChoice:
+    """Spreads the parameters that a uniform `config.rank` would take over the layers that need them.
+
+    Args:
+        model: the base model, without this adapter.
+        config: its `rank` is the mean rank that sets the budget; its targets are the layers that compete.
+        loss_of: from a batch number to the training loss of that batch, as a scalar.
+        batches: 2 or more; each is a forward and a backward pass.
+
+    Raises:
+        ConfigError: when there are too few batches.
+        TrainingError: when a loss is NaN or infinite.
+    """
+    if batches < 2:
+        raise ConfigError(f"Automatic ranks need at least 2 calibration batches; {batches} were given.")
+    sites = resolve(model, config).sites
+    halves = gradient_halves(model, sites, loss_of, batches)
+    width = {s.name: s.weight.shape[0] + s.weight[0].numel() for s in sites}
+    energies: dict[str, Tensor] = {}
+    for s in sites:
+        room = min(WIDEST * config.rank, s.weight.shape[0], s.weight[0].numel())
+        energies[s.name] = triplet_energies(*halves[s.name], room)
+    budget = config.rank * sum(width.values())
+    ranks = spend(energies, width, budget)
+    kept = {name: rank for name, rank in ranks.items() if rank}
+    if not kept:
+        raise ConfigError(
+            "No layer's gradient agrees between the two halves of the calibration batches: give more batches, or use "
+            "a fixed rank."
+        )
+    chosen = replace(
+        config,
+        rank_pattern={**config.rank_pattern, **kept},
+        exclude=(*config.exclude_list, *(name for name, rank in ranks.items() if not rank)),
+    )
+    parameters = sum(rank * width[name] for name, rank in ranks.items())
+    return RankChoice(ranks, {n: float(e.sum()) for n, e in energies.items()}, parameters, chosen)
+
+
+def spend(energies: dict[str, Tensor], width: dict[str, int], budget: int) -> dict[str, int]:
+    """Buys triplets by energy per parameter until the budget is spent; what has no energy is not bought.
+
+    >>> spend({"a": torch.tensor([9.0, 4.0]), "b": torch.tensor([5.0, 0.0])}, {"a": 10, "b": 10}, 20)
+    {'a': 1, 'b': 1}
+    """
+    offers = [(-float(e) / width[name], name) for name, values in energies.items() for e in values if e > 0]
+    ranks, spent = dict.fromkeys(energies, 0), 0
+    for _, name in sorted(offers, key=lambda offer: offer[0]):
+        if spent + width[name] <= budget:
+            ranks[name], spent = ranks[name] + 1, spent + width[name]
+    return ranks
+
+
+def input_spectra(
+    model: nn.Module, config: AdapterConfig, run: Callable[[int], Any], batches: int = 8, most: int | None = None
+) -> dict[str, Tensor]:
+    """Top right-singular vectors of each targeted layer's inputs, for init `eva` (arXiv 2410.07170, section 3).
+
+    Args:
+        model: the base model.
+        config: whose targets are measured.
+        run: from a batch number to a forward pass of the model on that batch.
+        batches: how many.
+        most: directions per layer; the rank of the layer when not given.
+
+    Returns:
+        {module name: (r, features)} with orthonormal rows, strongest first.
+    """
+    sites = resolve(model, config).sites
+    covariance: dict[int, Tensor] = {}
+
+    def watch(layer: nn.Module) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(_: nn.Module, arguments: tuple[Any, ...]) -> None:
+            x = unfolded(layer, arguments[0].detach().float())
+            covariance[id(layer)] = covariance.get(id(layer), torch.zeros(())) + x.t() @ x
+
+        return hook
+
+    layers = {id(s.layer): s.layer for s in sites}
+    hooks = [layer.register_forward_pre_hook(watch(layer)) for layer in layers.values()]
+    try:
+        with torch.no_grad():
+            for batch in range(batches):
+                run(batch)
+    finally:
+        for h in hooks:
+            h.remove()
+    found = {}
+    for s in sites:
+        if id(s.layer) not in covariance:
+            raise ConfigError(f"Layer {s.name!r} was never called, so its inputs could not be measured.")
+        _, vectors = torch.linalg.eigh(covariance[id(s.layer)])
+        found[s.name] = vectors.flip(1)[:, : most or config.rank_of(s.name)].t().contiguous()
+    return found
+
+
+def unfolded(layer: nn.Module, x: Tensor) -> Tensor:
+    """The inputs of a layer as rows: (positions, i), or the patches that a convolution sees, (positions, i·k)."""
+    if not isinstance(layer, nn.Conv2d):
+        return x.reshape(-1, x.shape[-1]) if isinstance(layer, nn.Linear) else x.transpose(1, -1).flatten(0, -2)
+    patches = nn.functional.unfold(x, layer.kernel_size, layer.dilation, cast(Any, layer.padding), layer.stride)
+    groups = patches.view(len(x), layer.groups, -1, patches.shape[-1])
+    return groups.transpose(2, 3).reshape(-1, groups.shape[2])
