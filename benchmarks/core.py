@@ -173,7 +173,8 @@ def many_active(base: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Any]:
         for i in range(k):
             handles.append(inject(ours, AdapterConfig(rank=RANK, targets="attn"), name=f"a{i}", seed=i))
             peft_on(theirs, f"a{i}", target_modules=ATTENTION)
-        fill(ours), fill(theirs)
+        fill(ours)
+        fill(theirs)
         ours.requires_grad_(False)
         layers = [m for m in theirs.modules() if isinstance(m, BaseTunerLayer)]
         for layer in layers:

@@ -79,5 +79,6 @@ def test_the_command_lists_them_and_names_what_is_broken(installed: dict[str, st
     )
     lines = [line for line in done.stdout.splitlines() if "visionlora-example" in line]
     assert len(lines) == 5
-    assert next(line for line in lines if "broken" in line).endswith("ModuleNotFoundError: No module named 'visionlora_example.missing'")  # fmt: skip
+    broken = next(line for line in lines if "broken" in line)
+    assert broken.endswith("ModuleNotFoundError: No module named 'visionlora_example.missing'")
     assert all(line.endswith("ok") for line in lines if "broken" not in line)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -17,7 +18,15 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from visionlora.lora.kernels import low_rank_linear
-from visionlora.lora.layers import AdaptedLayer, AdaptedLinear, adapted_class, branches_of, swap_class, with_adapters
+from visionlora.lora.layers import (
+    AdaptedLayer,
+    AdaptedLinear,
+    adapted_class,
+    branches_of,
+    restore_class,
+    swap_class,
+    with_adapters,
+)
 from visionlora.lora.methods.base import Method
 
 
@@ -27,17 +36,15 @@ class AdaptedAttention(AdaptedLayer):
     Without gradients it is torch's own code on W + ΔW, fast path included.
     """
 
-    if not torch.jit.is_scripting():
+    @property
+    def _qkv_same_embed_dim(self) -> bool:
+        """False keeps `nn.TransformerEncoderLayer` from reading the weights past an active adapter."""
+        plain = self.__dict__.get("_weights_swapped", False) or not self.running()
+        return bool(self.__dict__["_qkv_same_embed_dim"]) and plain
 
-        @property
-        def _qkv_same_embed_dim(self) -> bool:
-            """False keeps `nn.TransformerEncoderLayer` from reading the weights past an active adapter."""
-            plain = self.__dict__.get("_weights_swapped", False) or not self.running()
-            return bool(self.__dict__["_qkv_same_embed_dim"]) and plain
-
-        @_qkv_same_embed_dim.setter
-        def _qkv_same_embed_dim(self, value: bool) -> None:
-            self.__dict__["_qkv_same_embed_dim"] = value
+    @_qkv_same_embed_dim.setter
+    def _qkv_same_embed_dim(self, value: bool) -> None:
+        self.__dict__["_qkv_same_embed_dim"] = value
 
     def running(self) -> bool:
         """Whether some adapter is to be run, here or on the output projection."""
@@ -76,7 +83,7 @@ class AdaptedAttention(AdaptedLayer):
             key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
         elif mha.batch_first:
             query, key, value = (x.transpose(0, 1) for x in (query, key, value))
-        length, batch, width = query.shape
+        length, batch, _ = query.shape
         heads, head = mha.num_heads, mha.embed_dim // mha.num_heads
         q, k, v = self.project(query, key, value, same)
         mask = merged_mask(attn_mask, key_padding_mask, batch, heads, k.shape[0], q.dtype)
@@ -116,7 +123,7 @@ class AdaptedAttention(AdaptedLayer):
             for layer in layers:
                 if active := layer.active():
                     adapters = [m for m in layer.methods() if m.merged or m in active]
-                    values = layer.kept("weights", adapters, lambda l=layer, a=adapters: with_adapters(l, a))
+                    values = layer.kept("weights", adapters, partial(with_adapters, layer, adapters))
                     for name, value in values.items():
                         swapped.append((layer, name, layer._parameters[name]))
                         layer._parameters[name] = nn.Parameter(value, requires_grad=False)
@@ -247,7 +254,6 @@ def give_back(owner: nn.Module) -> None:
     if any(isinstance(m, AdaptedLayer) and m.adapters for m in owner.modules()):
         return
     if isinstance(owner, AdaptedAttention):
-        for name in ("adapters", "originals", "_kept"):
-            delattr(owner, name)
-    if isinstance(owner, (AdaptedAttention, WeightUser)):
-        owner.__class__ = owner.base_class  # type: ignore[union-attr]
+        restore_class(owner)
+    elif isinstance(owner, WeightUser):
+        owner.__class__ = cast(Any, owner).base_class

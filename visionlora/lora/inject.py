@@ -500,7 +500,7 @@ def check_name(model: nn.Module, name: str) -> None:
         raise ConfigError(
             f"{name!r} cannot name an adapter: use a word without dots and colons that is no method of a module."
         )
-    taken = {cast(Method, a).adapter_name for m in model.modules() if isinstance(m, AdaptedLayer) for a in m.methods()}
+    taken = {a.adapter_name for m in model.modules() if isinstance(m, AdaptedLayer) for a in m.methods()}
     if name in taken:
         raise ConfigError(
             f"An adapter named {name!r} is on this model already (there: {', '.join(sorted(taken))}). "

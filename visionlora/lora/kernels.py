@@ -147,7 +147,7 @@ def low_rank_linear(
     """
     plan = tuple((b.scaling, b.rows, b.dropout) for b in branches)
     factors = [t for b in branches for t in (b.lora_A, b.lora_B)]
-    out: Tensor = LowRankLinear.apply(x, weight, bias, gain, plan, *factors)  # type: ignore[no-untyped-call]
+    out: Tensor = LowRankLinear.apply(x, weight, bias, gain, plan, *factors)
     return out
 
 
@@ -236,5 +236,5 @@ def low_rank_conv(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geom
     """A convolution with low-rank branches, x padded already where the padding is not zeros."""
     plan = tuple((b.scaling, b.dropout) for b in branches)
     factors = [t for b in branches for t in (b.lora_A, b.lora_B)]
-    out: Tensor = LowRankConv.apply(x, weight, bias, geometry, plan, *factors)  # type: ignore[no-untyped-call]
+    out: Tensor = LowRankConv.apply(x, weight, bias, geometry, plan, *factors)
     return out

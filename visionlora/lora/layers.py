@@ -74,7 +74,7 @@ class AdaptedLayer(nn.Module):
             for m in self.methods():
                 if m.merged and m.trainable:
                     first = next(p for p in m.parameters() if p.requires_grad)
-                    guarded: Tensor = MergedTraining.apply(out, first, m.adapter_name, m.site.name)  # type: ignore[no-untyped-call]
+                    guarded: Tensor = MergedTraining.apply(out, first, m.adapter_name, m.site.name)
                     return guarded
         return out
 
@@ -119,7 +119,10 @@ class MergedTraining(torch.autograd.Function):
 
 def build_stack(weight: Tensor, dtype: torch.dtype, active: Iterable[Method]) -> Stack:
     """Concatenates factors and sums gains, in fp32."""
-    factors, plain, with_bias, inputs = [], [], [], []
+    factors: list[tuple[Tensor, Tensor, float]] = []
+    plain: list[Tensor] = []
+    with_bias: list[Tensor] = []
+    inputs: list[Tensor] = []
     out = weight.shape[0]
     with torch.no_grad():
         for m in active:
@@ -391,11 +394,17 @@ def release(module: nn.Module, key: str) -> None:
     layer = cast(AdaptedLayer, module)
     del layer.adapters[key]
     layer._kept.clear()
-    if not layer.adapters:
-        for name in ("adapters", "originals", "_kept"):
-            delattr(layer, name)
-        module.__dict__.pop("calling", None)
-        module.__class__ = module.base_class  # type: ignore[assignment]
+    output = getattr(layer, "out_proj", None)  # of torch's attention, which must stay adapted while this child is
+    if not layer.adapters and not isinstance(output, AdaptedLayer):
+        restore_class(layer)
+
+
+def restore_class(layer: AdaptedLayer) -> None:
+    """Makes a layer without adapters the plain base layer again."""
+    for name in ("adapters", "originals", "_kept"):
+        delattr(layer, name)
+    layer.__dict__.pop("calling", None)
+    layer.__class__ = cast(Any, layer).base_class
 
 
 @torch.no_grad()

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from visionlora import plugins
 from visionlora.errors import TargetError, nearest
@@ -52,7 +53,7 @@ def attention_parts(name: str, module: nn.MultiheadAttention) -> Iterator[Site]:
     width = module.embed_dim
     for k, part in enumerate(("q", "k", "v")):
         role = f"attn.{part}"
-        if module.in_proj_weight is None:
+        if cast("Tensor | None", module.in_proj_weight) is None:
             yield Site(f"{name}.{part}", module, part, None, f"{part}_proj_weight", f"_{part}_bias", role=role)
         else:
             rows = slice(k * width, (k + 1) * width)
@@ -185,8 +186,7 @@ def resolve(model: nn.Module, config: AdapterConfig) -> Resolution:
         else:
             if not site.part:
                 whole.add(id(site.layer))
-            hits.append(Site(*(getattr(site, f) for f in Site.__dataclass_fields__ if f not in ("target", "role")),
-                             found[0], site.role))  # fmt: skip
+            hits.append(replace(site, target=found[0]))
     skipped += unfit(model, config, reached)
     check_reached(model, config, reached, used, hits, skipped)
     return Resolution(tuple(hits), tuple(skipped))

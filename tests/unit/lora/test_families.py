@@ -196,3 +196,19 @@ def test_a_layer_that_is_never_called_is_named() -> None:
     model["used"](torch.randn(2, 4)).sum().backward()
     with pytest.raises(TargetError, match="1 adapted layers got no gradient, the first 'dead'"):
         handle.after_step(1, 10)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_adapters_on_parts_of_one_attention_leave_in_any_order(first: int) -> None:
+    torch.manual_seed(0)
+    model, x = nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2)}).requires_grad_(False), torch.randn(3, 2, 8)
+    base = model["attn"](x, x, x)[0]
+    handles = [inject(model, AdapterConfig(rank=2, targets=t), name=t[-1]) for t in ("attn.q", "attn.out")]
+    for h in handles:
+        for m in h.methods.values():
+            m.lora_B.data.normal_()
+    handles[first].eject()
+    assert not torch.equal(model["attn"](x, x, x)[0], base)
+    handles[1 - first].eject()
+    assert type(model["attn"]) is nn.MultiheadAttention
+    assert torch.equal(model["attn"](x, x, x)[0], base)

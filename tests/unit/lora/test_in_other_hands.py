@@ -57,7 +57,7 @@ def test_copies_and_pickles_are_independent() -> None:
 
 
 def test_state_dict_keeps_the_names_of_the_base() -> None:
-    model, handle, x = adapted()
+    model, _handle, x = adapted()
     other, _, _ = adapted()
     assert set(network().state_dict()) <= set(model.state_dict())
     other.load_state_dict(model.state_dict())
@@ -92,7 +92,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(dropout: float) -> None
 
 
 def test_dropout_draws_the_same_mask_again_in_backward() -> None:
-    model, handle, x = adapted(dropout=0.5)
+    model, _handle, x = adapted(dropout=0.5)
     x = x.double().requires_grad_()
     model.double()
     torch.manual_seed(1)

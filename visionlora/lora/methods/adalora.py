@@ -66,7 +66,8 @@ class AdaLoRA(Method):
         """Mean distance of A·Aᵀ and Bᵀ·B from the identity (eq. 4)."""
         a, b = self.lora_A.flatten(1), self.lora_B.flatten(1)
         eye = torch.eye(len(a), device=a.device, dtype=a.dtype)
-        return ((a @ a.t() - eye).norm() + (b.t() @ b - eye).norm()) / 2
+        distance: Tensor = ((a @ a.t() - eye).norm() + (b.t() @ b - eye).norm()) / 2
+        return distance
 
     @torch.no_grad()
     def measure(self) -> None:
@@ -83,7 +84,8 @@ class AdaLoRA(Method):
     def importance(self) -> Tensor:
         """Of each triplet, (r,) (eq. 8, 11)."""
         score = {n: self.sensitivity[n] * self.deviation[n] for n in ("lora_A", "lora_B", "lora_E")}
-        return score["lora_E"] + score["lora_A"].flatten(1).mean(1) + score["lora_B"].flatten(1).mean(0)
+        total: Tensor = score["lora_E"] + score["lora_A"].flatten(1).mean(1) + score["lora_B"].flatten(1).mean(0)
+        return total
 
     def export(self) -> AdapterModule:
         """Plain LoRA of the triplets that are left (one of value 0 when none is)."""
