@@ -47,20 +47,20 @@ def take_turns(contestants: dict[str, Callable[[], object]], turns: int = TURNS)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def bytes_kept(run: Callable[[], Tensor]) -> int:
-    """Bytes that a forward pass keeps for backward, each storage once, parameters not counted."""
+def bytes_kept(model: nn.Module, run: Callable[[], Tensor]) -> int:
+    """Bytes that a forward pass keeps for backward, each storage once, those of parameters not counted."""
     storages: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        if not isinstance(tensor, nn.Parameter):
-            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         out = run()
-    kept = dict(storages)
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = sum(size for where, size in storages.items() if where not in parameters)
     del out
-    return sum(kept.values())
+    return kept
 
 
 def sharing(model: nn.Module, build: Callable[[], nn.Module]) -> nn.Module:
@@ -152,7 +152,7 @@ def train_steps(base: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Any]:
         **{name: step(m, lambda m=m: call(m, inputs)) for name, m in  # type: ignore[misc]
            (("ours", ours), ("peft", theirs), ("our DoRA", dora), ("peft DoRA", their_dora))},
     })  # fmt: skip
-    kept = {name: bytes_kept(lambda m=m: call(m, inputs)) for name, m in (("ours", ours), ("peft", theirs))}  # type: ignore[misc]
+    kept = {name: bytes_kept(m, lambda m=m: call(m, inputs)) for name, m in (("ours", ours), ("peft", theirs))}  # type: ignore[misc]
     return {
         "forward_s": t["forward"],
         "step_over_two_forwards": {n: t[n] / (2 * t["forward"]) for n in ("ours", "peft")},
@@ -242,7 +242,7 @@ def measure_vit() -> dict[str, Any]:
 
     t = take_turns({"forward": forward, **{n: step(m, lambda m=m: m(x)) for n, m in  # type: ignore[misc]
                    (("ours", ours), ("peft", theirs), ("our all", our_all), ("peft all", their_all))}})  # fmt: skip
-    kept = {n: bytes_kept(lambda m=m: m(x)) for n, m in  # type: ignore[misc]
+    kept = {n: bytes_kept(m, lambda m=m: m(x)) for n, m in  # type: ignore[misc]
             (("ours", ours), ("peft", theirs), ("our all", our_all), ("peft all", their_all))}  # fmt: skip
     return {
         "forward_s": t["forward"],

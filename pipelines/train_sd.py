@@ -11,20 +11,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from visionlora.config import TrainSDConfig, to_yaml
+from visionlora.config import TrainSDConfig, budget_of, to_yaml
 from visionlora.data.folder import ImageFolder, read_image_folder
 from visionlora.diffusion.encode import cut_captions, encode_dataset
 from visionlora.diffusion.sampling import SamplingConfig
 from visionlora.diffusion.task import DenoisingTask
 from visionlora.formats import native
 from visionlora.lora.adapter import Adapter
-from visionlora.lora.inject import Handle, inject
+from visionlora.lora.config import AdapterConfig
+from visionlora.lora.inject import Handle, check_targets, inject
+from visionlora.lora.rank import choose_ranks
 from visionlora.models.base import open_base
-from visionlora.report.listener import Listener
+from visionlora.report.listener import Listener, bars
 from visionlora.report.runfolder import RunFolder, check_run_folder, default_run_folder, open_run_folder
 from visionlora.report.samples import SampleSheet, sample_moments
 from visionlora.report.sd_run import adapter_config, header, public_metadata, recent_loss, report
 from visionlora.training.loop import LoopConfig, Progress, resolve_precision, train
+from visionlora.training.order import generator_at, indices_at
+
+CALIBRATION_BATCHES = 16
+"""Batches on which rank auto measures the layers."""
 
 
 @dataclass(frozen=True)
@@ -76,13 +82,18 @@ def train_sd(config: TrainSDConfig, listener: Listener | None = None) -> RunResu
     for part in (base.pipe.unet, base.pipe.vae, base.pipe.text_encoder):
         part.to(accelerator.device)
     fingerprints = base.fingerprints()
-    handle = inject(base.pipe.unet, adapter_config(config), seed=config.seed)
-    tell.say(f"Adapter: {handle.report}.")
+    adapter = adapter_config(config)
+    check_targets(base.pipe.unet, adapter)
     for caption, lost in cut_captions(base, [item.caption for item in folder.items]):
         tell.say(f"The caption {caption!r} is longer than the model reads; it never sees: {lost}")
 
     # Latents and text, from here on the run leaves files
     data = encode_dataset(base, folder.items, size, config.flip, progress=tell.progress)
+    task = DenoisingTask(data, base.pipe.scheduler, config.caption_dropout, config.timestep_range)
+    if config.rank == "auto":
+        adapter = automatic_ranks(base.pipe.unet, adapter, task, config, tell)
+    handle = inject(base.pipe.unet, adapter, seed=config.seed)
+    tell.say(f"Adapter: {handle.report}.")
     run = RunFolder(target)
     if accelerator.is_main_process:
         run = open_run_folder(target)
@@ -94,16 +105,14 @@ def train_sd(config: TrainSDConfig, listener: Listener | None = None) -> RunResu
     settings = SamplingConfig(config.sample_steps, config.guidance_scale or 1.0, config.seed)
     sheet = SampleSheet(base, handle, prompts, size, settings, run, tell)
     fitting = Fitting(
-        config, handle, run, sheet, tell, lambda step: header(config, loop, base, fingerprints, folder, size, step)
+        config, handle, run, sheet, tell, lambda step: header(config, adapter, loop, base, fingerprints, folder, size, step)
     )
-    low, high = config.timestep_range
-    history = fitting.fit(accelerator, DenoisingTask(data, base.pipe.scheduler, config.caption_dropout, (low, high)))
+    history = fitting.fit(accelerator, task)
 
     # Adapter, grid and report
     adapter_path = run.path / "adapter.safetensors"
     if accelerator.is_main_process:
-        adapter = fitting.adapter(history[-1].step)
-        native.write(adapter, adapter_path, public_metadata(config, loop, base, folder, size))
+        native.write(fitting.adapter(history[-1].step), adapter_path, public_metadata(config, adapter, loop, base, folder, size))
         report(run, config, loop, base, folder, handle, sheet, history, time.monotonic() - started)
     seconds = time.monotonic() - started
     return RunResult(run.path, adapter_path, run.path / "grid.png", history[0].loss, recent_loss(history), seconds)
@@ -159,6 +168,25 @@ class Fitting:
                 self.tell.say(f"Interrupted at step {step} of {loop.steps}; the adapter so far is in {kept}.")
             raise
         return history
+
+
+def automatic_ranks(
+    unet: Any, adapter: AdapterConfig, task: DenoisingTask, config: TrainSDConfig, tell: Listener
+) -> AdapterConfig:
+    """Ranks by layer, measured on the training pictures before the first step."""
+    kind, amount = budget_of(config.rank_budget) or ("rank", 8)
+    batch = config.batch_size or 1
+
+    def loss_of(number: int) -> Any:
+        tell.progress("Measuring layers", number + 1, CALIBRATION_BATCHES)
+        index = indices_at(config.seed, number * batch, batch, len(task))
+        generator = generator_at(config.seed, number * batch, "calibration")
+        return task.losses(unet, index, generator, slice(0, batch)).mean()
+
+    budget = amount if kind == "parameters" else None
+    choice = choose_ranks(unet, adapter, loss_of, CALIBRATION_BATCHES, budget)
+    tell.say("Mean rank by block:\n" + bars(choice.by_block()))
+    return choice.config
 
 
 def loop_config(config: TrainSDConfig) -> LoopConfig:

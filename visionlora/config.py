@@ -6,8 +6,10 @@ all problems of a configuration are reported together.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib import resources
@@ -38,8 +40,10 @@ class TrainSDConfig:
     """Optimizer steps; by default what suits the base model."""
     method: str = "lora"
     """lora, rslora, lora+, lora-fa, dora, adalora, vera, ia3, or full as a baseline."""
-    rank: int = 8
-    """Rank of each ΔW."""
+    rank: int | Literal["auto"] = 8
+    """Rank of each ΔW; auto measures on the pictures which layers need it and spends `rank_budget` there."""
+    rank_budget: str = "8"
+    """For rank auto: a mean rank (8), a number of parameters (300k, 1.5M) or a file size (2MB)."""
     alpha: float | None = None
     """Scaling numerator; equal to the rank when not given."""
     targets: str = "attn"
@@ -89,7 +93,8 @@ class TrainSDConfig:
         rules: list[tuple[str, bool, str]] = [
             ("images", bool(self.images), "name the folder of pictures to learn from: --images ./dog"),
             ("steps", self.steps is None or self.steps >= 1, "it must be at least 1"),
-            ("rank", self.rank >= 1, "it must be at least 1"),
+            ("rank", self.rank == "auto" or self.rank >= 1, "it must be at least 1, or auto"),
+            ("rank_budget", budget_of(self.rank_budget) is not None, "write a mean rank (8), parameters (300k) or a size (2MB)"),
             ("alpha", self.alpha is None or (math.isfinite(self.alpha) and self.alpha > 0), "it must be positive"),
             ("learning_rate", self.learning_rate is None or 0 < self.learning_rate < math.inf, "it must be positive"),
             ("warmup_steps", self.warmup_steps >= 0, "it must be 0 or more"),
@@ -116,6 +121,19 @@ class TrainSDConfig:
         ]
         problems = [f"{name} is {getattr(self, name)!r}; {rule}" for name, fine, rule in rules if not fine]
         raise_all(problems)
+
+
+def budget_of(text: str) -> tuple[str, int] | None:
+    """`8` -> ("rank", 8), `300k` or `1.5M` -> ("parameters", …), `2MB` -> ("parameters", …, fp32); None if it is neither.
+
+    >>> budget_of("8"), budget_of("1.5M"), budget_of("2MB"), budget_of("many")
+    (('rank', 8), ('parameters', 1500000), ('parameters', 524288), None)
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(k|M|MB)?", text.strip())
+    if found is None or float(found[1]) <= 0 or (found[2] is None and not float(found[1]).is_integer()):
+        return None
+    per_unit = {None: 1, "k": 1000, "M": 1_000_000, "MB": 2**20 // 4}[found[2]]
+    return ("rank" if found[2] is None else "parameters"), int(float(found[1]) * per_unit)
 
 
 def raise_all(problems: list[str]) -> None:
@@ -153,15 +171,22 @@ def convert(value: Any, hint: Any) -> Any:
     """
     origin = get_origin(hint)
     if origin in (Union, type(int | None)):
-        if value is None or (isinstance(value, str) and value.lower() in ("none", "null")):
+        kinds = get_args(hint)
+        if type(None) in kinds and (value is None or (isinstance(value, str) and value.lower() in ("none", "null"))):
             return None
-        return convert(value, next(a for a in get_args(hint) if a is not type(None)))
+        *first, last = (kind for kind in kinds if kind is not type(None))
+        for kind in first:
+            with contextlib.suppress(ValueError):
+                return convert(value, kind)
+        return convert(value, last)
     if origin is tuple:
         items = [value] if isinstance(value, str) else value
         if not isinstance(items, list | tuple):
             raise ValueError("expected a list")
         return tuple(convert(item, get_args(hint)[0]) for item in items)
     if origin is Literal:
+        if value not in get_args(hint):
+            raise ValueError(f"expected a whole number or {' or '.join(map(str, get_args(hint)))}")
         return value
     if hint is bool:
         words = {"true": True, "yes": True, "false": False, "no": False}

@@ -7,7 +7,9 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 import torch
+import yaml
 from PIL import Image
 
 from visionlora.loaders import load_adapter
@@ -35,7 +37,7 @@ def test_a_run_leaves_everything_and_its_config_runs_again_to_the_same_bytes(
     adapter = load_adapter(run)
     assert {m.rank for m in adapter.modules.values()} == {2}
     assert {m.alpha for m in adapter.modules.values()} == {3.0}
-    assert any(m.lora_B.abs().max() > 0 for m in adapter.modules.values()), "it trained"
+    assert any(m.tensors["lora_B"].abs().max() > 0 for m in adapter.modules.values()), "it trained"
     assert adapter.info["base"]["fingerprints"]["unet"]["weights"]
     assert json.loads((run / "run.json").read_text())["seed"] == 0
     assert "sks dog" in (run / "README.md").read_text()
@@ -46,7 +48,7 @@ def test_a_run_leaves_everything_and_its_config_runs_again_to_the_same_bytes(
     again = load_adapter(tmp_path / "b")
     for name, module in adapter.modules.items():
         assert torch.equal(module.lora_A, again.modules[name].lora_A)
-        assert torch.equal(module.lora_B, again.modules[name].lora_B)
+        assert torch.equal(module.tensors["lora_B"], again.modules[name].tensors["lora_B"])
     assert (tmp_path / "b" / "grid.png").read_bytes() == (run / "grid.png").read_bytes()
 
 
@@ -115,3 +117,26 @@ def test_an_adapter_of_another_base_is_refused(cli, tiny_model: Path, dogs: Path
     assert "has the same architecture but other weights" in err
     assert "--force" in err
     assert cli(*arguments, "--force")[0] == 0
+
+
+@pytest.mark.parametrize("method", ["dora", "adalora", "vera", "ia3", "lora-fa", "full"])
+def test_every_method_trains_saves_and_loads(cli, tiny_model: Path, dogs: Path, tmp_path: Path, method: str) -> None:
+    code, out, err = cli("train-sd", "--images", dogs, "--model", tiny_model, "--method", method, "--steps", 3,
+                         "--rank", 2, "--output", tmp_path / "run", "sample_steps=2", "sample_columns=1")  # fmt: skip
+    assert code == 0, err
+    code, out, err = cli("generate", "--prompt", "dog", "--model", tiny_model, "--lora", tmp_path / "run",
+                         "--steps", 2, "--output", tmp_path / "pictures")  # fmt: skip
+    assert code == 0, err
+    assert len(list((tmp_path / "pictures").glob("*.png"))) == 1
+
+
+def test_rank_auto_measures_and_says_what_it_chose(cli, tiny_model: Path, dogs: Path, tmp_path: Path) -> None:
+    code, out, err = cli("train-sd", "--images", dogs, "--model", tiny_model, "--rank", "auto", "rank_budget=2",
+                         "--steps", 2, "--output", tmp_path / "run", "sample_steps=2", "sample_columns=1")  # fmt: skip
+    assert code == 0, err
+    assert "Mean rank by block:" in out + err
+    adapter = load_adapter(tmp_path / "run")
+    ranks = {m.rank for m in adapter.modules.values()}
+    assert len(ranks) > 1
+    again = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert again["rank"] == "auto"

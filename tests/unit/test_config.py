@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from visionlora.config import TrainSDConfig, build, parse_words, read_yaml, recipe_names, to_yaml
+from visionlora.config import TrainSDConfig, budget_of, build, parse_words, read_yaml, recipe_names, to_yaml
 from visionlora.errors import ConfigError
 
 
@@ -43,7 +43,7 @@ def test_unknown_keys_and_wrong_types_come_in_one_message() -> None:
         "These settings cannot be used:",
         "- lerning_rate is not a setting. Did you mean 'learning_rate'?",
         "- steps is 'many'; expected a number",
-        "- rank is 3.5; expected a whole number",
+        "- rank is 3.5; expected a whole number or auto",
         "- flip is 3; expected true or false",
         "- batch_size is True; expected int",
     ]
@@ -56,7 +56,7 @@ def test_values_out_of_range_come_in_one_message() -> None:
         "These settings cannot be used:",
         "- images is ''; name the folder of pictures to learn from: --images ./dog",
         "- steps is 0; it must be at least 1",
-        "- rank is -1; it must be at least 1",
+        "- rank is -1; it must be at least 1, or auto",
         "- learning_rate is 0; it must be positive",
         "- caption_dropout is 2; it must be between 0 and 1",
         "- precision is 'fp23'; Did you mean 'fp32'?",
@@ -102,3 +102,21 @@ def test_an_unknown_recipe_names_the_nearest() -> None:
 def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("# nothing\n")
     assert read_yaml(str(tmp_path / "c.yaml")) == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("8", ("rank", 8)), ("300k", ("parameters", 300_000)), ("2 MB", ("parameters", 524_288)), ("0", None), ("1.5", None),
+     ("much", None)],
+)  # fmt: skip
+def test_budgets(text: str, expected: tuple[str, int] | None) -> None:
+    assert budget_of(text) == expected
+
+
+def test_rank_is_a_number_or_auto() -> None:
+    assert build(TrainSDConfig, {"images": "x", "rank": "auto"}).rank == "auto"
+    assert build(TrainSDConfig, {"images": "x", "rank": "4"}).rank == 4
+    with pytest.raises(ConfigError, match="rank is 'some'; expected a whole number or auto"):
+        build(TrainSDConfig, {"images": "x", "rank": "some"})
+    with pytest.raises(ConfigError, match=r"rank_budget is 'lots'; write a mean rank \(8\), parameters \(300k\) or a size"):
+        TrainSDConfig(images="x", rank="auto", rank_budget="lots")

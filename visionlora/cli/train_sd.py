@@ -23,7 +23,7 @@ def command(
     output: Annotated[Optional[str], typer.Option(help="Run folder to create.")] = None,  # noqa: UP045
     steps: Annotated[Optional[int], typer.Option(help="Optimizer steps.")] = None,  # noqa: UP045
     method: Annotated[Optional[str], typer.Option(help="lora, dora, vera, ia3 …; see the README.")] = None,  # noqa: UP045
-    rank: Annotated[Optional[int], typer.Option(help="Rank of each layer's change.")] = None,  # noqa: UP045
+    rank: Annotated[Optional[str], typer.Option(help="Rank of each layer's change, or auto.")] = None,  # noqa: UP045
     alpha: Annotated[Optional[float], typer.Option(help="Scaling numerator; the rank by default.")] = None,  # noqa: UP045
     targets: Annotated[
         Optional[str], typer.Option(help="Roles (attn, attn.q, mlp, conv, all), names or re:regex, by commas.")  # noqa: UP045

@@ -20,7 +20,7 @@ class DenoisingTask:
     noise_scheduler: Any
     caption_dropout: float
     """Share of captions replaced by the empty one."""
-    timestep_range: tuple[int, int] = (0, 1000)
+    timestep_range: tuple[int, ...] = (0, 1000)
     """First and one past the last noise level that is learned, in thousandths of the model's own."""
 
     def __len__(self) -> int:

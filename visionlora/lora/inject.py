@@ -430,6 +430,15 @@ def _place(handle: Handle, methods: Sequence[Method], name: str) -> None:
     handle.methods, handle._owners = {m.site.name: m for m in methods}, tuple(owner for owner, _ in owners)
 
 
+def check_targets(model: nn.Module, config: AdapterConfig) -> None:
+    """Raises what `inject` would raise for the targets and ranks, without touching the model."""
+    select_in_full(model, config, base_parameters(model))
+    if config.method not in ("full", "linear-probe"):
+        sites = resolve(model, config).sites
+        if method_class(config.method).bounded_rank:
+            check_ranks(config, sites)
+
+
 def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters of the base, by name, without any adapter's."""
     adapters = {id(p) for m in model.modules() if isinstance(m, AdaptedLayer) for p in m.adapters.parameters()}

@@ -108,7 +108,11 @@ def triplet_energies(first: Tensor, second: Tensor, most: int) -> Tensor:
 
 
 def choose_ranks(
-    model: nn.Module, config: AdapterConfig, loss_of: Callable[[int], Tensor], batches: int = 16
+    model: nn.Module,
+    config: AdapterConfig,
+    loss_of: Callable[[int], Tensor],
+    batches: int = 16,
+    budget: int | None = None,
 ) -> RankChoice:
     """Spreads the parameters that a uniform `config.rank` would take over the layers that need them.
 
@@ -117,6 +121,7 @@ def choose_ranks(
         config: its `rank` is the mean rank that sets the budget; its targets are the layers that compete.
         loss_of: from a batch number to the training loss of that batch, as a scalar.
         batches: 2 or more; each is a forward and a backward pass.
+        budget: parameters to spend; by default what `config.rank` everywhere would take.
 
     Raises:
         ConfigError: when there are too few batches.
@@ -131,13 +136,13 @@ def choose_ranks(
     for s in sites:
         room = min(WIDEST * config.rank, s.weight.shape[0], s.weight[0].numel())
         energies[s.name] = triplet_energies(*halves[s.name], room)
-    budget = config.rank * sum(width.values())
+    budget = config.rank * sum(width.values()) if budget is None else budget
     ranks = spend(energies, width, budget)
     kept = {name: rank for name, rank in ranks.items() if rank}
     if not kept:
         raise ConfigError(
-            "No layer's gradient agrees between the two halves of the calibration batches: give more batches, or use "
-            "a fixed rank."
+            f"No layer is worth a rank within the budget of {budget:,} parameters: raise it, give more calibration "
+            "batches, or use a fixed rank."
         )
     chosen = replace(
         config,

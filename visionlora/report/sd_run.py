@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from visionlora import __version__
-from visionlora.config import TrainSDConfig
+from visionlora.config import TrainSDConfig, budget_of
 from visionlora.data.folder import ImageFolder
 from visionlora.lora.config import AdapterConfig
 from visionlora.lora.inject import Handle
@@ -28,9 +28,19 @@ RECENT = 50
 
 
 def adapter_config(config: TrainSDConfig) -> AdapterConfig:
-    """The adapter's share of the run configuration."""
-    shared = ("method", "rank", "alpha", "targets", "dropout", "init", "basis_index")
-    return AdapterConfig(**{name: getattr(config, name) for name in shared})
+    """The adapter's share of the run configuration; with rank auto, the mean rank that competes for the budget."""
+    shared = ("method", "alpha", "targets", "dropout", "init", "basis_index")
+    kind, amount = budget_of(config.rank_budget) or ("rank", 8)
+    rank = config.rank if config.rank != "auto" else amount if kind == "rank" else 8
+    return AdapterConfig(rank=rank, **{name: getattr(config, name) for name in shared})
+
+
+def ranks_of(config: TrainSDConfig, handle: Handle) -> str:
+    """The rank, or what rank auto came to."""
+    if config.rank != "auto" or not handle.report.ranks:
+        return f"rank {config.rank}"
+    ranks = list(handle.report.ranks.values())
+    return f"ranks {min(ranks)} to {max(ranks)} on {len(ranks)} layers (auto)"
 
 
 def recent_loss(history: Sequence[Progress]) -> float:
@@ -47,6 +57,7 @@ def data_hash(folder: ImageFolder) -> str:
 
 def header(
     config: TrainSDConfig,
+    adapter: AdapterConfig,
     loop: LoopConfig,
     base: BaseModel,
     fingerprints: Mapping[str, Any],
@@ -59,7 +70,7 @@ def header(
         "version": __version__,
         "base": {"id": base.id, "fingerprints": dict(fingerprints)},
         "method": config.method,
-        "config": adapter_config(config).to_dict(),
+        "config": adapter.to_dict(),
         "trigger": trigger(folder),
         "training": {
             "steps": step,
@@ -80,11 +91,10 @@ def trigger(folder: ImageFolder) -> str | None:
 
 
 def public_metadata(
-    config: TrainSDConfig, loop: LoopConfig, base: BaseModel, folder: ImageFolder, size: int
+    config: TrainSDConfig, adapter: AdapterConfig, loop: LoopConfig, base: BaseModel, folder: ImageFolder, size: int
 ) -> dict[str, str]:
     """`ss_*` and `modelspec.*` entries that A1111, ComfyUI and Civitai show (modelspec 1.0.1)."""
     family = "stable-diffusion-v2-512" if base.pipe.unet.config.cross_attention_dim == 1024 else "stable-diffusion-v1"
-    adapter = adapter_config(config)
     return {
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(adapter.rank),
@@ -129,11 +139,11 @@ def report(
         ylabel="denoising loss",
         title=f"Training on {name}",
     )
-    adapter, source = adapter_config(config), "assets/emoji-64" if base.id == EMBEDDED else base.source
+    adapter, source = handle.config or adapter_config(config), "assets/emoji-64" if base.id == EMBEDDED else base.source
     facts = {
         "Base model": base.id,
         "Pictures": str(len(folder.items)),
-        "Method": f"{config.method}, rank {adapter.rank}, alpha {adapter.effective_alpha:g}, targets {config.targets}",
+        "Method": f"{config.method}, {ranks_of(config, handle)}, alpha {adapter.effective_alpha:g}, targets {config.targets}",
         "Trained parameters": f"{handle.report.trained_parameters:,}",
         "Steps": f"{loop.steps} of {loop.batch_size * loop.gradient_accumulation} pictures",
         "Learning rate": f"{loop.learning_rate:g}",
