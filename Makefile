@@ -44,6 +44,8 @@ check: $(STAMP)  ## lint, format, types and tests
 bench: $(STAMP)  ## the benchmarks
 	$(BIN)/python benchmarks/prompt_fidelity.py
 	$(BIN)/python benchmarks/style_transfer.py
+	$(BIN)/python benchmarks/core.py
+	$(BIN)/python benchmarks/auto_rank.py
 	$(BIN)/python benchmarks/write_tables.py
 
 assets: $(STAMP)  ## rebuild the picture sets and the embedded model (needs npm; takes long)
@@ -52,6 +54,7 @@ assets: $(STAMP)  ## rebuild the picture sets and the embedded model (needs npm;
 	$(BIN)/python -m visionlora.assets.build_pictures --output assets --all build/pictures.npz
 	$(BIN)/python -m visionlora.assets.build_emoji64 vae --pictures build/pictures.npz --work build
 	$(BIN)/python -m visionlora.assets.build_emoji64 unet --work build
+	$(BIN)/python -m visionlora.assets.build_emoji64 refine --work build
 	$(BIN)/python benchmarks/prompt_fidelity.py
 	$(BIN)/python benchmarks/style_transfer.py --save
 	$(BIN)/python benchmarks/write_tables.py

@@ -7,8 +7,10 @@ handle.merge(); handle.unmerge(); handle.eject()
 
 from __future__ import annotations
 
+import gc
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -369,6 +371,19 @@ def inject(model: nn.Module, config: AdapterConfig, name: str = "default", seed:
     return handle
 
 
+@contextmanager
+def no_garbage_collection() -> Iterator[None]:
+    """Hundreds of small modules are made at once; looking for garbage among a whole model's objects takes far longer."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@no_garbage_collection()
 def attach(model: nn.Module, adapter: Adapter, component: str = "", name: str = "default") -> Handle:
     """Adds a finished adapter's factors for one component to `model`, frozen.
 
@@ -387,8 +402,8 @@ def attach(model: nn.Module, adapter: Adapter, component: str = "", name: str = 
         if len(adapter.components) != 1:
             raise ConfigError(f"The adapter has parts for {', '.join(adapter.components)}: say which to attach.")
         (component,) = adapter.components
-    handle = Handle(model, name)
-    modules, base = adapter.component(component), base_parameters(model)
+    handle, modules = Handle(model, name), adapter.component(component)
+    base = base_parameters(model) if any(m.kind == "full" for m in modules.values()) else {}
     methods, replaced = [], {}
     for path, m in modules.items():
         if m.kind == "full":
