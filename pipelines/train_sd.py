@@ -105,14 +105,21 @@ def train_sd(config: TrainSDConfig, listener: Listener | None = None) -> RunResu
     settings = SamplingConfig(config.sample_steps, config.guidance_scale or 1.0, config.seed)
     sheet = SampleSheet(base, handle, prompts, size, settings, run, tell)
     fitting = Fitting(
-        config, handle, run, sheet, tell, lambda step: header(config, adapter, loop, base, fingerprints, folder, size, step)
+        config,
+        handle,
+        run,
+        sheet,
+        tell,
+        lambda step: header(config, adapter, loop, base, fingerprints, folder, size, step),
     )
     history = fitting.fit(accelerator, task)
 
     # Adapter, grid and report
     adapter_path = run.path / "adapter.safetensors"
     if accelerator.is_main_process:
-        native.write(fitting.adapter(history[-1].step), adapter_path, public_metadata(config, adapter, loop, base, folder, size))
+        native.write(
+            fitting.adapter(history[-1].step), adapter_path, public_metadata(config, adapter, loop, base, folder, size)
+        )
         report(run, config, loop, base, folder, handle, sheet, history, time.monotonic() - started)
     seconds = time.monotonic() - started
     return RunResult(run.path, adapter_path, run.path / "grid.png", history[0].loss, recent_loss(history), seconds)

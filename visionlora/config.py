@@ -94,7 +94,11 @@ class TrainSDConfig:
             ("images", bool(self.images), "name the folder of pictures to learn from: --images ./dog"),
             ("steps", self.steps is None or self.steps >= 1, "it must be at least 1"),
             ("rank", self.rank == "auto" or self.rank >= 1, "it must be at least 1, or auto"),
-            ("rank_budget", budget_of(self.rank_budget) is not None, "write a mean rank (8), parameters (300k) or a size (2MB)"),
+            (
+                "rank_budget",
+                budget_of(self.rank_budget) is not None,
+                "write a mean rank (8), parameters (300k) or a size (2MB)",
+            ),
             ("alpha", self.alpha is None or (math.isfinite(self.alpha) and self.alpha > 0), "it must be positive"),
             ("learning_rate", self.learning_rate is None or 0 < self.learning_rate < math.inf, "it must be positive"),
             ("warmup_steps", self.warmup_steps >= 0, "it must be 0 or more"),

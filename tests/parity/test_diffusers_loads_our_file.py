@@ -20,26 +20,34 @@ def picture(pipe) -> torch.Tensor:
     )  # fmt: skip
 
 
-def random_adapter(model: Path, mixed: bool) -> Adapter:
+def random_adapter(model: Path, mixed: bool, method: str = "lora") -> Adapter:
     base = open_base(str(model))
     modules = {}
     for targets, rank, alpha in (("attn", 4, 3.0), ("mlp", 2, 10.0)) if mixed else (("attn,mlp,conv", 4, 9.0),):
         handle = inject(
-            base.pipe.unet, AdapterConfig(rank=rank, alpha=alpha, targets=targets), name=targets.replace(",", "_")
+            base.pipe.unet,
+            AdapterConfig(method=method, rank=rank, alpha=alpha, targets=targets),
+            name=targets.replace(",", "_"),
         )
         for lora in handle.methods.values():
             lora.lora_B.data.normal_(std=0.2)
+            if method == "dora":
+                lora.magnitude.data *= 1.1
         modules |= handle.modules("unet")
         handle.eject()
     return Adapter(modules, {"base": {"id": str(model), "fingerprints": base.fingerprints()}})
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("mixed", [False, True], ids=["one alpha", "mixed ranks and alphas"])
-def test_same_picture_in_diffusers(tiny_model: Path, tmp_path: Path, mixed: bool) -> None:
+@pytest.mark.parametrize(
+    ("mixed", "method"),
+    [(False, "lora"), (True, "lora"), (False, "rslora"), (False, "dora")],
+    ids=["one alpha", "mixed ranks and alphas", "rsLoRA", "DoRA"],
+)
+def test_same_picture_in_diffusers(tiny_model: Path, tmp_path: Path, mixed: bool, method: str) -> None:
     from diffusers import StableDiffusionPipeline
 
-    native.write(random_adapter(tiny_model, mixed), tmp_path / "adapter.safetensors")
+    native.write(random_adapter(tiny_model, mixed, method), tmp_path / "adapter.safetensors")
     base = open_base(str(tiny_model))
     plain = picture(base.pipe)
     handles = apply(base, load_adapter(tmp_path))

@@ -118,5 +118,7 @@ def test_rank_is_a_number_or_auto() -> None:
     assert build(TrainSDConfig, {"images": "x", "rank": "4"}).rank == 4
     with pytest.raises(ConfigError, match="rank is 'some'; expected a whole number or auto"):
         build(TrainSDConfig, {"images": "x", "rank": "some"})
-    with pytest.raises(ConfigError, match=r"rank_budget is 'lots'; write a mean rank \(8\), parameters \(300k\) or a size"):
+    with pytest.raises(
+        ConfigError, match=r"rank_budget is 'lots'; write a mean rank \(8\), parameters \(300k\) or a size"
+    ):
         TrainSDConfig(images="x", rank="auto", rank_budget="lots")

@@ -164,7 +164,21 @@ def read(path: Path) -> Adapter:
             f"{path} has {len(tensors)} tensors that its header does not list, the first "
             f"{sorted(tensors)[0]!r}: the file was changed by another tool."
         )
+    check_finite(path, modules)
     return Adapter(modules, info)
+
+
+def check_finite(path: Path, modules: Mapping[str, AdapterModule]) -> None:
+    """Raises AdapterFileError when some value is NaN or infinite; both survive a sum, which is the fastest look."""
+    sums = [t.sum(dtype=torch.float64) for m in modules.values() for t in m.tensors.values()]
+    if sums and not bool(torch.isfinite(torch.stack(sums)).all()):
+        bad = next(n for n, m in modules.items() if not all(torch.isfinite(t).all() for t in m.tensors.values()))
+        raise not_finite(path, bad)
+
+
+def not_finite(path: Path, name: str) -> AdapterFileError:
+    """What a file of a training that diverged gets."""
+    return AdapterFileError(f"{path} has NaN or infinite values in {name!r}: its training diverged.")
 
 
 def take_module(
@@ -192,8 +206,8 @@ def take_module(
                 f"{path} has factors of shapes {tuple(down.shape)} and {tuple(up.shape)} in {name!r}, "
                 "which cannot be multiplied."
             )
-    if not (math.isfinite(alpha) and all(torch.isfinite(t).all() for t in own.values())):
-        raise AdapterFileError(f"{path} has NaN or infinite values in {name!r}: its training diverged.")
+    if not math.isfinite(alpha):
+        raise not_finite(path, name)
     if "magnitude" in own:
         own["magnitude"] = own["magnitude"].flatten()
     return AdapterModule(kind, own, alpha, options)

@@ -11,9 +11,11 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from visionlora.lora.kernels import low_rank_conv
+from visionlora.lora.kernels import low_rank_conv, undo
 from visionlora.lora.layers import CONVOLUTIONS, AdaptedLayer, adapted_class, conv_geometry
 
 
@@ -43,6 +45,35 @@ class LeanConv(Lean):
         return low_rank_conv(padded, base.weight, base.bias, geometry, [])
 
 
+class RemadeSiLU(torch.autograd.Function):
+    """SiLU that keeps what its input was made from, where that is kept anyway, instead of its input."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # noqa: D102
+        kept, ctx.remake = undo(x)
+        ctx.save_for_backward(kept)
+        return F.silu(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # noqa: D102
+        (kept,) = ctx.saved_tensors
+        x = kept if ctx.remake is None else ctx.remake(kept)
+        found: Tensor = torch.ops.aten.silu_backward(grad, x)
+        return found
+
+
+class LeanSiLU(Lean):
+    """SiLU after a normalisation: the normalisation's output is not kept."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As `nn.SiLU`."""
+        if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and x.requires_grad):
+            return F.silu(x)
+        out: Tensor = RemadeSiLU.apply(x)
+        return out
+
+
 class LeanPointwise(Lean):
     """A normalisation or activation whose output can be made again from its input."""
 
@@ -70,7 +101,9 @@ def mixin_for(module: nn.Module) -> type[Lean] | None:
         return None
     if isinstance(module, CONVOLUTIONS) and not isinstance(module, nn.modules.conv._ConvTransposeNd):
         return LeanConv
-    if isinstance(module, (nn.LayerNorm, nn.GELU)):
+    if isinstance(module, nn.SiLU) and not module.inplace:
+        return LeanSiLU
+    if isinstance(module, (nn.LayerNorm, nn.GroupNorm, nn.GELU)):
         return LeanPointwise
     return None
 

@@ -8,8 +8,9 @@ hits ``mid_block.attn1.to_q`` but not ``goto_q``), or ``re:`` and a regular expr
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import cast
 
 from torch import Tensor, nn
@@ -246,21 +247,21 @@ def check_ranks(config: AdapterConfig, hits: Sequence[Site]) -> None:
             )
 
 
+@lru_cache
+def weight_children(cls: Hashable) -> tuple[str, ...]:
+    """The children whose weights modules of this class use instead of calling them."""
+    assert isinstance(cls, type)
+    if issubclass(cls, nn.MultiheadAttention):
+        return (OUT_PROJECTION,)
+    users = weight_users()
+    return next((users[n] for c in cls.__mro__ if (n := f"{c.__module__}.{c.__qualname__}") in users), ())
+
+
 def owners_of(model: nn.Module, sites: list[Site]) -> tuple[tuple[nn.Module, tuple[str, ...]], ...]:
     """The modules that use the weights of these layers instead of calling them, and the names of the children."""
     layers = {id(s.layer) for s in sites}
-    users = weight_users()
-    found = []
-    for module in model.modules():
-        if isinstance(module, nn.MultiheadAttention):
-            children: tuple[str, ...] = (OUT_PROJECTION,)
-        else:
-            children = next((users[n] for n in ancestry(module) if n in users), ())
-        if any(id(getattr(module, child, None)) in layers for child in children):
-            found.append((module, children))
-    return tuple(found)
-
-
-def ancestry(module: nn.Module) -> list[str]:
-    """The names of a module's class and of those it inherits from."""
-    return [f"{c.__module__}.{c.__qualname__}" for c in type(module).__mro__]
+    return tuple(
+        (module, children)
+        for module in model.modules()
+        if (children := weight_children(type(module))) and any(id(getattr(module, c, None)) in layers for c in children)
+    )
