@@ -53,8 +53,8 @@ def fidelity_text() -> str:
     psnr = ", ".join(f"{style} {value:.1f}" for style, value in r["vae_psnr_db"].items())
     return (
         f"- Prompt fidelity of `emoji-64`: of {r['prompts']} captions of the base style, one picture each, the nearest "
-        f"of all {r['pictures']} base pictures ({r['feature']}) has the right caption for {percent(r['top1'])} (top-1) "
-        f"and {percent(r['top5'])} (top-5). {r['steps']} steps, guidance {r['guidance_scale']:g}.\n"
+        f"of all {r['pictures']} base pictures ({r['feature']}) has the right caption for {r['top1']:.1%} (top-1) "
+        f"and {r['top5']:.1%} (top-5). {r['steps']} steps, guidance {r['guidance_scale']:g}.\n"
         f"- VAE, PSNR in dB on pictures it never saw: {psnr}.\n"
         "- `benchmarks/prompt_fidelity.py`."
     )
