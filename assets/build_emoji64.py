@@ -15,6 +15,8 @@ from __future__ import annotations
 import argparse
 import math
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -224,32 +226,41 @@ def base_set() -> tuple[np.ndarray[Any, Any], list[str]]:
     return np.concatenate([p for p, _ in parts]), [c for _, captions in parts for c in captions]
 
 
-def train_unet(work: Path, output: Path, steps: int, batch: int = 32, peak: float = 1.2e-3) -> None:
-    """Writes the whole pipeline to `output` in fp16, from `work/vae`."""
-    from diffusers import AutoencoderKL, DDPMScheduler
+@dataclass(frozen=True)
+class Batch:
+    """What one step sees. Letters: b pictures."""
 
-    torch.manual_seed(SEED)
-    pictures, captions = base_set()
-    tokenizer = train_tokenizer(captions, work / "tokenizer")
-    text_encoder, vae = new_text_encoder(tokenizer), AutoencoderKL.from_pretrained(work / "vae").eval()
-    unet = new_unet(vae.config.latent_channels)
+    clean: Tensor
+    """(b, c, h, w), scaled latents."""
+    noise: Tensor
+    """(b, c, h, w), standard normal."""
+    timesteps: Tensor
+    """(b,)."""
+    tokens: Tensor
+    """(b, tokens)."""
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How fast a stage learns."""
+
+    steps: int
+    peak: float
+    """Learning rate after the warm-up; a cosine takes it to zero."""
+    warmup: int
+    ema_limit: float
+    """Largest share that the averaged weights keep at an update."""
+
+
+def fit(unet: Any, text_encoder: Any, batch_at: Callable[[int], Batch], pace: Pace, state_file: Path) -> None:
+    """Trains both parts together, resumable from `state_file`, and leaves the averaged weights in them."""
+    from diffusers import DDPMScheduler
+
     schedule = DDPMScheduler(clip_sample=False, prediction_type="v_prediction", **NOISE)
-    with torch.no_grad():
-        z = (
-            torch.cat([vae.encode(x).latent_dist.mean for x in to_tensor(pictures).split(64)])
-            * vae.config.scaling_factor
-        )
-
-    def tokens(texts: list[str]) -> Tensor:
-        padded = tokenizer(texts, padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
-        ids: Tensor = padded.input_ids
-        return ids
-
-    ids, null = torch.stack([tokens([t.format(c) for c in captions]) for t in TEMPLATES]), tokens([""])
     trained = [*unet.parameters(), *text_encoder.parameters()]
     ema = [p.detach().clone() for p in trained]
-    optimizer = torch.optim.AdamW(trained, lr=peak, weight_decay=1e-2, betas=(0.9, 0.99), fused=True)
-    state_file, first = work / "unet.pt", 0
+    optimizer = torch.optim.AdamW(trained, lr=pace.peak, weight_decay=1e-2, betas=(0.9, 0.99), fused=True)
+    first = 0
     if state_file.exists():
         state = torch.load(state_file, weights_only=True)
         for p, saved, e, saved_ema in zip(trained, state["weights"], ema, state["ema"], strict=True):
@@ -257,38 +268,78 @@ def train_unet(work: Path, output: Path, steps: int, batch: int = 32, peak: floa
         optimizer.load_state_dict(state["optimizer"])
         first = state["step"]
     start, recent = time.monotonic(), 0.0
-    for step in range(first, steps):
-        generator = torch.Generator().manual_seed(SEED * 1_000_003 + step)
-        epoch, offset = divmod(step * batch, len(z) // batch * batch)
-        order = torch.randperm(len(z), generator=torch.Generator().manual_seed(SEED + epoch))
-        i = order[offset : offset + batch]
-        c = ids[torch.randint(len(TEMPLATES), (batch,), generator=generator), i]
-        c = torch.where(torch.rand(batch, 1, generator=generator) < 0.1, null, c)
-        noise = torch.randn(z[i].shape, generator=generator)
-        # Denser where a picture takes shape, at high noise, than where only its grain is left to guess.
-        t = ((1 - torch.rand(batch, generator=generator) ** 1.5) * 1000).long().clamp(0, 999)
+    for step in range(first, pace.steps):
+        b = batch_at(step)
         for group in optimizer.param_groups:
-            group["lr"] = peak * min(1.0, (step + 1) / 300) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
-        predicted = unet(schedule.add_noise(z[i], noise, t), t, text_encoder(c)[0]).sample
-        loss = F.mse_loss(predicted, schedule.get_velocity(z[i], noise, t))
+            falling = 0.5 + 0.5 * math.cos(math.pi * step / pace.steps)
+            group["lr"] = pace.peak * min(1.0, (step + 1) / pace.warmup) * falling
+        noisy = schedule.add_noise(b.clean, b.noise, b.timesteps)
+        predicted = unet(noisy, b.timesteps, text_encoder(b.tokens)[0]).sample
+        loss = F.mse_loss(predicted, schedule.get_velocity(b.clean, b.noise, b.timesteps))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         if (step + 1) % EMA_EVERY == 0:
+            kept = min(pace.ema_limit, (1 + step) / (100 + step))
             with torch.no_grad():
-                torch._foreach_lerp_(ema, [p.detach() for p in trained], 1 - min(0.99, (1 + step) / (100 + step)))
+                torch._foreach_lerp_(ema, [p.detach() for p in trained], 1 - kept)
         recent += loss.item()
         if (step + 1) % 100 == 0:
             rate = (time.monotonic() - start) / (step + 1 - first)
-            print(f"unet {step + 1}/{steps} loss {recent / 100:.4f} {rate:.3f} s/step", flush=True)
+            print(f"{state_file.stem} {step + 1}/{pace.steps} loss {recent / 100:.4f} {rate:.3f} s/step", flush=True)
             recent = 0.0
-        if (step + 1) % 500 == 0 or step + 1 == steps:
-            state = {"weights": [p.detach() for p in trained], "ema": ema, "optimizer": optimizer.state_dict()}
-            save_state(state_file, {**state, "step": step + 1})
+        if (step + 1) % 500 == 0 or step + 1 == pace.steps:
+            weights = [p.detach() for p in trained]
+            state = {"weights": weights, "ema": ema, "optimizer": optimizer.state_dict(), "step": step + 1}
+            save_state(state_file, state)
     with torch.no_grad():
         for p, e in zip(trained, ema, strict=True):
             p.copy_(e)
+
+
+def tokens(tokenizer: Any, texts: list[str]) -> Tensor:
+    """(texts, MAX_TOKENS)."""
+    ids: Tensor = tokenizer(
+        texts, padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
+    ).input_ids
+    return ids
+
+
+def latents_of(vae: Any, x: Tensor) -> Tensor:
+    """(b, c, h, w), scaled."""
+    with torch.no_grad():
+        coded = torch.cat([vae.encode(part).latent_dist.mean for part in x.split(64)])
+    scaled: Tensor = coded * vae.config.scaling_factor
+    return scaled
+
+
+def train_unet(work: Path, output: Path, steps: int, size: int = 32) -> None:
+    """Writes the whole pipeline to `output` in fp16, from `work/vae`."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(SEED)
+    pictures, captions = base_set()
+    tokenizer = train_tokenizer(captions, work / "tokenizer")
+    text_encoder, vae = new_text_encoder(tokenizer), AutoencoderKL.from_pretrained(work / "vae").eval()
+    unet = new_unet(vae.config.latent_channels)
+    z = latents_of(vae, to_tensor(pictures))
+    ids = torch.stack([tokens(tokenizer, [t.format(c) for c in captions]) for t in TEMPLATES])
+    null = tokens(tokenizer, [""])
+
+    def batch_at(step: int) -> Batch:
+        generator = torch.Generator().manual_seed(SEED * 1_000_003 + step)
+        epoch, offset = divmod(step * size, len(z) // size * size)
+        order = torch.randperm(len(z), generator=torch.Generator().manual_seed(SEED + epoch))
+        i = order[offset : offset + size]
+        c = ids[torch.randint(len(TEMPLATES), (size,), generator=generator), i]
+        c = torch.where(torch.rand(size, 1, generator=generator) < 0.1, null, c)
+        noise = torch.randn(z[i].shape, generator=generator)
+        # Denser where a picture takes shape, at high noise, than where only its grain is left to guess.
+        t = ((1 - torch.rand(size, generator=generator) ** 1.5) * 1000).long().clamp(0, 999)
+        return Batch(z[i], noise, t, c)
+
+    fit(unet, text_encoder, batch_at, Pace(steps, 1.2e-3, 300, 0.99), work / "unet.pt")
     save_pipeline(vae, text_encoder, tokenizer, unet, output)
 
 
@@ -336,71 +387,35 @@ PLAIN_SHARE = 0.6
 """Share of pictures seen as they are."""
 
 
-def refine(work: Path, output: Path, steps: int, batch: int = 32, peak: float = 6e-4) -> None:
+def refine(work: Path, output: Path, steps: int, size: int = 32) -> None:
     """Goes on from the pipeline in `output` with the base pictures drawn in several ways, at a falling rate."""
-    from diffusers import DDPMScheduler, StableDiffusionPipeline
+    from diffusers import StableDiffusionPipeline
 
     torch.manual_seed(SEED)
     pipe = StableDiffusionPipeline.from_pretrained(output, safety_checker=None, requires_safety_checker=False)
     pipe.to(torch.float32)
     unet, text_encoder, vae, tokenizer = pipe.unet.train(), pipe.text_encoder.train(), pipe.vae, pipe.tokenizer
-    schedule = DDPMScheduler(clip_sample=False, prediction_type="v_prediction", **NOISE)
     pictures, captions = base_set()
-    with torch.no_grad():
-        parts = to_tensor(pictures).split(64)
-        latents = [torch.cat([vae.encode(f(x)).latent_dist.mean for x in parts]) for f in VARIANTS.values()]
-        z = torch.stack(latents) * vae.config.scaling_factor
-
-    def tokens(texts: list[str]) -> Tensor:
-        padded = tokenizer(texts, padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
-        ids: Tensor = padded.input_ids
-        return ids
-
+    z = torch.stack([latents_of(vae, change(to_tensor(pictures))) for change in VARIANTS.values()])
     ids = torch.stack(
-        [torch.stack([tokens([t.format(c) + words for c in captions]) for t in TEMPLATES]) for words in VARIANTS]
+        [
+            torch.stack([tokens(tokenizer, [t.format(c) + words for c in captions]) for t in TEMPLATES])
+            for words in VARIANTS
+        ]
     )
-    null, trained = tokens([""]), [*unet.parameters(), *text_encoder.parameters()]
-    ema = [p.detach().clone() for p in trained]
-    optimizer = torch.optim.AdamW(trained, lr=peak, weight_decay=1e-2, betas=(0.9, 0.99), fused=True)
-    state_file, first = work / "refine.pt", 0
-    if state_file.exists():
-        state = torch.load(state_file, weights_only=True)
-        for p, saved, e, saved_ema in zip(trained, state["weights"], ema, state["ema"], strict=True):
-            p.data.copy_(saved), e.copy_(saved_ema)
-        optimizer.load_state_dict(state["optimizer"])
-        first = state["step"]
-    start, recent = time.monotonic(), 0.0
-    for step in range(first, steps):
+    null = tokens(tokenizer, [""])
+
+    def batch_at(step: int) -> Batch:
         generator = torch.Generator().manual_seed(SEED * 1_000_003 + 500_000 + step)
-        i = torch.randint(len(captions), (batch,), generator=generator)
-        v = torch.randint(1, len(VARIANTS), (batch,), generator=generator)
-        v = torch.where(torch.rand(batch, generator=generator) < PLAIN_SHARE, 0, v)
-        c = ids[v, torch.randint(len(TEMPLATES), (batch,), generator=generator), i]
-        c = torch.where(torch.rand(batch, 1, generator=generator) < 0.1, null, c)
-        clean, noise = z[v, i], torch.randn(z[0, i].shape, generator=generator)
-        t = torch.randint(1000, (batch,), generator=generator)
-        for group in optimizer.param_groups:
-            group["lr"] = peak * min(1.0, (step + 1) / 200) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
-        predicted = unet(schedule.add_noise(clean, noise, t), t, text_encoder(c)[0]).sample
-        loss = F.mse_loss(predicted, schedule.get_velocity(clean, noise, t))
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        if (step + 1) % EMA_EVERY == 0:
-            with torch.no_grad():
-                torch._foreach_lerp_(ema, [p.detach() for p in trained], 1 - min(0.98, (1 + step) / (100 + step)))
-        recent += loss.item()
-        if (step + 1) % 100 == 0:
-            rate = (time.monotonic() - start) / (step + 1 - first)
-            print(f"refine {step + 1}/{steps} loss {recent / 100:.4f} {rate:.3f} s/step", flush=True)
-            recent = 0.0
-        if (step + 1) % 500 == 0 or step + 1 == steps:
-            state = {"weights": [p.detach() for p in trained], "ema": ema, "optimizer": optimizer.state_dict()}
-            save_state(state_file, {**state, "step": step + 1})
-    with torch.no_grad():
-        for p, e in zip(trained, ema, strict=True):
-            p.copy_(e)
+        i = torch.randint(len(captions), (size,), generator=generator)
+        v = torch.randint(1, len(VARIANTS), (size,), generator=generator)
+        v = torch.where(torch.rand(size, generator=generator) < PLAIN_SHARE, 0, v)
+        c = ids[v, torch.randint(len(TEMPLATES), (size,), generator=generator), i]
+        c = torch.where(torch.rand(size, 1, generator=generator) < 0.1, null, c)
+        noise = torch.randn(z[0, i].shape, generator=generator)
+        return Batch(z[v, i], noise, torch.randint(1000, (size,), generator=generator), c)
+
+    fit(unet, text_encoder, batch_at, Pace(steps, 6e-4, 200, 0.98), work / "refine.pt")
     save_pipeline(vae, text_encoder, tokenizer, unet, output)
 
 
