@@ -66,7 +66,7 @@ class InFull:
 
     @torch.no_grad()
     def set_scale(self, scale: float) -> None:
-        """Original + scale · (trained - original); 1 and 0 are exact."""
+        """original + scale · (trained - original); 1 and 0 are exact."""
         if self.trained is None:
             self.trained = self.parameter.detach().clone()
         if scale == 1:

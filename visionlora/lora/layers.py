@@ -147,6 +147,21 @@ def build_stack(weight: Tensor, dtype: torch.dtype, active: Iterable[Method]) ->
         )
 
 
+class shared_terms:
+    """What the terms of a method have in common is computed once while they are asked for."""
+
+    def __init__(self, active: list[Method]) -> None:
+        self.active = active
+
+    def __enter__(self) -> None:
+        for m in self.active:
+            m.begin()
+
+    def __exit__(self, *_: object) -> None:
+        for m in self.active:
+            m.end()
+
+
 def placed(value: Tensor, rows: Rows, out: int) -> Tensor:
     """`value` of some rows of a fused layer among zeros for all of them."""
     if rows is None:
@@ -192,7 +207,7 @@ class AdaptedLinear(AdaptedLayer):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """X (..., i) -> (..., o)."""
+        """x (..., i) -> (..., o)."""
         bias = cast(nn.Linear, self).bias
         if "calling" not in self.__dict__:
             return self.run(x, bias)
@@ -210,9 +225,10 @@ class AdaptedLinear(AdaptedLayer):
         if torch.compiler.is_compiling():
             return self.plain(x, weight, bias, active)
         if self.wants_graph(x, active):
-            if weight.requires_grad or (bias is not None and bias.requires_grad):
-                return self.plain(x, weight, bias, active)  # the kernels take the base for frozen
-            return self.trained(x, weight, bias, active)
+            with shared_terms(active):
+                if weight.requires_grad or (bias is not None and bias.requires_grad):
+                    return self.plain(x, weight, bias, active)  # the kernels take the base for frozen
+                return self.trained(x, weight, bias, active)
         return self.stacked(x, weight, bias, active)
 
     def trained(self, x: Tensor, weight: Tensor, bias: Tensor | None, active: list[Method]) -> Tensor:
@@ -271,14 +287,15 @@ class AdaptedConv(AdaptedLayer):
     """A convolution with adapters; the down path moves over the input exactly as the base does."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """X (b, i, *s) -> (b, o, *s')."""
+        """x (b, i, *s) -> (b, o, *s')."""
         base = cast(Any, self)
         if not (active := self.active()):
             return self.guarded(cast(Tensor, super().forward(x)))
         if torch.compiler.is_compiling() or base.weight.requires_grad or isinstance(base.padding, str):
             return self.plain(x, active)
         if self.wants_graph(x, active):
-            return self.trained(x, active)
+            with shared_terms(active):
+                return self.trained(x, active)
         return self.stacked(x, active)
 
     def trained(self, x: Tensor, active: list[Method]) -> Tensor:

@@ -30,7 +30,7 @@ class LeanConv(Lean):
     """A frozen convolution that keeps nothing of its input."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """X (b, i, *s) -> (b, o, *s')."""
+        """x (b, i, *s) -> (b, o, *s')."""
         base = cast(Any, self)
         if (
             torch.compiler.is_compiling()

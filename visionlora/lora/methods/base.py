@@ -105,6 +105,12 @@ class Method(nn.Module):
 
     # ------------------------------------------------------------------------------------------------------- effect
 
+    def begin(self) -> None:
+        """Called before the terms are asked for in one forward pass: what they share may be computed once."""
+
+    def end(self) -> None:
+        """Called when that forward pass has its terms."""
+
     def factors(self) -> list[Factors]:
         """Low-rank terms at the present scale."""
         return []

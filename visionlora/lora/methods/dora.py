@@ -34,6 +34,7 @@ class DoRA(Method):
     ) -> None:  # fmt: skip
         super().__init__(site, dropout)
         self.lora_A, self.lora_B = nn.Parameter(lora_A), nn.Parameter(lora_B)
+        self.shared_norms: Tensor | None = None
         self.alpha, self.scaling = float(alpha), alpha / len(lora_A) if scaling is None else scaling
         wide = torch.promote_types(site.weight.dtype, torch.float32)
         with torch.no_grad():
@@ -71,9 +72,18 @@ class DoRA(Method):
         factors = self.lora_A.detach().to(wide), self.lora_B.detach().to(wide)
         return sum_row_norms(self.site.weight.to(wide), self.squares, *factors, self.scaling)
 
+    def begin(self) -> None:
+        """Gain and factors of one forward pass share the norms."""
+        self.shared_norms = self.norms()
+
+    def end(self) -> None:
+        """Parameters may change from here on."""
+        self.shared_norms = None
+
     def ratio(self) -> Tensor:
-        """M / ‖W + s·B·A‖, (o,)."""
-        return self.magnitude / self.norms().clamp_min(torch.finfo(self.squares.dtype).tiny)
+        """m / ‖W + s·B·A‖, (o,)."""
+        norms = self.norms() if self.shared_norms is None else self.shared_norms
+        return self.magnitude / norms.clamp_min(torch.finfo(self.squares.dtype).tiny)
 
     def gain(self) -> Gain:
         """m/‖·‖ - 1, on the output without its bias."""
@@ -86,7 +96,7 @@ class DoRA(Method):
 
     @torch.no_grad()
     def delta_weight(self, weight: Tensor) -> Tensor:
-        """M ⊙ (W + s·B·A)/‖·‖ - W."""
+        """m ⊙ (W + s·B·A)/‖·‖ - W."""
         product = wide(self.lora_B).flatten(1) @ wide(self.lora_A).flatten(1) * self.scaling
         ratio = self.ratio().view(-1, *(1,) * (weight.dim() - 1))
         return ((wide(weight) + product.view(weight.shape)) * ratio - wide(weight)) * self._scale

@@ -42,11 +42,11 @@ class IA3(Method):
         return made
 
     def gain(self) -> Gain | None:
-        """L - 1 on the output with its bias."""
+        """l - 1 on the output with its bias."""
         return None if self.on_input else Gain((self.factor_vector - 1) * self.factor, with_bias=True)
 
     def input_gain(self) -> Tensor | None:
-        """L - 1 on the base's input."""
+        """l - 1 on the base's input."""
         return (self.factor_vector - 1) * self.factor if self.on_input else None
 
     @torch.no_grad()

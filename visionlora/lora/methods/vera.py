@@ -55,7 +55,7 @@ class VeRA(Method):
 
     @classmethod
     def new(cls, site: Site, config: AdapterConfig, generator: torch.Generator) -> VeRA:
-        """B zero, d at 0.1."""
+        """b zero, d at 0.1."""
         rank, device = config.rank_of(site.name), site.weight.device
         b, d = torch.zeros(len(site.weight), device=device), torch.full((rank,), D_INITIAL, device=device)
         return cls(site, b, d, config.projection_seed, config.dropout)
