@@ -40,6 +40,7 @@ def take_turns(contestants: dict[str, Callable[[], object]], turns: int = TURNS)
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for turn in range(turns + 1):
         for name, run in contestants.items():
+            gc.collect()  # nobody pays for the garbage of the one before
             start = time.perf_counter()
             run()
             if turn:
@@ -147,15 +148,21 @@ def train_steps(base: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Any]:
         with torch.no_grad():
             call(bare, inputs)
 
+    def frozen() -> None:
+        """What no adapter can go below: forward and backward of the frozen model, to its input."""
+        latents = inputs["sample"].clone().requires_grad_(True)
+        call(bare, {**inputs, "sample": latents}).float().square().mean().backward()
+
     t = take_turns({
         "forward": forward,
+        "frozen": frozen,
         **{name: step(m, lambda m=m: call(m, inputs)) for name, m in  # type: ignore[misc]
            (("ours", ours), ("peft", theirs), ("our DoRA", dora), ("peft DoRA", their_dora))},
     })  # fmt: skip
     kept = {name: bytes_kept(m, lambda m=m: call(m, inputs)) for name, m in (("ours", ours), ("peft", theirs))}  # type: ignore[misc]
     return {
         "forward_s": t["forward"],
-        "step_over_two_forwards": {n: t[n] / (2 * t["forward"]) for n in ("ours", "peft")},
+        "step_over_two_forwards": {n: t[n] / (2 * t["forward"]) for n in ("frozen", "ours", "peft")},
         "kept_mib": {n: v / 2**20 for n, v in kept.items()},
         "kept_ours_over_peft": kept["ours"] / kept["peft"],
         "dora_over_lora": {"ours": t["our DoRA"] / t["ours"], "peft": t["peft DoRA"] / t["peft"]},

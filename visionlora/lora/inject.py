@@ -339,7 +339,7 @@ def inject(model: nn.Module, config: AdapterConfig, name: str = "default", seed:
         TargetError: when the targets reach nothing (see `visionlora.lora.targets.resolve`).
         ConfigError: when an adapter of that name is there. In both cases the model is left untouched.
     """
-    check_name(model, name)
+    check_name((m for m in model.modules() if isinstance(m, AdaptedLayer)), name)
     handle = Handle(model, name, config)
     base = base_parameters(model)
     replaced = select_in_full(model, config, base)
@@ -397,7 +397,7 @@ def attach(model: nn.Module, adapter: Adapter, component: str = "", name: str = 
         TargetError: when a module is missing in the model or has another shape; the model is left untouched.
         ConfigError: when an adapter of that name is there.
     """
-    check_name(model, name)
+    check_name((), name)
     if not component:
         if len(adapter.components) != 1:
             raise ConfigError(f"The adapter has parts for {', '.join(adapter.components)}: say which to attach.")
@@ -433,6 +433,7 @@ def attach(model: nn.Module, adapter: Adapter, component: str = "", name: str = 
 
 def _place(handle: Handle, methods: Sequence[Method], name: str) -> None:
     """Puts methods on their layers."""
+    check_name((m.site.layer for m in methods), name)
     owners = owners_of(handle.model, [m.site for m in methods])
     for m in methods:
         if isinstance(m.site.layer, Lean):
@@ -518,15 +519,17 @@ def fitting_parameter(
     return base[path]
 
 
-def check_name(model: nn.Module, name: str) -> None:
-    """Raises ConfigError when `name` cannot name an adapter, or some layer of `model` already carries one of it."""
+def check_name(layers: Iterable[nn.Module], name: str) -> None:
+    """Raises ConfigError when `name` cannot name an adapter, or one of these layers already carries one of it."""
     if not name or "." in name or ":" in name or hasattr(nn.ModuleDict, name):
         raise ConfigError(
             f"{name!r} cannot name an adapter: use a word without dots and colons that is no method of a module."
         )
-    taken = {a.adapter_name for m in model.modules() if isinstance(m, AdaptedLayer) for a in m.methods()}
-    if name in taken:
-        raise ConfigError(
-            f"An adapter named {name!r} is on this model already (there: {', '.join(sorted(taken))}). "
-            "Eject it first or choose another name."
-        )
+    for layer in layers:
+        if isinstance(layer, AdaptedLayer):
+            taken = {m.adapter_name for m in layer.methods()}
+            if name in taken:
+                raise ConfigError(
+                    f"An adapter named {name!r} is on this model already (there: {', '.join(sorted(taken))}). "
+                    "Eject it first or choose another name."
+                )

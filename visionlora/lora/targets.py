@@ -8,7 +8,7 @@ hits ``mid_block.attn1.to_q`` but not ``goto_q``), or ``re:`` and a regular expr
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, cast
@@ -256,12 +256,20 @@ def weight_children(cls: Any) -> tuple[str, ...]:
     return next((users[n] for c in cls.__mro__ if (n := f"{c.__module__}.{c.__qualname__}") in users), ())
 
 
-def owners_of(model: nn.Module, sites: list[Site]) -> tuple[tuple[nn.Module, tuple[str, ...]], ...]:
-    """The modules that use the weights of these layers instead of calling them, and the names of the children."""
-    layers = {id(s.layer) for s in sites}
-    return tuple(
-        (module, children)
-        for module in model.modules()
-        if (children := weight_children(cast(Any, type(module))))
-        and any(id(getattr(module, c, None)) in layers for c in children)
-    )
+def owners_of(model: nn.Module, sites: Iterable[Site]) -> tuple[tuple[nn.Module, tuple[str, ...]], ...]:
+    """The modules that use the weights of these layers instead of calling them, and the names of the children.
+
+    Only the parents of the layers are looked at, so that the time does not grow with the model or its adapters.
+    """
+    parents: dict[str, nn.Module] = {}
+    found: dict[int, tuple[nn.Module, tuple[str, ...]]] = {}
+    for site in sites:
+        path = site.name[: -len(site.part) - 1] if site.part else site.name
+        parent, _, child = path.rpartition(".")
+        if parent not in parents:
+            parents[parent] = model.get_submodule(parent)
+        owner = parents[parent]
+        children = weight_children(cast(Any, type(owner)))
+        if child in children:
+            found[id(owner)] = (owner, children)
+    return tuple(found.values())

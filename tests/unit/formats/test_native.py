@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from visionlora.errors import AdapterFileError
 from visionlora.formats import native
@@ -57,11 +58,9 @@ def test_diffusers_metadata_names_what_differs() -> None:
 def write_with(path: Path, change) -> None:
     """Our file after a change to its tensors or header."""
     native.write(adapter(), path)
-    data = path.read_bytes()
-    metadata = native.read_metadata(data)
-    from safetensors.torch import load
-
-    tensors = load(data)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
     change(tensors, metadata)
     save_file(tensors, path, metadata)
 
