@@ -136,12 +136,21 @@ def measure_unet(dtype: torch.dtype) -> dict[str, Any]:
 
 def train_steps(base: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Any]:
     """Step times over the bare forward, and bytes kept."""
-    ours, theirs, dora, their_dora, bare = (sharing(base, unet_of_sd15) for _ in range(5))
-    inject(ours, AdapterConfig(rank=RANK, targets="attn"))
-    inject(dora, AdapterConfig(method="dora", rank=RANK, targets="attn"))
-    peft_on(theirs, target_modules=ATTENTION)
-    peft_on(their_dora, target_modules=ATTENTION, use_dora=True)
-    for model in (ours, theirs, dora, their_dora):
+    bare = sharing(base, unet_of_sd15)
+    models = {name: sharing(base, unet_of_sd15) for name in ("ours", "peft", "our DoRA", "peft DoRA")}
+    inject(models["ours"], AdapterConfig(rank=RANK, targets="attn"))
+    inject(models["our DoRA"], AdapterConfig(method="dora", rank=RANK, targets="attn"))
+    peft_on(models["peft"], target_modules=ATTENTION)
+    peft_on(models["peft DoRA"], target_modules=ATTENTION, use_dora=True)
+    if inputs["sample"].dtype != torch.float32:
+        # As diffusers injects them, PEFT's adapters take the dtype of the base; PEFT's own default keeps them in fp32,
+        # as ours are. Both are measured.
+        models["peft, adapters in the base's dtype"] = models["peft"]
+        models["peft"] = sharing(base, unet_of_sd15)
+        peft_on(models["peft"], target_modules=ATTENTION)
+        for name in ("peft", "peft DoRA"):
+            in_fp32(models[name])
+    for model in models.values():
         fill(model.train())
 
     def forward() -> None:
@@ -153,20 +162,23 @@ def train_steps(base: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Any]:
         latents = inputs["sample"].clone().requires_grad_(True)
         call(bare, {**inputs, "sample": latents}).float().square().mean().backward()
 
-    t = take_turns({
-        "forward": forward,
-        "frozen": frozen,
-        **{name: step(m, lambda m=m: call(m, inputs)) for name, m in  # type: ignore[misc]
-           (("ours", ours), ("peft", theirs), ("our DoRA", dora), ("peft DoRA", their_dora))},
-    })  # fmt: skip
-    kept = {name: bytes_kept(m, lambda m=m: call(m, inputs)) for name, m in (("ours", ours), ("peft", theirs))}  # type: ignore[misc]
+    steps = {name: step(m, lambda m=m: call(m, inputs)) for name, m in models.items()}  # type: ignore[misc]
+    t = take_turns({"forward": forward, "frozen": frozen, **steps}, turns=9)
+    kept = {name: bytes_kept(m, lambda m=m: call(m, inputs)) for name, m in models.items()}  # type: ignore[misc]
     return {
         "forward_s": t["forward"],
-        "step_over_two_forwards": {n: t[n] / (2 * t["forward"]) for n in ("frozen", "ours", "peft")},
+        "step_over_two_forwards": {n: t[n] / (2 * t["forward"]) for n in t if n != "forward"},
         "kept_mib": {n: v / 2**20 for n, v in kept.items()},
         "kept_ours_over_peft": kept["ours"] / kept["peft"],
         "dora_over_lora": {"ours": t["our DoRA"] / t["ours"], "peft": t["peft DoRA"] / t["peft"]},
     }
+
+
+def in_fp32(model: nn.Module) -> None:
+    """PEFT's adapters in fp32."""
+    for name, p in model.named_parameters():
+        if "lora_" in name:
+            p.data = p.data.float()
 
 
 def many_active(base: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Any]:

@@ -80,6 +80,8 @@ def core_rows() -> list[tuple[str, str, str, str]]:
             continue
         step = r["step_over_two_forwards"]
         floor = f"PEFT {step['peft']:.2f}, frozen model {step['frozen']:.2f}"
+        if (same := step.get("peft, adapters in the base's dtype")) is not None:
+            floor += f", PEFT with bf16 adapters {same:.2f}"
         rows.append(("training step / two bare forwards", where, f"{step['ours']:.2f}", floor))
         kept = r["kept_mib"]
         rows.append(("kept for backward, MiB", where, f"{kept['ours']:.0f}", f"PEFT {kept['peft']:.0f}"))

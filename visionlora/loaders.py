@@ -2,32 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from visionlora.errors import AdapterFileError
-from visionlora.formats import native
+from visionlora.errors import AdapterFileError, nearest
+from visionlora.formats import native, peft
 from visionlora.lora.adapter import Adapter
 from visionlora.lora.inject import Handle, attach
 from visionlora.models.base import BaseModel, open_base
 
+WRITERS: dict[str, Callable[[Adapter, Path], None]] = {"visionlora": native.write, "peft": peft.write}
+
 
 def load_adapter(path: str | Path) -> Adapter:
-    """Reads an adapter file, or the run folder that holds one.
+    """Reads an adapter file, the run folder that holds one, or a folder of PEFT's.
 
     Raises:
-        AdapterFileError: see `visionlora.formats.native.read`.
+        AdapterFileError: see `visionlora.formats.native.read` and `visionlora.formats.peft.read`.
     """
     path = Path(path).expanduser()
+    if peft.is_folder(path):
+        return peft.read(path)
     if (path / "adapter.safetensors").is_file():
         path = path / "adapter.safetensors"
     return native.read(path)
 
 
-def save_adapter(adapter: Adapter, path: str | Path) -> None:
-    """Writes an adapter file, atomically."""
-    native.write(adapter, Path(path).expanduser())
+def save_adapter(adapter: Adapter, path: str | Path, format: str = "visionlora") -> None:
+    """Writes an adapter, atomically.
+
+    Args:
+        adapter: from a file or a handle.
+        path: a file, or for `peft` a folder.
+        format: `visionlora` (our own, which diffusers reads too) or `peft`.
+
+    Raises:
+        AdapterFileError: when the format is unknown or cannot hold the adapter, or the path cannot be written.
+    """
+    if format not in WRITERS:
+        raise AdapterFileError(f"There is no adapter format {format!r}. {nearest(format, WRITERS)}")
+    WRITERS[format](adapter, Path(path).expanduser())
 
 
 def check_base(adapter: Adapter, base: BaseModel, force: bool = False) -> None:
