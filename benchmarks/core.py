@@ -39,7 +39,9 @@ def take_turns(contestants: dict[str, Callable[[], object]], turns: int = TURNS)
     """Median seconds of each, after one warm-up turn; they alternate, so that a slow moment hits all."""
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for turn in range(turns + 1):
-        for name, run in contestants.items():
+        names = list(contestants)
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:  # each follows each other in turn
+            run = contestants[name]
             gc.collect()  # nobody pays for the garbage of the one before
             start = time.perf_counter()
             run()

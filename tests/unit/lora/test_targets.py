@@ -91,3 +91,43 @@ def test_stable_diffusion_1_5_has_the_published_numbers_of_layers() -> None:
     assert len(found(unet, "attn", rank=4).sites) == 128
     assert len(found(unet, "attn", "mlp", rank=4).sites) == 160
     assert len(found(unet, "attn", "mlp", "proj", rank=4).sites) == 192
+
+
+def test_stable_diffusion_2_and_xl_have_the_published_numbers_of_layers() -> None:
+    from diffusers import UNet2DConditionModel
+
+    blocks = ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D")
+    ups = ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")
+    with torch.device("meta"):
+        two = UNet2DConditionModel(
+            cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20), use_linear_projection=True
+        )
+        xl = UNet2DConditionModel(
+            block_out_channels=(320, 640, 1280), down_block_types=blocks, up_block_types=ups,
+            transformer_layers_per_block=(1, 2, 10), attention_head_dim=(5, 10, 20), cross_attention_dim=2048,
+            use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=256,
+            projection_class_embeddings_input_dim=2816,
+        )  # fmt: skip
+    assert len(found(two, "attn", rank=4).sites) == 128
+    assert len(found(xl, "attn", rank=4).sites) == 560
+    assert len(found(xl, "attn", "mlp", "proj", rank=4).sites) == 722
+
+
+def test_the_attention_names_of_transformers_before_5_9() -> None:
+    """`vit.encoder.layer.0.attention.attention.query`, `…attention.output.dense`, `…intermediate.dense`, `…output.dense`."""
+    layer = nn.Module()
+    layer.attention, layer.intermediate, layer.output = nn.Module(), nn.Module(), nn.Module()
+    layer.attention.attention, layer.attention.output = nn.Module(), nn.Module()
+    for name in ("query", "key", "value"):
+        setattr(layer.attention.attention, name, nn.Linear(8, 8))
+    layer.attention.output.dense = nn.Linear(8, 8)
+    layer.intermediate.dense, layer.output.dense = nn.Linear(8, 16), nn.Linear(16, 8)
+    sites = {s.name: s.role for s in found(layer, "all").sites}
+    assert sites == {
+        "attention.attention.query": "attn.q",
+        "attention.attention.key": "attn.k",
+        "attention.attention.value": "attn.v",
+        "attention.output.dense": "attn.out",
+        "intermediate.dense": "mlp.in",
+        "output.dense": "mlp.out",
+    }
