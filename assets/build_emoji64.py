@@ -13,6 +13,7 @@ Letters in shapes: b batch, c latent channels (24), h and w latent height and wi
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import time
 from collections.abc import Callable
@@ -37,8 +38,6 @@ def to_tensor(pictures: np.ndarray[Any, Any]) -> Tensor:
 
 def read_split(style: str, split: str) -> tuple[np.ndarray[Any, Any], list[str]]:
     """The pictures (n, 64, 64, 3) uint8 and captions of one committed imagefolder."""
-    import json
-
     from PIL import Image
 
     folder = HERE / "styles" / style / split
@@ -157,8 +156,6 @@ NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_line
 
 def train_tokenizer(captions: list[str], folder: Path) -> Any:
     """A byte-pair tokenizer in CLIP's format, learned on the captions."""
-    import json
-
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
     from transformers import CLIPTokenizer
 
@@ -437,6 +434,11 @@ def save_pipeline(vae: Any, text_encoder: Any, tokenizer: Any, unet: Any, output
         requires_safety_checker=False,
     )
     pipe.to(torch.float16).save_pretrained(output)
+    for part in ("unet", "vae", "text_encoder"):  # where the parts were built says nothing to others
+        file = output / part / "config.json"
+        config = json.loads(file.read_text())
+        config.pop("_name_or_path", None)
+        file.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def export(work: Path, output: Path) -> None:
