@@ -233,7 +233,7 @@ def merge_times(handles: list[Any], layers: list[Any]) -> dict[str, float]:
 
 def merge_all(handles: list[Any], scales: list[float]) -> None:
     """New scales for several merged adapters, written once."""
-    from visionlora.lora.inject import merge_together
+    from visionlora.lora.merge import merge_together
 
     merge_together(handles, scales)
 

@@ -22,7 +22,7 @@ _HOMES = {
     "input_spectra": "visionlora.lora.rank",
     "load_adapter": "visionlora.loaders",
     "load_pipeline": "visionlora.loaders",
-    "merge_together": "visionlora.lora.inject",
+    "merge_together": "visionlora.lora.merge",
     "save_adapter": "visionlora.loaders",
     "train_sd": "visionlora.pipelines.train_sd",
 }
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from visionlora.lora.inject import Handle as Handle
     from visionlora.lora.inject import attach as attach
     from visionlora.lora.inject import inject as inject
-    from visionlora.lora.inject import merge_together as merge_together
+    from visionlora.lora.merge import merge_together as merge_together
     from visionlora.lora.rank import choose_ranks as choose_ranks
     from visionlora.lora.rank import input_spectra as input_spectra
 
