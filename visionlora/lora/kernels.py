@@ -57,8 +57,8 @@ def drop(x: Tensor, share: float, seed: int) -> Tensor:
 
 def undo(x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor] | None]:
     """What to keep instead of `x`: the input of the cheap function that made it, where that is kept anyway."""
-    made = getattr(x, "made_from", None)
-    return (x, None) if made is None else made
+    source, remake, version = getattr(x, "made_from", (None, None, None))
+    return (x, None) if source is None or version != x._version else (source, remake)
 
 
 class LowRankLinear(torch.autograd.Function):

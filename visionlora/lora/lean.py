@@ -81,15 +81,17 @@ class LeanPointwise(Lean):
         """The layer's own output, with a note of what it was made from."""
         out = cast(Tensor, super().forward(x))
         if torch.is_grad_enabled() and x.requires_grad and not torch.compiler.is_compiling():
-            out.made_from = (x, self.again())  # type: ignore[attr-defined]
+            # The version tells whether somebody has changed the output in place since.
+            out.made_from = (x, self.again(x.device.type), out._version)  # type: ignore[attr-defined]
         return out
 
-    def again(self) -> Callable[[Tensor], Tensor]:
-        """The function from input to output."""
+    def again(self, device: str) -> Callable[[Tensor], Tensor]:
+        """The function from input to output, under the autocast of this moment: backward runs outside of it."""
         forward = cast(Any, super()).forward
+        enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
 
         def remake(x: Tensor) -> Tensor:
-            with torch.no_grad():
+            with torch.no_grad(), torch.autocast(device, dtype, enabled=enabled):
                 return cast(Tensor, forward(x))
 
         return remake

@@ -182,3 +182,39 @@ def test_two_merged_adapters_leave_in_any_order() -> None:
     handles[0].eject()
     handles[1].eject()
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+
+def gradients_of(model: nn.Module, lean: bool, bf16: bool) -> list[torch.Tensor]:
+    handle = inject(model, AdapterConfig(rank=2, targets=("first", "last"), save_memory=lean))
+    for m in handle.methods.values():
+        m.lora_B.data.normal_(generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        out = model(torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(1)))
+    out.float().square().sum().backward()
+    return [p.grad for p in handle.parameters()]
+
+
+class Changed(nn.Module):
+    """The output of a normalisation and of an activation, changed in place before an adapted layer sees it."""
+
+    def __init__(self, in_place: bool) -> None:
+        super().__init__()
+        self.first, self.norm, self.act, self.last = nn.Linear(8, 8), nn.LayerNorm(8), nn.GELU(), nn.Linear(8, 8)
+        self.in_place = in_place
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.act(self.norm(self.first(x)))
+        if self.in_place:
+            x += 1
+        return self.last(x)
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "autocast"])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_what_is_made_again_is_what_was_seen(in_place: bool, bf16: bool) -> None:
+    results = []
+    for lean in (False, True):
+        torch.manual_seed(0)
+        results.append(gradients_of(Changed(in_place), lean, bf16))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
