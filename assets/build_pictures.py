@@ -211,10 +211,10 @@ def thumbnail(picture: Image.Image) -> np.ndarray[Any, Any]:
 
 @dataclass(frozen=True)
 class Rendered:
-    """All pictures of one style: by concept (name in the base set) and the rest."""
+    """All pictures of one style: by concept (name in the base set) and the rest, by concept or else their own name."""
 
     concepts: dict[str, Image.Image]
-    others: list[Image.Image]
+    others: list[tuple[str, Image.Image]]
 
 
 def render_all(folder: Path) -> tuple[dict[str, Rendered], dict[str, str]]:
@@ -234,13 +234,13 @@ def render_all(folder: Path) -> tuple[dict[str, Rendered], dict[str, str]]:
             squashed = {n.replace("-", ""): n for n in base["icons"]["icons"]}
             to_base = {n: squashed[n] for n in source["icons"]["icons"] if n in squashed} | FXEMOJI_NAMES
         concepts: dict[str, Image.Image] = {}
-        others: list[Image.Image] = []
+        others: list[tuple[str, Image.Image]] = []
         for name in renderable(source["icons"]):
             picture, concept = render(source["icons"], name), to_base.get(name)
             if ink(picture) < FAINT:
                 continue
             if concept is None or concept in concepts:
-                others.append(picture)
+                others.append((concept or name, picture))
             else:
                 concepts[concept] = picture
         rendered[style] = Rendered(concepts, others)
@@ -288,7 +288,7 @@ def main() -> None:
     """Write ``styles/<style>/{train,heldout}`` and ``dog``; with ``--all``, also every picture as one .npz."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent, help="the assets folder")
-    parser.add_argument("--all", type=Path, help="also write every rendered picture here (.npz), to train the VAE on")
+    parser.add_argument("--all", type=Path, help="also write every rendered picture and its name here (.npz)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         rendered, category = render_all(Path(temporary))
@@ -309,10 +309,11 @@ def main() -> None:
             write_imagefolder(args.output / "dog", {n: (pictures[n], text) for n, text in DOGS.items()})
             (args.output / "dog" / "README.md").write_text(origin(icon_set, f"{len(DOGS)} dogs."))
     if args.all:
-        # For the VAE: every picture except those of held-out concepts, so that its PSNR on them is honest.
-        seen = [p for r in rendered.values() for n, p in r.concepts.items() if not is_held_out(n)]
-        seen += [p for r in rendered.values() for p in r.others]
-        np.savez_compressed(args.all, pictures=np.stack([np.asarray(p) for p in seen]))
+        # Every picture except those of held-out concepts, so that what is measured on them is honest.
+        seen = [(n, p) for r in rendered.values() for n, p in r.concepts.items() if not is_held_out(n)]
+        seen += [pair for r in rendered.values() for pair in r.others]
+        names, pictures = np.array([n for n, _ in seen]), np.stack([np.asarray(p) for _, p in seen])
+        np.savez_compressed(args.all, pictures=pictures, names=names)
         print(f"{args.all}: {len(seen)} pictures")
 
 
