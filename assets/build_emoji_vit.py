@@ -24,15 +24,18 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
 from visionlora.assets.build_emoji64 import EMA_EVERY, SEED, STYLES, read_split, save_state, to_tensor
 from visionlora.assets.build_pictures import is_held_out
 
 HERE = Path(__file__).parent
 ARCHITECTURE = "vit_tiny_patch16_224"
-MODEL_ARGS = {"img_size": 64, "patch_size": 8, "depth": 8, "global_pool": "avg", "class_token": False}
+MODEL_ARGS: dict[str, Any] = {"img_size": 64, "patch_size": 8, "depth": 8, "global_pool": "avg", "class_token": False}
 SHARPNESS = 20.0
 """Inverse temperature of the cosines between features and names."""
+THUMBNAIL = 12
+"""Side, px, of the upright, clean thumbnail that a linear layer draws from the features. Beside thousands of names with a
+few pictures each, it is what a small transformer learns from first."""
+THUMBNAIL_WEIGHT = 4.0
 
 
 def new_vit() -> Any:
@@ -97,9 +100,11 @@ def covered(x: Tensor, generator: torch.Generator) -> Tensor:
     return torch.where(inside & some, uniform(-1, 1, (b, 3, 1, 1), generator), x)
 
 
-def augment(x: Tensor, generator: torch.Generator) -> Tensor:
-    """(b, 3, 64, 64) in -1..1, and so the result, about."""
-    return covered(recoloured(turned(x, generator), generator), generator).clamp(-1.5, 1.5)
+def augment(x: Tensor, generator: torch.Generator, share: float = 1.0) -> Tensor:
+    """(b, 3, 64, 64) in -1..1, and so the result, about. All pictures are turned, a share is also recoloured and covered."""
+    seen = turned(x, generator)
+    hard = torch.rand(len(x), 1, 1, 1, generator=generator) < share
+    return torch.where(hard, covered(recoloured(seen, generator), generator).clamp(-1.5, 1.5), seen)
 
 
 # ----------------------------------------------------------------------------------------------------------- training
@@ -116,8 +121,9 @@ def train(pictures_file: Path, work: Path, output: Path, steps: int, batch: int 
     weights = 1 / torch.bincount(labels)[labels].double()
     vit = new_vit()
     prototypes = nn.Parameter(F.normalize(torch.randn(int(labels.max()) + 1, vit.num_features)))
-    trained = [*vit.parameters(), prototypes]
-    decayed = [p for p in vit.parameters() if p.dim() > 1]
+    draw = nn.Linear(vit.num_features, 3 * THUMBNAIL**2)
+    trained = [*vit.parameters(), *draw.parameters(), prototypes]
+    decayed = [p for p in (*vit.parameters(), *draw.parameters()) if p.dim() > 1]
     others = [p for p in trained if not any(p is q for q in decayed)]
     optimizer = torch.optim.AdamW(
         [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}],
@@ -129,20 +135,23 @@ def train(pictures_file: Path, work: Path, output: Path, steps: int, batch: int 
         state = torch.load(state_file, weights_only=True)
         vit.load_state_dict(state["vit"]), optimizer.load_state_dict(state["optimizer"])
         with torch.no_grad():
-            prototypes.copy_(state["prototypes"])
+            prototypes.copy_(state["prototypes"]), draw.load_state_dict(state["draw"])
         ema, first = state["ema"], state["step"]
     start, right = time.monotonic(), 0.0
     for step in range(first, steps):
         torch.manual_seed(SEED * 1_000_003 + step)  # of drop path
         generator = torch.Generator().manual_seed(SEED * 1_000_003 + step)
         index = torch.multinomial(weights, batch, generator=generator)
-        x = augment(to_tensor(pictures[index.numpy()]), generator)
+        clean = to_tensor(pictures[index.numpy()])
+        x = augment(clean, generator, min(1.0, 2 * step / steps))
         for group in optimizer.param_groups:
             group["lr"] = peak * min(1.0, (step + 1) / 300) * (0.505 + 0.495 * math.cos(math.pi * step / steps))
         with torch.autocast("cpu", torch.bfloat16):
             features = vit.train()(x)
             cosines = F.normalize(features.float()) @ F.normalize(prototypes).t()
+            drawn = draw(features)
         loss = F.cross_entropy(SHARPNESS * cosines.float(), labels[index], label_smoothing=0.05)
+        loss = loss + THUMBNAIL_WEIGHT * F.mse_loss(drawn.float(), F.adaptive_avg_pool2d(clean, THUMBNAIL).flatten(1))
         loss.backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
@@ -157,7 +166,7 @@ def train(pictures_file: Path, work: Path, output: Path, steps: int, batch: int 
             right = 0.0
         if (step + 1) % 500 == 0 or step + 1 == steps:
             state = {"vit": vit.state_dict(), "prototypes": prototypes.detach(), "optimizer": optimizer.state_dict()}
-            save_state(state_file, {**state, "ema": ema, "step": step + 1})
+            save_state(state_file, {**state, "draw": draw.state_dict(), "ema": ema, "step": step + 1})
     with torch.no_grad():
         for p, e in zip(vit.parameters(), ema, strict=True):
             p.copy_(e)

@@ -312,8 +312,8 @@ def main() -> None:
         # Every picture except those of held-out concepts, so that what is measured on them is honest.
         seen = [(n, p) for r in rendered.values() for n, p in r.concepts.items() if not is_held_out(n)]
         seen += [pair for r in rendered.values() for pair in r.others]
-        names, pictures = np.array([n for n, _ in seen]), np.stack([np.asarray(p) for _, p in seen])
-        np.savez_compressed(args.all, pictures=pictures, names=names)
+        drawn = np.stack([np.asarray(p) for _, p in seen])
+        np.savez_compressed(args.all, pictures=drawn, names=np.array([n for n, _ in seen]))
         print(f"{args.all}: {len(seen)} pictures")
 
 

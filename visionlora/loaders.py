@@ -4,29 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from visionlora.errors import AdapterFileError, nearest
-from visionlora.formats import native, peft
+from visionlora.formats import diffusers, kohya, native, peft
+from visionlora.formats.families import context_width, family_of, family_of_unet
+from visionlora.formats.read import read
 from visionlora.lora.adapter import Adapter
 from visionlora.lora.inject import Handle, attach
 from visionlora.models.base import BaseModel, open_base
 
-WRITERS: dict[str, Callable[[Adapter, Path], None]] = {"visionlora": native.write, "peft": peft.write}
+WRITERS: dict[str, Callable[[Adapter, Path], None]] = {
+    "visionlora": native.write,
+    "kohya": kohya.write,
+    "diffusers": diffusers.write,
+    "diffusers-folded": diffusers.write_folded,
+    "peft": peft.write,
+}
+"""Formats that can be written; see the files of these names in `visionlora.formats`."""
 
 
-def load_adapter(path: str | Path) -> Adapter:
-    """Reads an adapter file, the run folder that holds one, or a folder of PEFT's.
+def load_adapter(path: str | Path, allow_partial: bool = False) -> Adapter:
+    """Reads an adapter of any known trainer: a file, a run folder, or a folder of PEFT's or diffusers'.
+
+    The format is told by the content: ours, kohya's and LyCORIS' (LoCon, LoHa, LoKr, DoRA, full, norms, (IA)³, OFT, BOFT),
+    all spellings of diffusers and PEFT, cloneofsimo's, and bundled embeddings. Every tensor is used or the file is refused.
+
+    Args:
+        path: of the file or folder.
+        allow_partial: leave out tensors that nothing here takes; `Adapter.unused` lists them.
 
     Raises:
-        AdapterFileError: see `visionlora.formats.native.read` and `visionlora.formats.peft.read`.
+        AdapterFileError: see `visionlora.formats.read.read`.
     """
-    path = Path(path).expanduser()
-    if peft.is_folder(path):
-        return peft.read(path)
-    if (path / "adapter.safetensors").is_file():
-        path = path / "adapter.safetensors"
-    return native.read(path)
+    return read(Path(path).expanduser(), allow_partial)
 
 
 def save_adapter(adapter: Adapter, path: str | Path, format: str = "visionlora") -> None:
@@ -35,7 +46,8 @@ def save_adapter(adapter: Adapter, path: str | Path, format: str = "visionlora")
     Args:
         adapter: from a file or a handle.
         path: a file, or for `peft` a folder.
-        format: `visionlora` (our own, which diffusers reads too) or `peft`.
+        format: `visionlora` (our own, which diffusers reads too), `kohya` (A1111, Forge, ComfyUI), `diffusers`,
+            `diffusers-folded` (for versions of diffusers that do not read scales from the header) or `peft`.
 
     Raises:
         AdapterFileError: when the format is unknown or cannot hold the adapter, or the path cannot be written.
@@ -45,21 +57,25 @@ def save_adapter(adapter: Adapter, path: str | Path, format: str = "visionlora")
     WRITERS[format](adapter, Path(path).expanduser())
 
 
-def check_base(adapter: Adapter, base: BaseModel, force: bool = False) -> None:
+def check_base(adapter: Adapter, base: BaseModel, force: bool = False, allow_partial: bool = False) -> None:
     """Refuses an adapter of another base model.
 
     Args:
         adapter: read from a file.
         base: what it is to be applied to.
         force: accept other weights in the same architecture (a fine-tune of the same family).
+        allow_partial: accept an adapter with parts that the base has not.
 
     Raises:
-        AdapterFileError: when the architectures differ, or the weights do and `force` is not given.
+        AdapterFileError: when the families or architectures differ, or the weights do and `force` is not given.
     """
+    check_family(adapter, base)
     made_for = adapter.info.get("base", {})
     there = base.fingerprints()
     for component in adapter.components:
         if component not in there:
+            if allow_partial:
+                continue
             raise AdapterFileError(f"The adapter has a part for {component!r}, which {base.id} has not.")
         given = made_for.get("fingerprints", {}).get(component)
         if given is None:
@@ -76,20 +92,79 @@ def check_base(adapter: Adapter, base: BaseModel, force: bool = False) -> None:
             )
 
 
+def check_family(adapter: Adapter, base: BaseModel) -> None:
+    """Raises AdapterFileError when an adapter's cross-attention is of another width than the base's."""
+    there, width = family_of_unet(base.pipe.unet.config)
+    family = family_of(adapter)
+    given = context_width(adapter) if family is None else family.context
+    if given is None or width is None or given == width:
+        return
+    title = family.title if family is not None else "a model of its own kind"
+    own = f"{base.id} is {there.title}" if there is not None else f"{base.id} is a model of its own kind"
+    raise AdapterFileError(
+        f"This is an adapter for {title} (its cross-attention reads text embeddings {given} wide); {own} ({width} wide). "
+        f"Open a base of the family it was made for: --model with {title if family else 'its own base'}."
+    )
+
+
 def apply(
-    base: BaseModel, adapter: Adapter, name: str = "default", scale: float = 1.0, force: bool = False
-) -> list[Handle]:
-    """Puts an adapter on an opened base model, one handle per component.
+    base: BaseModel, adapter: Adapter, name: str = "default", scale: float = 1.0, force: bool = False,
+    allow_partial: bool = False,
+) -> list[Handle]:  # fmt: skip
+    """Puts an adapter on an opened base model, one handle per component, and its tokens into the tokenizer.
+
+    Args:
+        base: the model.
+        adapter: of any format.
+        name: to tell adapters apart.
+        scale: of the whole effect.
+        force: see `check_base`.
+        allow_partial: leave out what does not fit; `handle.report.skipped` lists it.
 
     Raises:
         AdapterFileError: when it was made for another base.
+        TargetError: when a module does not fit.
     """
-    check_base(adapter, base, force)
+    check_base(adapter, base, force, allow_partial)
     parts = base.components()
-    handles = [attach(parts[component], adapter, component, name) for component in adapter.components]
+    components = [c for c in adapter.components if c in parts]
+    handles: list[Handle] = []
+    try:
+        for component in components:
+            handles.append(attach(parts[component], adapter, component, name, allow_partial))
+    except Exception:
+        for handle in handles:
+            handle.eject()
+        raise
     for handle in handles:
         handle.set_scale(scale)
+    add_tokens(base, adapter)
     return handles
+
+
+def add_tokens(base: BaseModel, adapter: Adapter) -> None:
+    """Gives the text encoders the vectors of an adapter's own tokens.
+
+    Raises:
+        AdapterFileError: when the vectors have another width than the text encoder's, or a token is there already.
+    """
+    for token, parts in adapter.embeddings.items():
+        for component, vectors in parts.items():
+            encoder = base.components().get(component)
+            if encoder is None:
+                raise AdapterFileError(
+                    f"The adapter has vectors of {token!r} for {component!r}, which {base.id} has not."
+                )
+            width = cast(Any, encoder).get_input_embeddings().weight.shape[1]
+            if vectors.shape[1] != width:
+                raise AdapterFileError(
+                    f"The vectors of {token!r} are {vectors.shape[1]} wide, the text encoder of {base.id} {width}: they were "
+                    "made for another family."
+                )
+            try:
+                base.pipe.load_textual_inversion(vectors, token=token, text_encoder=encoder)
+            except ValueError as e:
+                raise AdapterFileError(f"The token {token!r} cannot be added: {e}") from None
 
 
 def load_pipeline(

@@ -113,6 +113,6 @@ def test_refusals(tmp_path: Path) -> None:
     (tmp_path / "b" / "adapter_model.safetensors").unlink()
     with pytest.raises(vl.VisionLoRAError, match=r"has no adapter_model\.safetensors: copy the whole folder"):
         vl.load_adapter(tmp_path / "b")
-    peft.get_peft_model(net(), peft.LoHaConfig(target_modules=["fc1"])).save_pretrained(tmp_path / "c")
-    with pytest.raises(vl.VisionLoRAError, match="holds PEFT's LOHA; LORA and IA3 are read"):
+    peft.get_peft_model(net(), peft.OFTConfig(target_modules=["fc1"], oft_block_size=4)).save_pretrained(tmp_path / "c")
+    with pytest.raises(vl.VisionLoRAError, match="holds PEFT's OFT; LORA, ADALORA, LOHA, LOKR, VERA, IA3 are read"):
         vl.load_adapter(tmp_path / "c")

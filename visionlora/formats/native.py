@@ -1,9 +1,11 @@
 """visionlora's own adapter file: one safetensors that describes itself and loads in diffusers as it is.
 
 Tensors: ``<component>.<module>.lora_A.weight`` and ``.lora_B.weight`` (PEFT's dotted spelling, which diffusers reads),
-with ``.lora_magnitude_vector`` for DoRA; the names of the other kinds are in `TENSOR_KEYS`.
+with ``.lora_magnitude_vector`` for DoRA; the names of the other kinds are in `TENSOR_KEYS`, those not there after a dot.
+Embeddings: ``visionlora_embedding.<component>.<token>``; diffusers refuses files with a key that has no `lora` in it.
 Header, all values strings:
-    visionlora                JSON: format_version, base, config; kind, alpha, rank and options per module; trigger, training
+    visionlora                JSON: format_version, base, config; kind, alpha, rank, options and (where they vary) tensors
+                              per module; trigger, training
     lora_adapter_metadata     JSON as diffusers writes it: `unet.r`, `unet.lora_alpha`, `unet.alpha_pattern` …
     ss_*, modelspec.*         what A1111, Civitai and ComfyUI show; `sshs_model_hash` is the SHA-256 of the bytes after
                               the header (AutoV3)
@@ -11,23 +13,20 @@ Header, all values strings:
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import struct
-from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import safe_open
-from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from visionlora.atomic import replace_file
 from visionlora.errors import AdapterFileError
-from visionlora.lora.adapter import TENSOR_NAMES, Adapter, AdapterModule
+from visionlora.formats.container import Contents, open_file
+from visionlora.formats.header import as_json, diffusers_metadata, hashed, network_metadata, peft_magnitude, write_file
+from visionlora.formats.parts import check_finite, not_finite
+from visionlora.lora.adapter import MODULE_KINDS, Adapter, AdapterModule
 
 FORMAT_VERSION = 1
 TENSOR_KEYS = {
@@ -40,44 +39,30 @@ TENSOR_KEYS = {
     "value": ".value",
 }
 """What follows a module's name, by the name of the tensor in memory."""
-PIPELINE_PARTS = ("unet", "text_encoder", "text_encoder_2")
-"""Components that diffusers reads."""
+EMBEDDING = "visionlora_embedding."
+USUAL = {
+    "lora": ("lora_A", "lora_B"),
+    "dora": ("lora_A", "lora_B", "magnitude"),
+    "vera": ("lambda_b", "lambda_d"),
+    "ia3": ("vector",),
+    "full": ("value",),
+}
+"""Tensors that the header need not list."""
 
 
-def diffusers_metadata(adapter: Adapter) -> dict[str, Any]:
-    """The PEFT config of each component under flat keys, so that diffusers and PEFT apply alpha/rank as trained."""
-    flat: dict[str, Any] = {}
-    for component in adapter.components:
-        modules = adapter.component(component)
-        if component not in PIPELINE_PARTS or {m.kind for m in modules.values()} > {"lora", "dora"}:
-            continue
-        rank = Counter(m.rank for m in modules.values()).most_common(1)[0][0]
-        alpha = Counter(m.alpha for m in modules.values()).most_common(1)[0][0]
-        flat[f"{component}.r"] = rank
-        flat[f"{component}.lora_alpha"] = int(alpha) if float(alpha).is_integer() else alpha
-        flat[f"{component}.target_modules"] = sorted(modules)
-        flat[f"{component}.rank_pattern"] = {n: m.rank for n, m in modules.items() if m.rank != rank}
-        flat[f"{component}.alpha_pattern"] = {n: m.alpha for n, m in modules.items() if m.alpha != alpha}
-        if any(m.kind == "dora" for m in modules.values()):
-            flat[f"{component}.use_dora"] = True
-    return flat
-
-
-def peft_magnitude(magnitude: Tensor, module: AdapterModule) -> Tensor:
-    """PEFT keeps the magnitude of a convolution as (1, o, 1, ...), that of a linear layer as (o,)."""
-    spatial = module.tensors["lora_A"].dim() - 2
-    return magnitude.view(1, -1, *(1,) * spatial) if spatial else magnitude
+def key_of(name: str, tensor: str) -> str:
+    """A tensor's name in the file."""
+    return name + TENSOR_KEYS.get(tensor, "." + tensor)
 
 
 def described(module: AdapterModule) -> dict[str, Any]:
     """What the header says of a module."""
     entry: dict[str, Any] = {"kind": module.kind, "rank": module.rank, "alpha": module.alpha}
-    return {**entry, "options": dict(module.options)} if module.options else entry
-
-
-def tensor_hash(data: bytes) -> str:
-    """SHA-256 of a safetensors file without its header: the hash that A1111 calls AutoV3."""
-    return hashlib.sha256(data[8 + struct.unpack("<Q", data[:8])[0] :]).hexdigest()
+    if module.options:
+        entry["options"] = dict(module.options)
+    if set(module.tensors) != set(USUAL.get(module.kind, ())):
+        entry["tensors"] = sorted(module.tensors)
+    return entry
 
 
 def to_bytes(adapter: Adapter, extra: Mapping[str, str]) -> bytes:
@@ -85,25 +70,25 @@ def to_bytes(adapter: Adapter, extra: Mapping[str, str]) -> bytes:
     tensors: dict[str, Tensor] = {}
     for name, m in adapter.modules.items():
         for what, tensor in m.tensors.items():
-            shaped = peft_magnitude(tensor, m) if what == "magnitude" else tensor
-            tensors[name + TENSOR_KEYS[what]] = shaped.contiguous()
+            plain = what == "magnitude" and "lora_A" in m.tensors and not m.options
+            tensors[key_of(name, what)] = peft_magnitude(tensor, m) if plain else tensor
+    for token, parts in adapter.embeddings.items():
+        tensors |= {f"{EMBEDDING}{component}.{token}": vectors for component, vectors in parts.items()}
     header = {
         **adapter.info,
         "format_version": FORMAT_VERSION,
         "modules": {name: described(m) for name, m in sorted(adapter.modules.items())},
     }
+    if adapter.embeddings:
+        header["embeddings"] = {token: sorted(parts) for token, parts in adapter.embeddings.items()}
     metadata = {
         "format": "pt",
-        "visionlora": json.dumps(header, sort_keys=True),
-        "lora_adapter_metadata": json.dumps(diffusers_metadata(adapter), sort_keys=True),
+        "visionlora": as_json(header),
+        "lora_adapter_metadata": as_json(diffusers_metadata(adapter)),
+        **network_metadata(adapter),
         **extra,
     }
-    # The hash covers the tensors alone, so it can be written into the header afterwards.
-    digest = tensor_hash(save_tensors(tensors, metadata))
-    whole: bytes = save_tensors(
-        tensors, {**metadata, "sshs_model_hash": digest, "modelspec.hash_sha256": "0x" + digest}
-    )
-    return whole
+    return hashed(tensors, metadata)
 
 
 def write(adapter: Adapter, path: Path, extra: Mapping[str, str] | None = None) -> None:
@@ -112,13 +97,7 @@ def write(adapter: Adapter, path: Path, extra: Mapping[str, str] | None = None) 
     Raises:
         AdapterFileError: when the file cannot be written.
     """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, to_bytes(adapter, extra or {}))
-    except OSError as e:
-        raise AdapterFileError(
-            f"The adapter cannot be written to {path}: {e.strerror or e}. Choose another path."
-        ) from None
+    write_file(path, to_bytes(adapter, extra or {}))
 
 
 def read(path: Path) -> Adapter:
@@ -127,29 +106,25 @@ def read(path: Path) -> Adapter:
     Raises:
         AdapterFileError: when the file is missing, broken, not ours, incomplete, or holds NaN or infinite values.
     """
-    if not path.is_file():
-        found = [p.name for p in sorted(path.glob("*.safetensors"))] if path.is_dir() else []
-        hint = f" It is a folder with {', '.join(found)}: name the file." if found else ""
-        raise AdapterFileError(f"There is no adapter file at {path}.{hint}")
+    contents = open_file(path)
+    if "visionlora" not in contents.metadata:
+        raise AdapterFileError(f"{path} was not written by visionlora: its header has no `visionlora` entry.")
+    return parse(contents)
+
+
+def parse(contents: Contents) -> Adapter:
+    """The adapter in one of our files.
+
+    Raises:
+        AdapterFileError: when it is incomplete, of a newer version, or holds NaN or infinite values.
+    """
+    path, tensors = contents.path, dict(contents.tensors)
     try:
-        with safe_open(str(path), framework="pt") as file:  # maps the file: nothing is read twice
-            metadata = dict(file.metadata() or {})
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except Exception as e:  # safetensors raises its own, undocumented kinds on broken bytes
-        raise AdapterFileError(f"{path} is not a whole safetensors file ({e}). Copy or download it again.") from None
-    if "visionlora" not in metadata:
-        raise AdapterFileError(
-            f"{path} was not written by visionlora: its header has no `visionlora` entry. Only "
-            "visionlora's own adapter files are read so far."
-        )
-    try:
-        info = dict(json.loads(metadata["visionlora"]))
-        version, listed = int(info.get("format_version", 0)), info.pop("modules", {})
-        entries = {
-            str(name): (str(e.get("kind", "lora")), float(e["alpha"]), dict(e.get("options", {})))
-            for name, e in dict(listed).items()
-        }
-    except (ValueError, TypeError, KeyError, AttributeError) as e:
+        info = dict(json.loads(contents.metadata["visionlora"]))
+        version, listed = int(info.pop("format_version", 0)), dict(info.pop("modules", {}))
+        tokens = {str(t): [str(c) for c in parts] for t, parts in dict(info.pop("embeddings", {})).items()}
+        entries = {str(name): entry_of(dict(e)) for name, e in listed.items()}
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
         raise AdapterFileError(
             f"{path} has a broken header ({type(e).__name__}: {e}). Copy or download it again."
         ) from None
@@ -159,56 +134,64 @@ def read(path: Path) -> Adapter:
             f"({FORMAT_VERSION}): update visionlora."
         )
     modules = {name: take_module(path, name, entry, tensors) for name, entry in entries.items()}
+    embeddings = {
+        token: {c: take_tensor(path, f"{EMBEDDING}{c}.{token}", tensors) for c in parts}
+        for token, parts in tokens.items()
+    }
     if tensors:
         raise AdapterFileError(
             f"{path} has {len(tensors)} tensors that its header does not list, the first "
             f"{sorted(tensors)[0]!r}: the file was changed by another tool."
         )
     check_finite(path, modules)
-    return Adapter(modules, info)
+    return Adapter(modules, info, embeddings, "visionlora", contents.metadata)
 
 
-def check_finite(path: Path, modules: Mapping[str, AdapterModule]) -> None:
-    """Raises AdapterFileError when some value is NaN or infinite; both survive a sum, and one long sum is fast."""
-    tensors = [t for m in modules.values() for t in m.tensors.values()]
-    parts = [[t.reshape(-1) for t in tensors if t.dtype == dtype] for dtype in {t.dtype for t in tensors}]
-    if not all(bool(torch.isfinite(torch.cat(part).sum(dtype=torch.float64))) for part in parts):
-        bad = next(n for n, m in modules.items() if not all(torch.isfinite(t).all() for t in m.tensors.values()))
-        raise not_finite(path, bad)
+@dataclass(frozen=True)
+class Listed:
+    """What the header says of a module."""
+
+    kind: str
+    alpha: float
+    options: Mapping[str, Any]
+    tensors: tuple[str, ...]
 
 
-def not_finite(path: Path, name: str) -> AdapterFileError:
-    """What a file of a training that diverged gets."""
-    return AdapterFileError(f"{path} has NaN or infinite values in {name!r}: its training diverged.")
+def entry_of(entry: Mapping[str, Any]) -> Listed:
+    """A module's entry in the header."""
+    kind = str(entry.get("kind", "lora"))
+    names = tuple(str(n) for n in entry.get("tensors", USUAL.get(kind, ())))
+    return Listed(kind, float(entry["alpha"]), dict(entry.get("options", {})), names)
 
 
-def take_module(
-    path: Path, name: str, entry: tuple[str, float, dict[str, Any]], tensors: dict[str, Tensor]
-) -> AdapterModule:
+def take_tensor(path: Path, key: str, tensors: dict[str, Tensor]) -> Tensor:
+    """One tensor out of `tensors`.
+
+    Raises:
+        AdapterFileError: when it is not there.
+    """
+    if key not in tensors:
+        raise AdapterFileError(f"{path} lacks the tensor {key!r} that its header lists.")
+    return tensors.pop(key)
+
+
+def take_module(path: Path, name: str, entry: Listed, tensors: dict[str, Tensor]) -> AdapterModule:
     """One module out of `tensors`, checked.
 
     Raises:
         AdapterFileError: when its kind is unknown, a tensor is missing, or its values cannot be used.
     """
-    kind, alpha, options = entry
-    if kind not in TENSOR_NAMES:
+    if entry.kind not in MODULE_KINDS:
         raise AdapterFileError(
-            f"{path} has a module of kind {kind!r} ({name!r}), which this visionlora does not know "
-            f"({', '.join(TENSOR_NAMES)}): update visionlora."
+            f"{path} has a module of kind {entry.kind!r} ({name!r}), which this visionlora does not know "
+            f"({', '.join(MODULE_KINDS)}): update visionlora."
         )
-    try:
-        own = {what: tensors.pop(name + TENSOR_KEYS[what]) for what in TENSOR_NAMES[kind]}
-    except KeyError as e:
-        raise AdapterFileError(f"{path} lacks the tensor {e.args[0]!r} that its header lists.") from None
-    if "lora_A" in own:
-        down, up = own["lora_A"], own["lora_B"]
-        if down.dim() < 2 or up.dim() != down.dim() or up.shape[1] != down.shape[0] or not down.shape[0]:
-            raise AdapterFileError(
-                f"{path} has factors of shapes {tuple(down.shape)} and {tuple(up.shape)} in {name!r}, "
-                "which cannot be multiplied."
-            )
-    if not math.isfinite(alpha):
-        raise not_finite(path, name)
+    own = {what: take_tensor(path, key_of(name, what), tensors) for what in entry.tensors}
     if "magnitude" in own:
         own["magnitude"] = own["magnitude"].flatten()
-    return AdapterModule(kind, own, alpha, options)
+    module = AdapterModule(entry.kind, own, entry.alpha, entry.options)
+    if why := module.problem():
+        raise AdapterFileError(f"{path} has an adapter for {name!r} that cannot be used: {why}.")
+    if not math.isfinite(module.alpha):
+        raise not_finite(path, name)
+    return module

@@ -12,28 +12,22 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import safe_open
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from visionlora.atomic import replace_file
 from visionlora.errors import AdapterFileError
+from visionlora.formats.container import open_file
+from visionlora.formats.parts import check_finite, check_used, split_key, take_modules
+from visionlora.formats.whole import whole_layers
 from visionlora.lora.adapter import Adapter, AdapterModule
-from visionlora.lora.families import fused_names, lookup
 
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
-READABLE = ("LORA", "IA3")
-ENDINGS = {
-    ".lora_A.weight": "lora_A",
-    ".lora_B.weight": "lora_B",
-    ".lora_magnitude_vector": "magnitude",
-    ".lora_magnitude_vector.weight": "magnitude",
-    ".ia3_l": "vector",
-}
+READABLE = ("LORA", "ADALORA", "LOHA", "LOKR", "VERA", "IA3")
 
 
 def is_folder(path: Path) -> bool:
@@ -44,62 +38,93 @@ def is_folder(path: Path) -> bool:
 # ----------------------------------------------------------------------------------------------------------------- read
 
 
-def read(folder: Path, component: str = "model") -> Adapter:
+def read(folder: Path, component: str | None = None, allow_partial: bool = False) -> Adapter:
     """Reads a folder; every tensor is used or the folder is refused.
 
     Args:
-        folder: with adapter_config.json and adapter_model.safetensors.
-        component: the part of a pipeline that the adapter is for.
+        folder: with adapter_config.json and adapter_model.safetensors (or .bin).
+        component: the part of a pipeline that the adapter is for; told by the names when not given.
+        allow_partial: leave out tensors that nothing here takes.
 
     Raises:
         AdapterFileError: when a file is missing or broken, the method cannot be read, or a tensor fits nothing.
     """
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        with safe_open(str(folder / WEIGHTS), framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except FileNotFoundError:
-        raise AdapterFileError(f"{folder} has no {WEIGHTS}: copy the whole folder that PEFT saved.") from None
-    except Exception as e:  # JSON and safetensors raise their own kinds on broken bytes
-        raise AdapterFileError(f"{folder} cannot be read as PEFT's folder ({e}). Copy or download it again.") from None
-    kind = str(config.get("peft_type"))
+        config = dict(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
+        alpha = float(config.get("lora_alpha") or config.get("alpha") or 0)
+        saved, kind = set(config.get("modules_to_save") or []), str(config.get("peft_type"))
+    except (OSError, ValueError, TypeError) as e:
+        raise AdapterFileError(f"{folder / CONFIG} cannot be read ({e}). Copy or download the folder again.") from None
     if kind not in READABLE:
-        raise AdapterFileError(f"{folder} holds PEFT's {kind}; {' and '.join(READABLE)} are read.")
-    found: dict[str, dict[str, Tensor]] = {}
-    values: dict[str, Tensor] = {}
-    for key, tensor in tensors.items():
+        raise AdapterFileError(f"{folder} holds PEFT's {kind}; {', '.join(READABLE)} are read.")
+    weights = next((folder / n for n in (WEIGHTS, "adapter_model.bin") if (folder / n).is_file()), None)
+    if weights is None:
+        raise AdapterFileError(f"{folder} has no {WEIGHTS}: copy the whole folder that PEFT saved.")
+    contents = open_file(weights)
+    tensors: dict[str, Tensor] = {}
+    values: dict[str, AdapterModule] = {}
+    for key, tensor in contents.tensors.items():
         name = key.removeprefix(PREFIX)
-        ending = next((e for e in ENDINGS if (name.replace(".default", "")).endswith(e)), None)
-        if not bool(torch.isfinite(tensor).all()):
-            raise AdapterFileError(f"{folder} has NaN or infinite values in {key!r}: its training diverged.")
-        if ending is not None:
-            path = name.replace(".default", "").removesuffix(ending)
-            found.setdefault(path, {})[ENDINGS[ending]] = tensor
-        elif any(part in name.split(".") for part in config.get("modules_to_save") or []):
-            values[name] = tensor
+        if split_key(name) in (None, (name.removesuffix(".weight"), "weight")) and saved & set(name.split(".")):
+            values[name] = AdapterModule("full", {"value": tensor}, 1.0)
         else:
-            raise AdapterFileError(f"{folder} has a tensor {key!r} that fits no layer: nothing was loaded.")
-    modules = {f"{component}.{path}": one_module(folder, path, own, config) for path, own in found.items()}
-    modules |= {f"{component}.{n}": AdapterModule("full", {"value": t}, 1.0) for n, t in values.items()}
-    return Adapter(modules, {"method": kind.lower(), "base": {"id": config.get("base_model_name_or_path")}})
+            tensors[name] = tensor
+    if kind == "VERA":
+        tensors = with_projections(folder, tensors)
+
+    def alpha_of(component: str, path: str, rank: int) -> float:
+        return rank if kind == "VERA" else effective_alpha(config, path, rank, alpha)
+
+    modules, unused = take_modules(folder, tensors, alpha_of)
+    if kind == "LOKR":
+        modules = {n: scaled_when_full(n, m, config, alpha) for n, m in modules.items()}
+    check_finite(folder, values)
+    check_used(folder, unused, bool(modules or values), allow_partial)
+    found = sorted({name.split(".", 1)[0] for name in modules}) or ["model"]
+    modules |= {f"{found[0]}.{n}": m for n, m in values.items()}
+    if component is not None:
+        modules = {f"{component}.{n.partition('.')[2]}": m for n, m in modules.items()}
+    info = {"method": kind.lower(), "base": {"id": config.get("base_model_name_or_path")}}
+    return Adapter(modules, info, format="peft", metadata=contents.metadata, unused=tuple(unused))
 
 
-def one_module(folder: Path, path: str, own: dict[str, Tensor], config: Mapping[str, Any]) -> AdapterModule:
-    """What a folder holds for one layer."""
-    if "vector" in own:
-        vector = own["vector"]
-        on_input = vector.shape[0] == 1 and vector.dim() > 1 and any(
-            path == w or path.endswith("." + w) for w in config.get("feedforward_modules") or []
-        )  # fmt: skip
-        return AdapterModule("ia3", {"vector": vector.flatten()}, 1.0, {"on_input": on_input})
-    if not {"lora_A", "lora_B"} <= own.keys():
-        raise AdapterFileError(f"{folder} holds half an adapter for {path!r}: it has {', '.join(own)} alone.")
-    rank = len(own["lora_A"])
-    alpha = float(by_pattern(config.get("alpha_pattern") or {}, path, config["lora_alpha"]))
-    scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    if "magnitude" in own:
-        return AdapterModule("dora", {**own, "magnitude": own["magnitude"].flatten()}, scaling * rank)
-    return AdapterModule.lora(own["lora_A"], own["lora_B"], scaling * rank)
+def scaled_when_full(name: str, module: AdapterModule, config: Mapping[str, Any], alpha: float) -> AdapterModule:
+    """PEFT scales a LoKr of two full matrices too, by alpha/r of the config; LyCORIS, whose form is used here, does not."""
+    if module.rank:
+        return module
+    path = name.partition(".")[2]
+    rank = float(by_pattern(config.get("rank_pattern") or {}, path, config["r"]))
+    scale = float(by_pattern(config.get("alpha_pattern") or {}, path, alpha)) / rank
+    return replace(module, tensors={**module.tensors, "lokr_w1": module.tensors["lokr_w1"] * scale})
+
+
+def with_projections(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """PEFT's VeRA as LoRA: each layer takes the first columns of the shared A and the first rows of the shared B.
+
+    Raises:
+        AdapterFileError: when the folder was saved without the shared pair.
+    """
+    down, up = (tensors.get(PREFIX.removesuffix("model.") + n) for n in ("vera_A", "vera_B"))
+    if down is None or up is None:
+        raise AdapterFileError(
+            f"{folder} holds PEFT's VeRA without its shared projections: save it again with save_projection=True."
+        )
+    found = {}
+    layers = {k.rpartition(".vera_lambda_")[0] for k in tensors if ".vera_lambda_" in k}
+    for layer in layers:
+        b, d = (tensors.get(f"{layer}.vera_lambda_{n}") for n in "bd")
+        if b is None or d is None or len(d) != len(down) or len(b) > len(up):
+            raise AdapterFileError(f"{folder} holds half an adapter for {layer!r}, or one of another rank.")
+        found[layer + ".lora_A"] = down * d[:, None]
+        found[layer + ".lora_B"] = up[: len(b)] * b[:, None]
+    rest = {k: t for k, t in tensors.items() if ".vera_lambda_" not in k and not k.endswith((".vera_A", ".vera_B"))}
+    return {**found, **rest}
+
+
+def effective_alpha(config: Mapping[str, Any], path: str, rank: int, default: float) -> float:
+    """The alpha with which alpha/rank is the scaling that PEFT uses for a module."""
+    alpha = float(by_pattern(config.get("alpha_pattern") or {}, path, default))
+    return alpha * math.sqrt(rank) if config.get("use_rslora") else alpha
 
 
 def by_pattern(pattern: Mapping[str, Any], path: str, default: Any) -> Any:
@@ -128,7 +153,7 @@ def write(adapter: Adapter, folder: Path, component: str = "") -> None:
         raise AdapterFileError(
             f"A PEFT folder holds one part; this adapter has {', '.join(adapter.components)}: name one with component=."
         )
-    modules = whole_layers(adapter.component(component or adapter.components[0]))
+    modules = whole_layers(adapter.component(component or adapter.components[0]), "PEFT")
     kinds = {m.kind for m in modules.values()} - {"full"}
     if len(kinds) > 1 or not kinds <= {"lora", "dora", "ia3"}:
         raise AdapterFileError(
@@ -143,42 +168,6 @@ def write(adapter: Adapter, folder: Path, component: str = "") -> None:
         replace_file(folder / CONFIG, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
     except OSError as e:
         raise AdapterFileError(f"The folder {folder} cannot be written: {e.strerror or e}. Choose another.") from None
-
-
-def whole_layers(modules: Mapping[str, AdapterModule]) -> dict[str, AdapterModule]:
-    """The modules with parts of fused layers joined: ΔW on some rows is a LoRA on all of them, zero elsewhere.
-
-    Raises:
-        AdapterFileError: for parts of torch's packed attention, which PEFT cannot hold, or of another kind than LoRA.
-    """
-    whole: dict[str, AdapterModule] = {}
-    parts: dict[str, dict[str, AdapterModule]] = {}
-    for name, m in modules.items():
-        layer, _, part = name.rpartition(".")
-        fused = lookup(layer, fused_names())
-        if m.kind != "full" and fused is not None and part in fused_names()[fused]:
-            parts.setdefault(layer, {})[part] = m
-        elif m.kind != "full" and part in ("q", "k", "v"):
-            raise AdapterFileError(
-                f"{name!r} is a part of torch's packed attention, which PEFT has no way to hold. visionlora's own format "
-                "keeps it; or merge it."
-            )
-        else:
-            whole[name] = m
-    for layer, own in parts.items():
-        if any(m.kind != "lora" for m in own.values()):
-            raise AdapterFileError(f"Parts of the fused layer {layer!r} can be written to PEFT as LoRA alone.")
-        order = fused_names()[str(lookup(layer, fused_names()))]
-        width = len(next(iter(own.values())).tensors["lora_B"])
-        up = torch.zeros(width * len(order), sum(m.rank for m in own.values()))
-        start = 0
-        for part, m in own.items():
-            row = order.index(part) * width
-            up[row : row + width, start : start + m.rank] = m.lora_factors()[1] * m.scaling
-            start += m.rank
-        down = torch.cat([m.lora_factors()[0] for m in own.values()])
-        whole[layer] = AdapterModule.lora(down, up, float(len(down)))
-    return whole
 
 
 def described(modules: Mapping[str, AdapterModule], kinds: set[str]) -> dict[str, Any]:

@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from visionlora.errors import AdapterFileError, TargetError
-from visionlora.lora.functional import delta_weight
+from visionlora.lora.names import resolve_names
+from visionlora.lora.products import factors, problem, product, rank_of
 
+PRODUCT_KINDS = ("lora", "loha", "lokr", "diff")
+"""Kinds whose ΔW does not depend on the base: see `visionlora.lora.products` for their tensors."""
 TENSOR_NAMES = {
-    "lora": ("lora_A", "lora_B"),
-    "dora": ("lora_A", "lora_B", "magnitude"),
     "vera": ("lambda_b", "lambda_d"),
     "ia3": ("vector",),
+    "oft": ("oft_blocks", "rescale"),
     "full": ("value",),
+    "shift": ("shift",),
 }
-"""The tensors of each kind.
+"""The tensors of the other kinds; `dora` has those of its product (option `product`, lora by default) and `magnitude`.
 
-    lora_A (r, i), lora_B (o, r); of a convolution lora_A (r, i/g, *k), lora_B (o, r, 1, ...)
-    magnitude (o,); lambda_b (o,), lambda_d (r,); vector (o,) or (i,); value in the shape of the parameter
+    magnitude   of dora, (o,); with option `axis` "in" (i,), the norms of the columns
+    lambda_b (o,), lambda_d (r,) of vera
+    vector      of ia3, (o,) or (i,) with option `on_input`; with `relative` it is the factor minus 1
+    oft_blocks (n, b, b) or (m, n, b, b) and rescale (o, 1, ...), which may be missing: `visionlora.lora.methods.oft`
+    value, shift   in the shape of a parameter of the base, which they replace or are added to
 """
+MODULE_KINDS = (*PRODUCT_KINDS, "dora", *TENSOR_NAMES)
+OPTIONAL = ("rescale",)
 
 
 @dataclass(frozen=True)
@@ -42,39 +51,113 @@ class AdapterModule:
         return cls("lora", {"lora_A": lora_A, "lora_B": lora_B}, float(alpha))
 
     @property
+    def product(self) -> str | None:
+        """The kind of the ΔW inside: of a DoRA what its magnitude is applied to."""
+        return str(self.options.get("product", "lora")) if self.kind == "dora" else self.kind
+
+    @property
+    def product_tensors(self) -> dict[str, Tensor]:
+        """The tensors without the magnitude."""
+        return {name: t for name, t in self.tensors.items() if name != "magnitude"}
+
+    @property
     def rank(self) -> int:
         """Rank r; 0 where the kind has none."""
-        for name in ("lora_A", "lambda_d"):
-            if name in self.tensors:
-                return len(self.tensors[name])
-        return 0
+        if self.kind == "vera":
+            return len(self.tensors["lambda_d"])
+        return rank_of(str(self.product), self.tensors)
 
     @property
     def scaling(self) -> float:
-        """Alpha over the rank."""
-        return self.alpha / max(1, self.rank)
+        """Alpha over the rank; 1 where there is no rank."""
+        return self.alpha / self.rank if self.rank else 1.0
 
-    def lora_factors(self) -> tuple[Tensor, Tensor]:
-        """lora_A and lora_B, fp32."""
-        return self.tensors["lora_A"].float(), self.tensors["lora_B"].float()
+    def lora_factors(self, shape: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+        """lora_A and lora_B in fp32 with the same product, whatever the kind; see `visionlora.lora.products.factors`."""
+        return factors(str(self.product), self.product_tensors, shape)
+
+    def problem(self) -> str | None:
+        """Why these tensors cannot be used, or None."""
+        if self.kind == "dora" or self.kind in PRODUCT_KINDS:
+            if self.kind == "dora" and "magnitude" not in self.tensors:
+                return "it lacks magnitude"
+            if self.product not in PRODUCT_KINDS:
+                return f"its product is of an unknown kind, {self.product!r}"
+            return problem(str(self.product), self.product_tensors)
+        names = TENSOR_NAMES[self.kind]
+        missing = [n for n in names if n not in self.tensors and n not in OPTIONAL]
+        if missing or set(self.tensors) - set(names):
+            return f"it lacks {', '.join(missing)}" if missing else "it has a tensor too many"
+        if any(not t.numel() for t in self.tensors.values()):
+            return "a tensor is empty"
+        blocks = self.tensors.get("oft_blocks")
+        if blocks is not None and (blocks.dim() not in (3, 4) or blocks.shape[-1] != blocks.shape[-2]):
+            return f"oft_blocks has shape {tuple(blocks.shape)}"
+        return None
 
     def shape(self) -> tuple[int, ...] | None:
         """The shape of ΔW, where the tensors alone tell it."""
-        if "lora_A" in self.tensors:
-            return (len(self.tensors["lora_B"]), *self.tensors["lora_A"].shape[1:])
-        return tuple(self.tensors["value"].shape) if "value" in self.tensors else None
+        t = self.tensors
+        if "lora_A" in t:
+            return (len(t["lora_B"]), *t["lora_A"].shape[1:])
+        if "hada_t1" in t:
+            return (t["hada_w1_a"].shape[1], t["hada_w1_b"].shape[1], *t["hada_t1"].shape[2:])
+        if "lokr_w2" in t:
+            one = t["lokr_w1"].shape if "lokr_w1" in t else (len(t["lokr_w1_a"]), t["lokr_w1_b"].shape[1])
+            two = t["lokr_w2"].shape
+            return (one[0] * two[0], one[1] * two[1], *two[2:])
+        return next((tuple(t[n].shape) for n in ("value", "shift", "diff") if n in t), None)
+
+    def flat_shape(self) -> tuple[int, int] | None:
+        """The shape of ΔW with inputs and kernel in one, (o, n); None where it depends on the base."""
+        if (shape := self.shape()) is not None:
+            return shape[0], math.prod(shape[1:])
+        t = self.tensors
+        if self.product == "loha":
+            return len(t["hada_w1_a"]), t["hada_w1_b"].shape[1]
+        if self.product == "lokr":
+            one = t["lokr_w1"].shape if "lokr_w1" in t else (len(t["lokr_w1_a"]), t["lokr_w1_b"].shape[1])
+            if "lokr_t2" in t:
+                kernel = math.prod(t["lokr_t2"].shape[2:])
+                return one[0] * t["lokr_w2_a"].shape[1], one[1] * t["lokr_w2_b"].shape[1] * kernel
+            return one[0] * len(t["lokr_w2_a"]), one[1] * t["lokr_w2_b"].shape[1]
+        return None
+
+    def fitted(self, shape: Sequence[int]) -> AdapterModule:
+        """Itself for a weight of this shape: a linear layer and a 1x1 convolution have the same ΔW in two shapes.
+
+        Stable Diffusion 1.x has convolutions where 2.x and XL have linear layers, and files come from both sides.
+        """
+        own = self.shape()
+        if (
+            own is None
+            or own == tuple(shape)
+            or own[:2] != tuple(shape[:2])
+            or math.prod(own[2:]) != 1
+            or math.prod(shape[2:]) != 1
+        ):
+            return self
+        ones, tensors = (1,) * (len(shape) - 2), dict(self.tensors)
+        for name in ("lora_A", "lora_B", "diff", "lokr_w2"):
+            if name in tensors:
+                tensors[name] = tensors[name].reshape(*tensors[name].shape[:2], *ones)
+        return replace(self, tensors=tensors)
 
     def delta_weight(self, base: Tensor | None = None) -> Tensor:
         """ΔW in fp32, in the shape of the base weight.
 
         Args:
-            base: the base weight; all kinds but LoRA are defined through it.
+            base: the base weight. LoRA, LoHa, LoKr and differences do not need it, but the files of LoHa and factored
+                LoKr do not say the kernel of a convolution: without the base their ΔW is (o, i·k·k).
 
         Raises:
             AdapterFileError: when this kind needs the base weight and it is not given.
         """
-        if self.kind == "lora":
-            return delta_weight(*self.lora_factors(), self.scaling)
+        if self.kind in PRODUCT_KINDS:
+            delta = product(self.kind, self.tensors).float() * self.scaling
+            return delta if base is None or delta.numel() != base.numel() else delta.view(base.shape)
+        if self.kind == "shift":
+            return self.tensors["shift"].float()
         if base is not None and self.kind == "full":
             return self.tensors["value"].float() - base.float()
         if base is None:
@@ -97,12 +180,20 @@ class Adapter:
     modules: Mapping[str, AdapterModule]
     info: Mapping[str, Any] = field(default_factory=dict)
     """The visionlora header: base id and fingerprints, config, trigger, training summary."""
+    embeddings: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    """Tokens that textual inversion added: token -> component (`text_encoder`) -> vectors (n, d)."""
+    format: str = "visionlora"
+    """Which spelling the file had; see `visionlora.formats`."""
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    """What other tools wrote into the header, word by word."""
+    unused: tuple[str, ...] = ()
+    """Tensors of the file that nothing here takes; always empty unless the file was read with `allow_partial`."""
 
     def delta_weights(self, base: nn.Module | None = None) -> dict[str, Tensor]:
         """{module name: ΔW in fp32}, each in the shape of its base weight.
 
         Args:
-            base: the base model, with components as children; LoRA alone does not need it.
+            base: the base model, with components as children; see `AdapterModule.delta_weight` for who needs it.
         """
         return {
             name: m.delta_weight(None if base is None else base_weight(base, name)) for name, m in self.modules.items()
@@ -123,8 +214,10 @@ def base_weight(base: nn.Module, name: str) -> Tensor:
     """The base weight that a module of an adapter changes, by its name in the file or without the component."""
     from visionlora.lora.targets import site_at
 
-    for path in (name, name.partition(".")[2]):
-        parameters = dict(base.named_parameters())
+    parameters = dict(base.named_parameters())
+    known = [n for n, _ in base.named_modules()] + list(parameters)
+    candidates = (name, name.partition(".")[2])
+    for path in (*candidates, *resolve_names(candidates, known).values()):
         if path in parameters:
             return parameters[path]
         try:

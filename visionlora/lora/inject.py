@@ -24,13 +24,18 @@ from visionlora.errors import AdapterFileError, ConfigError, TargetError
 from visionlora.lora.adapter import Adapter, AdapterModule
 from visionlora.lora.attention import AdaptedAttention, give_back, take_over
 from visionlora.lora.config import PLUGIN_GROUPS, AdapterConfig
+from visionlora.lora.functional import wide
 from visionlora.lora.layers import AdaptedLayer, adapt, release
 from visionlora.lora.lean import Lean, make_lean, make_plain, unlean
 from visionlora.lora.merge import write_weights
 from visionlora.lora.methods import KINDS, METHODS
 from visionlora.lora.methods.adalora import AdaLoRA, allocate
 from visionlora.lora.methods.base import Method, Site
+from visionlora.lora.names import resolve_names
 from visionlora.lora.targets import check_ranks, ends_on_boundary, owners_of, resolve, site_at
+
+IN_PLACE = ("full", "shift")
+"""Kinds that change a parameter of the base in place."""
 
 
 @dataclass(frozen=True)
@@ -331,14 +336,19 @@ def no_garbage_collection() -> Iterator[None]:
 
 
 @no_garbage_collection()
-def attach(model: nn.Module, adapter: Adapter, component: str = "", name: str = "default") -> Handle:
+def attach(
+    model: nn.Module, adapter: Adapter, component: str = "", name: str = "default", allow_partial: bool = False
+) -> Handle:
     """Adds a finished adapter's factors for one component to `model`, frozen.
+
+    Layers are found under the names of the file, or in another spelling of theirs (`visionlora.lora.names`).
 
     Args:
         model: the base model.
         adapter: from a file or a handle.
         component: which of the adapter's parts; the only one when empty.
         name: to tell adapters on one model apart.
+        allow_partial: leave out modules that do not fit; `handle.report.skipped` lists them with the reason.
 
     Raises:
         TargetError: when a module is missing in the model or has another shape; the model is left untouched.
@@ -350,32 +360,72 @@ def attach(model: nn.Module, adapter: Adapter, component: str = "", name: str = 
             raise ConfigError(f"The adapter has parts for {', '.join(adapter.components)}: say which to attach.")
         (component,) = adapter.components
     handle, modules = Handle(model, name), adapter.component(component)
-    base = base_parameters(model) if any(m.kind == "full" for m in modules.values()) else {}
-    methods, replaced = [], {}
-    for path, m in modules.items():
-        if m.kind == "full":
-            replaced[path] = fitting_parameter(base, path, m, component, model)
-            continue
-        if m.kind not in KINDS:
-            raise AdapterFileError(f"The adapter's layer {component}.{path} is of kind {m.kind!r}, unknown here.")
-        try:
-            site = site_at(model, path)
-        except TargetError as e:
-            raise TargetError(
-                f"The adapter has a layer {component}.{path}, which {type(model).__name__} has not: it was "
-                f"made for another base model. {str(e).partition('. ')[2]}"
-            ) from None
-        check_shape(site, m, f"{component}.{path}")
-        methods.append(KINDS[m.kind].load(site, m))
+    methods, replaced, skipped = fit(model, modules, component)
+    if skipped and (not allow_partial or len(skipped) == len(modules)):
+        raise misfits(model, component, skipped, len(modules))
     _place(handle, methods, name)
     with torch.no_grad():
-        for path, parameter in replaced.items():
+        for parameter, path, m in replaced:
             handle.in_full[path] = InFull(parameter, parameter.detach().clone())
-            parameter.copy_(modules[path].tensors["value"])
-    count = sum(t.numel() for m in modules.values() for t in m.tensors.values())
-    ranks = {path: m.rank for path, m in modules.items() if m.rank}
-    handle.report = InjectionReport(tuple((path, "file") for path in modules), (), count, 0, ranks, tuple(replaced))
+            parameter.copy_(m.tensors["value"] if m.kind == "full" else wide(parameter) + wide(m.tensors["shift"]))
+    left_out = {path for path, _ in skipped}
+    used = {path: m for path, m in modules.items() if path not in left_out}
+    count = sum(t.numel() for m in used.values() for t in m.tensors.values())
+    handle.report = InjectionReport(
+        tuple((path, "file") for path in used),
+        tuple(skipped),
+        count,
+        0,
+        {path: m.rank for path, m in used.items() if m.rank},
+        tuple(path for _, path, _ in replaced),
+    )
     return handle
+
+
+def fit(
+    model: nn.Module, modules: Mapping[str, AdapterModule], component: str
+) -> tuple[list[Method], list[tuple[nn.Parameter, str, AdapterModule]], list[tuple[str, str]]]:
+    """Matches an adapter's modules with a model's layers, without touching the model.
+
+    Returns:
+        The methods to place; (parameter, name, module) for what is changed in place; (name, reason) for what does not fit.
+
+    Raises:
+        AdapterFileError: for a kind of module that is unknown here.
+    """
+    base = base_parameters(model) if any(m.kind in IN_PLACE for m in modules.values()) else {}
+    known = {n for n, _ in model.named_modules()}
+    strange = [n for n in modules if n not in known and n.rpartition(".")[0] not in known]
+    spelled = resolve_names(strange, [*known, *base]) if strange else {}
+    methods, replaced, skipped = [], [], []
+    for given, m in modules.items():
+        path = spelled.get(given, given)
+        try:
+            if m.kind in IN_PLACE:
+                replaced.append((fitting_parameter(base, path, m, component, model), path, m))
+                continue
+            if m.kind not in KINDS:
+                raise AdapterFileError(f"The adapter's layer {component}.{path} is of kind {m.kind!r}, unknown here.")
+            site = site_at(model, path)
+            shaped = m.fitted(site.weight.shape)
+            check_shape(site, shaped, f"{component}.{given}")
+            methods.append(KINDS[m.kind].load(site, shaped))
+        except TargetError as e:
+            skipped.append((given, str(e)))
+    return methods, replaced, skipped
+
+
+def misfits(model: nn.Module, component: str, skipped: Sequence[tuple[str, str]], total: int) -> TargetError:
+    """What an adapter gets that does not fit a model, or not all of it."""
+    path, why = skipped[0]
+    kind = type(model).__name__
+    if why.startswith(f"{kind} has no layer"):
+        why = f"The adapter has a layer {component}.{path}, which {kind} has not. {why.partition('. ')[2]}".rstrip()
+    if len(skipped) > 1:
+        more = ", ".join(n for n, _ in skipped[1:4]) + (" …" if len(skipped) > 4 else "")
+        why += f" So it is with {len(skipped)} of its {total} modules ({more})."
+    hint = "" if len(skipped) == total else " Nothing was loaded; allow_partial=True (--allow-partial) takes what fits."
+    return TargetError(f"{why} It was made for another base model.{hint}")
 
 
 def _place(handle: Handle, methods: Sequence[Method], name: str) -> None:
@@ -435,33 +485,34 @@ def check_shape(site: Site, module: AdapterModule, name: str) -> None:
     """Raises TargetError when an adapter's module does not fit the base weight."""
     wanted = tuple(site.weight.shape)
     given = module.shape()
+    if given is None and (flat := module.flat_shape()) is not None:
+        given = wanted if flat == (wanted[0], math.prod(wanted[1:])) else flat
+    if given is None and module.kind == "oft":
+        blocks = module.tensors["oft_blocks"].shape
+        given = (blocks[-3] * blocks[-1], *wanted[1:])
     if given is None and module.kind == "vera":
         given = (len(module.tensors["lambda_b"]), *wanted[1:])
     if given is None and module.kind == "ia3":
         width = site.inputs if module.options.get("on_input") else wanted[0]
         given = wanted if module.tensors["vector"].numel() == width else (module.tensors["vector"].numel(),)
     if wanted != given:
-        raise TargetError(
-            f"The adapter's ΔW for {name} has shape {given}, the base weight {wanted}: it was made for another base "
-            "model."
-        )
+        raise TargetError(f"The adapter's ΔW for {name} has shape {given}, the base weight {wanted}.")
 
 
 def fitting_parameter(
     base: Mapping[str, nn.Parameter], path: str, module: AdapterModule, component: str, model: nn.Module
 ) -> nn.Parameter:
-    """The base parameter that a module of kind `full` replaces.
+    """The base parameter that a module of kind `full` or `shift` changes in place.
 
     Raises:
         TargetError: when there is none of this name and shape.
     """
-    value = module.tensors["value"]
+    (value,) = module.tensors.values()
     if path not in base:
-        raise TargetError(f"The adapter replaces {component}.{path}, which {type(model).__name__} has not.")
+        raise TargetError(f"The adapter changes {component}.{path}, which {type(model).__name__} has not.")
     if base[path].shape != value.shape:
         raise TargetError(
-            f"The adapter's {component}.{path} has shape {tuple(value.shape)}, the base's {tuple(base[path].shape)}: "
-            "it was made for another base model."
+            f"The adapter's {component}.{path} has shape {tuple(value.shape)}, the base's {tuple(base[path].shape)}."
         )
     return base[path]
 

@@ -133,7 +133,7 @@ def test_attach_applies_a_finished_adapter() -> None:
     [
         (
             Adapter({"net.7": factors(6, 8)}),
-            "has a layer net.7, which Sequential has not: it was made for another base",
+            "has a layer net.7, which Sequential has not",
         ),
         (Adapter({"net.0": factors(5, 8)}), "net.0 has shape (8, 5), the base weight (8, 6)"),
     ],

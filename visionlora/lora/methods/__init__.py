@@ -7,6 +7,8 @@ from visionlora.lora.methods.base import Method
 from visionlora.lora.methods.dora import DoRA
 from visionlora.lora.methods.ia3 import IA3
 from visionlora.lora.methods.lora import LoRA
+from visionlora.lora.methods.oft import OFT
+from visionlora.lora.methods.product import Product
 from visionlora.lora.methods.vera import VeRA
 
 METHODS: dict[str, type[Method]] = {
@@ -21,5 +23,14 @@ METHODS: dict[str, type[Method]] = {
 }
 """By the word that a configuration uses."""
 
-KINDS: dict[str, type[Method]] = {"lora": LoRA, "dora": DoRA, "vera": VeRA, "ia3": IA3}
+KINDS: dict[str, type[Method]] = {
+    "lora": LoRA,
+    "dora": DoRA,
+    "vera": VeRA,
+    "ia3": IA3,
+    "oft": OFT,
+    "loha": Product,
+    "lokr": Product,
+    "diff": Product,
+}
 """By the kind that an adapter file names."""

@@ -52,8 +52,10 @@ class Site:
 
     @property
     def weight(self) -> Tensor:
-        """The base weight, (o, i) or (o, i/g, *k): of this part alone."""
-        whole: Tensor = getattr(self.layer, self.weight_name)
+        """The base weight, (o, i) or (o, i/g, *k), of this part alone and without what is merged into it."""
+        whole: Tensor = getattr(self.layer, "originals", {}).get(
+            self.weight_name, getattr(self.layer, self.weight_name)
+        )
         return whole if self.rows is None else whole[self.rows]
 
     @property

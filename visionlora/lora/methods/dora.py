@@ -30,9 +30,10 @@ class DoRA(Method):
 
     def __init__(
         self, site: Site, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor | None, alpha: float,
-        scaling: float | None = None, dropout: float = 0.0,
+        scaling: float | None = None, dropout: float = 0.0, axis: str = "out",
     ) -> None:  # fmt: skip
         super().__init__(site, dropout)
+        self.axis = axis
         self.lora_A, self.lora_B = nn.Parameter(lora_A), nn.Parameter(lora_B)
         self.shared_norms: Tensor | None = None
         self.alpha, self.scaling = float(alpha), alpha / len(lora_A) if scaling is None else scaling
@@ -54,9 +55,9 @@ class DoRA(Method):
     @classmethod
     def load(cls, site: Site, module: AdapterModule) -> DoRA:
         """Frozen."""
-        device, (down, up) = site.weight.device, module.lora_factors()
-        magnitude = module.tensors["magnitude"].float().flatten().to(device)
-        made = cls(site, down.to(device), up.to(device), magnitude, module.alpha, module.scaling)
+        device, (down, up) = site.weight.device, module.lora_factors(site.weight.shape)
+        magnitude, axis = module.tensors["magnitude"].float().flatten().to(device), module.options.get("axis", "out")
+        made = cls(site, down.to(device), up.to(device), magnitude, module.alpha, module.scaling, axis=str(axis))
         made.requires_grad_(False)
         return made
 
@@ -67,8 +68,13 @@ class DoRA(Method):
 
     @torch.no_grad()
     def norms(self) -> Tensor:
-        """‖W + s·B·A‖ of each output row, (o,)."""
+        """‖W + s·B·A‖ of each output row, (o,), or of each input column, (i,)."""
         wide = self.squares.dtype
+        if self.axis == "in":
+            columns: Tensor = torch.linalg.vector_norm(
+                self.direction(self.site.weight).transpose(0, 1).flatten(1), dim=1
+            )
+            return columns
         factors = self.lora_A.detach().to(wide), self.lora_B.detach().to(wide)
         return sum_row_norms(self.site.weight.to(wide), self.squares, *factors, self.scaling)
 
@@ -85,23 +91,41 @@ class DoRA(Method):
         norms = self.norms() if self.shared_norms is None else self.shared_norms
         return self.magnitude / norms.clamp_min(torch.finfo(self.squares.dtype).tiny)
 
-    def gain(self) -> Gain:
+    def gain(self) -> Gain | None:
         """m/‖·‖ - 1, on the output without its bias."""
-        return Gain((self.ratio() - 1) * self.factor, with_bias=False)
+        return None if self.axis == "in" else Gain((self.ratio() - 1) * self.factor, with_bias=False)
+
+    def input_gain(self) -> Tensor | None:
+        """m/‖·‖ - 1, on the base's input, when the magnitudes are those of columns."""
+        return (self.ratio() - 1) * self.factor if self.axis == "in" else None
 
     def factors(self) -> list[Factors]:
-        """(m/‖·‖ ⊙ B)·A."""
+        """(m/‖·‖ ⊙ B)·A, or B·(A ⊙ m/‖·‖) by columns."""
+        if self.axis == "in":
+            ratio = self.ratio().view(1, -1, *(1,) * (self.lora_A.dim() - 2))
+            return [(self.lora_A * ratio.to(self.lora_A.dtype), self.lora_B, self.factor * self.scaling)]
         ratio = self.ratio().view(-1, *(1,) * (self.lora_B.dim() - 1))
         return [(self.lora_A, self.lora_B * ratio.to(self.lora_B.dtype), self.factor * self.scaling)]
 
     @torch.no_grad()
     def delta_weight(self, weight: Tensor) -> Tensor:
         """m ⊙ (W + s·B·A)/‖·‖ - W."""
+        ratio = self.ratio()
+        ratio = (
+            ratio.view(1, -1, *(1,) * (weight.dim() - 2))
+            if self.axis == "in"
+            else ratio.view(-1, *(1,) * (weight.dim() - 1))
+        )
+        return (self.direction(weight) * ratio - wide(weight)) * self._scale
+
+    @torch.no_grad()
+    def direction(self, weight: Tensor) -> Tensor:
+        """W + s·B·A, dense."""
         product = wide(self.lora_B).flatten(1) @ wide(self.lora_A).flatten(1) * self.scaling
-        ratio = self.ratio().view(-1, *(1,) * (weight.dim() - 1))
-        return ((wide(weight) + product.view(weight.shape)) * ratio - wide(weight)) * self._scale
+        return wide(weight) + product.view(weight.shape)
 
     def export(self) -> AdapterModule:
         """Factors and magnitude."""
         tensors = {"lora_A": cpu(self.lora_A), "lora_B": cpu(self.lora_B), "magnitude": cpu(self.magnitude)}
-        return AdapterModule("dora", tensors, self.scaling * self.rank)
+        options = {} if self.axis == "out" else {"axis": self.axis}
+        return AdapterModule("dora", tensors, self.scaling * self.rank, options)

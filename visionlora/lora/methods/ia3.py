@@ -22,9 +22,10 @@ class IA3(Method):
 
     factor_vector: nn.Parameter
 
-    def __init__(self, site: Site, vector: Tensor, on_input: bool) -> None:
+    def __init__(self, site: Site, vector: Tensor, on_input: bool, relative: bool = False, bias: bool = True) -> None:
         super().__init__(site)
         self.factor_vector, self.on_input = nn.Parameter(vector), on_input
+        self.relative, self.with_bias = relative, bias
 
     @classmethod
     def new(cls, site: Site, config: AdapterConfig, generator: torch.Generator) -> IA3:
@@ -37,22 +38,27 @@ class IA3(Method):
     def load(cls, site: Site, module: AdapterModule) -> IA3:
         """Frozen."""
         vector = module.tensors["vector"].float().flatten().to(site.weight.device)
-        made = cls(site, vector, bool(module.options["on_input"]))
+        options = {n: bool(module.options[n]) for n in ("on_input", "relative", "bias") if n in module.options}
+        made = cls(site, vector, **options)
         made.requires_grad_(False)
         return made
 
+    def change(self) -> Tensor:
+        """l - 1."""
+        return self.factor_vector if self.relative else self.factor_vector - 1
+
     def gain(self) -> Gain | None:
         """l - 1 on the output with its bias."""
-        return None if self.on_input else Gain((self.factor_vector - 1) * self.factor, with_bias=True)
+        return None if self.on_input else Gain(self.change() * self.factor, with_bias=self.with_bias)
 
     def input_gain(self) -> Tensor | None:
         """l - 1 on the base's input."""
-        return (self.factor_vector - 1) * self.factor if self.on_input else None
+        return self.change() * self.factor if self.on_input else None
 
     @torch.no_grad()
     def delta_weight(self, weight: Tensor) -> Tensor:
         """(l - 1) ⊙ W, over rows or over columns."""
-        change = (wide(self.factor_vector) - 1) * self._scale
+        change = wide(self.change()) * self._scale
         if not self.on_input:
             return wide(weight) * change.view(-1, *(1,) * (weight.dim() - 1))
         groups = self.site.inputs // weight.shape[1]
@@ -62,8 +68,11 @@ class IA3(Method):
     @torch.no_grad()
     def delta_bias(self, bias: Tensor) -> tuple[Tensor] | None:
         """(l - 1) ⊙ bias when the factor is on the output."""
-        return None if self.on_input else ((wide(self.factor_vector) - 1) * self._scale * wide(bias),)
+        if self.on_input or not self.with_bias:
+            return None
+        return (wide(self.change()) * self._scale * wide(bias),)
 
     def export(self) -> AdapterModule:
         """The vector and where it acts."""
-        return AdapterModule("ia3", {"vector": cpu(self.factor_vector)}, 1.0, {"on_input": self.on_input})
+        foreign = {"relative": True, "bias": self.with_bias} if self.relative else {}
+        return AdapterModule("ia3", {"vector": cpu(self.factor_vector)}, 1.0, {"on_input": self.on_input, **foreign})

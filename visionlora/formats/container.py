@@ -1,0 +1,171 @@
+"""The bytes of an adapter file: safetensors, or a pickle read with ``weights_only=True``. Nothing is ever unpickled freely."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from visionlora.errors import AdapterFileError
+
+PICKLES = (".pt", ".pth", ".bin", ".ckpt")
+WIDTHS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+LARGEST_HEADER = 100_000_000
+"""Bytes; what the safetensors library allows."""
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a file holds, before anyone asks what it means."""
+
+    path: Path
+    tensors: Mapping[str, Tensor]
+    metadata: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor as the header names it."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Number of values."""
+        count = 1
+        for n in self.shape:
+            count *= n
+        return count
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a safetensors header says."""
+
+    tensors: Mapping[str, Entry]
+    metadata: Mapping[str, str]
+
+
+def missing(path: Path) -> AdapterFileError:
+    """What a path without a file gets."""
+    found = [p.name for p in sorted(path.glob("*.safetensors"))] if path.is_dir() else []
+    hint = f" It is a folder with {', '.join(found[:5])}: name the file." if found else ""
+    return AdapterFileError(f"There is no adapter file at {path}.{hint}")
+
+
+def open_file(path: Path) -> Contents:
+    """Every tensor and the text of the header; safetensors are mapped, so nothing is read twice.
+
+    Raises:
+        AdapterFileError: when the file is missing, broken, or a pickle that holds more than tensors.
+    """
+    if not path.is_file():
+        raise missing(path)
+    if is_pickle(path):
+        return Contents(path, dict(pickled(path)), {})
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = {str(k): str(v) for k, v in dict(file.metadata() or {}).items()}
+            return Contents(path, {name: file.get_tensor(name) for name in file.keys()}, metadata)  # noqa: SIM118
+    except Exception as e:  # safetensors raises its own, undocumented kinds on broken bytes
+        raise AdapterFileError(f"{path} is not a whole safetensors file ({e}). Copy or download it again.") from None
+
+
+def read_header(path: Path) -> Header:
+    """The header alone, however large the file.
+
+    Raises:
+        AdapterFileError: when the file is missing or its header cannot be read.
+    """
+    if not path.is_file():
+        raise missing(path)
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > min(LARGEST_HEADER, path.stat().st_size - 8):
+                raise ValueError(f"its header claims {length:,} bytes")
+            found = json.loads(file.read(length))
+        metadata = {str(k): str(v) for k, v in dict(found.pop("__metadata__", {})).items()}
+        tensors = {name: Entry(str(e["dtype"]), tuple(int(n) for n in e["shape"])) for name, e in found.items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, struct.error, RecursionError) as e:
+        raise AdapterFileError(f"{path} is not a whole safetensors file ({e}). Copy or download it again.") from None
+    return Header(tensors, metadata)
+
+
+def is_pickle(path: Path) -> bool:
+    """Whether a file is one of torch's: told by its first bytes, not by its name."""
+    with path.open("rb") as file:
+        start = file.read(9)
+    if start[8:] == b"{":  # after the length of a safetensors header, which may begin with any byte
+        return False
+    return start[:4] == b"PK\x03\x04" or start[:1] == b"\x80"
+
+
+def pickled(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a file of torch's, by their path inside it.
+
+    Raises:
+        AdapterFileError: when loading it safely fails.
+    """
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:  # pickle, zip and torch each raise their own
+        why = "it is damaged" if is_damaged(path) else f"it holds more than tensors ({str(e).splitlines()[0][:120]})"
+        raise AdapterFileError(
+            f"{path} cannot be opened safely: {why}. visionlora reads such files with weights_only=True alone, as a pickle "
+            "can run any code. Ask its author for a .safetensors file."
+        ) from None
+    yield from flattened(found, "")
+
+
+def is_damaged(path: Path) -> bool:
+    """Whether a file of torch's is no whole archive."""
+    try:
+        with path.open("rb") as file:
+            zipped = file.read(4) == b"PK\x03\x04"
+        return zipped and not zipfile.is_zipfile(path)
+    except OSError:
+        return True
+
+
+def flattened(found: Any, prefix: str) -> Iterator[tuple[str, Tensor]]:
+    """Tensors in nested dicts and lists; a `state_dict` on the way adds no name."""
+    if isinstance(found, Tensor):
+        yield prefix.rstrip("."), found
+    elif isinstance(found, Mapping):
+        for key, value in found.items():
+            yield from flattened(value, prefix if key == "state_dict" else f"{prefix}{key}.")
+    elif isinstance(found, (list, tuple)):
+        for i, value in enumerate(found):
+            yield from flattened(value, f"{prefix}{i}.")
+
+
+def file_hashes(path: Path) -> dict[str, str]:
+    """The hashes that tools show for a file.
+
+    Returns:
+        sha256: of the whole file. AutoV2: its first ten digits. AutoV3: SHA-256 of the bytes after the header, as far as
+        the file is a safetensors file; its first twelve digits are what A1111 calls the short hash.
+    """
+    whole, body = hashlib.sha256(), hashlib.sha256()
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        fits = not is_pickle(path) and length <= path.stat().st_size - 8
+        header = file.read(length) if fits else b""
+        whole.update(start + header)
+        for chunk in iter(lambda: file.read(1 << 20), b""):
+            whole.update(chunk)
+            body.update(chunk)
+    digest = whole.hexdigest()
+    return {"sha256": digest, "AutoV2": digest[:10]} | ({"AutoV3": body.hexdigest()} if fits else {})

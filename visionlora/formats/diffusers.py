@@ -1,0 +1,108 @@
+"""Writes what diffusers' ``save_lora_weights`` would: ``unet.<path>.lora_A.weight`` with the scales in the header.
+
+Files have no alpha tensors; ``lora_adapter_metadata`` says alpha and rank of every module. Versions of diffusers that do not
+read it apply scaling 1: for them `folded` multiplies the scaling into B and widens all modules of a component to one rank
+with zeros, so that every version applies the same ΔW.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from visionlora.errors import AdapterFileError
+from visionlora.formats.header import (
+    PIPELINE_PARTS,
+    as_json,
+    diffusers_metadata,
+    hashed,
+    network_metadata,
+    peft_magnitude,
+    write_file,
+)
+from visionlora.formats.whole import whole_layers
+from visionlora.lora.adapter import Adapter, AdapterModule
+
+
+def write(adapter: Adapter, path: Path) -> None:
+    """Writes atomically, with the scales in the header; into a folder under diffusers' own file name.
+
+    Raises:
+        AdapterFileError: when the format cannot hold the adapter, or the path cannot be written.
+    """
+    write_file(path, to_bytes(adapter))
+
+
+def write_folded(adapter: Adapter, path: Path) -> None:
+    """The same with the scales multiplied in, for every version of diffusers."""
+    write_file(path, to_bytes(folded(plain(adapter))))
+
+
+def to_bytes(adapter: Adapter) -> bytes:
+    """The whole file."""
+    adapter = plain(adapter)
+    tensors: dict[str, Tensor] = {}
+    for name, m in adapter.modules.items():
+        tensors[name + ".lora_A.weight"], tensors[name + ".lora_B.weight"] = m.tensors["lora_A"], m.tensors["lora_B"]
+        if m.kind == "dora":
+            tensors[name + ".lora_magnitude_vector"] = peft_magnitude(m.tensors["magnitude"], m)
+    header = {
+        "format": "pt",
+        "lora_adapter_metadata": as_json(diffusers_metadata(adapter)),
+        **network_metadata(adapter),
+    }
+    return hashed(tensors, header)
+
+
+def plain(adapter: Adapter) -> Adapter:
+    """The adapter with whole layers.
+
+    Raises:
+        AdapterFileError: when diffusers has no way to hold it.
+    """
+    modules: dict[str, AdapterModule] = {}
+    for component in adapter.components:
+        if component not in PIPELINE_PARTS:
+            raise AdapterFileError(
+                f"diffusers loads adapters for {', '.join(PIPELINE_PARTS)}; this one is for {component!r}. Formats "
+                "visionlora and peft keep it."
+            )
+        whole = whole_layers(adapter.component(component), "diffusers")
+        modules |= {f"{component}.{name}": m for name, m in whole.items()}
+    for name, m in modules.items():
+        if m.kind not in ("lora", "dora") or m.options:
+            what = "a DoRA by columns, or of another product" if m.kind == "dora" else f"a module of kind {m.kind}"
+            raise AdapterFileError(
+                f"diffusers cannot hold {name}: {what}. Formats visionlora and kohya keep it; `visionlora resize` makes LoHa "
+                "and LoKr plain LoRA."
+            )
+    if adapter.embeddings:
+        raise AdapterFileError(
+            f"diffusers keeps the vectors of {', '.join(adapter.embeddings)} in a file of their own. Formats visionlora and "
+            "kohya keep them beside the LoRA."
+        )
+    return replace(adapter, modules=modules)
+
+
+def folded(adapter: Adapter) -> Adapter:
+    """Scaling 1 and one rank per component.
+
+    Raises:
+        AdapterFileError: for DoRA, whose magnitude older versions of diffusers drop.
+    """
+    modules = {}
+    for component in adapter.components:
+        own = adapter.component(component)
+        rank = max(m.rank for m in own.values())
+        for name, m in own.items():
+            if m.kind != "lora":
+                raise AdapterFileError(f"{component}.{name} is a DoRA, which cannot be folded: use format diffusers.")
+            down, up = m.tensors["lora_A"].float(), m.tensors["lora_B"].float() * m.scaling
+            missing = rank - m.rank
+            down = torch.cat([down, down.new_zeros(missing, *down.shape[1:])])
+            up = torch.cat([up, up.new_zeros(len(up), missing, *up.shape[2:])], dim=1)
+            modules[f"{component}.{name}"] = AdapterModule.lora(down, up, float(rank))
+    return replace(adapter, modules=modules)

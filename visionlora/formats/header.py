@@ -1,0 +1,125 @@
+"""What every safetensors file of ours says to other tools: ss_* and modelspec.* entries, and the hash of its tensors."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from visionlora.atomic import replace_file
+from visionlora.errors import AdapterFileError
+from visionlora.formats.families import family_of
+from visionlora.lora.adapter import Adapter, AdapterModule
+
+OWN = ("visionlora", "lora_adapter_metadata", "format")
+HASHES = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
+"""True of one file only, so they are never carried over to another."""
+PIPELINE_PARTS = ("unet", "text_encoder", "text_encoder_2")
+"""Components that diffusers reads."""
+NETWORKS = {"loha": "lycoris.kohya", "lokr": "lycoris.kohya", "diff": "lycoris.kohya", "oft": "lycoris.kohya"}
+NETWORK_MODULE = "networks.lora"
+
+
+def most_common(values: Any) -> Any:
+    """The value that occurs most often, the first of them on a tie."""
+    return Counter(values).most_common(1)[0][0]
+
+
+def plain_number(value: float) -> int | float:
+    """A whole number without its point."""
+    return int(value) if float(value).is_integer() else value
+
+
+def diffusers_metadata(adapter: Adapter) -> dict[str, Any]:
+    """The PEFT config of each component under flat keys, so that diffusers and PEFT apply alpha/rank as trained."""
+    flat: dict[str, Any] = {}
+    for component in adapter.components:
+        modules = adapter.component(component)
+        modules = {n: m for n, m in modules.items() if m.product == "lora"}
+        if component not in PIPELINE_PARTS or not modules:
+            continue
+        rank, alpha = most_common(m.rank for m in modules.values()), most_common(m.alpha for m in modules.values())
+        flat[f"{component}.r"] = rank
+        flat[f"{component}.lora_alpha"] = plain_number(alpha)
+        flat[f"{component}.target_modules"] = sorted(modules)
+        flat[f"{component}.rank_pattern"] = {n: m.rank for n, m in modules.items() if m.rank != rank}
+        flat[f"{component}.alpha_pattern"] = {n: m.alpha for n, m in modules.items() if m.alpha != alpha}
+        if any(m.kind == "dora" for m in modules.values()):
+            flat[f"{component}.use_dora"] = True
+    return flat
+
+
+def network_metadata(adapter: Adapter) -> dict[str, str]:
+    """The least that A1111, Civitai and kohya's own tools look for; what the adapter carries already stays."""
+    if not set(adapter.components) & set(PIPELINE_PARTS):
+        return carried(adapter)
+    ranked = [m for m in adapter.modules.values() if m.rank]
+    family = family_of(adapter)
+    found = {
+        "ss_network_module": next(
+            (NETWORKS[m.kind] for m in adapter.modules.values() if m.kind in NETWORKS), NETWORK_MODULE
+        ),
+        "ss_network_dim": str(most_common(m.rank for m in ranked)) if ranked else "Dynamic",
+        "ss_network_alpha": str(plain_number(most_common(m.alpha for m in ranked))) if ranked else "Dynamic",
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.implementation": "diffusers",
+    }
+    if family is not None:
+        found["ss_base_model_version"] = family.kohya_version
+        found["ss_v2"] = str(family.name == "sd2")
+        found["modelspec.architecture"] = family.architecture + "/lora"
+    if trigger := adapter.info.get("trigger"):
+        found["modelspec.trigger_phrase"] = str(trigger)
+    return found | carried(adapter)
+
+
+def carried(adapter: Adapter) -> dict[str, str]:
+    """What other tools wrote and still holds for another file."""
+    return {k: v for k, v in adapter.metadata.items() if k not in (*OWN, *HASHES)}
+
+
+def tensor_hash(data: bytes) -> str:
+    """SHA-256 of a safetensors file without its header: the hash that A1111 calls AutoV3."""
+    return hashlib.sha256(data[8 + struct.unpack("<Q", data[:8])[0] :]).hexdigest()
+
+
+def hashed(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """The whole file, with the hash of its tensors in the header."""
+    whole = {name: t.contiguous() for name, t in tensors.items()}
+    # The hash covers the tensors alone, so it can be written into the header afterwards.
+    digest = tensor_hash(save_tensors(whole, {}))
+    data: bytes = save_tensors(whole, {**metadata, "sshs_model_hash": digest, "modelspec.hash_sha256": "0x" + digest})
+    return data
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Writes atomically, making the folder.
+
+    Raises:
+        AdapterFileError: when the file cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, data)
+    except OSError as e:
+        raise AdapterFileError(
+            f"The adapter cannot be written to {path}: {e.strerror or e}. Choose another path."
+        ) from None
+
+
+def peft_magnitude(magnitude: Tensor, module: AdapterModule) -> Tensor:
+    """PEFT keeps the magnitude of a convolution as (1, o, 1, ...), that of a linear layer as (o,)."""
+    spatial = module.tensors["lora_A"].dim() - 2
+    return magnitude.view(1, -1, *(1,) * spatial) if spatial else magnitude
+
+
+def as_json(value: Any) -> str:
+    """With keys in order, so that equal headers are equal bytes."""
+    return json.dumps(value, sort_keys=True)

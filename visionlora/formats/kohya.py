@@ -1,0 +1,117 @@
+"""Writes the flat files of kohya's sd-scripts and of LyCORIS, which A1111, Forge and ComfyUI load.
+
+``lora_unet_<path with _>.lora_down.weight``, ``.lora_up.weight``, ``.alpha``; text encoders under ``lora_te_`` (SD 1.x, 2.x)
+or ``lora_te1_`` and ``lora_te2_`` (SDXL), always with ``text_model_``. An SDXL UNet has the names of the original code
+(``input_blocks_4_1_…``), all others diffusers'. DoRA adds ``dora_scale``; LoHa, LoKr, differences, (IA)³ and OFT have the
+tensors of LyCORIS. The scale is alpha / rank.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from visionlora.errors import AdapterFileError
+from visionlora.formats.families import family_of
+from visionlora.formats.header import PIPELINE_PARTS, hashed, network_metadata, write_file
+from visionlora.formats.names import flattened, to_sgm, with_text_model
+from visionlora.formats.whole import whole_layers
+from visionlora.lora.adapter import PRODUCT_KINDS, Adapter, AdapterModule
+
+PLAIN = {"lora_A": "lora_down.weight", "lora_B": "lora_up.weight"}
+
+
+def write(adapter: Adapter, path: Path) -> None:
+    """Writes atomically.
+
+    Raises:
+        AdapterFileError: when the format cannot hold the adapter, saying what and which one can, or the path cannot be
+            written.
+    """
+    write_file(path, to_bytes(adapter))
+
+
+def to_bytes(adapter: Adapter) -> bytes:
+    """The whole file."""
+    family = family_of(adapter)
+    xl = family is not None and family.name == "sdxl"
+    tensors: dict[str, Tensor] = {}
+    for component in adapter.components:
+        if component not in PIPELINE_PARTS:
+            raise AdapterFileError(
+                f"A kohya file holds UNets and text encoders of Stable Diffusion; this adapter is for {component!r}. "
+                "Formats visionlora and peft keep it."
+            )
+        for name, module in whole_layers(adapter.component(component), "kohya").items():
+            for key, tensor in keyed(component, name, module, xl).items():
+                tensors[key] = tensor
+    for token, parts in adapter.embeddings.items():
+        for component, vectors in parts.items():
+            what = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}[component] if xl else "string_to_param.*"
+            tensors[f"bundle_emb.{token}.{what}"] = vectors
+    return hashed(tensors, {"format": "pt", **network_metadata(adapter)})
+
+
+def flat_name(component: str, path: str, xl: bool) -> str:
+    """The name of a layer in the file.
+
+    >>> flat_name("unet", "up_blocks.0.upsamplers.0.conv", xl=True)
+    'lora_unet_output_blocks_2_2_conv'
+    >>> flat_name("text_encoder", "encoder.layers.0.mlp.fc1", xl=False)
+    'lora_te_text_model_encoder_layers_0_mlp_fc1'
+    """
+    if component == "unet":
+        flat = flattened(path)
+        return "lora_unet_" + (to_sgm(flat) if xl else flat)
+    prefix = {"text_encoder": "lora_te1_" if xl else "lora_te_", "text_encoder_2": "lora_te2_"}[component]
+    return prefix + flattened(with_text_model(component, path))
+
+
+def keyed(component: str, path: str, module: AdapterModule, xl: bool) -> dict[str, Tensor]:
+    """The tensors of one module under their names in the file.
+
+    Raises:
+        AdapterFileError: for kinds that the format has no way to hold.
+    """
+    if module.kind == "shift":
+        layer, _, parameter = path.rpartition(".")
+        value = module.tensors["shift"]
+        norm = value.dim() == 1 and "norm" in layer.rpartition(".")[2]
+        what = {"weight": "w_norm", "bias": "b_norm"} if norm else {"weight": "diff", "bias": "diff_b"}
+        return {f"{flat_name(component, layer, xl)}.{what[parameter]}": value}
+    start = flat_name(component, path, xl) + "."
+    if module.kind == "oft":
+        return {start + n: t for n, t in module.tensors.items()} | {
+            start + "alpha": scalar(module.options["constraint"])
+        }
+    if module.kind == "ia3" and not module.options.get("bias", True):
+        vector = module.tensors["vector"]
+        change = vector if module.options.get("relative") else vector.double().sub(1).to(vector.dtype)
+        return {start + "weight": change, start + "on_input": torch.tensor(int(bool(module.options.get("on_input"))))}
+    if module.product not in PRODUCT_KINDS:
+        why = "its (IA)³ scales biases too" if module.kind == "ia3" else f"a module of kind {module.kind}"
+        raise AdapterFileError(
+            f"A kohya file cannot hold {component}.{path}: {why}. Format visionlora keeps it; `visionlora extract` from a "
+            "baked model gives a LoRA."
+        )
+    found = {start + PLAIN.get(n, n): t for n, t in module.product_tensors.items()}
+    if module.product != "diff":
+        found[start + "alpha"] = scalar(module.alpha)
+    if module.kind == "dora":
+        found[start + "dora_scale"] = column(module)
+    return found
+
+
+def scalar(value: float) -> Tensor:
+    """A 0-dim fp32 tensor; fp64 where fp32 would change the value, as files are read with float()."""
+    single = torch.tensor(float(value), dtype=torch.float32)
+    return single if float(single) == float(value) else torch.tensor(float(value), dtype=torch.float64)
+
+
+def column(module: AdapterModule) -> Tensor:
+    """The magnitudes as (o, 1, ...) or (1, i, ...), with as many dimensions as the weight."""
+    magnitude, shape = module.tensors["magnitude"], module.shape()
+    ones = (1,) * ((len(shape) if shape else 2) - 2)
+    return magnitude.view(1, -1, *ones) if module.options.get("axis") == "in" else magnitude.view(-1, 1, *ones)

@@ -1,0 +1,51 @@
+"""Parts of fused layers as adapters of the whole layer, for formats that know whole layers alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from visionlora.errors import AdapterFileError
+from visionlora.lora.adapter import AdapterModule
+from visionlora.lora.families import fused_names, lookup
+
+
+def whole_layers(modules: Mapping[str, AdapterModule], format: str) -> dict[str, AdapterModule]:
+    """The modules with parts of fused layers joined: ΔW on some rows is a LoRA on all of them, zero elsewhere.
+
+    Args:
+        modules: of one component, by name.
+        format: which cannot hold parts, for messages.
+
+    Raises:
+        AdapterFileError: for parts of torch's packed attention, which other formats cannot hold, or of another kind than LoRA.
+    """
+    whole: dict[str, AdapterModule] = {}
+    parts: dict[str, dict[str, AdapterModule]] = {}
+    for name, m in modules.items():
+        layer, _, part = name.rpartition(".")
+        fused = lookup(layer, fused_names())
+        if m.kind != "full" and fused is not None and part in fused_names()[fused]:
+            parts.setdefault(layer, {})[part] = m
+        elif m.kind != "full" and part in ("q", "k", "v"):
+            raise AdapterFileError(
+                f"{name!r} is a part of torch's packed attention, which {format} has no way to hold. visionlora's own format "
+                "keeps it; or merge it."
+            )
+        else:
+            whole[name] = m
+    for layer, own in parts.items():
+        if any(m.kind != "lora" for m in own.values()):
+            raise AdapterFileError(f"Parts of the fused layer {layer!r} can be written to {format} as LoRA alone.")
+        order = fused_names()[str(lookup(layer, fused_names()))]
+        width = len(next(iter(own.values())).tensors["lora_B"])
+        up = torch.zeros(width * len(order), sum(m.rank for m in own.values()))
+        start = 0
+        for part, m in own.items():
+            row = order.index(part) * width
+            up[row : row + width, start : start + m.rank] = m.lora_factors()[1] * m.scaling
+            start += m.rank
+        down = torch.cat([m.lora_factors()[0] for m in own.values()])
+        whole[layer] = AdapterModule.lora(down, up, float(len(down)))
+    return whole

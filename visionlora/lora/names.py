@@ -1,0 +1,55 @@
+"""Finds the layers of a model under the names that adapter files use: in other spellings, or flattened with underscores.
+
+transformers dropped `text_model.` from CLIP's text encoder in 5.6 and renamed the layers of its ViTs in 5.9; kohya and
+LyCORIS join the parts of a name with `_`. A flat name is looked up in the table of the model's own names, never taken apart.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+SPELLINGS = (
+    (re.compile(r"^text_model\."), ""),
+    (re.compile(r"(^|\.)encoder\.layer\.(\d+)\."), r"\1layers.\2."),
+    (re.compile(r"\battention\.attention\.(q)uery\b"), r"attention.\1_proj"),
+    (re.compile(r"\battention\.attention\.(k)ey\b"), r"attention.\1_proj"),
+    (re.compile(r"\battention\.attention\.(v)alue\b"), r"attention.\1_proj"),
+    (re.compile(r"\battention\.output\.dense\b"), "attention.o_proj"),
+    (re.compile(r"\bintermediate\.dense\b"), "mlp.fc1"),
+    (re.compile(r"(?<!attention\.)\boutput\.dense\b"), "mlp.fc2"),
+)
+
+
+def spelling_key(name: str) -> str:
+    """The same for every spelling of a layer's name.
+
+    >>> spelling_key("text_model.encoder.layers.0.mlp.fc1") == spelling_key("encoder_layers_0_mlp_fc1")
+    True
+    >>> old, new = "vit.encoder.layer.3.attention.attention.query", "vit.layers.3.attention.q_proj"
+    >>> spelling_key(old) == spelling_key(new)
+    True
+    """
+    for pattern, replacement in SPELLINGS:
+        name = pattern.sub(replacement, name)
+    return name.replace(".", "_").removeprefix("text_model_")
+
+
+def resolve_names(given: Iterable[str], known: Iterable[str]) -> Mapping[str, str]:
+    """{given name: the model's name}, for those that the model has.
+
+    Args:
+        given: names of layers and parameters as a file has them.
+        known: the model's own names. Two that differ only in what a flat name loses are found by their exact names alone.
+    """
+    exact = set(known)
+    table: dict[str, str | None] = {}
+    for name in exact:
+        key = spelling_key(name)
+        table[key] = None if key in table else name
+    found = {}
+    for name in given:
+        match = name if name in exact else table.get(spelling_key(name))
+        if match is not None:
+            found[name] = match
+    return found
