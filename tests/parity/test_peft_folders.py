@@ -82,6 +82,13 @@ THEIRS = {
     "dora": lambda: peft.LoraConfig(r=3, lora_alpha=5, use_dora=True, target_modules=["fc1", "conv1"]),
     "ia3": lambda: peft.IA3Config(target_modules=["fc1", "fc2"], feedforward_modules=["fc2"]),
     "head": lambda: peft.LoraConfig(r=2, target_modules=["fc1"], modules_to_save=["head"]),
+    "bias": lambda: peft.LoraConfig(r=3, lora_alpha=5, target_modules=["fc1"], lora_bias=True),
+    "adalora": lambda: peft.AdaLoraConfig(init_r=4, target_r=2, lora_alpha=5, total_step=9, target_modules=["fc1", "qkv"]),
+    "vera": lambda: peft.VeraConfig(r=4, target_modules=["fc1", "fc2"]),
+    "loha": lambda: peft.LoHaConfig(r=3, alpha=5, target_modules=["fc1", "conv1"]),
+    "loha, tucker": lambda: peft.LoHaConfig(r=3, alpha=5, target_modules=["conv1"], use_effective_conv2d=True),
+    "lokr": lambda: peft.LoKrConfig(r=2, alpha=5, target_modules=["fc1", "conv1"]),
+    "lokr, full": lambda: peft.LoKrConfig(r=50, alpha=5, target_modules=["fc1"]),
 }  # fmt: skip
 
 
