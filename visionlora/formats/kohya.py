@@ -96,6 +96,10 @@ def keyed(component: str, path: str, module: AdapterModule, xl: bool) -> dict[st
             f"A kohya file cannot hold {component}.{path}: {why}. Format visionlora keeps it; `visionlora extract` from a "
             "baked model gives a LoRA."
         )
+    if "columns" in module.options:
+        raise AdapterFileError(
+            f"The width of {component}.{path} is not known: PEFT's VeRA shares one matrix for all. Format visionlora keeps it."
+        )
     found = {start + PLAIN.get(n, n): t for n, t in module.product_tensors.items()}
     if module.product != "diff":
         found[start + "alpha"] = scalar(module.alpha)

@@ -76,6 +76,8 @@ def read(folder: Path, component: str | None = None, allow_partial: bool = False
         return rank if kind == "VERA" else effective_alpha(config, path, rank, alpha)
 
     modules, unused = take_modules(folder, tensors, alpha_of)
+    if kind == "VERA":
+        modules = {n: first_columns(m) for n, m in modules.items()}
     if kind == "LOKR":
         modules = {n: scaled_when_full(n, m, config, alpha) for n, m in modules.items()}
     check_finite(folder, values)
@@ -86,6 +88,11 @@ def read(folder: Path, component: str | None = None, allow_partial: bool = False
         modules = {f"{component}.{n.partition('.')[2]}": m for n, m in modules.items()}
     info = {"method": kind.lower(), "base": {"id": config.get("base_model_name_or_path")}}
     return Adapter(modules, info, format="peft", metadata=contents.metadata, unused=tuple(unused))
+
+
+def first_columns(module: AdapterModule) -> AdapterModule:
+    """PEFT's shared A is as wide as the widest layer, whose width the file does not say of the others."""
+    return replace(module, options={"columns": "first"})
 
 
 def scaled_when_full(name: str, module: AdapterModule, config: Mapping[str, Any], alpha: float) -> AdapterModule:
@@ -99,7 +106,7 @@ def scaled_when_full(name: str, module: AdapterModule, config: Mapping[str, Any]
 
 
 def with_projections(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """PEFT's VeRA as LoRA: each layer takes the first columns of the shared A and the first rows of the shared B.
+    """PEFT's VeRA as LoRA: of the shared B each layer takes the first rows, and later, when it is known, its columns of A.
 
     Raises:
         AdapterFileError: when the folder was saved without the shared pair.

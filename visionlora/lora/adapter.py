@@ -126,8 +126,12 @@ class AdapterModule:
     def fitted(self, shape: Sequence[int]) -> AdapterModule:
         """Itself for a weight of this shape: a linear layer and a 1x1 convolution have the same ΔW in two shapes.
 
-        Stable Diffusion 1.x has convolutions where 2.x and XL have linear layers, and files come from both sides.
+        Stable Diffusion 1.x has convolutions where 2.x and XL have linear layers, and files come from both sides. With
+        option `columns` "first" (PEFT's VeRA) lora_A is as wide as the widest layer, and each takes its first columns.
         """
+        if self.options.get("columns") == "first":
+            down = self.tensors["lora_A"][:, : shape[1]].contiguous()
+            return replace(self, tensors={**self.tensors, "lora_A": down}, options={})
         own = self.shape()
         if (
             own is None
@@ -154,7 +158,8 @@ class AdapterModule:
             AdapterFileError: when this kind needs the base weight and it is not given.
         """
         if self.kind in PRODUCT_KINDS:
-            delta = product(self.kind, self.tensors).float() * self.scaling
+            own = self if base is None else self.fitted(base.shape)
+            delta = product(self.kind, own.tensors).float() * self.scaling
             return delta if base is None or delta.numel() != base.numel() else delta.view(base.shape)
         if self.kind == "shift":
             return self.tensors["shift"].float()
