@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from visionlora.errors import ConfigError
+
 
 def replace_file(path: Path, content: bytes) -> None:
     """Writes under a temporary name, flushes to disk, then renames to `path`.
@@ -21,3 +23,9 @@ def replace_file(path: Path, content: bytes) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_new(path: Path, overwrite: bool = False) -> None:
+    """Raises ConfigError when something is there already and is not to be replaced."""
+    if path.exists() and not overwrite:
+        raise ConfigError(f"{path} exists already; name another output, or replace it with --overwrite.")

@@ -1,4 +1,4 @@
-"""Plug-ins: packages that add methods, inits, model families or target presets through entry points.
+"""Plug-ins: packages that add methods, inits, model families, target presets or combinations through entry points.
 
 A package declares, in its own pyproject.toml:
 
@@ -22,6 +22,7 @@ GROUPS = {
     "visionlora.inits": "inits of lora_A: functions as in visionlora.lora.inits",
     "visionlora.families": "model families: visionlora.lora.families.Family objects",
     "visionlora.targets": "target presets: tuples of targets under one word",
+    "visionlora.combinations": "ways to make one ΔW of several: functions as in visionlora.lora.combine",
 }
 
 

@@ -8,22 +8,7 @@ from typing import Annotated, Optional
 import typer
 
 from visionlora.cli.console import ConsoleListener
-from visionlora.errors import ConfigError
-
-
-def parse_lora(word: str) -> tuple[str, float]:
-    """`path` or `path:scale`.
-
-    Raises:
-        ConfigError: when the scale is not a number.
-    """
-    path, colon, scale = word.rpartition(":")
-    if not colon or Path(word).exists():
-        return word, 1.0
-    try:
-        return path, float(scale)
-    except ValueError:
-        raise ConfigError(f"--lora {word}: {scale!r} is not a number; write path or path:scale.") from None
+from visionlora.cli.words import parse_lora
 
 
 def command(

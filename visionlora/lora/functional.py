@@ -65,18 +65,45 @@ def factorise(delta: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     True
     """
     u, s, v = torch.linalg.svd(delta.float().flatten(1), full_matrices=False)
-    root = s[:rank].sqrt()
-    return _shaped(root[:, None] * v[:rank], u[:, :rank] * root, delta.shape)
+    return truncate(u, s, v, rank, delta.shape)
+
+
+def decompose(lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The singular value decomposition of B·A by QR of the factors: no dense ΔW is built.
+
+    Returns:
+        u (o, r), s (r,) from the largest down, v (r, i·*k), in fp32 or wider, with B·A = u · diag(s) · v.
+    """
+    up, down = wide(lora_B).flatten(1), wide(lora_A).flatten(1)
+    qb, rb = torch.linalg.qr(up)
+    qa, ra = torch.linalg.qr(down.t())
+    u, s, v = torch.linalg.svd(rb @ ra.t(), full_matrices=False)
+    return qb @ u, s, v @ qa.t()
 
 
 def resize(lora_A: Tensor, lora_B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The best factors of a smaller (or equal) rank for the same ΔW, by QR of the factors: no dense ΔW is built."""
-    qb, rb = torch.linalg.qr(lora_B.float().flatten(1))
-    qa, ra = torch.linalg.qr(lora_A.float().flatten(1).t())
-    u, s, v = torch.linalg.svd(rb @ ra.t(), full_matrices=False)
+    """The best factors of a smaller (or equal) rank for the same ΔW (Eckart-Young); singular values are shared evenly."""
+    return truncate(*decompose(lora_A, lora_B), rank, (lora_B.shape[0], *lora_A.shape[1:]))
+
+
+def truncate(u: Tensor, s: Tensor, v: Tensor, rank: int, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """lora_A and lora_B from the first `rank` singular directions, for a weight of this shape."""
     root = s[:rank].sqrt()
-    down, up = root[:, None] * (v[:rank] @ qa.t()), qb @ (u[:, :rank] * root)
-    return _shaped(down, up, (lora_B.shape[0], *lora_A.shape[1:]))
+    return _shaped(root[:, None] * v[:rank], u[:, :rank] * root, shape)
+
+
+def rank_for_energy(s: Tensor, energy: float, total: float | None = None) -> int:
+    """The smallest rank that keeps this share of ‖ΔW‖² (0 to 1), at least 1.
+
+    >>> rank_for_energy(torch.tensor([3.0, 1.0, 0.1]), 0.9)
+    2
+    """
+    squares = s.double().square()
+    whole = float(squares.sum()) if total is None else total
+    if whole <= 0:
+        return 1
+    enough = (squares.cumsum(0) >= energy * whole * (1 - 1e-12)).nonzero()
+    return int(enough[0]) + 1 if len(enough) else len(s)
 
 
 def _shaped(down: Tensor, up: Tensor, weight_shape: Sequence[int]) -> tuple[Tensor, Tensor]:

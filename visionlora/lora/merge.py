@@ -68,3 +68,27 @@ def merge_together(handles: Sequence[Handle], scales: Sequence[float] | None = N
                 m.scale = scale
             m.merged = True
     write_weights(handles)
+
+
+def bake(handles: Sequence[Handle], scales: Sequence[float] | None = None) -> None:
+    """Merges adapters for good: the layers are plain ones again, with ΔW in their weights and no originals kept.
+
+    Args:
+        handles: on the same model; they can no longer be used.
+        scales: one each; as they are when not given.
+
+    Raises:
+        ConfigError: when a scale or a weight would not be finite, before any weight is changed.
+    """
+    if scales is not None:
+        for handle, scale in zip(handles, scales, strict=True):
+            for changed in handle.in_full.values():
+                changed.set_scale(scale)
+    merge_together(handles, scales)
+    for handle in handles:
+        for m in handle.methods.values():
+            cast(AdaptedLayer, m.site.layer).originals.clear()
+            m.merged = False
+        handle.in_full = {}
+    for handle in handles:
+        handle.eject()

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from visionlora.cli.generate import parse_lora
+from visionlora.cli.words import parse_lora
 from visionlora.errors import ConfigError
 
 

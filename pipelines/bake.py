@@ -1,0 +1,59 @@
+"""Base model + adapter files -> a full model with the adapters in its weights."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from visionlora.atomic import check_new
+from visionlora.errors import ModelError
+from visionlora.loaders import apply, load_adapter
+from visionlora.lora.merge import bake as bake_handles
+from visionlora.models.base import open_base, quiet
+
+
+def bake(
+    model: str, adapters: Sequence[tuple[str | Path, float]], output: str | Path, dtype: str = "float32",
+    force: bool = False, overwrite: bool = False,
+) -> Path:  # fmt: skip
+    """Writes a diffusers folder in which the adapters are merged for good; it needs nothing of visionlora to be used.
+
+    Args:
+        model: the base; `auto` takes the one that the first adapter names.
+        adapters: pairs of file and scale.
+        output: the folder to write.
+        dtype: of the weights written, `float32`, `float16` or `bfloat16`; merging itself is in fp32.
+        force: accept a fine-tune of the adapters' base.
+        overwrite: replace what is there.
+
+    Raises:
+        AdapterFileError: when an adapter cannot be read or was made for another base.
+        ModelError: when the base cannot be opened or the folder cannot be written.
+        ConfigError: when the output exists, or a merged weight would not be finite.
+    """
+    import torch
+
+    output = Path(output).expanduser()
+    check_new(output, overwrite)
+    loaded = [(load_adapter(path), scale) for path, scale in adapters]
+    if model == "auto" and loaded:
+        model = str(loaded[0][0].info.get("base", {}).get("id", "auto"))
+    base = open_base(model)
+    # All are put on before any is merged: each adapter's effect is that on the untouched base.
+    bake_handles([h for i, (a, scale) in enumerate(loaded) for h in apply(base, a, f"baked{i}", scale, force)])
+    base.pipe.to(getattr(torch, dtype))
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as temporary:
+            with quiet():
+                base.pipe.save_pretrained(Path(temporary) / "model")
+            if output.exists():
+                shutil.rmtree(output)
+            (Path(temporary) / "model").rename(output)
+    except OSError as e:
+        raise ModelError(
+            f"The model cannot be written to {output}: {e.strerror or e}. Choose another folder."
+        ) from None
+    return output

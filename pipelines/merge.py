@@ -1,0 +1,28 @@
+"""Adapter files, each with a scale -> one adapter file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from visionlora.atomic import check_new
+from visionlora.loaders import load_adapter, save_adapter
+from visionlora.lora.arithmetic import Progress, Result, Size, merge_adapters
+from visionlora.lora.combine import Options
+
+
+def merge(
+    sources: Sequence[tuple[str | Path, float]], output: str | Path, method: str = "sum", size: Size | None = None,
+    options: Options | None = None, to: str = "visionlora", overwrite: bool = False, progress: Progress | None = None,
+) -> Result:  # fmt: skip
+    """Merges adapters of any formats into one LoRA; see `visionlora.lora.arithmetic.merge_adapters`.
+
+    Raises:
+        AdapterFileError: when a source cannot be read or merged, or the result cannot be written.
+        ConfigError: when the output exists or a setting is out of range.
+    """
+    check_new(Path(output).expanduser(), overwrite)
+    adapters = [(load_adapter(path), scale) for path, scale in sources]
+    result = merge_adapters(adapters, method, size, options, progress)
+    save_adapter(result.adapter, output, to)
+    return result

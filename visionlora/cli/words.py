@@ -1,0 +1,54 @@
+"""Words of the command line that several verbs read: `path:scale`, sizes, formats."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from visionlora.errors import ConfigError
+
+if TYPE_CHECKING:
+    from visionlora.lora.arithmetic import Result, Size
+
+FORMATS = "visionlora, kohya, diffusers, diffusers-folded, peft"
+
+
+def parse_lora(word: str) -> tuple[str, float]:
+    """`path` or `path:scale`.
+
+    Raises:
+        ConfigError: when the scale is not a number.
+    """
+    path, colon, scale = word.rpartition(":")
+    if not colon or Path(word).exists():
+        return word, 1.0
+    try:
+        return path, float(scale)
+    except ValueError:
+        raise ConfigError(f"{word}: {scale!r} is not a number; write path or path:scale.") from None
+
+
+def parse_size(rank: int | None, energy: float | None) -> Size:
+    """The size that two options name."""
+    from visionlora.lora.arithmetic import Size
+
+    return Size(rank, energy)
+
+
+def describe(result: Result, method: str = "sum") -> str:
+    """The ranks and what was lost, in a line; of combinations other than the sum, what cutting the rank lost."""
+    ranks = sorted(r for r in result.ranks.values() if r)
+    modules = {n: e for n, e in result.errors.items() if n in result.adapter.modules}
+    left_out = len(result.errors) - len(modules)
+    text = f"{len(result.adapter.modules)} modules"
+    if ranks:
+        text += f", rank {ranks[0]}" + (
+            f" to {ranks[-1]} (median {ranks[len(ranks) // 2]})" if ranks[0] != ranks[-1] else ""
+        )
+    if modules:
+        worst = max(modules, key=lambda n: modules[n])
+        mean = sum(modules.values()) / len(modules)
+        text += ("; exact" if method == "sum" else "") if modules[worst] == 0 else (
+            f"; relative error of ΔW {mean:.3f} on average, at most {modules[worst]:.3f} ({worst})"
+        )  # fmt: skip
+    return text + (f"; {left_out} vectors changed and were left out" if left_out else "")

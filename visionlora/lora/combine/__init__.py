@@ -1,0 +1,42 @@
+"""Ways to make one ΔW of several at a layer, one file each, and their registry.
+
+A combination takes the factors of every adapter at one layer, scales included, and returns the factors of the result. A
+plug-in adds one through the entry point group `visionlora.combinations`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from visionlora import plugins
+from visionlora.errors import ConfigError, nearest
+from visionlora.lora.combine.dare import dare
+from visionlora.lora.combine.iso_c import iso_c
+from visionlora.lora.combine.knots import knots
+from visionlora.lora.combine.sum import add
+from visionlora.lora.combine.ties import ties
+from visionlora.lora.combine.types import Factors, Options
+
+Combination = Callable[[Sequence[Factors], Options], tuple[Tensor, Tensor]]
+COMBINATIONS: dict[str, Combination] = {"sum": add, "ties": ties, "dare": dare, "knots": knots, "iso-c": iso_c}
+PLUGIN_GROUP = "visionlora.combinations"
+
+__all__ = ["COMBINATIONS", "Combination", "Factors", "Options", "combination"]
+
+
+def combination(name: str) -> Combination:
+    """The combination of this name.
+
+    Raises:
+        ConfigError: when there is none.
+    """
+    if name in COMBINATIONS:
+        return COMBINATIONS[name]
+    found = plugins.load(PLUGIN_GROUP, name) if name in plugins.names(PLUGIN_GROUP) else None
+    if found is None:
+        words = [*COMBINATIONS, *plugins.names(PLUGIN_GROUP)]
+        raise ConfigError(f"There is no combination {name!r}. {nearest(name, words)}")
+    made: Combination = found
+    return made
