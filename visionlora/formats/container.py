@@ -96,10 +96,25 @@ def read_header(path: Path) -> Header:
                 raise ValueError(f"its header claims {length:,} bytes")
             found = json.loads(file.read(length))
         metadata = {str(k): str(v) for k, v in dict(found.pop("__metadata__", {})).items()}
-        tensors = {name: Entry(str(e["dtype"]), tuple(int(n) for n in e["shape"])) for name, e in found.items()}
+        body = path.stat().st_size - 8 - length
+        tensors = {name: entry_of(name, e, body) for name, e in found.items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError, struct.error, RecursionError) as e:
         raise AdapterFileError(f"{path} is not a whole safetensors file ({e}). Copy or download it again.") from None
     return Header(tensors, metadata)
+
+
+def entry_of(name: str, entry: Mapping[str, Any], body: int) -> Entry:
+    """A tensor's entry, checked against itself and the bytes there are.
+
+    Raises:
+        ValueError: when its size, offsets and the file do not agree.
+    """
+    found = Entry(str(entry["dtype"]), tuple(int(n) for n in entry["shape"]))
+    start, end = (int(n) for n in entry["data_offsets"])
+    width = WIDTHS.get(found.dtype)
+    if min((0, *found.shape)) < 0 or not 0 <= start <= end <= body or (width and found.size * width != end - start):
+        raise ValueError(f"{name[:80]!r} does not fit the bytes of the file")
+    return found
 
 
 def is_pickle(path: Path) -> bool:
@@ -118,7 +133,8 @@ def pickled(path: Path) -> Iterator[tuple[str, Tensor]]:
         AdapterFileError: when loading it safely fails.
     """
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        with path.open("rb") as file:  # as a file: torch takes the suffix .safetensors for the format
+            found = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as e:  # pickle, zip and torch each raise their own
         why = "it is damaged" if is_damaged(path) else f"it holds more than tensors ({str(e).splitlines()[0][:120]})"
         raise AdapterFileError(

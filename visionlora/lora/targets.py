@@ -226,7 +226,7 @@ def check_reached(
                 )
         what = "Target" if target in config.target_list else "Exclusion"
         raise TargetError(
-            f"{what} {target!r} reaches no layer of {type(model).__name__}. {nearest(target, known_words(model))}"
+            f"{what} {target!r} reaches no layer of {type(model).__name__}. {nearest(target, known_words(model) - {target})}"
         )
     if not hits:
         raise TargetError(

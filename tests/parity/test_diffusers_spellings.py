@@ -1,0 +1,171 @@
+"""Files that diffusers writes, in every spelling it ever had, load here with the same ΔW; ours load there."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import visionlora as vl
+from visionlora.formats.names import locate
+from visionlora.loaders import apply, load_adapter, save_adapter
+from visionlora.lora.adapter import Adapter, AdapterModule
+from visionlora.models.base import open_base
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_model: Path) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
+    """A UNet with a PEFT adapter of mixed ranks and alphas, and its ΔW by layer."""
+    import peft
+
+    unet = open_base(str(tiny_model)).pipe.unet
+    unet.add_adapter(peft.LoraConfig(
+        r=4, lora_alpha=6, target_modules=["to_q", "to_k", "to_v", "to_out.0", "proj_in", "ff.net.2"],
+        rank_pattern={"to_k": 2}, alpha_pattern={"to_v": 3, "proj_in": 8},
+    ))  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    for name, p in unet.named_parameters():
+        if "lora" in name:
+            p.data = torch.randn(p.shape, generator=generator) * 0.3
+    deltas = {
+        n: m.get_delta_weight("default").detach() for n, m in unet.named_modules() if hasattr(m, "get_delta_weight")
+    }
+    return unet, deltas
+
+
+def check(adapter: Adapter, deltas: dict[str, torch.Tensor]) -> None:
+    found = adapter.delta_weights()
+    assert found.keys() == {f"unet.{n}" for n in deltas}
+    for name, delta in deltas.items():
+        torch.testing.assert_close(found[f"unet.{name}"], delta.view_as(found[f"unet.{name}"]), rtol=1e-5, atol=1e-6)
+
+
+def test_save_lora_adapter(trained, tmp_path: Path) -> None:
+    """No prefix, the config in the header."""
+    unet, deltas = trained
+    unet.save_lora_adapter(tmp_path)
+    check(load_adapter(tmp_path), deltas)
+
+
+def test_save_lora_weights_with_its_metadata(trained, tmp_path: Path) -> None:
+    """`unet.` before everything, the config under `unet.` keys."""
+    from diffusers import StableDiffusionPipeline
+    from diffusers.training_utils import _collate_lora_metadata
+    from diffusers.utils import convert_state_dict_to_diffusers
+    from peft.utils import get_peft_model_state_dict
+
+    unet, deltas = trained
+    layers = get_peft_model_state_dict(unet)
+    metadata = _collate_lora_metadata({"unet": unet})
+    StableDiffusionPipeline.save_lora_weights(tmp_path / "a", unet_lora_layers=layers, **metadata)
+    assert any(k.startswith("unet.") for k in load_file(tmp_path / "a" / "pytorch_lora_weights.safetensors"))
+    check(load_adapter(tmp_path / "a"), deltas)
+    # What the training scripts do: `.lora.down.weight` for attention, the rest as it is, no metadata, so no scale.
+    scripts = convert_state_dict_to_diffusers(layers)
+    StableDiffusionPipeline.save_lora_weights(tmp_path / "b", unet_lora_layers=scripts)
+    keys = load_file(tmp_path / "b" / "pytorch_lora_weights.safetensors")
+    assert any(k.endswith(".lora.down.weight") for k in keys) and any(k.endswith("lora_A.weight") for k in keys)
+    ours = load_adapter(tmp_path / "b")
+    assert ours.format == "diffusers (training scripts)" and len(ours.modules) == len(deltas)
+    assert all(m.scaling == 1 for m in ours.modules.values())
+
+
+def test_attention_processors(trained, tmp_path: Path) -> None:
+    unet, deltas = trained
+    attention = {n: m for n, m in unet.named_modules() if n in deltas and ".attn" in n}
+    tensors = {}
+    for name, m in attention.items():
+        layer, _, last = name.removesuffix(".0").rpartition(".")
+        start = f"unet.{layer}.processor.{last}_lora."
+        tensors[start + "down.weight"] = m.lora_A["default"].weight.data
+        tensors[start + "up.weight"] = m.lora_B["default"].weight.data * m.scaling["default"]
+    save_file(tensors, tmp_path / "a.safetensors")
+    adapter = load_adapter(tmp_path / "a.safetensors")
+    assert adapter.format == "diffusers (attention processors)"
+    check(adapter, {n: deltas[n] for n in attention})
+
+
+def test_peft_folder_of_a_unet(trained, tiny_model: Path, tmp_path: Path) -> None:
+    import peft
+    from peft.utils import get_peft_model_state_dict
+
+    unet, deltas = trained
+    wrapped = peft.get_peft_model(open_base(str(tiny_model)).pipe.unet, unet.peft_config["default"])
+    peft.set_peft_model_state_dict(
+        wrapped, {f"base_model.model.{k}": t for k, t in get_peft_model_state_dict(unet).items()}
+    )
+    wrapped.save_pretrained(tmp_path / "p")
+    check(load_adapter(tmp_path / "p"), deltas)
+
+
+# ------------------------------------------------------------------------------------------------------ ours elsewhere
+
+
+def random_adapter(model: Path, method: str = "lora", rank: int = 4, alpha: float = 6.0) -> Adapter:
+    base = open_base(str(model))
+    modules = {}
+    for component, part in base.components().items():
+        handle = vl.inject(part, vl.AdapterConfig(method=method, rank=rank, alpha=alpha, targets="attn,mlp"))
+        generator = torch.Generator().manual_seed(1)
+        for lora in handle.methods.values():
+            lora.lora_B.data = torch.randn(lora.lora_B.shape, generator=generator) * 0.3
+        modules |= handle.modules(component)
+        handle.eject()
+    return Adapter(modules, {"base": {"id": str(model), "fingerprints": base.fingerprints()}})
+
+
+def picture(pipe) -> torch.Tensor:
+    return torch.from_numpy(
+        pipe("dog", num_inference_steps=3, guidance_scale=3.0, generator=torch.Generator().manual_seed(0),
+             height=32, width=32, output_type="np").images
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("format", ["kohya", "diffusers", "diffusers-folded"])
+def test_ours_in_diffusers(format: str, tiny_model: Path, tmp_path: Path) -> None:
+    """UNet and text encoder; kohya files with one alpha, as diffusers gives all modules the most common one."""
+    from diffusers import StableDiffusionPipeline
+
+    adapter = random_adapter(tiny_model)
+    if format == "kohya":
+        adapter = Adapter({n: m for n, m in adapter.modules.items() if n.startswith("unet.")}, adapter.info)
+    base = open_base(str(tiny_model))
+    apply(base, adapter)
+    save_adapter(adapter, tmp_path / "a.safetensors", format)
+    theirs = StableDiffusionPipeline.from_pretrained(tiny_model, safety_checker=None)
+    theirs.set_progress_bar_config(disable=True)
+    plain = picture(theirs)
+    theirs.load_lora_weights(tmp_path, weight_name="a.safetensors")
+    expected = picture(base.pipe)
+    assert (expected - plain).abs().max() > 1e-3
+    torch.testing.assert_close(picture(theirs), expected, rtol=0, atol=3e-5)
+
+
+def test_folded_means_the_same_to_readers_that_know_no_scale(tiny_model: Path, tmp_path: Path) -> None:
+    first = random_adapter(tiny_model, rank=4, alpha=6.0)
+    mixed = dict(first.modules)
+    name = next(iter(mixed))
+    down, up = mixed[name].lora_factors()
+    mixed[name] = AdapterModule.lora(down[:2], up[:, :2], 5.0)
+    adapter = Adapter(mixed, first.info)
+    save_adapter(adapter, tmp_path / "a.safetensors", "diffusers-folded")
+    tensors = load_file(tmp_path / "a.safetensors")
+    for layer, delta in adapter.delta_weights().items():
+        found = tensors[layer + ".lora_B.weight"] @ tensors[layer + ".lora_A.weight"]
+        torch.testing.assert_close(found, delta, rtol=1e-5, atol=1e-6)
+    assert {len(t) for k, t in tensors.items() if "lora_A" in k} == {4}
+
+
+def test_metadata_of_diffusers_is_what_a_lora_config_takes(tiny_model: Path, tmp_path: Path) -> None:
+    import peft
+    from safetensors import safe_open
+
+    save_adapter(random_adapter(tiny_model), tmp_path / "a.safetensors", "diffusers")
+    with safe_open(str(tmp_path / "a.safetensors"), "pt") as file:
+        found = json.loads(file.metadata()["lora_adapter_metadata"])
+    config = peft.LoraConfig(**{k.removeprefix("unet."): v for k, v in found.items() if k.startswith("unet.")})
+    assert config.r == 4 and config.lora_alpha == 6
+    assert all(locate("unet." + n)[0] == "unet" for n in config.target_modules)

@@ -1,0 +1,88 @@
+"""The bytes of a file: safetensors and pickles."""
+
+import hashlib
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import visionlora as vl
+from visionlora.formats.container import file_hashes, is_pickle, read_header
+
+
+def kohya() -> dict[str, torch.Tensor]:
+    return {
+        "lora_unet_conv_in.lora_down.weight": torch.ones(2, 3),
+        "lora_unet_conv_in.lora_up.weight": torch.ones(4, 2),
+    }
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".ckpt", ".bin", ".safetensors"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_pickle_of_tensors_is_read_whatever_its_name(suffix: str, nested: bool, tmp_path: Path) -> None:
+    torch.save({"state_dict": kohya()} if nested else kohya(), tmp_path / f"a{suffix}")
+    assert is_pickle(tmp_path / f"a{suffix}")
+    adapter = vl.load_adapter(tmp_path / f"a{suffix}")
+    torch.testing.assert_close(adapter.delta_weights()["unet.conv_in"], torch.full((4, 3), 2.0))
+
+
+class Harmful:
+    def __reduce__(self):
+        return eval, ("open('harm', 'w')",)
+
+
+def test_a_pickle_that_runs_code_is_refused_and_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({**kohya(), "x": Harmful()}, tmp_path / "a.pt")
+    with pytest.raises(
+        vl.VisionLoRAError, match=r"cannot be opened safely: it holds more than tensors .*weights_only=True"
+    ):
+        vl.load_adapter(tmp_path / "a.pt")
+    assert not (tmp_path / "harm").exists()
+
+
+def test_a_cut_pickle_is_damaged(tmp_path: Path) -> None:
+    torch.save(kohya(), tmp_path / "a.pt")
+    data = (tmp_path / "a.pt").read_bytes()
+    (tmp_path / "a.pt").write_bytes(data[: len(data) // 2])
+    with pytest.raises(vl.VisionLoRAError, match="cannot be opened safely: it is damaged"):
+        vl.load_adapter(tmp_path / "a.pt")
+
+
+def test_the_hashes_are_those_of_the_bytes(tmp_path: Path) -> None:
+    adapter = vl.Adapter({"unet.conv_in": vl.load_adapter(written(tmp_path)).modules["unet.conv_in"]})
+    for format in ("visionlora", "kohya", "diffusers"):
+        path = tmp_path / f"{format}.safetensors"
+        vl.save_adapter(adapter, path, format)
+        data = path.read_bytes()
+        body = hashlib.sha256(data[8 + struct.unpack("<Q", data[:8])[0] :]).hexdigest()
+        assert file_hashes(path) == {
+            "sha256": hashlib.sha256(data).hexdigest(), "AutoV2": hashlib.sha256(data).hexdigest()[:10], "AutoV3": body,
+        }  # fmt: skip
+        metadata = read_header(path).metadata
+        assert metadata["sshs_model_hash"] == body and metadata["modelspec.hash_sha256"] == "0x" + body
+
+
+def written(folder: Path) -> Path:
+    save_file(kohya(), folder / "first.safetensors", {"ss_steps": "7", "sshs_model_hash": "stale"})
+    return folder / "first.safetensors"
+
+
+def test_what_other_tools_wrote_is_carried_over_and_stale_hashes_are_not(tmp_path: Path) -> None:
+    adapter = vl.load_adapter(written(tmp_path))
+    assert adapter.info["training"] == {"steps": 7}
+    vl.save_adapter(adapter, tmp_path / "a.safetensors", "kohya")
+    metadata = read_header(tmp_path / "a.safetensors").metadata
+    assert metadata["ss_steps"] == "7" and metadata["sshs_model_hash"] != "stale"
+    assert metadata["ss_network_module"] == "networks.lora" and metadata["ss_network_dim"] == "2"
+
+
+def test_a_cut_file_is_seen_from_its_header(tmp_path: Path) -> None:
+    path = written(tmp_path)
+    assert read_header(path).tensors["lora_unet_conv_in.lora_up.weight"].shape == (4, 2)
+    path.write_bytes(path.read_bytes()[:-4])
+    for read in (read_header, vl.load_adapter):
+        with pytest.raises(vl.VisionLoRAError, match="is not a whole safetensors file"):
+            read(path)

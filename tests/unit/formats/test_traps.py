@@ -1,0 +1,160 @@
+"""What other loaders get wrong in silence, one test each: here it is right, or refused."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import visionlora as vl
+from visionlora.formats.names import flattened
+from visionlora.lora.arithmetic import Size, merge_adapters, resize_adapter
+
+LAYERS = [f"down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_{n}" for n in "qkv"]
+
+
+def kohya(
+    path: Path, alphas: list[float | None], ranks: list[int], dtype: torch.dtype = torch.float32
+) -> dict[str, torch.Tensor]:
+    """Writes a kohya file and returns the right ΔW by name."""
+    tensors, deltas = {}, {}
+    generator = torch.Generator().manual_seed(0)
+    for name, alpha, rank in zip(LAYERS, alphas, ranks, strict=True):
+        down = torch.randn(rank, 6, generator=generator).to(dtype)
+        up = torch.randn(8, rank, generator=generator).to(dtype)
+        flat = "lora_unet_" + flattened(name)
+        tensors |= {f"{flat}.lora_down.weight": down, f"{flat}.lora_up.weight": up}
+        if alpha is not None:
+            tensors[f"{flat}.alpha"] = torch.tensor(alpha, dtype=dtype)
+        scale = 1.0 if alpha is None else float(torch.tensor(alpha, dtype=dtype)) / rank
+        deltas[f"unet.{name}"] = up.float() @ down.float() * scale
+    save_file(tensors, path)
+    return deltas
+
+
+def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, delta in expected.items():
+        torch.testing.assert_close(found[name], delta)
+
+
+def test_every_module_keeps_its_own_alpha(tmp_path: Path) -> None:
+    """diffusers gives all of them the most common one."""
+    expected = kohya(tmp_path / "a.safetensors", [2.0, 1.0, 8.0], [4, 2, 3])
+    same(vl.load_adapter(tmp_path / "a.safetensors").delta_weights(), expected)
+
+
+def test_a_missing_alpha_is_the_rank(tmp_path: Path) -> None:
+    """diffusers takes that of the other modules."""
+    expected = kohya(tmp_path / "a.safetensors", [1.0, None, 1.0], [4, 4, 4])
+    same(vl.load_adapter(tmp_path / "a.safetensors").delta_weights(), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_an_alpha_rounded_with_its_file_is_what_it_is(dtype: torch.dtype, tmp_path: Path) -> None:
+    """12.345 is 12.375 in bfloat16."""
+    expected = kohya(tmp_path / "a.safetensors", [12.345, 12.345, 3.0], [4, 4, 4], dtype)
+    same(vl.load_adapter(tmp_path / "a.safetensors").delta_weights(), expected)
+
+
+def test_alpha_zero_means_the_rank(tmp_path: Path) -> None:
+    kohya(tmp_path / "a.safetensors", [0.0, 1.0, 1.0], [4, 4, 4])
+    adapter = vl.load_adapter(tmp_path / "a.safetensors")
+    assert [adapter.modules[f"unet.{n}"].scaling for n in LAYERS] == [1.0, 0.25, 0.25]
+
+
+@pytest.mark.parametrize("alpha", [float("nan"), float("inf")])
+def test_an_alpha_that_is_lost_is_refused(alpha: float, tmp_path: Path) -> None:
+    kohya(tmp_path / "a.safetensors", [alpha, 1.0, 1.0], [4, 4, 4])
+    with pytest.raises(
+        vl.VisionLoRAError, match=f"has an alpha of {alpha} for 'lora_unet_down_blocks_0_.*its scale is lost"
+    ):
+        vl.load_adapter(tmp_path / "a.safetensors")
+
+
+def test_two_spellings_in_one_file_are_both_read(tmp_path: Path) -> None:
+    """diffusers looks at the first key alone."""
+    a, b = torch.randn(2, 6), torch.randn(8, 2)
+    save_file({
+        "unet.mid_block.attentions.0.proj_in.lora_A.weight": a, "unet.mid_block.attentions.0.proj_in.lora_B.weight": b,
+        f"unet.{LAYERS[0]}.lora.down.weight": a.clone(), f"unet.{LAYERS[0]}.lora.up.weight": b.clone(),
+    }, tmp_path / "a.safetensors")  # fmt: skip
+    adapter = vl.load_adapter(tmp_path / "a.safetensors")
+    assert set(adapter.modules) == {"unet.mid_block.attentions.0.proj_in", f"unet.{LAYERS[0]}"}
+
+
+def test_bundled_embeddings_do_not_hide_the_lora(tmp_path: Path) -> None:
+    """One foreign key makes diffusers load nothing."""
+    kohya(tmp_path / "a.safetensors", [1.0] * 3, [4] * 3)
+    from safetensors.torch import load_file
+
+    tensors = load_file(tmp_path / "a.safetensors")
+    tensors["bundle_emb.<dog>.string_to_param.*"] = torch.randn(2, 768)
+    tensors["bundle_emb.ink.clip_g"] = torch.randn(1, 1280)
+    save_file(tensors, tmp_path / "b.safetensors")
+    adapter = vl.load_adapter(tmp_path / "b.safetensors")
+    assert len(adapter.modules) == 3
+    assert {t: {c: tuple(v.shape) for c, v in p.items()} for t, p in adapter.embeddings.items()} == {
+        "<dog>": {"text_encoder": (2, 768)},
+        "ink": {"text_encoder_2": (1, 1280)},
+    }
+    vl.save_adapter(adapter, tmp_path / "c.safetensors")
+    again = vl.load_adapter(tmp_path / "c.safetensors")
+    assert torch.equal(again.embeddings["<dog>"]["text_encoder"], adapter.embeddings["<dog>"]["text_encoder"])
+
+
+def test_an_unknown_tensor_is_an_error_that_says_how_to_go_on(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    kohya(tmp_path / "a.safetensors", [1.0] * 3, [4] * 3)
+    save_file(
+        load_file(tmp_path / "a.safetensors") | {"lora_unet_mid_block.strange": torch.ones(2)},
+        tmp_path / "b.safetensors",
+    )
+    with pytest.raises(
+        vl.VisionLoRAError,
+        match=r"has 1 tensors that nothing here takes: 'lora_unet_mid_block.strange'.*--allow-partial",
+    ):
+        vl.load_adapter(tmp_path / "b.safetensors")
+    adapter = vl.load_adapter(tmp_path / "b.safetensors", allow_partial=True)
+    assert len(adapter.modules) == 3 and adapter.unused == ("lora_unet_mid_block.strange",)
+
+
+def test_a_method_that_is_not_read_is_named(tmp_path: Path) -> None:
+    save_file({"lora_unet_mid_block_conv.a1.weight": torch.ones(2, 2)}, tmp_path / "a.safetensors")
+    with pytest.raises(vl.VisionLoRAError, match=r"holds no adapter that visionlora knows.*They are GLoRA's"):
+        vl.load_adapter(tmp_path / "a.safetensors")
+
+
+def test_half_an_adapter_is_refused(tmp_path: Path) -> None:
+    save_file({"lora_unet_conv_in.lora_up.weight": torch.ones(2, 2)}, tmp_path / "a.safetensors")
+    with pytest.raises(vl.VisionLoRAError, match="holds half an adapter for 'lora_unet_conv_in': up alone"):
+        vl.load_adapter(tmp_path / "a.safetensors")
+
+
+def test_a_whole_model_is_no_adapter(tmp_path: Path) -> None:
+    save_file({"model.diffusion_model.out.0.weight": torch.ones(2)}, tmp_path / "a.safetensors")
+    with pytest.raises(vl.VisionLoRAError, match="is a whole model, not an adapter"):
+        vl.load_adapter(tmp_path / "a.safetensors")
+
+
+def test_the_sum_of_two_is_the_sum_of_their_changes(tmp_path: Path) -> None:
+    """Adding up and down by themselves is off by more than half."""
+    one = kohya(tmp_path / "a.safetensors", [2.0, None, 8.0], [4, 2, 3])
+    two = kohya(tmp_path / "b.safetensors", [1.0, 3.0, None], [2, 5, 4])
+    a, b = (vl.load_adapter(tmp_path / f"{n}.safetensors") for n in "ab")
+    found = merge_adapters([(a, 0.8), (b, -0.5)])
+    assert not any(found.errors.values())
+    same(found.adapter.delta_weights(), {n: 0.8 * one[n] - 0.5 * two[n] for n in one})
+
+
+def test_no_key_is_taken_for_another_by_a_piece_of_its_name(tmp_path: Path) -> None:
+    """A token or layer that has `alpha` or `lora_down` in its own name."""
+    a, b = torch.randn(2, 6), torch.randn(8, 2)
+    save_file(
+        {"blocks.alpha_lora_down.lora_A.weight": a, "blocks.alpha_lora_down.lora_B.weight": b},
+        tmp_path / "a.safetensors",
+    )
+    adapter = vl.load_adapter(tmp_path / "a.safetensors")
+    assert list(adapter.modules) == ["model.blocks.alpha_lora_down"]
+    assert resize_adapter(adapter, Size(rank=1)).adapter.modules["model.blocks.alpha_lora_down"].rank == 1

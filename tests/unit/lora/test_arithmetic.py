@@ -1,0 +1,210 @@
+"""Adapters merged, made smaller and taken from two models, against dense arithmetic."""
+
+import pytest
+import torch
+from torch import nn
+
+import visionlora as vl
+from visionlora.lora.adapter import Adapter, AdapterModule
+from visionlora.lora.arithmetic import Size, extract_adapter, merge_adapters, resize_adapter
+from visionlora.lora.combine import COMBINATIONS, Options
+from visionlora.lora.functional import decompose
+
+SHAPES = {"unet.linear": (8, 6), "unet.conv": (8, 4, 3, 3)}
+
+
+def adapter(seed: int, rank: int = 3, alpha: float = 2.0) -> Adapter:
+    generator = torch.Generator().manual_seed(seed)
+    modules = {}
+    for name, (o, *rest) in SHAPES.items():
+        down = torch.randn(rank, *rest, generator=generator)
+        up = torch.randn(o, rank, *(1,) * (len(rest) - 1), generator=generator)
+        modules[name] = AdapterModule.lora(down, up, alpha)
+    return Adapter(modules, {"base": {"id": "tiny"}, "trigger": f"word{seed}"})
+
+
+def test_the_exact_sum() -> None:
+    a, b = adapter(0), adapter(1, rank=2, alpha=5.0)
+    found = merge_adapters([(a, 0.5), (b, -2.0)])
+    for name, delta in found.adapter.delta_weights().items():
+        torch.testing.assert_close(delta, 0.5 * a.delta_weights()[name] - 2 * b.delta_weights()[name])
+    assert set(found.ranks.values()) == {5} and not any(found.errors.values())
+    assert found.adapter.info["base"] == {"id": "tiny"} and found.adapter.info["trigger"] == "word0, word1"
+
+
+def test_modules_of_one_alone_stay() -> None:
+    a, b = adapter(0), adapter(1)
+    only = Adapter({"unet.linear": b.modules["unet.linear"]})
+    found = merge_adapters([(a, 1.0), (only, 1.0)]).adapter.delta_weights()
+    torch.testing.assert_close(found["unet.conv"], a.delta_weights()["unet.conv"])
+
+
+@pytest.mark.parametrize("rank", [1, 2, 4])
+def test_a_smaller_rank_is_the_nearest_and_the_error_is_true(rank: int) -> None:
+    whole = merge_adapters([(adapter(0), 1.0), (adapter(1), 1.0)]).adapter.delta_weights()
+    found = merge_adapters([(adapter(0), 1.0), (adapter(1), 1.0)], size=Size(rank=rank))
+    for name, delta in found.adapter.delta_weights().items():
+        s = torch.linalg.svdvals(whole[name].flatten(1))
+        assert float((delta - whole[name]).norm()) == pytest.approx(float(s[rank:].norm()), rel=1e-4)
+        assert found.errors[name] == pytest.approx(float(s[rank:].norm() / s.norm()), rel=1e-3)
+
+
+def test_an_energy_gives_each_module_its_own_rank() -> None:
+    one = adapter(0, rank=4)
+    strong = one.modules["unet.linear"].tensors
+    flat = AdapterModule.lora(strong["lora_A"] * torch.tensor([[10.0], [0.1], [0.1], [0.1]]), strong["lora_B"], 2.0)
+    found = resize_adapter(Adapter({**one.modules, "unet.linear": flat}), Size(energy=0.99))
+    assert found.ranks["unet.linear"] == 1 and found.ranks["unet.conv"] > 1
+    assert all(e <= 0.1 + 1e-6 for e in found.errors.values())
+
+
+def test_loha_and_lokr_become_lora() -> None:
+    g = torch.Generator().manual_seed(0)
+    loha = {n: torch.randn(*s, generator=g) for n, s in {
+        "hada_w1_a": (8, 2), "hada_w1_b": (2, 6), "hada_w2_a": (8, 2), "hada_w2_b": (2, 6)}.items()}  # fmt: skip
+    lokr = {"lokr_w1": torch.randn(2, 3, generator=g), "lokr_w2": torch.randn(4, 2, generator=g)}
+    both = Adapter({"unet.a": AdapterModule("loha", loha, 3.0), "unet.b": AdapterModule("lokr", lokr, 1.0)})
+    found = resize_adapter(both, Size(energy=1.0))
+    assert {m.kind for m in found.adapter.modules.values()} == {"lora"}
+    for name, delta in found.adapter.delta_weights().items():
+        torch.testing.assert_close(delta, both.delta_weights()[name], rtol=1e-4, atol=1e-5)
+
+
+def dense_ties(deltas: list[torch.Tensor], density: float) -> torch.Tensor:
+    """TIES value by value."""
+    trimmed = []
+    for d in deltas:
+        keep = max(1, round(density * d.numel()))
+        floor = d.abs().flatten().sort(descending=True).values[keep - 1]
+        trimmed.append(torch.where(d.abs() >= floor, d, 0))
+    out = torch.zeros_like(deltas[0]).flatten()
+    for k in range(out.numel()):
+        values = [float(t.flatten()[k]) for t in trimmed]
+        sign = (sum(values) > 0) - (sum(values) < 0)
+        agreeing = [v for v in values if v * sign > 0]
+        out[k] = sum(agreeing) / len(agreeing) if agreeing else 0.0
+    return out.view_as(deltas[0])
+
+
+def factors(seed: int, scale: float) -> tuple[torch.Tensor, torch.Tensor, float]:
+    module = adapter(seed).modules["unet.conv"]
+    return *module.lora_factors(), module.scaling * scale
+
+
+def deltas_of(pairs) -> list[torch.Tensor]:
+    return [(b.flatten(1) @ a.flatten(1) * s) for a, b, s in pairs]
+
+
+def test_ties() -> None:
+    pairs = [factors(0, 1.0), factors(1, 0.5), factors(2, 1.0)]
+    a, b = COMBINATIONS["ties"](pairs, Options(density=0.3))
+    torch.testing.assert_close(b.flatten(1) @ a.flatten(1), dense_ties(deltas_of(pairs), 0.3))
+
+
+def test_dare_keeps_its_share_at_its_expectation() -> None:
+    pairs = [factors(0, 1.0)]
+    (delta,) = deltas_of(pairs)
+    runs = []
+    for seed in range(400):
+        a, b = COMBINATIONS["dare"](pairs, Options(density=0.5, seed=seed))
+        runs.append(b.flatten(1) @ a.flatten(1))
+    mean = torch.stack(runs).mean(0)
+    assert float((mean - delta).norm() / delta.norm()) < 0.1
+    assert 0.4 < float((runs[0] != 0).float().mean()) < 0.6
+    kept = runs[0] != 0
+    torch.testing.assert_close(runs[0][kept], (2 * delta)[kept])
+
+
+def test_knots_is_ties_in_the_shared_basis() -> None:
+    pairs = [factors(0, 1.0), factors(1, 0.7)]
+    deltas = [d.double() for d in deltas_of(pairs)]
+    a, b = COMBINATIONS["knots"](pairs, Options(density=1.0))
+    u, s, v = torch.linalg.svd(torch.cat(deltas, 1), full_matrices=False)
+    rank = int((s > 1e-6).sum())
+    n = deltas[0].shape[1]
+    sides = torch.stack([v[:rank, k * n : (k + 1) * n] for k in range(2)])
+    sign = sides.sum(0).sign()
+    agree = (sides.sign() == sign).double()
+    expected = u[:, :rank] @ (s[:rank, None] * ((sides * agree).sum(0) / agree.sum(0)))
+    torch.testing.assert_close((b.flatten(1) @ a.flatten(1)).double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_iso_c_has_equal_singular_values_and_the_directions_of_the_sum() -> None:
+    pairs = [factors(0, 1.0), factors(1, 0.7)]
+    a, b = COMBINATIONS["iso-c"](pairs, Options())
+    _, s, _ = decompose(a, b)
+    whole = torch.linalg.svdvals(sum(deltas_of(pairs)))
+    torch.testing.assert_close(s, torch.full_like(s, float(whole[: len(s)].mean())), rtol=1e-4, atol=1e-5)
+
+
+def test_dropping_values_keeps_the_rank_of_the_sum_unless_told_otherwise() -> None:
+    found = merge_adapters([(adapter(0), 1.0), (adapter(1), 1.0)], "ties")
+    assert set(found.ranks.values()) == {6}
+    assert all(0 < e < 1 for n, e in found.errors.items() if n == "unet.conv")
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.conv1, self.norm = nn.Linear(700, 600), nn.Conv2d(4, 8, 3), nn.LayerNorm(6)
+
+
+def test_extract_finds_the_adapter_that_was_merged() -> None:
+    torch.manual_seed(0)
+    model = Net()
+    before = {n: p.clone() for n, p in model.state_dict().items()}
+    handle = vl.inject(model, vl.AdapterConfig(rank=4, targets="body,conv1"))
+    for m in handle.methods.values():
+        m.lora_B.data.normal_(std=0.1)
+    true = handle.adapter().delta_weights()
+    handle.merge()
+    after = {n: p.clone() for n, p in model.state_dict().items() if "adapters" not in n}
+    after["norm.weight"] += 1
+    for size in (Size(rank=4), Size(energy=0.9999)):
+        found = extract_adapter(before, after, size)
+        assert found.errors.pop("model.norm.weight") == 1.0
+        assert all(m.rank == 4 for m in found.adapter.modules.values())
+        for name, delta in found.adapter.delta_weights().items():
+            torch.testing.assert_close(delta, true[name], rtol=1e-3, atol=1e-5)
+    shifted = extract_adapter(before, after, Size(rank=4), shifts=True).adapter
+    torch.testing.assert_close(shifted.modules["model.norm.weight"].tensors["shift"], torch.ones(6))
+    fresh = Net()
+    fresh.load_state_dict(before)
+    vl.attach(fresh, shifted)
+    torch.testing.assert_close(fresh.norm.weight, after["norm.weight"])
+
+
+MESSAGES = {
+    "nothing": (lambda: merge_adapters([]), "There is nothing to merge: give at least one adapter."),
+    "method": (lambda: merge_adapters([(adapter(0), 1.0)], "tis"), "There is no combination 'tis'. Did you mean 'ties'?"),
+    "both": (lambda: Size(rank=2, energy=0.5), "Give a rank or an energy, not both"),
+    "rank": (lambda: Size(rank=0), "The rank is 0; it must be at least 1."),
+    "energy": (lambda: Size(energy=1.5), "The energy is 1.5; it must be above 0 and at most 1, such as 0.95."),
+    "density": (lambda: Options(density=0), "density is 0; it must be above 0 and at most 1."),
+    "no size": (lambda: resize_adapter(adapter(0), Size()), "Say how small: a rank, or an energy such as 0.95."),
+    "shapes": (
+        lambda: merge_adapters([(adapter(0), 1.0), (Adapter({"unet.linear": AdapterModule.lora(
+            torch.ones(1, 7), torch.ones(8, 1), 1.0)}), 1.0)]),
+        "The adapters change unet.linear of different sizes, (8, 7) and (8, 6)",
+    ),
+    "dora": (
+        lambda: resize_adapter(Adapter({"unet.a": AdapterModule("dora", {}, 1.0)}), Size(rank=1)),
+        "unet.a is DoRA: its ΔW depends on the base model, so it cannot be resized by itself. Bake it",
+    ),
+    "architectures": (
+        lambda: extract_adapter({"a.weight": torch.ones(2, 2)}, {"b.weight": torch.ones(2, 2)}, Size(rank=1)),
+        "The models are of different architectures: 2 parameters are in one alone, such as 'a.weight' in the first.",
+    ),
+    "sizes": (
+        lambda: extract_adapter({"a.weight": torch.ones(2, 2)}, {"a.weight": torch.ones(2, 3)}, Size(rank=1)),
+        "The models are of different architectures: 'a.weight' is (2, 2) in the first and (2, 3) in the second.",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MESSAGES)
+def test_messages(name: str) -> None:
+    run, message = MESSAGES[name]
+    with pytest.raises(vl.VisionLoRAError) as caught:
+        run()
+    assert message in str(caught.value)
