@@ -26,6 +26,9 @@ def command(
     ] = None,
     size: Annotated[Optional[int], typer.Option(help="Width and height in px.")] = None,  # noqa: UP045
     force: Annotated[bool, typer.Option("--force", help="Accept a fine-tune of the adapter's base.")] = False,
+    allow_partial: Annotated[
+        bool, typer.Option("--allow-partial", help="Use what fits of an adapter that does not fit as a whole.")
+    ] = False,
 ) -> None:
     """Draw pictures: `visionlora generate --prompt "a dog face" --lora runs/dog:0.8`."""
     wanted = [parse_lora(word) for word in lora or []]
@@ -34,14 +37,15 @@ def command(
         from visionlora.loaders import apply, load_adapter
         from visionlora.models.base import open_base
 
-        adapters = [(load_adapter(path), scale) for path, scale in wanted]
+        adapters = [(load_adapter(path, allow_partial), scale) for path, scale in wanted]
         if model == "auto" and adapters:
             model = str(adapters[0][0].info.get("base", {}).get("id", "auto"))
         base = open_base(model)
         listener.say(base.why)
         base.check_resolution(size or base.resolution)
         for i, (adapter, scale) in enumerate(adapters):
-            apply(base, adapter, f"lora{i}", scale, force)
+            for handle in apply(base, adapter, f"lora{i}", scale, force, allow_partial):
+                listener.say(f"Adapter {wanted[i][0]} at {scale:g}: {handle.report}.")
         guidance = base.suggested["guidance_scale"] if guidance_scale is None else guidance_scale
         done = 0
 

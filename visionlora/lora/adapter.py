@@ -76,6 +76,12 @@ class AdapterModule:
         """lora_A and lora_B in fp32 with the same product, whatever the kind; see `visionlora.lora.products.factors`."""
         return factors(str(self.product), self.product_tensors, shape)
 
+    def is_zero(self) -> bool:
+        """Whether ΔW is zero whatever the base: a factor is."""
+        if self.kind not in (*PRODUCT_KINDS, "shift"):
+            return False
+        return any(not bool(t.any()) for t in self.tensors.values())
+
     def problem(self) -> str | None:
         """Why these tensors cannot be used, or None."""
         if self.kind == "dora" or self.kind in PRODUCT_KINDS:

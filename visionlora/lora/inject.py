@@ -52,9 +52,17 @@ class InjectionReport:
     """Rank by module name."""
     in_full: tuple[str, ...] = ()
     """Parameters of the base that train in full."""
+    zero: tuple[str, ...] = ()
+    """Modules of a file that change nothing: a factor of theirs is all zeros."""
 
     def __str__(self) -> str:
-        share = 100 * self.trained_parameters / max(1, self.base_parameters)
+        if not self.base_parameters:  # of a finished adapter
+            text = f"{len(self.hits)} modules used"
+            text += (
+                f", {len(self.skipped)} left out ({self.skipped[0][0]}: {self.skipped[0][1]})" if self.skipped else ""
+            )
+            return text + (f", {len(self.zero)} change nothing" if self.zero else "")
+        share = 100 * self.trained_parameters / self.base_parameters
         text = f"{len(self.hits)} layers adapted, {self.trained_parameters:,} parameters ({share:.2f} % of the base)"
         text += f", {len(self.in_full)} of them trained in full" if self.in_full else ""
         return text + (f", {len(self.skipped)} names skipped" if self.skipped else "")
@@ -378,6 +386,7 @@ def attach(
         0,
         {path: m.rank for path, m in used.items() if m.rank},
         tuple(path for _, path, _ in replaced),
+        tuple(path for path, m in used.items() if m.is_zero()),
     )
     return handle
 

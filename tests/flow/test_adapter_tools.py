@@ -1,0 +1,191 @@
+"""The adapter tools as a user runs them: one command each, from files to files."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+import visionlora as vl
+from visionlora.cli.main import app
+from visionlora.errors import VisionLoRAError
+from visionlora.loaders import apply
+from visionlora.models.base import open_base
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture
+def files(tiny_model: Path, tmp_path: Path) -> Path:
+    """A folder with two adapters of the tiny model."""
+    base = open_base(str(tiny_model))
+    folder = tmp_path / "loras"
+    for seed, name in enumerate(("dog", "ink")):
+        handle = vl.inject(base.pipe.unet, vl.AdapterConfig(rank=4, alpha=6.0, targets="attn,mlp"))
+        generator = torch.Generator().manual_seed(seed)
+        for lora in handle.methods.values():
+            lora.lora_B.data = torch.randn(lora.lora_B.shape, generator=generator) * 0.2
+        info = {"base": {"id": str(tiny_model), "fingerprints": base.fingerprints()}, "trigger": f"{name} word"}
+        vl.save_adapter(handle.adapter("unet", info), folder / f"{name}.safetensors")
+        handle.eject()
+    return folder
+
+
+def run(*words: object) -> str:
+    """The output of a command that succeeds."""
+    result = CliRunner().invoke(app, [str(w) for w in words], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_inspect_one_file(files: Path, tmp_path: Path) -> None:
+    text = run("inspect", files / "dog.safetensors", "--picture", tmp_path / "norms.png", "--modules")
+    for line in (
+        "format   visionlora",
+        "method   lora",
+        "rank     4",
+        "alpha    6",
+        "trigger  dog word",
+        "health   good",
+    ):
+        assert line in text
+    assert "unet mid" in text and "█" in text and (tmp_path / "norms.png").stat().st_size > 5000
+    found = json.loads(run("inspect", files / "dog.safetensors", "--json"))
+    deltas = vl.load_adapter(files / "dog.safetensors").delta_weights()
+    for module in found["modules"]:
+        assert module["norm"] == pytest.approx(float(deltas[module["name"]].norm()), rel=1e-4)
+    assert sum(n**2 for n in found["blocks"].values()) == pytest.approx(
+        sum(float(d.norm()) ** 2 for d in deltas.values()), rel=1e-4
+    )
+
+
+def test_inspect_says_what_is_wrong(files: Path, tiny_model: Path) -> None:
+    tensors = load_file(files / "dog.safetensors")
+    first, second, *_ = [n for n in sorted(tensors) if n.endswith("lora_B.weight")]
+    tensors[first] = torch.zeros_like(tensors[first])
+    tensors[second] = tensors[second] * 1000
+    save_file({**tensors, "strange": torch.ones(1)}, files / "bad.safetensors")
+    text = run("inspect", files / "bad.safetensors", "--model", tiny_model)
+    assert "modules change nothing (ΔW is zero), such as" in text
+    assert "times stronger than the median" in text and "1 tensors are not used, such as strange" in text
+    assert "change their weight by more than 50%" in text
+
+
+def test_inspect_a_folder(files: Path) -> None:
+    (files / "broken.safetensors").write_bytes(b"nothing")
+    run("convert", files / "dog.safetensors", files / "peft", "--to", "peft")
+    text = run("inspect", files)
+    assert (
+        "dog.safetensors" in text
+        and "ink word" in text
+        and "broken.safetensors is not a whole safetensors file" in text
+    )
+    found = {Path(s["path"]).name: s for s in json.loads(run("inspect", files, "--json"))}
+    assert set(found) == {"dog.safetensors", "ink.safetensors", "broken.safetensors", "peft"}
+    assert (
+        found["peft"]["format"] == "peft" and found["peft"]["alpha"] == 6 and found["dog.safetensors"]["ranks"] == [4]
+    )
+
+
+@pytest.mark.parametrize("to", ["kohya", "diffusers", "peft"])
+def test_convert_there_and_back(files: Path, tmp_path: Path, to: str) -> None:
+    there, back = tmp_path / ("there" if to == "peft" else "there.safetensors"), tmp_path / "back.safetensors"
+    run("convert", files / "dog.safetensors", there, "--to", to)
+    run("convert", there, back)
+    old, new = (vl.load_adapter(p).delta_weights() for p in (files / "dog.safetensors", back))
+    assert all(torch.equal(d, new[n]) for n, d in old.items()) and old.keys() == new.keys()
+
+
+def test_merge_resize_and_what_they_lose(files: Path, tmp_path: Path) -> None:
+    a, b = files / "dog.safetensors", files / "ink.safetensors"
+    text = run("merge", f"{a}:0.8", f"{b}:0.5", "-o", tmp_path / "both.safetensors")
+    assert "rank 8; exact" in text
+    one, two, both = (vl.load_adapter(p) for p in (a, b, tmp_path / "both.safetensors"))
+    for name, delta in both.delta_weights().items():
+        torch.testing.assert_close(delta, 0.8 * one.delta_weights()[name] + 0.5 * two.delta_weights()[name])
+    assert both.info["base"] == one.info["base"] and both.info["trigger"] == "dog word, ink word"
+    text = run(
+        "resize", tmp_path / "both.safetensors", "--rank", 3, "-o", tmp_path / "small.safetensors", "--to", "kohya"
+    )
+    assert "rank 3; relative error of ΔW 0." in text
+    assert {m.rank for m in vl.load_adapter(tmp_path / "small.safetensors").modules.values()} == {3}
+    for method in ("ties", "dare", "knots", "iso-c"):
+        run("merge", a, b, "-o", tmp_path / f"{method}.safetensors", "--method", method, "--energy", 0.9)
+
+
+@torch.no_grad()
+def drawn(unet: torch.nn.Module) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return unet(
+        torch.randn(1, 4, 8, 8, generator=generator), torch.tensor([9]), torch.randn(1, 5, 16, generator=generator)
+    ).sample
+
+
+def test_bake_and_extract(files: Path, tiny_model: Path, tmp_path: Path) -> None:
+    run("bake", "auto", f"{files / 'dog.safetensors'}:0.7", files / "ink.safetensors", "-o", tmp_path / "baked")
+    base = open_base(str(tiny_model))
+    apply(base, vl.load_adapter(files / "dog.safetensors"), "dog", 0.7)
+    apply(base, vl.load_adapter(files / "ink.safetensors"), "ink")
+    baked = open_base(str(tmp_path / "baked"))
+    torch.testing.assert_close(drawn(baked.pipe.unet), drawn(base.pipe.unet), rtol=1e-4, atol=1e-5)
+    assert not any(
+        "adapters" in n for n in load_file(tmp_path / "baked" / "unet" / "diffusion_pytorch_model.safetensors")
+    )
+    run("extract", tiny_model, tmp_path / "baked", "--rank", 8, "-o", tmp_path / "again.safetensors")
+    again = vl.load_adapter(tmp_path / "again.safetensors")
+    fresh = open_base(str(tiny_model))
+    apply(fresh, again)
+    torch.testing.assert_close(drawn(fresh.pipe.unet), drawn(baked.pipe.unet), rtol=1e-3, atol=1e-4)
+
+
+def test_extract_from_two_vits(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    before = {"blocks.0.attn.qkv.weight": torch.randn(24, 8), "blocks.0.norm1.weight": torch.ones(8)}
+    delta = torch.randn(24, 2) @ torch.randn(2, 8) * 0.1
+    after = {
+        "blocks.0.attn.qkv.weight": before["blocks.0.attn.qkv.weight"] + delta,
+        "blocks.0.norm1.weight": torch.ones(8),
+    }
+    save_file(before, tmp_path / "a.safetensors")
+    save_file(after, tmp_path / "b.safetensors")
+    text = run(
+        "extract", tmp_path / "a.safetensors", tmp_path / "b.safetensors", "--energy", 0.999, "-o", tmp_path / "c"
+    )
+    assert "1 modules, rank 2" in text
+    torch.testing.assert_close(
+        vl.load_adapter(tmp_path / "c").delta_weights()["model.blocks.0.attn.qkv"], delta, rtol=1e-3, atol=1e-5
+    )
+
+
+def test_a_baked_model_keeps_no_originals_and_other_adapters_see_the_plain_base(files: Path, tiny_model: Path) -> None:
+    from visionlora.lora.merge import bake
+
+    base = open_base(str(tiny_model))
+    names = [n for n, _ in base.pipe.unet.named_modules()]
+    adapters = [vl.load_adapter(files / f"{n}.safetensors") for n in ("dog", "ink")]
+    handles = [h for i, a in enumerate(adapters) for h in apply(base, a, f"a{i}")]
+    expected = drawn(base.pipe.unet)
+    bake(handles)
+    torch.testing.assert_close(drawn(base.pipe.unet), expected, rtol=1e-4, atol=1e-5)
+    assert [n for n, _ in base.pipe.unet.named_modules()] == names
+
+
+REFUSALS = {
+    "output exists": (["convert", "dog.safetensors", "ink.safetensors"], "ink.safetensors exists already; name another output"),
+    "format": (["convert", "dog.safetensors", "x", "--to", "koya"], "There is no adapter format 'koya'. Did you mean 'kohya'?"),
+    "no file": (["inspect", "nothing.safetensors"], "There is no adapter file at"),
+    "scale": (["merge", "dog.safetensors:much", "-o", "x"], "'much' is not a number; write path or path:scale."),
+    "dtype": (["bake", "auto", "dog.safetensors", "-o", "x", "--dtype", "float61"], "Did you mean 'float16'?"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_refusals(name: str, files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words, message = REFUSALS[name]
+    monkeypatch.chdir(files)
+    with pytest.raises(VisionLoRAError) as caught:
+        CliRunner().invoke(app, words, catch_exceptions=False)
+    assert message in str(caught.value)
+    assert not (files / "x").exists()
