@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from visionlora.errors import AdapterFileError, nearest
 from visionlora.formats import diffusers, kohya, native, peft
-from visionlora.formats.families import context_width, family_of, family_of_unet
+from visionlora.formats.families import context_width, family_of, family_of_unet, flat_shapes
 from visionlora.formats.read import read
 from visionlora.lora.adapter import Adapter
 from visionlora.lora.inject import Handle, attach
@@ -95,8 +95,9 @@ def check_base(adapter: Adapter, base: BaseModel, force: bool = False, allow_par
 def check_family(adapter: Adapter, base: BaseModel) -> None:
     """Raises AdapterFileError when an adapter's cross-attention is of another width than the base's."""
     there, width = family_of_unet(base.pipe.unet.config)
-    family = family_of(adapter)
-    given = context_width(adapter) if family is None else family.context
+    shapes = flat_shapes(adapter)
+    family = family_of(shapes)
+    given = context_width(shapes) if family is None else family.context
     if given is None or width is None or given == width:
         return
     title = family.title if family is not None else "a model of its own kind"

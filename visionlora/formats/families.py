@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,35 +28,44 @@ FAMILIES = (
     BaseFamily("sdxl", "Stable Diffusion XL", 2048, "sdxl_base_v1-0", "stable-diffusion-xl-v1-base"),
 )
 CROSS_ATTENTION = ("attn2.to_k", "attn2.to_v")
-SECOND_ENCODER = (1280, 1280)
-"""The attention of SDXL's second text encoder."""
+SECOND_ENCODER = 1280
+"""Width of SDXL's second text encoder."""
 TEXT_ENDS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 
 
-def by_context(width: int) -> BaseFamily | None:
+def by_context(width: int | None) -> BaseFamily | None:
     """The family whose cross-attention is this wide."""
     return next((f for f in FAMILIES if f.context == width), None)
 
 
-def context_width(adapter: Adapter) -> int | None:
+FlatShapes = Mapping[str, Callable[[], "tuple[int, int] | None"]]
+"""Names of an adapter's layers and the size of ΔW, (o, n), asked for only where a name tells something."""
+
+
+def flat_shapes(adapter: Adapter) -> FlatShapes:
+    """Of an adapter in memory."""
+    return {name: m.flat_shape for name, m in adapter.modules.items()}
+
+
+def context_width(shapes: FlatShapes) -> int | None:
     """Width of the text embeddings that the adapter's cross-attention layers read; None when it has none."""
-    for name, m in adapter.modules.items():
-        if name.startswith("unet.") and name.endswith(CROSS_ATTENTION) and (flat := m.flat_shape()) is not None:
+    return width_of(shapes, "unet.", CROSS_ATTENTION)
+
+
+def width_of(shapes: FlatShapes, start: str, ends: tuple[str, ...]) -> int | None:
+    """Inputs of the first layer with such a name."""
+    for name, shape in shapes.items():
+        if name.startswith(start) and name.endswith(ends) and (flat := shape()) is not None:
             return flat[1]
     return None
 
 
-def family_of(adapter: Adapter) -> BaseFamily | None:
+def family_of(shapes: FlatShapes) -> BaseFamily | None:
     """The family that an adapter was made for; None when its layers do not tell, or it is another model's."""
-    for name, m in adapter.modules.items():
-        if name.startswith("text_encoder_2.") and name.endswith(TEXT_ENDS) and m.flat_shape() == SECOND_ENCODER:
-            return by_context(2048)
-    if (width := context_width(adapter)) is not None:
-        return by_context(width)
-    for name, m in adapter.modules.items():
-        if name.startswith("text_encoder.") and name.endswith(TEXT_ENDS) and (flat := m.flat_shape()) is not None:
-            return by_context(flat[1])
-    return None
+    if width_of(shapes, "text_encoder_2.", TEXT_ENDS) == SECOND_ENCODER:
+        return by_context(2048)
+    width = context_width(shapes)
+    return by_context(width if width is not None else width_of(shapes, "text_encoder.", TEXT_ENDS))
 
 
 def family_of_unet(config: Mapping[str, Any]) -> tuple[BaseFamily | None, int | None]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from visionlora.atomic import replace_file
 from visionlora.errors import AdapterFileError
-from visionlora.formats.families import family_of
+from visionlora.formats.families import family_of, flat_shapes
 from visionlora.lora.adapter import Adapter, AdapterModule
 
 OWN = ("visionlora", "lora_adapter_metadata", "format")
@@ -61,7 +61,7 @@ def network_metadata(adapter: Adapter) -> dict[str, str]:
     if not set(adapter.components) & set(PIPELINE_PARTS):
         return carried(adapter)
     ranked = [m for m in adapter.modules.values() if m.rank]
-    family = family_of(adapter)
+    family = family_of(flat_shapes(adapter))
     found = {
         "ss_network_module": next(
             (NETWORKS[m.kind] for m in adapter.modules.values() if m.kind in NETWORKS), NETWORK_MODULE

@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from visionlora.formats.parts import split_key
 from visionlora.formats.read import FOLDER_FILES, format_of, read
 from visionlora.lora.adapter import PRODUCT_KINDS, Adapter, AdapterModule
 from visionlora.lora.functional import wide
+from visionlora.lora.inject import no_garbage_collection
 
 SUFFIXES = (".safetensors", ".pt", ".bin", ".ckpt")
 ROW_RANKS = ("down", "hada_w1_b", "lokr_w1_b", "lokr_w2_b", "lambda_d")
@@ -132,6 +134,7 @@ def weights_file(path: Path) -> Path:
     return next((path / name for name in FOLDER_FILES if (path / name).is_file()), path)
 
 
+@no_garbage_collection()
 def summarise(path: Path) -> Summary:
     """What the header of a file says; a file that cannot be read gives a summary with the reason."""
     try:
@@ -154,7 +157,7 @@ def summary_of(path: Path, size: int, header: Header, problem: str = "", paramet
     places = {layer: locate(layer) for layer in slots}
     ranks = Counter(own[n][0] for own in slots.values() for n in ROW_RANKS if own.get(n))
     kinds = Counter(next((KIND_OF_SLOT[s] for s in own if s in KIND_OF_SLOT), "lora") for own in slots.values())
-    shapes = {f"{c}.{p}": own for layer, (c, p) in places.items() for own in (slots[layer],)}
+    shapes = {f"{c}.{p}": slots[layer] for layer, (c, p) in places.items()}
     return Summary(
         str(path),
         size,
@@ -176,12 +179,12 @@ def summary_of(path: Path, size: int, header: Header, problem: str = "", paramet
 
 def family_title(shapes: Mapping[str, Mapping[str, tuple[int, ...]]]) -> str:
     """The family that a header's shapes belong to."""
-    light = {
-        name: AdapterModule.lora(torch.empty(own["down"], device="meta"), torch.empty(own["up"], device="meta"), 1.0)
-        for name, own in shapes.items()
-        if "down" in own and "up" in own and len(own["down"]) >= 2
-    }
-    family = family_of(Adapter(light))
+
+    def flat(own: Mapping[str, tuple[int, ...]]) -> tuple[int, int] | None:
+        down, up = own.get("down"), own.get("up")
+        return (up[0], math.prod(down[1:])) if up and down else None
+
+    family = family_of({name: partial(flat, own) for name, own in shapes.items()})
     return family.title if family else ""
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from visionlora.errors import AdapterFileError
-from visionlora.formats.families import family_of
+from visionlora.formats.families import family_of, flat_shapes
 from visionlora.formats.header import PIPELINE_PARTS, hashed, network_metadata, write_file
 from visionlora.formats.names import flattened, to_sgm, with_text_model
 from visionlora.formats.whole import whole_layers
@@ -35,7 +35,7 @@ def write(adapter: Adapter, path: Path) -> None:
 
 def to_bytes(adapter: Adapter) -> bytes:
     """The whole file."""
-    family = family_of(adapter)
+    family = family_of(flat_shapes(adapter))
     xl = family is not None and family.name == "sdxl"
     tensors: dict[str, Tensor] = {}
     for component in adapter.components:

@@ -8,6 +8,7 @@ tells what it means (`visionlora.lora.names`).
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 
 FLAT_PREFIXES = {
     "lora_unet_": "unet",
@@ -157,6 +158,7 @@ def to_sgm(flat: str, attends: frozenset[int] = frozenset({0, 1})) -> str:
 # ----------------------------------------------------------------------------------------------------------- location
 
 
+@lru_cache(maxsize=1 << 15)
 def locate(layer: str) -> tuple[str, str]:
     """(component, path) of a layer's name in a file, in the spelling used in memory.
 

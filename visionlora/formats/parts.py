@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,7 @@ def rank_as_alpha(component: str, path: str, rank: int) -> float:
     return float(rank)
 
 
+@lru_cache(maxsize=1 << 15)
 def split_key(key: str) -> tuple[str, str] | None:
     """(layer, slot) of a tensor's name, or None.
 

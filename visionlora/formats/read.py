@@ -70,19 +70,23 @@ def check_kind(contents: Contents) -> None:
 
 def format_of(keys: Iterable[str]) -> str:
     """Whose spelling it is, for reports."""
-    keys = list(keys)
-    if any(cloneofsimo.KEY.fullmatch(k) for k in keys):
+    text = "\n".join(keys)  # one search in one text is much faster than one in each of thousands of names
+
+    def has(pattern: str) -> bool:
+        return re.search(pattern, text, re.MULTILINE) is not None
+
+    lycoris = has(r"\.(hada_|lokr_|oft_blocks|w_norm|b_norm|diff|on_input|lora_mid)")
+    if has(r"^(unet|text_encoder):\d+:(up|down)$"):
         return "cloneofsimo"
-    lycoris = any(re.search(r"\.(hada_|lokr_|oft_blocks|w_norm|b_norm|diff|on_input|lora_mid)", k) for k in keys)
-    if any(k.startswith(tuple(FLAT_PREFIXES)) for k in keys):
-        return "lycoris" if lycoris or any(k.startswith("lycoris_") for k in keys) else "kohya"
-    if any(".processor." in k for k in keys):
+    if has("^(" + "|".join(FLAT_PREFIXES) + ")"):
+        return "lycoris" if lycoris or has("^lycoris_") else "kohya"
+    if has(r"\.processor\."):
         return "diffusers (attention processors)"
-    if any(re.search(r"\.lora(_linear_layer)?\.(down|up)\.weight$", k) for k in keys):
+    if has(r"\.lora(_linear_layer)?\.(down|up)\.weight$"):
         return "diffusers (training scripts)"
-    if any(re.search(r"\.lora_[ABE]\b", k) for k in keys):
-        return "diffusers" if any(k.startswith(("unet.", "text_encoder")) for k in keys) else "peft"
-    return "embedding" if all("lora" not in k for k in keys) and not lycoris else "lycoris"
+    if has(r"\.lora_[ABE]\b"):
+        return "diffusers" if has(r"^(unet|text_encoder(_2)?)\.") else "peft"
+    return "lycoris" if lycoris or "lora" in text else "embedding"
 
 
 # --------------------------------------------------------------------------------------------------------------- scale

@@ -27,5 +27,5 @@ def test_a_path_with_a_colon_that_exists_is_a_path(tmp_path: Path) -> None:
 
 
 def test_a_scale_that_is_no_number_is_refused() -> None:
-    with pytest.raises(ConfigError, match="--lora dog:strong: 'strong' is not a number; write path or path:scale"):
+    with pytest.raises(ConfigError, match="dog:strong: 'strong' is not a number; write path or path:scale"):
         parse_lora("dog:strong")
