@@ -9,21 +9,24 @@ from pathlib import Path
 
 from visionlora.atomic import check_new
 from visionlora.errors import ModelError
+from visionlora.formats.header import hashed, write_file
 from visionlora.loaders import apply, load_adapter
 from visionlora.lora.merge import bake as bake_handles
 from visionlora.models.base import open_base, quiet
+from visionlora.models.single_file import single_file
 
 
 def bake(
     model: str, adapters: Sequence[tuple[str | Path, float]], output: str | Path, dtype: str = "float32",
     force: bool = False, overwrite: bool = False,
 ) -> Path:  # fmt: skip
-    """Writes a diffusers folder in which the adapters are merged for good; it needs nothing of visionlora to be used.
+    """Writes a model in which the adapters are merged for good; it needs nothing of visionlora to be used.
 
     Args:
         model: the base; `auto` takes the one that the first adapter names.
         adapters: pairs of file and scale.
-        output: the folder to write.
+        output: the folder to write, in diffusers' layout; or a name ending in .safetensors, for one checkpoint in the
+            layout of the original Stable Diffusion 1.x code.
         dtype: of the weights written, `float32`, `float16` or `bfloat16`; merging itself is in fp32.
         force: accept a fine-tune of the adapters' base.
         overwrite: replace what is there.
@@ -44,6 +47,9 @@ def bake(
     # All are put on before any is merged: each adapter's effect is that on the untouched base.
     bake_handles([h for i, (a, scale) in enumerate(loaded) for h in apply(base, a, f"baked{i}", scale, force)])
     base.pipe.to(getattr(torch, dtype))
+    if output.suffix == ".safetensors":
+        write_file(output, hashed(single_file(base.pipe), {"format": "pt"}))
+        return output
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as temporary:

@@ -105,7 +105,9 @@ def extract(
 def bake(
     model: Annotated[str, typer.Argument(help="The base model; auto takes the one that the first adapter names.")],
     adapters: Annotated[list[str], typer.Argument(help="Adapters, each path[:scale].")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the new model, in diffusers' layout.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder of the new model; or NAME.safetensors for one file (SD 1.x).")
+    ],
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
     force: Annotated[bool, typer.Option("--force", help="Accept a fine-tune of the adapters' base.")] = False,
     overwrite: Overwrite = False,
@@ -116,4 +118,4 @@ def bake(
     from visionlora.pipelines.bake import bake as run
 
     run(model, [parse_lora(word) for word in adapters], output, dtype, force, overwrite)
-    typer.echo(f"A diffusers model with {len(adapters)} adapters in it: {output}")
+    typer.echo(f"A model with {len(adapters)} adapters in it: {output}")
