@@ -46,6 +46,7 @@ bench: $(STAMP)  ## the benchmarks
 	$(BIN)/python benchmarks/style_transfer.py
 	$(BIN)/python benchmarks/core.py
 	$(BIN)/python benchmarks/auto_rank.py
+	$(BIN)/python benchmarks/formats.py
 	$(BIN)/python benchmarks/write_tables.py
 
 assets: $(STAMP)  ## rebuild the picture sets and the embedded model (needs npm; takes long)

@@ -114,6 +114,23 @@ def core_table() -> str:
     return "\n".join(lines) + "\n\n`benchmarks/core.py`. " + machine_text("core")
 
 
+def formats_text() -> str:
+    """Adapter files."""
+    r = results("formats")
+    wrong, listing, merge = r["dynamic"], r["listing"], r["merge_1280"]
+    return (
+        f"- A kohya file as its dynamic resize leaves it (ranks 2 to 16, an alpha per module) on the layers of SD 1.5: of "
+        f"{wrong['modules']} modules, diffusers applies {wrong['diffusers']} with another ΔW than the file says (more than 1 % "
+        f"off), visionlora {wrong['visionlora']}.\n"
+        f"- A table of {listing['files']} adapters as large as SDXL's ({listing['tensors']:,} tensors each), headers alone: "
+        f"{listing['s']:.1f} s.\n"
+        f"- {merge['adapters']} adapters of rank {merge['rank']} on a 1280x1280 layer merged exactly: "
+        f"{1000 * merge['exact_s']:.1f} ms; to rank {merge['rank']} by QR and a small SVD: "
+        f"{1000 * merge['to_rank_16_s']:.1f} ms; one dense SVD of that layer: {1000 * merge['dense_svd_s']:.0f} ms.\n"
+        "- `benchmarks/formats.py`. " + machine_text("formats")
+    )
+
+
 def machine_text(name: str) -> str:
     """Where a result was measured."""
     m = results(name)["machine"]
@@ -128,7 +145,9 @@ def documents() -> dict[Path, str]:
     both = f"{style_table()}\n\n{fidelity_text()}\n{auto_rank_text()}\n\n{machine_text('style_transfer')}"
     return {
         ROOT / "README.md": both,
-        ROOT / "benchmarks" / "RESULTS.md": f"{both}\n\n## The core\n\n{core_table()}",
+        ROOT
+        / "benchmarks"
+        / "RESULTS.md": f"{both}\n\n## The core\n\n{core_table()}\n\n## Adapter files\n\n{formats_text()}",
         ROOT / "assets" / "emoji-64" / "README.md": f"{fidelity_text()}\n\n{machine_text('prompt_fidelity')}",
     }
 

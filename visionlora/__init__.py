@@ -17,12 +17,17 @@ _HOMES = {
     "TrainSDConfig": "visionlora.config",
     "VisionLoRAError": "visionlora.errors",
     "attach": "visionlora.lora.inject",
+    "Size": "visionlora.lora.arithmetic",
     "choose_ranks": "visionlora.lora.rank",
+    "extract_adapter": "visionlora.lora.arithmetic",
     "inject": "visionlora.lora.inject",
     "input_spectra": "visionlora.lora.rank",
+    "inspect_file": "visionlora.formats.inspection",
     "load_adapter": "visionlora.loaders",
     "load_pipeline": "visionlora.loaders",
+    "merge_adapters": "visionlora.lora.arithmetic",
     "merge_together": "visionlora.lora.merge",
+    "resize_adapter": "visionlora.lora.arithmetic",
     "save_adapter": "visionlora.loaders",
     "train_sd": "visionlora.pipelines.train_sd",
 }
@@ -30,10 +35,15 @@ _HOMES = {
 if TYPE_CHECKING:
     from visionlora.config import TrainSDConfig as TrainSDConfig
     from visionlora.errors import VisionLoRAError as VisionLoRAError
+    from visionlora.formats.inspection import inspect_file as inspect_file
     from visionlora.loaders import load_adapter as load_adapter
     from visionlora.loaders import load_pipeline as load_pipeline
     from visionlora.loaders import save_adapter as save_adapter
     from visionlora.lora.adapter import Adapter as Adapter
+    from visionlora.lora.arithmetic import Size as Size
+    from visionlora.lora.arithmetic import extract_adapter as extract_adapter
+    from visionlora.lora.arithmetic import merge_adapters as merge_adapters
+    from visionlora.lora.arithmetic import resize_adapter as resize_adapter
     from visionlora.lora.config import AdapterConfig as AdapterConfig
     from visionlora.lora.inject import Handle as Handle
     from visionlora.lora.inject import attach as attach

@@ -26,7 +26,7 @@ ADAPTER = Adapter({
 FILES = {"visionlora": native.to_bytes(ADAPTER, {}), "kohya": kohya.to_bytes(ADAPTER)}
 
 
-def read_or_refuse(path: Path) -> None:
+def check_read_or_refuse(path: Path) -> None:
     """Both the loader and `inspect` give a result or our error."""
     try:
         adapter = vl.load_adapter(path)
@@ -48,7 +48,7 @@ def test_flipped_and_cut_bytes_are_refused_or_read(tmp_path_factory, format: str
         original[data.draw(st.integers(0, len(original) - 1))] ^= data.draw(st.integers(1, 255))
     path = tmp_path_factory.mktemp("fuzz") / "a.safetensors"
     path.write_bytes(bytes(original[: data.draw(st.integers(0, len(original)))]))
-    read_or_refuse(path)
+    check_read_or_refuse(path)
 
 
 def parts(data: bytes) -> tuple[dict, bytes]:
@@ -89,7 +89,7 @@ def test_a_header_that_lies(tmp_path_factory, format: str, data: st.DataObject) 
         header[name][data.draw(st.sampled_from(["dtype", "shape", "data_offsets"]))] = data.draw(VALUES)
     path = tmp_path_factory.mktemp("fuzz") / "a.safetensors"
     path.write_bytes(whole(json.dumps(header), body))
-    read_or_refuse(path)
+    check_read_or_refuse(path)
 
 
 def hostile() -> dict[str, bytes]:
@@ -118,4 +118,4 @@ def hostile() -> dict[str, bytes]:
 @pytest.mark.parametrize("name", hostile())
 def test_files_made_to_hurt(name: str, tmp_path: Path) -> None:
     (tmp_path / "a.safetensors").write_bytes(hostile()[name])
-    read_or_refuse(tmp_path / "a.safetensors")
+    check_read_or_refuse(tmp_path / "a.safetensors")

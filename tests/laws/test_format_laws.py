@@ -67,7 +67,7 @@ def other_modules(draw: st.DrawFn) -> AdapterModule:
     }[kind]()
 
 
-def same(a: Adapter, b: Adapter) -> None:
+def check_same(a: Adapter, b: Adapter) -> None:
     assert a.modules.keys() == b.modules.keys()
     for name, m in a.modules.items():
         other = b.modules[name]
@@ -88,9 +88,9 @@ def test_lora_and_dora_pass_through_any_two_formats(
     folder = tmp_path_factory.mktemp("law")
     vl.save_adapter(adapter, folder / "a.safetensors", first)
     between = vl.load_adapter(folder / "a.safetensors")
-    same(adapter, between)
+    check_same(adapter, between)
     vl.save_adapter(between, folder / "b.safetensors", second)
-    same(adapter, vl.load_adapter(folder / "b.safetensors"))
+    check_same(adapter, vl.load_adapter(folder / "b.safetensors"))
 
 
 @pytest.mark.parametrize("first", ["visionlora", "kohya"])
@@ -104,7 +104,7 @@ def test_all_other_kinds_pass_through_ours_and_kohyas(
     folder = tmp_path_factory.mktemp("law")
     vl.save_adapter(adapter, folder / "a.safetensors", first)
     vl.save_adapter(vl.load_adapter(folder / "a.safetensors"), folder / "b.safetensors", second)
-    same(adapter, vl.load_adapter(folder / "b.safetensors"))
+    check_same(adapter, vl.load_adapter(folder / "b.safetensors"))
 
 
 @given(other_modules())

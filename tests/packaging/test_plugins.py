@@ -49,6 +49,14 @@ with warnings.catch_warnings(record=True) as caught:
     else:
         raise AssertionError
 assert "'broken' of package visionlora-example" in str(caught[0].message), caught
+from visionlora.lora.arithmetic import merge_adapters
+
+one = vl.inject(model, vl.AdapterConfig(rank=1, targets="attn.qv"))
+for m in one.methods.values():
+    m.lora_B.data.normal_()
+merged = merge_adapters([(one.adapter(), 1.0), (one.adapter(), 3.0)], "mean").adapter.delta_weights()
+for name, delta in one.adapter().delta_weights().items():
+    torch.testing.assert_close(merged[name], 2 * delta)
 print("used")
 """
 
@@ -78,7 +86,7 @@ def test_the_command_lists_them_and_names_what_is_broken(installed: dict[str, st
         [sys.executable, "-m", "visionlora", "plugins"], env=installed, capture_output=True, text=True, check=True
     )
     lines = [line for line in done.stdout.splitlines() if "visionlora-example" in line]
-    assert len(lines) == 5
+    assert len(lines) == 6
     broken = next(line for line in lines if "broken" in line)
     assert broken.endswith("ModuleNotFoundError: No module named 'visionlora_example.missing'")
     assert all(line.endswith("ok") for line in lines if "broken" not in line)

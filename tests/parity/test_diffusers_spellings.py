@@ -36,7 +36,7 @@ def trained(tiny_model: Path) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]
     return unet, deltas
 
 
-def check(adapter: Adapter, deltas: dict[str, torch.Tensor]) -> None:
+def check_deltas(adapter: Adapter, deltas: dict[str, torch.Tensor]) -> None:
     found = adapter.delta_weights()
     assert found.keys() == {f"unet.{n}" for n in deltas}
     for name, delta in deltas.items():
@@ -47,7 +47,7 @@ def test_save_lora_adapter(trained, tmp_path: Path) -> None:
     """No prefix, the config in the header."""
     unet, deltas = trained
     unet.save_lora_adapter(tmp_path)
-    check(load_adapter(tmp_path), deltas)
+    check_deltas(load_adapter(tmp_path), deltas)
 
 
 def test_save_lora_weights_with_its_metadata(trained, tmp_path: Path) -> None:
@@ -62,7 +62,7 @@ def test_save_lora_weights_with_its_metadata(trained, tmp_path: Path) -> None:
     metadata = _collate_lora_metadata({"unet": unet})
     StableDiffusionPipeline.save_lora_weights(tmp_path / "a", unet_lora_layers=layers, **metadata)
     assert any(k.startswith("unet.") for k in load_file(tmp_path / "a" / "pytorch_lora_weights.safetensors"))
-    check(load_adapter(tmp_path / "a"), deltas)
+    check_deltas(load_adapter(tmp_path / "a"), deltas)
     # What the training scripts do: `.lora.down.weight` for attention, the rest as it is, no metadata, so no scale.
     scripts = convert_state_dict_to_diffusers(layers)
     StableDiffusionPipeline.save_lora_weights(tmp_path / "b", unet_lora_layers=scripts)
@@ -85,7 +85,7 @@ def test_attention_processors(trained, tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "a.safetensors")
     adapter = load_adapter(tmp_path / "a.safetensors")
     assert adapter.format == "diffusers (attention processors)"
-    check(adapter, {n: deltas[n] for n in attention})
+    check_deltas(adapter, {n: deltas[n] for n in attention})
 
 
 def test_peft_folder_of_a_unet(trained, tiny_model: Path, tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ def test_peft_folder_of_a_unet(trained, tiny_model: Path, tmp_path: Path) -> Non
         wrapped, {f"base_model.model.{k}": t for k, t in get_peft_model_state_dict(unet).items()}
     )
     wrapped.save_pretrained(tmp_path / "p")
-    check(load_adapter(tmp_path / "p"), deltas)
+    check_deltas(load_adapter(tmp_path / "p"), deltas)
 
 
 # ------------------------------------------------------------------------------------------------------ ours elsewhere

@@ -15,12 +15,14 @@ from visionlora.formats.embeddings import take_embeddings
 from visionlora.formats.names import FLAT_PREFIXES
 from visionlora.formats.parts import Scale, check_used, rank_as_alpha, take_modules
 from visionlora.lora.adapter import Adapter
+from visionlora.lora.inject import no_garbage_collection
 
 FOLDER_FILES = ("adapter.safetensors", "pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
 """What a folder that is not PEFT's may hold: a run of ours, or what diffusers' scripts save."""
 CHECKPOINT = ("model.diffusion_model.", "cond_stage_model.", "first_stage_model.", "conditioner.embedders.")
 
 
+@no_garbage_collection()
 def read(path: Path, allow_partial: bool = False) -> Adapter:
     """Reads a file or folder of any known trainer.
 

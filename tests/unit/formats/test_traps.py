@@ -32,7 +32,7 @@ def kohya(
     return deltas
 
 
-def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+def check_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
     assert found.keys() == expected.keys()
     for name, delta in expected.items():
         torch.testing.assert_close(found[name], delta)
@@ -41,20 +41,20 @@ def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> N
 def test_every_module_keeps_its_own_alpha(tmp_path: Path) -> None:
     """diffusers gives all of them the most common one."""
     expected = kohya(tmp_path / "a.safetensors", [2.0, 1.0, 8.0], [4, 2, 3])
-    same(vl.load_adapter(tmp_path / "a.safetensors").delta_weights(), expected)
+    check_same(vl.load_adapter(tmp_path / "a.safetensors").delta_weights(), expected)
 
 
 def test_a_missing_alpha_is_the_rank(tmp_path: Path) -> None:
     """diffusers takes that of the other modules."""
     expected = kohya(tmp_path / "a.safetensors", [1.0, None, 1.0], [4, 4, 4])
-    same(vl.load_adapter(tmp_path / "a.safetensors").delta_weights(), expected)
+    check_same(vl.load_adapter(tmp_path / "a.safetensors").delta_weights(), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_an_alpha_rounded_with_its_file_is_what_it_is(dtype: torch.dtype, tmp_path: Path) -> None:
     """12.345 is 12.375 in bfloat16."""
     expected = kohya(tmp_path / "a.safetensors", [12.345, 12.345, 3.0], [4, 4, 4], dtype)
-    same(vl.load_adapter(tmp_path / "a.safetensors").delta_weights(), expected)
+    check_same(vl.load_adapter(tmp_path / "a.safetensors").delta_weights(), expected)
 
 
 def test_alpha_zero_means_the_rank(tmp_path: Path) -> None:
@@ -145,7 +145,7 @@ def test_the_sum_of_two_is_the_sum_of_their_changes(tmp_path: Path) -> None:
     a, b = (vl.load_adapter(tmp_path / f"{n}.safetensors") for n in "ab")
     found = merge_adapters([(a, 0.8), (b, -0.5)])
     assert not any(found.errors.values())
-    same(found.adapter.delta_weights(), {n: 0.8 * one[n] - 0.5 * two[n] for n in one})
+    check_same(found.adapter.delta_weights(), {n: 0.8 * one[n] - 0.5 * two[n] for n in one})
 
 
 def test_no_key_is_taken_for_another_by_a_piece_of_its_name(tmp_path: Path) -> None:

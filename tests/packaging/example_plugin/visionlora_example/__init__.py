@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from visionlora.lora.adapter import AdapterModule
+from visionlora.lora.combine import COMBINATIONS
 from visionlora.lora.config import AdapterConfig
 from visionlora.lora.families import Family
 from visionlora.lora.methods.base import Gain, Method, Site
@@ -43,3 +44,9 @@ def ones(site: Site, rank: int, config: AdapterConfig, generator: torch.Generato
 
 TOY = Family("toy", roles={"attn.q": ("toy_q",), "attn.v": ("toy_v",)})
 LIGHT = ("toy_v",)
+
+
+def mean(factors, options) -> tuple[Tensor, Tensor]:
+    """A combination: the mean of all ΔW."""
+    down, up = COMBINATIONS["sum"](factors, options)
+    return down, up / len(factors)
