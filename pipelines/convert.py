@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from visionlora.atomic import check_new
+from visionlora.errors import ConfigError, nearest
 from visionlora.loaders import load_adapter, save_adapter
 from visionlora.lora.adapter import Adapter
 
 
 def convert(
-    source: str | Path, output: str | Path, to: str = "visionlora", allow_partial: bool = False, overwrite: bool = False
-) -> Adapter:
+    source: str | Path, output: str | Path, to: str = "visionlora", component: str = "", allow_partial: bool = False,
+    overwrite: bool = False,
+) -> Adapter:  # fmt: skip
     """Reads an adapter of any format and writes it in another.
 
     Args:
         source: a file or folder.
         output: the file to write, or for `peft` the folder.
         to: see `visionlora.loaders.save_adapter`.
+        component: write this part alone (`unet`, `text_encoder`), as PEFT's folders hold one.
         allow_partial: leave out tensors that nothing here takes.
         overwrite: replace what is there.
 
@@ -27,5 +31,9 @@ def convert(
     """
     check_new(Path(output).expanduser(), overwrite)
     adapter = load_adapter(source, allow_partial)
+    if component:
+        if component not in adapter.components:
+            raise ConfigError(f"{source} has no part {component!r}. {nearest(component, adapter.components)}")
+        adapter = replace(adapter, modules={n: m for n, m in adapter.modules.items() if n.startswith(component + ".")})
     save_adapter(adapter, output, to)
     return adapter

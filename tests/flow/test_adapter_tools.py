@@ -12,6 +12,7 @@ import visionlora as vl
 from visionlora.cli.main import app
 from visionlora.errors import VisionLoRAError
 from visionlora.loaders import apply
+from visionlora.lora.adapter import Adapter
 from visionlora.models.base import open_base
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -71,6 +72,33 @@ def test_inspect_says_what_is_wrong(files: Path, tiny_model: Path) -> None:
     assert "modules change nothing (ΔW is zero), such as" in text
     assert "times stronger than the median" in text and "1 tensors are not used, such as strange" in text
     assert "change their weight by more than 50%" in text
+
+
+def test_inspect_says_what_a_model_has_not(files: Path, tiny_model: Path) -> None:
+    adapter = vl.load_adapter(files / "dog.safetensors")
+    first, second, *_ = adapter.modules
+    modules = {n: m for n, m in adapter.modules.items() if n not in (first, second)}
+    modules["unet.conv_in"] = adapter.modules[first]
+    modules[second.replace("to_", "ot_")] = adapter.modules[second]
+    vl.save_adapter(Adapter(modules), files / "odd.safetensors")
+    text = run("inspect", files / "odd.safetensors", "--model", tiny_model)
+    assert "modules do not fit the model, such as" in text
+    assert "unet.conv_in: The adapter's ΔW for unet.conv_in has shape (16, 16), the base weight (16, 4, 3, 3)." in text
+    assert f"Did you mean '{second.removeprefix('unet.')}'?" in text
+
+
+def test_convert_one_part(files: Path, tmp_path: Path) -> None:
+    adapter = vl.load_adapter(files / "dog.safetensors")
+    two = {**adapter.modules, "text_encoder.text_model.encoder.layers.0.mlp.fc1": next(iter(adapter.modules.values()))}
+    vl.save_adapter(Adapter(two), files / "two.safetensors")
+    with pytest.raises(
+        VisionLoRAError, match="A PEFT folder holds one part; this adapter has text_encoder, unet: write one"
+    ):
+        run("convert", files / "two.safetensors", tmp_path / "peft", "--to", "peft")
+    with pytest.raises(VisionLoRAError, match=r"has no part 'unte'. Did you mean 'unet'\?"):
+        run("convert", files / "two.safetensors", tmp_path / "peft", "--to", "peft", "--component", "unte")
+    run("convert", files / "two.safetensors", tmp_path / "peft", "--to", "peft", "--component", "unet")
+    assert set(vl.load_adapter(tmp_path / "peft").modules) == set(adapter.modules)
 
 
 def test_inspect_a_folder(files: Path) -> None:

@@ -29,6 +29,7 @@ def convert(
     source: Annotated[Path, typer.Argument(help="An adapter of any trainer: a file or a folder.")],
     output: Annotated[Path, typer.Argument(help="What to write: a file, or a folder for peft.")],
     to: To = "visionlora",
+    component: Annotated[str, typer.Option(help="Write this part alone, such as unet.")] = "",
     allow_partial: Annotated[
         bool, typer.Option("--allow-partial", help="Leave out tensors that nothing takes.")
     ] = False,
@@ -37,7 +38,7 @@ def convert(
     """Write an adapter in another format: `visionlora convert dog.safetensors dog-kohya.safetensors --to kohya`."""
     from visionlora.pipelines.convert import convert as run
 
-    adapter = run(source, output, to, allow_partial, overwrite)
+    adapter = run(source, output, to, component, allow_partial, overwrite)
     typer.echo(f"{len(adapter.modules)} modules, from {adapter.format} to {to}: {output}")
     for key in adapter.unused:
         typer.echo(f"  left out: {key}")

@@ -118,6 +118,12 @@ def page(seen: Inspection, modules: bool) -> None:
             size = "" if m.norm is None else f"{m.norm:9.3f}"
             share = "" if m.share is None else f"  {m.share:7.2%} of W"
             typer.echo(f"  {m.name:<{width}}  {m.kind:<5} rank {m.rank:>3}  alpha {m.alpha:<6g} {size}{share}")
+    if seen.misfits:
+        typer.echo("\nnot in the model")
+        for name, why in list(seen.misfits.items())[:10]:
+            typer.echo(f"  {name}: {why}")
+        if len(seen.misfits) > 10:
+            typer.echo(f"  … {len(seen.misfits) - 10} more")
     typer.echo("\nhealth   " + ("good: no NaN, every module does something" if not seen.health else ""))
     for line in seen.health:
         typer.echo(f"  - {line}")

@@ -90,9 +90,21 @@ def tensor_hash(data: bytes) -> str:
     return hashlib.sha256(data[8 + struct.unpack("<Q", data[:8])[0] :]).hexdigest()
 
 
+def unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous, and each with memory of its own, as safetensors wants them."""
+    seen: set[int] = set()
+    found = {}
+    for name, tensor in tensors.items():
+        whole = tensor.contiguous()
+        place = whole.untyped_storage().data_ptr()
+        found[name] = whole.clone() if place in seen else whole
+        seen.add(place)
+    return found
+
+
 def hashed(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
     """The whole file, with the hash of its tensors in the header."""
-    whole = {name: t.contiguous() for name, t in tensors.items()}
+    whole = unshared(tensors)
     # The hash covers the tensors alone, so it can be written into the header afterwards.
     digest = tensor_hash(save_tensors(whole, {}))
     data: bytes = save_tensors(whole, {**metadata, "sshs_model_hash": digest, "modelspec.hash_sha256": "0x" + digest})

@@ -23,7 +23,7 @@ from visionlora.formats.parts import split_key
 from visionlora.formats.read import FOLDER_FILES, format_of, read
 from visionlora.lora.adapter import PRODUCT_KINDS, Adapter, AdapterModule
 from visionlora.lora.functional import wide
-from visionlora.lora.inject import no_garbage_collection
+from visionlora.lora.inject import fit, no_garbage_collection
 
 SUFFIXES = (".safetensors", ".pt", ".bin", ".ckpt")
 ROW_RANKS = ("down", "hada_w1_b", "lokr_w1_b", "lokr_w2_b", "lambda_d")
@@ -98,6 +98,9 @@ class Inspection:
     embeddings: Mapping[str, tuple[int, ...]]
     """Tokens and how many vectors each has, by component."""
     unused: tuple[str, ...]
+    """Tensors of the file that nothing takes."""
+    misfits: Mapping[str, str]
+    """Modules that the given model has not, or in another shape, with the reason."""
     health: tuple[str, ...]
     """What looks wrong, one sentence each."""
     hashes: Mapping[str, str]
@@ -275,11 +278,12 @@ def inspect_file(path: Path, base: torch.nn.Module | None = None) -> Inspection:
         AdapterFileError: when the file is missing, broken or no adapter.
     """
     adapter = read(path, allow_partial=True)
+    misfits = {} if base is None else misfits_of(adapter, base)
     file = weights_file(path)
     contents = open_file(file)
     header = Header({}, contents.metadata) if is_pickle(file) else read_header(file)
     summary = summary_of(path, file.stat().st_size, header)
-    modules = tuple(module_info(name, m, base) for name, m in adapter.modules.items())
+    modules = tuple(module_info(n, m, None if n in misfits else base) for n, m in adapter.modules.items())
     squares: dict[str, float] = {}
     for m in modules:
         if m.norm is not None:
@@ -292,10 +296,24 @@ def inspect_file(path: Path, base: torch.nn.Module | None = None) -> Inspection:
         in_order({b: math.sqrt(s) for b, s in squares.items()}),
         tokens,
         adapter.unused,
-        tuple(health(adapter, modules)),
+        misfits,
+        tuple(health(adapter, modules, misfits)),
         file_hashes(file),
         {k: v for k, v in contents.metadata.items() if k not in hidden},
     )
+
+
+def misfits_of(adapter: Adapter, base: torch.nn.Module) -> dict[str, str]:
+    """Modules that a model has not, or in another shape, with the reason and the nearest name."""
+    found: dict[str, str] = {}
+    children = dict(base.named_children())
+    for component in adapter.components:
+        if component not in children:
+            found |= {f"{component}.{n}": f"The model has no {component}." for n in adapter.component(component)}
+            continue
+        _, _, skipped = fit(children[component], adapter.component(component), component)
+        found |= {f"{component}.{n}": why for n, why in skipped}
+    return found
 
 
 def module_info(name: str, module: AdapterModule, base: torch.nn.Module | None) -> ModuleInfo:
@@ -314,9 +332,12 @@ def module_info(name: str, module: AdapterModule, base: torch.nn.Module | None) 
     return ModuleInfo(name, module.kind, module.rank, module.alpha, dtype, norm, rms, share)
 
 
-def health(adapter: Adapter, modules: tuple[ModuleInfo, ...]) -> list[str]:
+def health(adapter: Adapter, modules: tuple[ModuleInfo, ...], misfits: Mapping[str, str]) -> list[str]:
     """What looks wrong with an adapter."""
     found = []
+    if misfits:
+        name, why = next(iter(misfits.items()))
+        found.append(f"{len(misfits)} of {len(modules)} modules do not fit the model, such as {name}: {why}")
     dead = [m.name for m in modules if m.norm == 0]
     if dead:
         found.append(f"{len(dead)} of {len(modules)} modules change nothing (ΔW is zero), such as {dead[0]}.")

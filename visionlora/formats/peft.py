@@ -22,6 +22,7 @@ from torch import Tensor
 from visionlora.atomic import replace_file
 from visionlora.errors import AdapterFileError
 from visionlora.formats.container import open_file
+from visionlora.formats.header import unshared
 from visionlora.formats.parts import check_finite, check_used, split_key, take_modules
 from visionlora.formats.whole import whole_layers
 from visionlora.lora.adapter import Adapter, AdapterModule
@@ -158,7 +159,8 @@ def write(adapter: Adapter, folder: Path, component: str = "") -> None:
     """
     if not component and len(adapter.components) != 1:
         raise AdapterFileError(
-            f"A PEFT folder holds one part; this adapter has {', '.join(adapter.components)}: name one with component=."
+            f"A PEFT folder holds one part; this adapter has {', '.join(adapter.components)}: write one of them "
+            f"(convert --component {adapter.components[0]})."
         )
     modules = whole_layers(adapter.component(component or adapter.components[0]), "PEFT")
     kinds = {m.kind for m in modules.values()} - {"full"}
@@ -168,7 +170,7 @@ def write(adapter: Adapter, folder: Path, component: str = "") -> None:
             "visionlora's own format keeps it."
         )
     config = {**described(modules, kinds), "base_model_name_or_path": (adapter.info.get("base") or {}).get("id")}
-    tensors = {PREFIX + key: t.contiguous() for name, m in modules.items() for key, t in keyed(name, m).items()}
+    tensors = unshared({PREFIX + key: t for name, m in modules.items() for key, t in keyed(name, m).items()})
     try:
         folder.mkdir(parents=True, exist_ok=True)
         replace_file(folder / WEIGHTS, save_tensors(tensors, {"format": "pt"}))
