@@ -3,8 +3,9 @@
 A layer is adapted in place: its class is replaced by a subclass that also runs the adapters, so the module, its
 weight and their names stay the same objects, and giving the class back restores the model exactly.
 
-A layer runs in one of four ways, with one result:
+A layer runs in one of five ways, with one result:
     merged      ΔW is in the weight: the base's own forward
+    batched     each picture of a batch with its own adapters and scales: one batched pair of matmuls
     training    fused kernels that keep little for backward (`visionlora.lora.kernels`)
     stacked     without gradients: the factors of all active adapters concatenated, one pair of matmuls for any number
     plain       under torch.compile: ordinary operations with the scales in tensors, so that a new scale re-traces nothing
@@ -14,7 +15,7 @@ Letters in shapes: b batch, n tokens, i in, o out, r rank, *s spatial sizes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -27,6 +28,9 @@ from visionlora.lora.functional import stack_factors, wide
 from visionlora.lora.kernels import CONVOLVE, Branch, Geometry, Rows, low_rank_conv, low_rank_linear
 from visionlora.lora.methods.base import Method
 
+MOST_TIMES = 3
+"""How often the pictures of a batch may follow each other: twice under classifier-free guidance, three times with a picture
+to edit. More rows than that are no pictures, but windows or tokens."""
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -44,6 +48,37 @@ class Stack:
     """(o,): out += gain · out."""
     input_gain: Tensor | None
     """(i,): the base sees x · (1 + input_gain)."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What the adapters do to each of b pictures, padded to the largest rank among them."""
+
+    lora_A: Tensor | None
+    """(b, R, i) or (b, R, i/g, *k)."""
+    lora_B: Tensor | None
+    """(b, o, R), scalings folded in."""
+    gain: Tensor | None
+    """(b, o): out += gain · (out - bias)."""
+    gain_with_bias: Tensor | None
+    """(b, o): out += gain · out."""
+    input_gain: Tensor | None
+    """(b, i): the base sees x · (1 + input_gain)."""
+    pictures: int
+
+    def rows(self, x: Tensor, layer: nn.Module) -> int:
+        """How often the pictures follow each other in x: twice under classifier-free guidance.
+
+        Raises:
+            ConfigError: when x does not hold whole batches.
+        """
+        times, rest = divmod(x.shape[0], self.pictures)
+        if rest or not 1 <= times <= MOST_TIMES:
+            raise ConfigError(
+                f"Adapters have scales for {self.pictures} pictures each, and a {type(layer).__name__} got {x.shape[0]} rows: "
+                "give one scale per picture of the batch. Models that cut pictures into windows cannot have scales per picture."
+            )
+        return times
 
 
 class AdaptedLayer(nn.Module):
@@ -64,9 +99,30 @@ class AdaptedLayer(nn.Module):
         for m in self.methods():
             if m.merged:
                 continue
+            if m.sample_scale is not None:
+                self.check_inference(m)
             if torch.compiler.is_compiling() or m.scale != 0:
                 found.append(m)
         return found
+
+    def check_inference(self, method: Method) -> None:
+        """Raises ConfigError where scales per picture have no path: with gradients, compiled, or read by another layer."""
+        if (
+            torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+            or not isinstance(self, (AdaptedLinear, AdaptedConv))
+        ):
+            why = (
+                "compiled code"
+                if torch.compiler.is_compiling()
+                else "training"
+                if torch.is_grad_enabled()
+                else "packed attention"
+            )
+            raise ConfigError(
+                f"Adapter {method.adapter_name!r} has scales per picture, which do not go with {why}: "
+                + ("run under torch.no_grad()." if why == "training" else "give it one scale for the batch.")
+            )
 
     def guarded(self, out: Tensor) -> Tensor:
         """`out`; where merged adapters are in training mode, with an error for whoever runs backward through it."""
@@ -86,6 +142,24 @@ class AdaptedLayer(nn.Module):
         """The active adapters concatenated; kept until a scale or a factor changes."""
         stack: Stack = self.kept(dtype, active, lambda: build_stack(cast(Any, self).weight, dtype, active))
         return stack
+
+    def batch(self, dtype: torch.dtype, active: list[Method]) -> Batch | None:
+        """The active adapters picture by picture; None when no picture has scales of its own.
+
+        Raises:
+            ConfigError: when the adapters have scales for different numbers of pictures.
+        """
+        if all(m.sample_scale is None for m in active):
+            return None
+        sizes = {len(m.sample_scale) for m in active if m.sample_scale is not None and len(m.sample_scale) > 1} or {1}
+        if len(sizes) > 1:
+            raise ConfigError(
+                f"Adapters have scales for {' and '.join(map(str, sorted(sizes)))} pictures: give all the same."
+            )
+        (pictures,) = sizes
+        weight = cast(Any, self).weight
+        found: Batch = self.kept(("batch", dtype), active, lambda: build_batch(weight, dtype, active, pictures))
+        return found
 
     def kept(self, what: Any, active: list[Method], build: Callable[[], Any]) -> Any:
         """What `build` gives, from before while the active adapters are the same.
@@ -145,6 +219,44 @@ def build_stack(weight: Tensor, dtype: torch.dtype, active: Iterable[Method]) ->
             summed(with_bias),
             summed(inputs),
         )
+
+
+def build_batch(weight: Tensor, dtype: torch.dtype, active: Sequence[Method], pictures: int) -> Batch:
+    """Factors and gains of every picture, in fp32 before they are rounded to `dtype`."""
+    out, one = weight.shape[0], torch.ones(pictures)
+    shares = [one if m.sample_scale is None else m.sample_scale.float().cpu().expand(pictures) for m in active]
+    sums: dict[str, Tensor] = {}
+    downs: list[list[Tensor]] = [[] for _ in range(pictures)]
+    ups: list[list[Tensor]] = [[] for _ in range(pictures)]
+
+    def add(name: str, value: Tensor, share: Tensor) -> None:
+        part = share.to(value.device)[:, None] * wide(value)
+        sums[name] = sums[name] + part if name in sums else part
+
+    with torch.no_grad():
+        for m, share in zip(active, shares, strict=True):
+            for lora_A, lora_B, scaling in m.factors():
+                up = placed(lora_B, m.site.rows, out).flatten(1)
+                for k in share.nonzero().flatten().tolist():
+                    downs[k].append(wide(lora_A))
+                    ups[k].append(wide(up) * (float(scaling) * float(share[k])))
+            if (gain := m.gain()) is not None:
+                add("gain_with_bias" if gain.with_bias else "gain", placed(gain.value, m.site.rows, out), share)
+            if (scale := m.input_gain()) is not None:
+                add("input_gain", scale, share)
+        lora_A_all = lora_B_all = None
+        if rank := max(sum(len(a) for a in own) for own in downs):
+            shape = next(a for own in downs for a in own).shape[1:]
+            lora_A_all = weight.new_zeros(pictures, rank, *shape, dtype=dtype)
+            lora_B_all = weight.new_zeros(pictures, out, rank, dtype=dtype)
+            for k, (down, up) in enumerate(zip(downs, ups, strict=True)):
+                if down:
+                    r = sum(len(a) for a in down)
+                    lora_A_all[k, :r], lora_B_all[k, :, :r] = torch.cat(down), torch.cat(up, dim=1)
+        terms = {name: value.to(dtype) for name, value in sums.items()}
+    return Batch(
+        lora_A_all, lora_B_all, terms.get("gain"), terms.get("gain_with_bias"), terms.get("input_gain"), pictures
+    )
 
 
 class shared_terms:
@@ -222,6 +334,8 @@ class AdaptedLinear(AdaptedLayer):
         weight: Tensor = cast(nn.Linear, self).weight
         if not (active := self.active()):
             return self.guarded(F.linear(x, weight, bias))
+        if any(m.sample_scale is not None for m in active):
+            return self.stacked(x, weight, bias, active)
         if torch.compiler.is_compiling():
             return self.plain(x, weight, bias, active)
         if self.wants_graph(x, active):
@@ -263,9 +377,38 @@ class AdaptedLinear(AdaptedLayer):
                 total = total + (part if rows is None else F.pad(part, (rows.start, out.shape[-1] - rows.stop)))
         return total
 
+    def batched(self, x: Tensor, weight: Tensor, bias: Tensor | None, batch: Batch) -> Tensor:
+        """Without gradients, each picture with its own adapters: x (t·b, ..., i), pictures following each other."""
+        times, b = batch.rows(x, self), batch.pictures
+
+        def each(value: Tensor) -> Tensor:
+            """(b, c) -> one row for each row of x."""
+            return value.repeat(times, 1).view(times * b, *(1,) * (x.dim() - 2), value.shape[1])
+
+        with torch.no_grad():
+            seen = x if batch.input_gain is None else x * (1 + each(batch.input_gain)).to(x.dtype)
+            base = F.linear(seen, weight, bias)
+            out = base
+            if batch.gain is not None:
+                out = out + each(batch.gain) * (base if bias is None else base - bias.to(base.dtype))
+            if batch.gain_with_bias is not None:
+                out = out + each(batch.gain_with_bias) * base
+            if batch.lora_A is not None and batch.lora_B is not None:
+                rows = (
+                    x.to(batch.lora_A.dtype)
+                    .reshape(times, b, -1, x.shape[-1])
+                    .transpose(0, 1)
+                    .reshape(b, -1, x.shape[-1])
+                )
+                part = torch.bmm(torch.bmm(rows, batch.lora_A.mT), batch.lora_B.mT)
+                out = out + part.view(b, times, -1, out.shape[-1]).transpose(0, 1).reshape(out.shape)
+            return out
+
     def stacked(self, x: Tensor, weight: Tensor, bias: Tensor | None, active: list[Method]) -> Tensor:
         """Without gradients."""
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else weight.dtype
+        if (batch := self.batch(dtype, active)) is not None:
+            return self.batched(x, weight, bias, batch)
         stack = self.stack(dtype, active)
         with torch.no_grad():
             seen = x if stack.input_gain is None else x * (1 + stack.input_gain).to(x.dtype)
@@ -291,6 +434,8 @@ class AdaptedConv(AdaptedLayer):
         base = cast(Any, self)
         if not (active := self.active()):
             return self.guarded(cast(Tensor, super().forward(x)))
+        if any(m.sample_scale is not None for m in active):
+            return self.stacked(x, active)
         if torch.compiler.is_compiling() or base.weight.requires_grad or isinstance(base.padding, str):
             return self.plain(x, active)
         if self.wants_graph(x, active):
@@ -323,10 +468,44 @@ class AdaptedConv(AdaptedLayer):
                 total = total + conv_branch(base, dropped, lora_A.to(out.dtype), lora_B.to(out.dtype)) * scaling
         return total
 
+    def batched(self, x: Tensor, batch: Batch) -> Tensor:
+        """Without gradients, each picture with its own adapters: x (t·b, i, *s); one grouped convolution for all."""
+        base, (times, b) = cast(Any, self), (batch.rows(x, self), batch.pictures)
+        spatial = (1,) * (x.dim() - 2)
+
+        def each(value: Tensor) -> Tensor:
+            return value.repeat(times, 1).view(times * b, -1, *spatial)
+
+        with torch.no_grad():
+            seen = x if batch.input_gain is None else x * (1 + each(batch.input_gain)).to(x.dtype)
+            before: Tensor = base._conv_forward(seen, base.weight, base.bias)
+            out = before
+            if batch.gain is not None:
+                shown = before if base.bias is None else before - base.bias.view(-1, *spatial).to(before.dtype)
+                out = out + each(batch.gain) * shown
+            if batch.gain_with_bias is not None:
+                out = out + each(batch.gain_with_bias) * before
+            if batch.lora_A is not None and batch.lora_B is not None:
+                padded, geometry = conv_geometry(base, x.to(batch.lora_A.dtype))
+                rows = padded.reshape(times, b * padded.shape[1], *padded.shape[2:])
+                # Groups of the base share A, so each picture's A is repeated for them; channels go picture, group, rank.
+                g = geometry.groups
+                down = batch.lora_A.repeat_interleave(g, dim=0) if g > 1 else batch.lora_A
+                kernel = down.reshape(-1, *down.shape[2:])
+                h = CONVOLVE[x.dim()](
+                    rows, kernel, None, geometry.stride, geometry.padding, geometry.dilation, groups=b * g
+                )
+                up = batch.lora_B.reshape(-1, batch.lora_B.shape[2], *spatial)
+                part = CONVOLVE[x.dim()](h, up, groups=b * g)
+                out = out + part.reshape(out.shape)
+            return out
+
     def stacked(self, x: Tensor, active: list[Method]) -> Tensor:
         """Without gradients."""
         base, spatial = cast(Any, self), (1,) * (x.dim() - 2)
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        if (batch := self.batch(dtype, active)) is not None:
+            return self.batched(x, batch)
         stack = self.stack(dtype, active)
         with torch.no_grad():
             seen = x if stack.input_gain is None else x * (1 + stack.input_gain).to(x.dtype).view(-1, *spatial)

@@ -88,6 +88,8 @@ class Method(nn.Module):
         self.dropout, self.merged = float(dropout), False
         self.adapter_name = "default"
         self._scale = 1.0
+        self.sample_scale: Tensor | None = None
+        """(b,): multiplies the effect on each picture of a batch by its own number; at inference alone."""
         # For compiled code, which must not be traced again when only a scale changes.
         self.register_buffer("scale_tensor", torch.ones((), device=site.weight.device), persistent=False)
 
@@ -170,7 +172,7 @@ class Method(nn.Module):
 
     def state(self) -> tuple[Any, ...]:
         """Changes whenever the effect may have: scale and the versions of all tensors."""
-        tensors = (*self._parameters.values(), *self._buffers.values())
+        tensors = (*self._parameters.values(), *self._buffers.values(), self.sample_scale)
         return (self._scale, *((id(t), t._version) for t in tensors if t is not None))
 
     def regularisation(self) -> Tensor | None:
