@@ -16,7 +16,11 @@ _HOMES = {
     "Handle": "visionlora.lora.inject",
     "TrainSDConfig": "visionlora.config",
     "VisionLoRAError": "visionlora.errors",
-    "attach": "visionlora.lora.inject",
+    "attach": "visionlora.mixing.mix",
+    "Mix": "visionlora.mixing.mix",
+    "Ramp": "visionlora.mixing.scales",
+    "Scale": "visionlora.mixing.scales",
+    "Window": "visionlora.mixing.scales",
     "Size": "visionlora.lora.arithmetic",
     "choose_ranks": "visionlora.lora.rank",
     "extract_adapter": "visionlora.lora.arithmetic",
@@ -46,11 +50,15 @@ if TYPE_CHECKING:
     from visionlora.lora.arithmetic import resize_adapter as resize_adapter
     from visionlora.lora.config import AdapterConfig as AdapterConfig
     from visionlora.lora.inject import Handle as Handle
-    from visionlora.lora.inject import attach as attach
     from visionlora.lora.inject import inject as inject
     from visionlora.lora.merge import merge_together as merge_together
     from visionlora.lora.rank import choose_ranks as choose_ranks
     from visionlora.lora.rank import input_spectra as input_spectra
+    from visionlora.mixing.mix import Mix as Mix
+    from visionlora.mixing.mix import attach as attach
+    from visionlora.mixing.scales import Ramp as Ramp
+    from visionlora.mixing.scales import Scale as Scale
+    from visionlora.mixing.scales import Window as Window
 
 __all__ = [*sorted(_HOMES), "__version__"]
 

@@ -94,14 +94,19 @@ def check_base(adapter: Adapter, base: BaseModel, force: bool = False, allow_par
 
 def check_family(adapter: Adapter, base: BaseModel) -> None:
     """Raises AdapterFileError when an adapter's cross-attention is of another width than the base's."""
-    there, width = family_of_unet(base.pipe.unet.config)
+    check_family_of(adapter, base.pipe.unet, base.id)
+
+
+def check_family_of(adapter: Adapter, unet: Any, id: str) -> None:
+    """Raises AdapterFileError when an adapter's cross-attention is of another width than that of a UNet."""
+    there, width = family_of_unet(unet.config)
     shapes = flat_shapes(adapter)
     family = family_of(shapes)
     given = context_width(shapes) if family is None else family.context
     if given is None or width is None or given == width:
         return
     title = family.title if family is not None else "a model of its own kind"
-    own = f"{base.id} is {there.title}" if there is not None else f"{base.id} is a model of its own kind"
+    own = f"{id} is {there.title}" if there is not None else f"{id} is a model of its own kind"
     raise AdapterFileError(
         f"This is an adapter for {title} (its cross-attention reads text embeddings {given} wide); {own} ({width} wide). "
         f"Open a base of the family it was made for: --model with {title if family else 'its own base'}."

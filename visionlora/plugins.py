@@ -22,6 +22,7 @@ GROUPS = {
     "visionlora.inits": "inits of lora_A: functions as in visionlora.lora.inits",
     "visionlora.families": "model families: visionlora.lora.families.Family objects",
     "visionlora.targets": "target presets: tuples of targets under one word",
+    "visionlora.compositions": "ways to let styles act together: subclasses of visionlora.mixing.compose.Composition",
     "visionlora.combinations": "ways to make one ΔW of several: functions as in visionlora.lora.combine",
 }
 

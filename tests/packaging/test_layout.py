@@ -29,6 +29,7 @@ ROOMS = (
     "training",
     "report",
     "loaders",
+    "mixing",
     "pipelines",
     "cli",
 )

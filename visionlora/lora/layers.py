@@ -73,10 +73,11 @@ class Batch:
             ConfigError: when x does not hold whole batches.
         """
         times, rest = divmod(x.shape[0], self.pictures)
-        if rest or not 1 <= times <= MOST_TIMES:
+        if rest or not times or (times > MOST_TIMES and self.pictures > 1):
+            kind = cast(Any, layer).base_class.__name__
             raise ConfigError(
-                f"Adapters have scales for {self.pictures} pictures each, and a {type(layer).__name__} got {x.shape[0]} rows: "
-                "give one scale per picture of the batch. Models that cut pictures into windows cannot have scales per picture."
+                f"Adapters have scales for {self.pictures} pictures each, and a {kind} got {x.shape[0]} rows: give one scale per "
+                "picture of the batch. Models that cut pictures into windows cannot have scales per picture."
             )
         return times
 
@@ -107,18 +108,14 @@ class AdaptedLayer(nn.Module):
 
     def check_inference(self, method: Method) -> None:
         """Raises ConfigError where scales per picture have no path: with gradients, compiled, or read by another layer."""
-        if (
-            torch.is_grad_enabled()
-            or torch.compiler.is_compiling()
-            or not isinstance(self, (AdaptedLinear, AdaptedConv))
-        ):
-            why = (
-                "compiled code"
-                if torch.compiler.is_compiling()
-                else "training"
-                if torch.is_grad_enabled()
-                else "packed attention"
-            )
+        why = ""
+        if torch.compiler.is_compiling():
+            why = "compiled code"
+        elif torch.is_grad_enabled():
+            why = "training"
+        elif not isinstance(self, (AdaptedLinear, AdaptedConv)):
+            why = "packed attention"
+        if why:
             raise ConfigError(
                 f"Adapter {method.adapter_name!r} has scales per picture, which do not go with {why}: "
                 + ("run under torch.no_grad()." if why == "training" else "give it one scale for the batch.")
@@ -249,10 +246,10 @@ def build_batch(weight: Tensor, dtype: torch.dtype, active: Sequence[Method], pi
             shape = next(a for own in downs for a in own).shape[1:]
             lora_A_all = weight.new_zeros(pictures, rank, *shape, dtype=dtype)
             lora_B_all = weight.new_zeros(pictures, out, rank, dtype=dtype)
-            for k, (down, up) in enumerate(zip(downs, ups, strict=True)):
-                if down:
-                    r = sum(len(a) for a in down)
-                    lora_A_all[k, :r], lora_B_all[k, :, :r] = torch.cat(down), torch.cat(up, dim=1)
+            for k, own in enumerate(downs):
+                if own:
+                    r = sum(len(a) for a in own)
+                    lora_A_all[k, :r], lora_B_all[k, :, :r] = torch.cat(own), torch.cat(ups[k], dim=1)
         terms = {name: value.to(dtype) for name, value in sums.items()}
     return Batch(
         lora_A_all, lora_B_all, terms.get("gain"), terms.get("gain_with_bias"), terms.get("input_gain"), pictures

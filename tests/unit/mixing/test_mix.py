@@ -1,0 +1,287 @@
+"""Several adapters on one pipeline: every mode gives the same, everything comes off bit for bit."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import visionlora as vl
+from visionlora.lora.adapter import Adapter, AdapterModule
+from visionlora.mixing.mix import Mix
+from visionlora.models.base import open_base
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+KINDS = ("lora", "dora", "loha", "lokr", "vera")
+
+
+def module(kind: str, weight: torch.Tensor, seed: int) -> AdapterModule:
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator) * 0.25
+
+    o, *rest = weight.shape
+    n, ones = weight[0].numel(), (1,) * (len(rest) - 1)
+    lora = {"lora_A": random(2, *rest), "lora_B": random(o, 2, *ones)}
+    if kind == "dora":
+        norm = weight.flatten(1).norm(dim=1)
+        return AdapterModule("dora", {**lora, "magnitude": norm * (1 + random(o))}, 3.0)
+    if kind == "loha":
+        sides = {f"hada_w{k}_{s}": random(*((o, 2) if s == "a" else (2, n))) for k in (1, 2) for s in "ab"}
+        return AdapterModule("loha", sides, 8.0)
+    if kind == "lokr":
+        return AdapterModule("lokr", {"lokr_w1": random(2, 2), "lokr_w2": random(o // 2, rest[0] // 2, *rest[1:])}, 1.0)
+    if kind == "vera":
+        return AdapterModule("vera", {"lambda_b": random(o), "lambda_d": random(4)}, 1.0, {"projection_seed": seed})
+    return AdapterModule("lora", lora, 3.0)
+
+
+def adapter(pipe, seed: int, kinds: tuple[str, ...] = KINDS, text: bool = True) -> Adapter:
+    """Every linear layer and convolution of UNet and text encoder, the kinds in turn."""
+    modules = {}
+    for component in ("unet", "text_encoder") if text else ("unet",):
+        layers = [(n, m) for n, m in getattr(pipe, component).named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+        for k, (name, layer) in enumerate(layers):
+            kind = kinds[(k + seed) % len(kinds)]
+            if kind == "lokr" and (layer.weight.shape[0] % 2 or layer.weight.shape[1] % 2):
+                kind = "lora"
+            modules[f"{component}.{name}"] = module(kind, layer.weight, 100 * seed + k)
+    return Adapter(modules)
+
+
+@pytest.fixture
+def pipe(tiny_model: Path):
+    return open_base(str(tiny_model)).pipe
+
+
+@torch.no_grad()
+def run(pipe, pictures: int = 2, t: int = 500) -> torch.Tensor:
+    """The UNet's prediction for text that the text encoder reads, under classifier-free guidance."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 50, (2 * pictures, 16), generator=generator)
+    x = torch.randn(pictures, 4, 8, 8, generator=generator)
+    return pipe.unet(torch.cat([x, x]), torch.tensor(t), pipe.text_encoder(ids)[0]).sample
+
+
+def bits(pipe) -> dict[str, torch.Tensor]:
+    return {n: p.clone() for part in (pipe.unet, pipe.text_encoder) for n, p in part.named_parameters()}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_modes_agree_on_every_layer_kind_and_come_off_bit_for_bit(pipe, kind: str) -> None:
+    """Linear layers, 1x1 and 3x3 convolutions, time embedding, conv_in, text encoder."""
+    adapters = {"a": adapter(pipe, 0, (kind,)), "b": adapter(pipe, 1, ("lora",))}
+    plain, before = run(pipe), bits(pipe)
+    scales = {"a": 0.7, "b": vl.Scale(-0.4, blocks={"up": 0.5, "text_encoder": 2.0})}
+    outputs = {}
+    for mode in ("merged", "stacked", "batched"):
+        mix = vl.attach(pipe, adapters, scales=scales, mode=mode)
+        assert mix.running == mode
+        outputs[mode] = run(pipe)
+        mix.detach()
+        assert torch.equal(run(pipe), plain)
+    assert all(torch.equal(p, before[n]) for n, p in bits(pipe).items())
+    spread = (outputs["merged"] - plain).abs().max()
+    assert spread > 0.05
+    for mode in ("stacked", "batched"):
+        torch.testing.assert_close(outputs[mode], outputs["merged"], rtol=1e-3, atol=float(2e-4 * max(1, spread)))
+
+
+def test_auto_chooses_by_use(pipe) -> None:
+    mix = vl.attach(pipe, {"a": adapter(pipe, 0), "b": adapter(pipe, 1)})
+    assert mix.running == "merged"
+    mix.set_scales({"a": vl.Scale(steps=vl.Window(0, 0.5))})
+    assert mix.running == "stacked"
+    mix.set_scales({"b": vl.Scale(images=[0.0, 1.0])})
+    assert mix.running == "batched"
+    mix.set_scales({"a": 1.0, "b": 0.5})
+    assert mix.running == "merged"
+
+
+def test_fifty_changes_later_the_base_is_the_same_bits(pipe) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        pipe.to(dtype)
+        before = bits(pipe)
+        mix = vl.attach(pipe, {"a": adapter(pipe, 0, ("lora",)), "b": adapter(pipe, 1, ("lora",))})
+        for k in range(50):
+            mix.set_scales({"a": k / 25 - 1, "b": 1 - k / 50})
+        mix.remove("a")
+        mix.add("c", adapter(pipe, 2, ("lora",)), 0.3)
+        mix.detach()
+        assert all(torch.equal(p, before[n]) for n, p in bits(pipe).items())
+
+
+def test_a_scale_of_zero_everywhere_is_the_base(pipe) -> None:
+    plain = run(pipe)
+    for mode in ("merged", "stacked", "batched"):
+        mix = vl.attach(pipe, {"a": adapter(pipe, 0)}, scales={"a": 0.0}, mode=mode)
+        assert torch.equal(run(pipe), plain)
+        mix.detach()
+    mix = vl.attach(pipe, {"a": adapter(pipe, 0)}, scales={"a": {"unet": 0.0, "text_encoder": 0.0}})
+    assert torch.equal(run(pipe), plain)
+
+
+@pytest.mark.parametrize(
+    "block", ["down", "mid", "up", "in", "out", "down.1", "up.0", "text_encoder", "up_blocks.1.resnets.0"]
+)
+def test_a_block_reaches_all_its_layers_and_no_other(pipe, block: str) -> None:
+    mix = vl.attach(pipe, {"a": adapter(pipe, 0)}, scales={"a": {block: 0.0}}, mode="stacked")
+    silent = {f"{c}.{n}" for c, h in mix.handles["a"] for n, m in h.methods.items() if m.scale == 0}
+    starts = {
+        "down": "unet.down_blocks.", "mid": "unet.mid_block.", "up": "unet.up_blocks.", "down.1": "unet.down_blocks.1.",
+        "up.0": "unet.up_blocks.0.", "text_encoder": "text_encoder.", "in": ("unet.conv_in", "unet.time_embedding"),
+        "out": "unet.conv_out", "up_blocks.1.resnets.0": "unet.up_blocks.1.resnets.0.",
+    }  # fmt: skip
+    assert silent == {f"{c}.{n}" for c, n in mix.layers("a") if f"{c}.{n}".startswith(starts[block])} and silent
+
+
+def test_lists_of_a1111(pipe) -> None:
+    values = [0.1 * k for k in range(26)]
+    mix = vl.attach(pipe, {"a": adapter(pipe, 0)}, scales={"a": values}, mode="stacked")
+    found = {f"{c}.{n}": m.scale for c, h in mix.handles["a"] for n, m in h.methods.items()}
+    assert found["unet.conv_in"] == pytest.approx(0.1)  # IN00
+    assert found["unet.down_blocks.0.attentions.0.proj_in"] == pytest.approx(0.2)  # IN01
+    assert found["unet.mid_block.resnets.0.conv1"] == pytest.approx(1.3)  # MID
+    assert found["unet.up_blocks.0.resnets.0.conv1"] == pytest.approx(1.4)  # OUT00
+    assert {v for n, v in found.items() if n.startswith("text_encoder")} == {0.0}  # BASE
+    mix.set_scales({"a": [1.0] * 17})
+    found = {f"{c}.{n}": m.scale for c, h in mix.handles["a"] for n, m in h.methods.items()}
+    assert found["unet.conv_in"] == 0 and found["unet.down_blocks.0.attentions.0.proj_in"] == 1
+
+
+def test_each_picture_of_a_batch_has_its_own(pipe) -> None:
+    adapters = {"a": adapter(pipe, 0), "b": adapter(pipe, 1)}
+    one = {"a": [1.0, 0.0, 0.5], "b": [0.0, 0.8, -0.5]}
+    mix = vl.attach(pipe, adapters, scales={n: vl.Scale(images=v) for n, v in one.items()})
+    together = run(pipe, 3)
+    mix.detach()
+    for k in range(3):
+        mix = vl.attach(pipe, adapters, scales={n: v[k] for n, v in one.items()})
+        alone = run(pipe, 3)
+        mix.detach()
+        torch.testing.assert_close(together[[k, k + 3]], alone[[k, k + 3]], rtol=1e-3, atol=2e-4)
+
+
+class Steps:
+    """Runs a pipeline and notes the scale of the first layer at every call of the UNet."""
+
+    def __init__(self, pipe, mix: Mix) -> None:
+        self.seen: list[tuple[float, ...]] = []
+
+        def note(*_: object) -> None:
+            self.seen.append(tuple(next(iter(p[0][1].methods.values())).scale for p in mix.handles.values()))
+
+        hook = pipe.unet.conv_out.register_forward_hook(note)
+        pipe("dog", num_inference_steps=6, height=32, width=32, output_type="np", guidance_scale=3.0)
+        hook.remove()
+
+
+def test_scales_change_from_step_to_step(pipe) -> None:
+    adapters = {"a": adapter(pipe, 0), "b": adapter(pipe, 1), "c": adapter(pipe, 2)}
+    mix = vl.attach(pipe, adapters, scales={
+        "a": vl.Scale(2.0, steps=vl.Window(0.5, 1.0)), "b": vl.Scale(steps=vl.Ramp(1.0, 0.0)),
+        "c": vl.Scale(steps=[1.0, 0.5, 0.25]),
+    })  # fmt: skip
+    seen = Steps(pipe, mix).seen
+    assert [a for a, _, _ in seen] == [0, 0, 0, 2, 2, 2]
+    assert [b for _, b, _ in seen] == pytest.approx([1, 0.8, 0.6, 0.4, 0.2, 0])
+    assert [c for _, _, c in seen] == [1, 1, 0.5, 0.5, 0.25, 0.25]
+    mix.set_scales({n: vl.Scale(steps=lambda p: p) for n in adapters})
+    assert [a for a, _, _ in Steps(pipe, mix).seen] == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])
+
+
+def test_on_a_vit_and_a_bare_module() -> None:
+    import timm
+
+    torch.manual_seed(0)
+    vit = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=5).eval().requires_grad_(False)
+    made = {}
+    for seed in range(2):
+        handle = vl.inject(vit, vl.AdapterConfig(rank=2, targets="attn.qv,mlp"), seed=seed)
+        for m in handle.methods.values():
+            m.lora_B.data.normal_()
+        made[f"a{seed}"] = handle.adapter()
+        handle.eject()
+    vit.requires_grad_(False)
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        plain = vit(x)
+        mix = vl.attach(vit, made, scales={"a0": 0.5, "a1": {"blocks.1": 0.0}})
+        merged = vit(x)
+        mix.set_scales({"a0": vl.Scale(0.5, images=[1.0, 1.0])})
+        torch.testing.assert_close(vit(x), merged, rtol=1e-4, atol=1e-5)
+        mix.set_scales(
+            {"a0": vl.Scale(0.5, images=[1.0, 0.0]), "a1": vl.Scale(images=[1.0, 0.0], blocks={"blocks.1": 0.0})}
+        )
+        found = vit(x)
+        torch.testing.assert_close(found[0], merged[0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found[1], plain[1], rtol=1e-4, atol=1e-5)
+        mix.detach()
+        assert torch.equal(vit(x), plain)
+
+
+def test_one_adapter_as_before_and_from_a_file(pipe, tmp_path: Path) -> None:
+    vl.save_adapter(adapter(pipe, 0, ("lora",), text=False), tmp_path / "a.safetensors")
+    handle = vl.attach(pipe.unet, tmp_path / "a.safetensors")
+    assert handle.report.hits
+    handle.eject()
+    mix = vl.attach(
+        pipe, {"dog": tmp_path / "a.safetensors", "ink": str(tmp_path / "a.safetensors")}, scales={"ink": 0.6}
+    )
+    assert mix.names == ["dog", "ink"]
+
+
+# -------------------------------------------------------------------------------------------------------- bad input
+
+REFUSALS = {
+    "unknown name": (lambda m, a: m.set_scales({"agg": 1.0}), "No adapter named 'agg' is attached. Allowed: a."),
+    "unknown block": (
+        lambda m, a: m.set_scales({"a": {"dwn": 0.5}}),
+        "No adapted layer is in block 'dwn'. Did you mean 'down'?",
+    ),
+    "NaN": (lambda m, a: m.set_scales({"a": float("nan")}), "A scale is nan; it must be a finite number."),
+    "no number": (lambda m, a: m.set_scales({"a": "loud"}), "A scale is 'loud'; it must be a finite number."),
+    "list": (lambda m, a: m.set_scales({"a": [1.0, 2.0]}), "has 17 or 26 numbers, as in A1111; this one has 2."),
+    "images": (lambda m, a: vl.Scale(images=[]), "images is empty: give one number per picture of the batch."),
+    "steps": (lambda m, a: vl.Scale(steps=[]), "steps is empty: give at least one number."),
+    "same name": (lambda m, a: m.add("a", a), "An adapter named 'a' is in this mix already; remove it first"),
+    "remove": (lambda m, a: m.remove("b"), "No adapter named 'b' is attached."),
+    "mode": (lambda m, a: Mix(m.target, "marged"), "mode is 'marged'. Did you mean 'merged'?"),
+    "composition": (lambda m, a: m.set_composition("swich"), "There is no composition 'swich'. Did you mean 'switch'?"),
+    "option": (lambda m, a: m.set_composition("switch", tua=3), "Composition 'switch' cannot take these options"),
+    "target": (lambda m, a: Mix(3), "int is neither a module nor a pipeline with a UNet"),
+    "scale of none": (
+        lambda m, a: vl.attach(m.target, {"x": a}, scales={"y": 1.0}),
+        "There is a scale for 'y', which is not attached.",
+    ),
+    "part": (
+        lambda m, a: m.add("b", Adapter({"text_encoder_2.a": next(iter(a.modules.values()))})),
+        "The adapter has a part for 'text_encoder_2'; here there is unet, text_encoder.",
+    ),
+    "step scale": (
+        lambda m, a: (m.set_scales({"a": vl.Scale(steps=lambda p: float("inf"))}), run(m.target)),
+        "of the sampling is inf; it must be a finite number.",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_refusals_leave_the_mix_as_it_was(pipe, name: str) -> None:
+    action, message = REFUSALS[name]
+    made = adapter(pipe, 0, ("lora",))
+    mix = vl.attach(pipe, {"a": made}, scales={"a": 0.5})
+    before = run(pipe)
+    with pytest.raises(vl.VisionLoRAError) as caught:
+        action(mix, made)
+    assert message in str(caught.value)
+    assert torch.equal(run(pipe), before) and mix.names == ["a"]
+
+
+def test_another_family_is_refused_and_the_pipeline_unchanged(pipe) -> None:
+    before = run(pipe)
+    name = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
+    foreign = Adapter({name: AdapterModule.lora(torch.ones(1, 2048), torch.ones(32, 1), 1.0)})
+    with pytest.raises(vl.VisionLoRAError, match="This is an adapter for Stable Diffusion XL"):
+        vl.attach(pipe, {"a": adapter(pipe, 0), "b": foreign})
+    assert torch.equal(run(pipe), before)

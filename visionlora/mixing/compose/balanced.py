@@ -1,0 +1,43 @@
+"""Norm-balanced sum: adapters trained elsewhere differ several-fold in ‖ΔW‖; each is brought to their geometric mean."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from visionlora.formats.inspection import norm_of
+from visionlora.lora.adapter import Adapter, AdapterModule
+from visionlora.lora.arithmetic import additive
+from visionlora.mixing.compose.base import Composition
+
+
+class Balanced(Composition):
+    """The sum of adapters of equal strength; their scales then say how they relate."""
+
+    def prepare(self, adapters: Mapping[str, Adapter], scales: Mapping[str, float]) -> dict[str, Adapter]:
+        """ΔW of each adapter times one factor."""
+        norms = {n: whole_norm(a) for n, a in adapters.items()}
+        present = [v for v in norms.values() if v > 0]
+        target = math.exp(sum(map(math.log, present)) / len(present)) if present else 1.0
+        return {n: scaled(a, target / norms[n] if norms[n] else 1.0) for n, a in adapters.items()}
+
+
+def whole_norm(adapter: Adapter) -> float:
+    """‖ΔW‖ over all layers.
+
+    Raises:
+        AdapterFileError: when it depends on the base model.
+    """
+    return math.sqrt(sum((norm_of(additive(n, m, "balanced")) or 0.0) ** 2 for n, m in adapter.modules.items()))
+
+
+def scaled(adapter: Adapter, factor: float) -> Adapter:
+    """The adapter with ΔW times a factor."""
+    modules = {}
+    for name, m in adapter.modules.items():
+        if m.rank:
+            modules[name] = AdapterModule(m.kind, m.tensors, m.alpha * factor, m.options)
+        else:
+            first = next(iter(m.tensors))
+            modules[name] = AdapterModule(m.kind, {**m.tensors, first: m.tensors[first] * factor}, m.alpha, m.options)
+    return Adapter(modules, adapter.info, adapter.embeddings)

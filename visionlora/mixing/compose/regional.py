@@ -1,0 +1,106 @@
+"""Regional: each adapter draws its own part of the picture; the predictions are blended by soft masks.
+
+Every step evaluates the model once per adapter and once without any, in one batch. Cross-attention and normalisation see the
+whole picture in every evaluation, so the parts fit together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from visionlora.errors import ConfigError, nearest
+from visionlora.mixing.compose.base import Composition
+
+Region = "tuple[float, float, float, float] | Tensor | np.ndarray[Any, Any] | Image.Image | str | Path"
+FINE = 512
+"""Side on which boxes are drawn before they are resized to the latents."""
+
+
+class Regional(Composition):
+    """One region per adapter.
+
+    Args:
+        regions: adapter -> box (left, top, right, bottom, each 0 to 1), or a mask (picture, array or file; white is inside).
+        softness: width of the soft edge as a share of the picture, 0 for hard edges.
+
+    Raises:
+        ConfigError: when a box is out of order or a mask cannot be read.
+    """
+
+    def __init__(self, regions: Mapping[str, Any] | None = None, softness: float = 0.05) -> None:
+        if not regions:
+            raise ConfigError("Composition 'regional' needs a region per adapter: regions={'dog': (0, 0, 0.5, 1), …}.")
+        if not 0 <= softness <= 0.5:
+            raise ConfigError(f"softness is {softness}; it must be between 0 and 0.5 of the picture.")
+        self.masks = {name: blurred(mask_of(name, region), softness) for name, region in regions.items()}
+
+    def evaluations(self, names: Sequence[str]) -> list[dict[str, float]]:
+        """The base alone, then each adapter alone.
+
+        Raises:
+            ConfigError: when an adapter has no region or a region no adapter.
+        """
+        for name in self.masks:
+            if name not in names:
+                raise ConfigError(f"There is a region for {name!r}, which is not attached. {nearest(name, names)}")
+        for name in names:
+            if name not in self.masks:
+                raise ConfigError(f"Adapter {name!r} has no region: give it a box or a mask, (0, 0, 1, 1) for all.")
+        self.names = list(names)
+        return [dict.fromkeys(names, 0.0), *({other: float(other == name) for other in names} for name in names)]
+
+    def blend(self, outputs: Tensor) -> Tensor:
+        """By the masks; where they overlap they share, where there is none the base draws."""
+        size = outputs.shape[-2:]
+        masks = torch.stack(
+            [F.interpolate(self.masks[n], size=size, mode="area")[0, 0] for n in self.names]
+        ).to(outputs.device, outputs.dtype)  # fmt: skip
+        total = masks.sum(0)
+        masks = masks / total.clamp_min(1)
+        rest = (1 - total).clamp_min(0)
+        weights = torch.cat([rest[None], masks])[:, None, None]
+        return (outputs * weights).sum(0)
+
+
+def mask_of(name: str, region: Any) -> Tensor:
+    """A box or mask as (1, 1, h, w) in 0..1."""
+    if isinstance(region, (tuple, list)):
+        if len(region) != 4 or not (0 <= region[0] < region[2] <= 1 and 0 <= region[1] < region[3] <= 1):
+            raise ConfigError(
+                f"The region of {name!r} is {tuple(region)}; a box is (left, top, right, bottom), each between 0 and 1 and in "
+                "order."
+            )
+        left, top, right, bottom = (round(v * FINE) for v in region)
+        mask = torch.zeros(1, 1, FINE, FINE)
+        mask[:, :, top:bottom, left:right] = 1
+        return mask
+    if isinstance(region, (str, Path)):
+        try:
+            region = Image.open(region)
+        except OSError as e:
+            raise ConfigError(f"The mask of {name!r} cannot be read: {e}.") from None
+    if isinstance(region, Image.Image):
+        region = np.asarray(region.convert("L"), dtype=np.float32) / 255
+    found = torch.as_tensor(region).float().squeeze()
+    if found.dim() != 2 or not bool(((found >= 0) & (found <= 1)).all()):
+        raise ConfigError(
+            f"The mask of {name!r} has shape {tuple(found.shape)}; it must be (height, width) with values 0 to 1."
+        )
+    return found[None, None]
+
+
+def blurred(mask: Tensor, softness: float) -> Tensor:
+    """With a soft edge of this width; three box blurs are nearly a Gaussian."""
+    width = round(softness * min(mask.shape[-2:]) / 3) * 2 + 1
+    for _ in range(3 if width > 1 else 0):
+        padded = F.pad(mask, (width // 2,) * 4, mode="replicate")
+        mask = F.avg_pool2d(padded, width, stride=1)
+    return mask

@@ -1,0 +1,448 @@
+"""Any number of adapters on one model, each with its own scale, exact in every mode.
+
+    mix = attach(pipe, {"dog": "dog.safetensors", "ink": "ink.safetensors"}, scales={"dog": 1.0, "ink": 0.6})
+    mix.set_scales({"ink": Scale(0.8, blocks={"up": 1.2}, steps=Window(0.5, 1.0))})
+    mix.detach()
+
+Three ways to run, one result (`mode`):
+    merged    ΔW of all adapters in the weights, written anew from the untouched originals when scales change; costs nothing
+              per step
+    stacked   factors of all active adapters side by side: one pair of small matmuls per layer, scales may change at any step
+    batched   each picture of a batch with its own adapters and scales
+`auto` takes merged, stacked when scales or the composition change from step to step, batched when pictures have scales of
+their own or the composition evaluates adapters one by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from visionlora.errors import ConfigError, nearest
+from visionlora.loaders import check_family_of, load_adapter
+from visionlora.lora.adapter import Adapter
+from visionlora.lora.inject import Handle
+from visionlora.lora.inject import attach as attach_one
+from visionlora.lora.merge import merge_together
+from visionlora.mixing.compose import Composition, composition
+from visionlora.mixing.scales import Scale, as_scale, block_factors
+
+MODES = ("auto", "merged", "stacked", "batched")
+PARTS = ("unet", "text_encoder", "text_encoder_2")
+TRAINED_TIMESTEPS = 1000
+"""Of a UNet that is called without a pipeline's scheduler."""
+
+
+@dataclass
+class Member:
+    """One adapter of a mix."""
+
+    adapter: Adapter
+    """As it was given."""
+    scale: Scale
+    factors: dict[tuple[str, str], float] = field(default_factory=dict)
+    """By component and layer, from the blocks of its scale."""
+
+
+class Mix:
+    """Adapters on one pipeline or model."""
+
+    def __init__(
+        self,
+        target: Any,
+        mode: str = "auto",
+        compose: str | Composition = "sum",
+        allow_partial: bool = False,
+        **options: Any,
+    ) -> None:
+        """Nothing is attached yet.
+
+        Args:
+            target: a pipeline of diffusers, or any module.
+            mode: see the module.
+            compose: see `visionlora.mixing.compose`.
+            allow_partial: leave out modules that do not fit.
+            options: of the composition.
+
+        Raises:
+            ConfigError: for an unknown mode or composition.
+        """
+        if mode not in MODES:
+            raise ConfigError(f"mode is {mode!r}. {nearest(mode, MODES)}")
+        self.target, self.mode, self.allow_partial = target, mode, allow_partial
+        self.composition = composition(compose, **options)
+        self.parts = parts_of(target)
+        self.members: dict[str, Member] = {}
+        self.handles: dict[str, list[tuple[str, Handle]]] = {}
+        """What is on the model: name -> pairs of component and handle."""
+        self.running = "stacked"
+        """The mode in use."""
+        self._hooks: list[Any] = []
+        self._moment = (0, 1)
+        self._rows = 0
+
+    # ------------------------------------------------------------------------------------------------------ members
+
+    @property
+    def names(self) -> list[str]:
+        """The adapters in order."""
+        return list(self.members)
+
+    def add(self, name: str, adapter: str | Path | Adapter, scale: Any = 1.0) -> None:
+        """Adds an adapter.
+
+        Raises:
+            ConfigError: when the name is taken, or the scale cannot be used.
+            AdapterFileError: when the file cannot be read or is for another family of base models.
+            TargetError: when it does not fit; in all cases the model is as before.
+        """
+        self.change({**self.members, name: self.member(name, adapter, scale)})
+
+    def member(self, name: str, adapter: str | Path | Adapter, scale: Any) -> Member:
+        """A checked member."""
+        if name in self.members:
+            raise ConfigError(
+                f"An adapter named {name!r} is in this mix already; remove it first or choose another name."
+            )
+        loaded = adapter if isinstance(adapter, Adapter) else load_adapter(adapter, self.allow_partial)
+        if "unet" in self.parts:
+            check_family_of(loaded, self.parts["unet"], type(self.target).__name__)
+        return Member(loaded, as_scale(scale))
+
+    def remove(self, name: str) -> None:
+        """Takes an adapter off.
+
+        Raises:
+            ConfigError: when there is none of this name.
+        """
+        self.known(name)
+        self.change({n: m for n, m in self.members.items() if n != name})
+
+    def known(self, name: str) -> None:
+        """Raises ConfigError when no adapter has this name."""
+        if name not in self.members:
+            there = nearest(name, self.members) if self.members else "There are none."
+            raise ConfigError(f"No adapter named {name!r} is attached. {there}")
+
+    def change(self, members: dict[str, Member]) -> None:
+        """Attaches these members in place of those that are there; on an error everything is as before."""
+        before = self.members
+        try:
+            self.members = members
+            self._rebuild()
+        except Exception:
+            self.members = before
+            self._rebuild()
+            raise
+
+    def set_scales(self, scales: Mapping[str, Any]) -> None:
+        """New scales for some adapters; the others keep theirs.
+
+        Raises:
+            ConfigError: for an unknown name or block, or a number that is not finite; the mix stays as it was.
+        """
+        for name in scales:
+            self.known(name)
+        changed = {n: replace(m, scale=as_scale(scales[n])) if n in scales else m for n, m in self.members.items()}
+        before, self.members = self.members, changed
+        try:
+            if self._prepared_from_scales:
+                self._rebuild()
+            else:
+                self._configure()
+        except Exception:
+            self.members = before
+            self._rebuild()
+            raise
+
+    def set_composition(self, compose: str | Composition, **options: Any) -> None:
+        """Another way to compose, see `visionlora.mixing.compose`."""
+        before, self.composition = self.composition, composition(compose, **options)
+        try:
+            self._rebuild()
+        except Exception:
+            self.composition = before
+            self._rebuild()
+            raise
+
+    def detach(self) -> None:
+        """Takes everything off; the base is bit for bit as before."""
+        self._clear()
+        self.members = {}
+
+    # ------------------------------------------------------------------------------------------------------ building
+
+    @property
+    def _prepared_from_scales(self) -> bool:
+        """Whether the composition builds the strengths into the adapters."""
+        return list(self.handles) != list(self.members)
+
+    def _clear(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        for pairs in self.handles.values():
+            for _, handle in pairs:
+                handle.eject()
+        self._hooks, self.handles = [], {}
+
+    def _rebuild(self) -> None:
+        """Attaches the adapters as the composition wants them."""
+        self._clear()
+        if not self.members:
+            return
+        prepared = self.composition.prepare(
+            {n: m.adapter for n, m in self.members.items()}, {n: m.scale.strength for n, m in self.members.items()}
+        )
+        for number, (name, adapter) in enumerate(prepared.items()):
+            pairs: list[tuple[str, Handle]] = []
+            self.handles[name] = pairs
+            for component in adapter.components:
+                part = self.part(component, adapter)
+                if part is not None:
+                    handle = attach_one(part, adapter, component, f"mix{number}", self.allow_partial)
+                    pairs.append((component, handle))
+        self._configure()
+
+    def part(self, component: str, adapter: Adapter) -> nn.Module | None:
+        """The module that a component of an adapter goes on.
+
+        Raises:
+            ConfigError: when the target has none and nothing may be left out.
+        """
+        if component in self.parts:
+            return self.parts[component]
+        if list(self.parts) == [""] and len(adapter.components) == 1:
+            return self.parts[""]
+        if self.allow_partial:
+            return None
+        where = ", ".join(p for p in self.parts if p) or type(self.target).__name__
+        raise ConfigError(
+            f"The adapter has a part for {component!r}; here there is {where}. allow_partial=True leaves it out."
+        )
+
+    def layers(self, name: str) -> list[tuple[str, str]]:
+        """(component, layer) of everything that an attached adapter changes."""
+        return [(c, layer) for c, h in self.handles[name] for layer in (*h.methods, *h.in_full)]
+
+    def _configure(self) -> None:
+        """Chooses the mode and sets every scale."""
+        for name in self.handles:
+            member = self.members.get(name)
+            if member is not None:
+                member.factors = block_factors(member.scale, self.layers(name))
+        batched, stepped = self.needs_batch, self.needs_steps
+        if self.mode == "merged" and (batched or stepped):
+            what = "scales per picture" if batched else "scales or a composition that change from step to step"
+            raise ConfigError(f"mode 'merged' cannot have {what}: use mode='auto'.")
+        if self.mode == "stacked" and batched:
+            raise ConfigError(
+                "mode 'stacked' cannot have scales per picture or evaluations per adapter: use mode='auto'."
+            )
+        auto = "batched" if batched else "stacked" if stepped else "merged"
+        self.running = auto if self.mode == "auto" else self.mode
+        if self.running != "merged":
+            self._unmerge()
+        self._rows = 0
+        self._set(0, 1)
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = list(self._hooked())
+        if self.running == "merged":
+            # Merged for good between changes: the layers run as the base's own.
+            merge_together([h for pairs in self.handles.values() for _, h in pairs])
+
+    def _unmerge(self) -> None:
+        for pairs in self.handles.values():
+            for _, handle in pairs:
+                if handle.merged:
+                    handle.unmerge()
+
+    @property
+    def needs_batch(self) -> bool:
+        """Whether pictures or evaluations differ in their adapters."""
+        if self.composition.evaluations(list(self.handles)):
+            return True
+        return any(m.scale.images is not None for m in self.members.values())
+
+    @property
+    def needs_steps(self) -> bool:
+        """Whether something changes from step to step."""
+        return self.composition.per_step or any(m.scale.steps is not None for m in self.members.values())
+
+    # ------------------------------------------------------------------------------------------------------- scales
+
+    def _set(self, step: int, steps: int) -> None:
+        """The scales of one step."""
+        self._moment = (step, steps)
+        progress = step / (steps - 1) if steps > 1 else 0.0
+        weights = self.composition.weights(list(self.handles), step, steps)
+        for name, pairs in self.handles.items():
+            member = self.members.get(name)
+            strength = member.scale.at(progress) if member is not None else 1.0
+            weight = weights.get(name, 1.0)
+            for component, handle in pairs:
+                for layer, m in handle.methods.items():
+                    factor = 1.0 if member is None else member.factors[component, layer]
+                    own = weight if isinstance(weight, (int, float)) else weight.get(f"{component}.{layer}", 1.0)
+                    scale = strength * factor * own
+                    if scale != m.scale:
+                        m.scale = scale
+                for layer, changed in handle.in_full.items():
+                    factor = 1.0 if member is None else member.factors[component, layer]
+                    changed.set_scale(strength * factor * (weight if isinstance(weight, (int, float)) else 1.0))
+        self._set_rows(self._rows)
+
+    def _set_rows(self, rows: int) -> None:
+        """The scales of pictures and evaluations; rows of one evaluation, 0 where there is but one."""
+        names = list(self.handles)
+        evaluations = self.composition.evaluations(names) if rows else []
+        for name, pairs in self.handles.items():
+            member = self.members.get(name)
+            images = (
+                None
+                if member is None or member.scale.images is None
+                else torch.tensor(list(member.scale.images)).float()
+            )
+            shares: Tensor | None = images
+            if evaluations:
+                own = torch.ones(rows) if images is None else tiled(images, rows)
+                shares = torch.cat([own * factors.get(name, 1.0) for factors in evaluations])
+            elif self.running == "batched" and images is None:
+                shares = torch.ones(1)
+            for component, handle in pairs:
+                if shares is not None and handle.in_full and bool((shares != shares[0]).any()):
+                    raise ConfigError(
+                        f"Adapter {name!r} changes norms or biases of {component}, which all pictures of a batch share: it "
+                        "cannot have scales per picture."
+                    )
+                on_unet = component in ("unet", "")
+                per_part = shares if on_unet or not evaluations else images
+                for m in handle.methods.values():
+                    m.sample_scale = per_part
+
+    # -------------------------------------------------------------------------------------------------------- hooks
+
+    def _hooked(self) -> Iterator[Any]:
+        """Hooks on the UNet, where something depends on the step or on evaluations."""
+        unet = self.parts.get("unet", self.parts.get(""))
+        evaluations = len(self.composition.evaluations(list(self.handles)))
+        if unet is None or not (self.needs_steps or evaluations):
+            return
+        yield unet.register_forward_pre_hook(self._before, with_kwargs=True)
+        if evaluations:
+            yield unet.register_forward_hook(self._after, with_kwargs=True)
+
+    def _before(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+        """Sets the scales of this step; repeats the batch for evaluations."""
+        if self.needs_steps:
+            timestep = kwargs.get("timestep", args[1] if len(args) > 1 else None)
+            moment = self.moment_of(timestep)
+            if moment != self._moment:
+                self._set(*moment)
+        evaluations = len(self.composition.evaluations(list(self.handles)))
+        if not evaluations:
+            return None
+        rows = len(next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.dim() > 1))
+        if rows != self._rows:
+            self._rows = rows
+            self._set_rows(rows)
+        return repeated(args, rows, evaluations), repeated(kwargs, rows, evaluations)
+
+    def _after(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Blends the evaluations."""
+        sample = output[0]
+        evaluations = len(self.composition.evaluations(list(self.handles)))
+        blended = self.composition.blend(sample.view(evaluations, -1, *sample.shape[1:]))
+        if isinstance(output, tuple):
+            return (blended, *output[1:])
+        output.sample = blended
+        return output
+
+    def moment_of(self, timestep: Any) -> tuple[int, int]:
+        """(step, steps) of a timestep: its place in the scheduler's list, or by its value where there is no scheduler."""
+        value = float(torch.as_tensor(timestep).flatten()[0])
+        scheduler = getattr(self.target, "scheduler", None)
+        timesteps = getattr(scheduler, "timesteps", None)
+        if timesteps is not None and len(timesteps):
+            near = (timesteps.float().cpu() - value).abs()
+            if float(near.min()) < 0.5:
+                return int(near.argmin()), len(timesteps)
+        return min(TRAINED_TIMESTEPS - 1, max(0, TRAINED_TIMESTEPS - 1 - round(value))), TRAINED_TIMESTEPS
+
+
+def parts_of(target: Any) -> dict[str, nn.Module]:
+    """The parts of a pipeline by the names in adapter files; a bare module under the empty name.
+
+    Raises:
+        ConfigError: when the target is neither.
+    """
+    if isinstance(target, nn.Module):
+        return {"": target}
+    found = {n: p for n in PARTS if isinstance(p := getattr(target, n, None), nn.Module)}
+    if not found:
+        raise ConfigError(
+            f"{type(target).__name__} is neither a module nor a pipeline with a UNet: adapters cannot go on it."
+        )
+    return found
+
+
+def tiled(images: Tensor, rows: int) -> Tensor:
+    """One factor per picture -> one per row, pictures following each other.
+
+    Raises:
+        ConfigError: when the rows are no whole batches.
+    """
+    if rows % len(images):
+        raise ConfigError(
+            f"There are scales for {len(images)} pictures, and {rows} rows: give one per picture of the batch."
+        )
+    return images.repeat(rows // len(images))
+
+
+def repeated(value: Any, rows: int, times: int) -> Any:
+    """Every tensor of `rows` rows several times in a row, in tuples, lists and dicts too."""
+    if isinstance(value, Tensor):
+        return torch.cat([value] * times) if value.dim() and len(value) == rows else value
+    if isinstance(value, dict):
+        return {k: repeated(v, rows, times) for k, v in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(repeated(v, rows, times) for v in value)
+    return value
+
+
+def attach(
+    target: Any, adapters: Any, component: str = "", name: str = "default", allow_partial: bool = False, *,
+    scales: Mapping[str, Any] | None = None, mode: str = "auto", compose: str | Composition = "sum", **options: Any,
+) -> Any:  # fmt: skip
+    """Puts adapters on a pipeline or a model.
+
+    Args:
+        target: a pipeline of diffusers, or any module.
+        adapters: {name: file or `Adapter`} gives a `Mix`; one `Adapter` or path on a module gives its `Handle`.
+        component: of one adapter, which part of it; the only one when empty.
+        name: of one adapter.
+        allow_partial: leave out what does not fit.
+        scales: of a mix, by name: a number, factors by block, an A1111 list or a `Scale`; 1 where not given.
+        mode: of a mix: auto, merged, stacked or batched.
+        compose: of a mix, see `visionlora.mixing.compose`; options follow as keywords.
+        options: of the composition.
+
+    Raises:
+        ConfigError: for unknown names, modes or compositions, and scales that cannot be used.
+        AdapterFileError: when a file cannot be read or is for another family of base models.
+        TargetError: when an adapter does not fit; the target is left as it was.
+    """
+    if not isinstance(adapters, Mapping):
+        loaded = adapters if isinstance(adapters, Adapter) else load_adapter(adapters, allow_partial)
+        return attach_one(target, loaded, component, name, allow_partial)
+    mix = Mix(target, mode, compose, allow_partial, **options)
+    for given in scales or {}:
+        if given not in adapters:
+            raise ConfigError(f"There is a scale for {given!r}, which is not attached. {nearest(given, adapters)}")
+    mix.change({n: mix.member(n, a, (scales or {}).get(n, 1.0)) for n, a in adapters.items()})
+    return mix

@@ -1,0 +1,184 @@
+"""How strongly an adapter acts: where in the model, when in the sampling, and on which picture of a batch."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from visionlora.errors import ConfigError, nearest
+from visionlora.formats.names import flattened, to_sgm
+
+WEBUI_26 = ("BASE", *(f"IN{k:02d}" for k in range(12)), "MID", *(f"OUT{k:02d}" for k in range(12)))
+WEBUI_17 = ("BASE", "IN01", "IN02", "IN04", "IN05", "IN07", "IN08", "MID", *(f"OUT{k:02d}" for k in range(3, 12)))
+"""Block-weight lists of A1111's extension sd-webui-lora-block-weight; blocks that the shorter list lacks get 0."""
+COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
+OUTSIDE = {"conv_in": "in", "time_embedding": "in", "add_embedding": "in", "conv_out": "out", "conv_norm_out": "out"}
+"""Layers of a UNet outside its blocks, and the word for where they are."""
+
+Steps = Callable[[float], float]
+"""Progress of the sampling, 0 at the first step and 1 at the last -> factor."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """Full strength from one moment to another (0 to 1 of the sampling), 0 outside.
+
+    >>> Window(0.5, 1.0)(0.4), Window(0.5, 1.0)(0.6)
+    (0.0, 1.0)
+    """
+
+    start: float = 0.0
+    end: float = 1.0
+
+    def __call__(self, progress: float) -> float:
+        """1 or 0."""
+        return 1.0 if self.start <= progress <= self.end else 0.0
+
+
+@dataclass(frozen=True)
+class Ramp:
+    """From one factor to another, evenly.
+
+    >>> Ramp(1.0, 0.0)(0.25)
+    0.75
+    """
+
+    first: float
+    last: float
+
+    def __call__(self, progress: float) -> float:
+        """The factor at this moment."""
+        return self.first + (self.last - self.first) * progress
+
+
+@dataclass(frozen=True)
+class PerStep:
+    """One factor per step, stretched over however many there are.
+
+    >>> PerStep((1.0, 0.5, 0.0))(0.5)
+    0.5
+    """
+
+    values: tuple[float, ...]
+
+    def __call__(self, progress: float) -> float:
+        """The factor of the step at this moment."""
+        return self.values[min(len(self.values) - 1, int(progress * len(self.values)))]
+
+
+@dataclass(frozen=True)
+class Scale:
+    """The strength of one adapter; the factors multiply.
+
+    Raises:
+        ConfigError: when a number is not finite, or there is no picture or step.
+    """
+
+    strength: float = 1.0
+    blocks: Mapping[str, float] | Sequence[float] = field(default_factory=dict)
+    """Factors by part (`unet`, `text_encoder`), block (`down`, `mid`, `up`, `in`, `out`), single block (`down.1`, `up.0`), or
+    any beginning of a layer's name (`down_blocks.1.attentions.0`, `blocks.7` of a ViT); the longest that fits counts, 1 where
+    none does. Or a list of 17 or 26 numbers as A1111 has them."""
+    steps: Steps | Sequence[float] | None = None
+    """`Window(start, end)`, `Ramp(first, last)`, numbers, or a function of the progress (0 to 1)."""
+    images: Sequence[float] | None = None
+    """One factor per picture of a batch."""
+
+    def __post_init__(self) -> None:
+        numbers = [self.strength, *(self.blocks.values() if isinstance(self.blocks, Mapping) else self.blocks)]
+        numbers += list(self.images or [])
+        if not callable(self.steps) and self.steps is not None:
+            numbers += list(self.steps)
+            object.__setattr__(self, "steps", PerStep(tuple(float(v) for v in self.steps)))
+        for value in numbers:
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+                raise ConfigError(f"A scale is {value!r}; it must be a finite number.")
+        if self.images is not None and not len(self.images):
+            raise ConfigError("images is empty: give one number per picture of the batch.")
+        if isinstance(self.steps, PerStep) and not self.steps.values:
+            raise ConfigError("steps is empty: give at least one number.")
+        if not isinstance(self.blocks, Mapping) and len(self.blocks) not in (17, 26):
+            raise ConfigError(
+                f"A list of block weights has 17 or 26 numbers, as in A1111; this one has {len(self.blocks)}."
+            )
+
+    def at(self, progress: float) -> float:
+        """The factor of this moment, the strength included."""
+        factor = float(self.steps(progress)) if callable(self.steps) else 1.0
+        if not math.isfinite(factor):
+            raise ConfigError(f"The scale at {progress:.0%} of the sampling is {factor!r}; it must be a finite number.")
+        return self.strength * factor
+
+
+def as_scale(value: Any) -> Scale:
+    """A number, factors by block, an A1111 list or a `Scale` as a `Scale`."""
+    if isinstance(value, Scale):
+        return value
+    if isinstance(value, Mapping):
+        return Scale(blocks=dict(value))
+    if isinstance(value, (list, tuple)):
+        return Scale(blocks=tuple(value))
+    return Scale(strength=value)
+
+
+def block_words(component: str, layer: str) -> list[str]:
+    """The words that reach a layer, from the widest to the narrowest.
+
+    >>> block_words("unet", "down_blocks.1.attentions.0.proj_in")[:4]
+    ['unet', 'down', 'down.1', 'down_blocks']
+    """
+    found = [component]
+    if component == "unet":
+        if match := re.match(r"(down|up)_blocks\.(\d+)", layer):
+            found += [match[1], f"{match[1]}.{match[2]}"]
+        elif layer.startswith("mid_block"):
+            found.append("mid")
+        else:
+            found += [word for start, word in OUTSIDE.items() if layer.startswith(start)]
+    parts = layer.split(".")
+    return found + [".".join(parts[: k + 1]) for k in range(len(parts))]
+
+
+def webui_block(component: str, layer: str) -> str:
+    """The name of a layer's block in A1111's lists."""
+    if component != "unet":
+        return "BASE"
+    name = to_sgm(flattened(layer))
+    if match := re.match(r"(input|output)_blocks_(\d+)_", name):
+        return f"{'IN' if match[1] == 'input' else 'OUT'}{int(match[2]):02d}"
+    return "MID" if name.startswith("middle_block") else "BASE"
+
+
+def block_factors(scale: Scale, layers: Iterable[tuple[str, str]]) -> dict[tuple[str, str], float]:
+    """The factor of every layer.
+
+    Args:
+        scale: whose blocks count.
+        layers: pairs of component and name.
+
+    Raises:
+        ConfigError: when a word reaches none of the layers.
+    """
+    layers = list(layers)
+    if not isinstance(scale.blocks, Mapping):
+        names = WEBUI_17 if len(scale.blocks) == 17 else WEBUI_26
+        by_name = dict(zip(names, scale.blocks, strict=True))
+        return {layer: float(by_name.get(webui_block(*layer), 0.0)) for layer in layers}
+    if not scale.blocks:
+        return dict.fromkeys(layers, 1.0)
+    found, reached = {}, set()
+    known: set[str] = set()
+    for layer in layers:
+        words = block_words(*layer)
+        known.update(words)
+        fitting = [word for word in words if word in scale.blocks]
+        reached.update(fitting)
+        found[layer] = float(scale.blocks[fitting[-1]]) if fitting else 1.0
+    for word in scale.blocks:
+        if word not in reached and word not in (*COMPONENTS, "down", "mid", "up", "in", "out"):
+            short = {w for w in known if w.count(".") <= word.count(".")} or known
+            raise ConfigError(f"No adapted layer is in block {word!r}. {nearest(word, short)}")
+    return found
