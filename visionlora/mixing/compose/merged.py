@@ -20,9 +20,11 @@ class MergedAdapters(Composition):
         self.options = Options(density)
 
     def prepare(self, adapters: Mapping[str, Adapter], scales: Mapping[str, float]) -> dict[str, Adapter]:
-        """Merged under the names joined with `+`."""
+        """Merged under a name that is none of theirs, as their scales are in it."""
         pairs = [(a, scales[n]) for n, a in adapters.items()]
-        return {"+".join(adapters): merge_adapters(pairs, self.method, options=self.options).adapter}
+        return {
+            f"{self.method}({', '.join(adapters)})": merge_adapters(pairs, self.method, options=self.options).adapter
+        }
 
 
 class Knots(MergedAdapters):

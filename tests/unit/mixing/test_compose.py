@@ -1,0 +1,223 @@
+"""Ways to compose styles, against their definitions."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import visionlora as vl
+from visionlora.lora.adapter import Adapter, AdapterModule
+from visionlora.lora.arithmetic import merge_adapters
+from visionlora.mixing.compose import COMPOSITIONS, composition
+from visionlora.mixing.compose.base import Composition
+from visionlora.models.base import open_base
+
+from .test_mix import Steps, adapter, run
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+LORA = ("lora",)
+
+
+@pytest.fixture
+def pipe(tiny_model: Path):
+    return open_base(str(tiny_model)).pipe
+
+
+@pytest.fixture
+def three(pipe) -> dict[str, Adapter]:
+    return {n: adapter(pipe, k, LORA, text=False) for k, n in enumerate("abc")}
+
+
+def alone(pipe, adapters: dict[str, Adapter], scales: dict[str, float]) -> dict[str, torch.Tensor]:
+    """The prediction with each adapter by itself."""
+    found = {}
+    for name, one in adapters.items():
+        mix = vl.attach(pipe, {name: one}, scales={name: scales[name]})
+        found[name] = run(pipe)
+        mix.detach()
+    return found
+
+
+def test_composite_is_the_mean_of_what_each_gives_alone(pipe, three) -> None:
+    scales = {"a": 1.0, "b": 0.5, "c": -0.8}
+    each = alone(pipe, three, scales)
+    mix = vl.attach(pipe, three, scales=scales, compose="composite")
+    assert mix.running == "batched"
+    expected = torch.stack(list(each.values())).mean(0)
+    for pictures in (2, 2):
+        torch.testing.assert_close(run(pipe, pictures), expected, rtol=1e-3, atol=2e-4)
+    assert run(pipe, 3).shape[0] == 6, "another batch size is as good"
+    picture = pipe("dog", num_inference_steps=3, height=32, width=32, output_type="np").images
+    assert picture.shape == (1, 32, 32, 3)
+
+
+def test_composite_with_scales_per_picture(pipe, three) -> None:
+    two = {n: three[n] for n in "ab"}
+    mix = vl.attach(pipe, two, scales={"a": vl.Scale(images=[1.0, 0.0]), "b": 1.0}, compose="composite")
+    found = run(pipe)
+    mix.detach()
+    a, b = alone(pipe, two, {"a": 1.0, "b": 1.0}).values()
+    plain = run(pipe)
+    torch.testing.assert_close(found[[0, 2]], ((a + b) / 2)[[0, 2]], rtol=1e-3, atol=2e-4)
+    torch.testing.assert_close(found[[1, 3]], ((plain + b) / 2)[[1, 3]], rtol=1e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize("form", ["box", "array", "picture", "file"])
+def test_each_region_is_drawn_by_its_adapter(pipe, three, form: str, tmp_path: Path) -> None:
+    left = np.zeros((16, 16), dtype=np.uint8)
+    left[:, :8] = 255
+    Image.fromarray(left).save(tmp_path / "left.png")
+    region = {
+        "box": (0.0, 0.0, 0.5, 1.0), "array": left / 255.0, "picture": Image.fromarray(left), "file": tmp_path / "left.png",
+    }[form]  # fmt: skip
+    two = {n: three[n] for n in "ab"}
+    each, plain = alone(pipe, two, {"a": 1.0, "b": 1.0}), run(pipe)
+    mix = vl.attach(pipe, two, compose="regional", regions={"a": region, "b": (0.5, 0.0, 1.0, 0.5)}, softness=0.0)
+    found = run(pipe)
+    mix.detach()
+    for part, expected in ((found[..., :4], each["a"][..., :4]), (found[..., :4, 4:], each["b"][..., :4, 4:])):
+        torch.testing.assert_close(part, expected, rtol=1e-3, atol=2e-4)
+    torch.testing.assert_close(found[..., 4:, 4:], plain[..., 4:, 4:], rtol=1e-3, atol=2e-4)
+
+
+def test_soft_edges_sum_to_one() -> None:
+    made = composition("regional", regions={"a": (0, 0, 0.5, 1), "b": (0.5, 0, 1, 1)}, softness=0.2)
+    made.evaluations(["a", "b"])
+    outputs = torch.stack([torch.full((1, 1, 8, 8), v) for v in (0.0, 1.0, 3.0)])
+    row = made.blend(outputs)[0, 0, 0]
+    assert row[0] == pytest.approx(1.0, abs=0.05) and row[-1] == pytest.approx(3.0, abs=0.05)
+    assert bool((row[1:] >= row[:-1] - 1e-6).all()) and row[3] < 2.2
+
+
+def test_switch_gives_each_its_turn(pipe, three) -> None:
+    mix = vl.attach(pipe, three, scales={"a": 0.5, "b": 1.0, "c": 2.0}, compose="switch", tau=2)
+    assert Steps(pipe, mix).seen == [(0.5, 0, 0)] * 2 + [(0, 1, 0)] * 2 + [(0, 0, 2)] * 2
+    mix.set_composition("switch", tau=1)
+    assert [max(s) for s in Steps(pipe, mix).seen] == [0.5, 1, 2, 0.5, 1, 2]
+
+
+def test_k_lora_follows_its_rule(pipe, three) -> None:
+    two = {n: three[n] for n in "ab"}
+    rule = composition("k-lora", alpha=1.5, beta=0.5)
+    mix = vl.attach(pipe, two, compose=rule)
+    deltas = [two[n].delta_weights() for n in "ab"]
+    gamma = sum(float(d.abs().sum()) for d in deltas[0].values()) / sum(
+        float(d.abs().sum()) for d in deltas[1].values()
+    )
+    takes_style = 0
+    for step in (0, 5, 9):
+        mix._set(step, 10)
+        for layer, delta in deltas[0].items():
+            tops = [float(d[layer].abs().flatten().topk(min(4, delta.numel())).values.sum()) for d in deltas]
+            content = tops[0] >= tops[1] * gamma * (1.5 * step / 10 + 0.5)
+            component, _, name = layer.partition(".")
+            found = [dict(mix.handles[n])[component].methods[name].scale for n in "ab"]
+            assert found == ([1.0, 0.0] if content else [0.0, 1.0])
+            takes_style += not content
+    assert 0 < takes_style < 3 * len(deltas[0])
+
+
+def test_orthogonal_keeps_the_first_and_clears_the_later_ones(pipe, three) -> None:
+    prepared = composition("orthogonal").prepare(three, dict.fromkeys("abc", 1.0))
+    a, b, c = (p.delta_weights() for p in prepared.values())
+    original = [three[n].delta_weights() for n in "abc"]
+    for name in a:
+        torch.testing.assert_close(a[name], original[0][name])
+        for one, two in ((a, b), (a, c), (b, c)):
+            assert abs(float((one[name] * two[name]).sum())) < 1e-3 * float(one[name].norm() * two[name].norm()) + 1e-5
+    kept = sum(float(d.norm()) ** 2 for d in b.values()) / sum(float(d.norm()) ** 2 for d in original[1].values())
+    assert 0.3 < kept < 1.0
+
+
+def test_balanced_makes_them_equally_strong(pipe, three) -> None:
+    loud = {
+        **three,
+        "a": Adapter({n: AdapterModule.lora(*m.lora_factors(), m.alpha * 9) for n, m in three["a"].modules.items()}),
+    }
+    prepared = composition("balanced").prepare(loud, dict.fromkeys("abc", 1.0))
+    norms = [sum(float(d.norm()) ** 2 for d in p.delta_weights().values()) ** 0.5 for p in prepared.values()]
+    assert norms == pytest.approx([norms[0]] * 3, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["knots", "iso-c"])
+def test_merged_ones_are_what_merge_gives(pipe, three, name: str) -> None:
+    scales = {"a": 1.0, "b": 0.5, "c": 0.25}
+    mix = vl.attach(pipe, three, scales=scales, compose=name)
+    found = run(pipe)
+    assert list(mix.handles) == ["a+b+c"]
+    mix.set_scales({"a": 0.0, "b": 0.0})
+    only = run(pipe)
+    mix.detach()
+    from visionlora.lora.combine import Options
+
+    for pairs, expected in (({"a": 1.0, "b": 0.5, "c": 0.25}, found), ({"a": 0.0, "b": 0.0, "c": 0.25}, only)):
+        merged = merge_adapters([(three[n], s) for n, s in pairs.items()], name, options=Options(1.0)).adapter
+        one = vl.attach(pipe, {"m": merged})
+        torch.testing.assert_close(run(pipe), expected, rtol=1e-3, atol=2e-4)
+        one.detach()
+
+
+@pytest.mark.parametrize("name", [n for n in COMPOSITIONS if n not in ("regional", "k-lora")])
+def test_one_adapter_alone_is_itself_under_every_composition(pipe, three, name: str) -> None:
+    if name == "iso-c":
+        return check_iso_c_of_one(pipe, three)
+    expected = alone(pipe, {"a": three["a"]}, {"a": 0.7})["a"]
+    vl.attach(pipe, {"a": three["a"]}, scales={"a": 0.7}, compose=name)
+    torch.testing.assert_close(run(pipe), expected, rtol=1e-3, atol=2e-4)
+    return None
+
+
+def check_iso_c_of_one(pipe, three) -> None:
+    """Iso-C flattens the singular values of a single adapter too."""
+    vl.attach(pipe, {"a": three["a"]}, compose="iso-c")
+    assert bool(torch.isfinite(run(pipe)).all())
+
+
+MESSAGES = {
+    "tau": (lambda: composition("switch", tau=0), "tau is 0; it must be at least 1 step."),
+    "no regions": (lambda: composition("regional"), "needs a region per adapter"),
+    "box": (lambda: composition("regional", regions={"a": (0.5, 0, 0.2, 1)}), "a box is (left, top, right, bottom)"),
+    "mask": (lambda: composition("regional", regions={"a": np.zeros((2, 3, 4))}), "has shape (2, 3, 4); it must be (height, width)"),
+    "file": (lambda: composition("regional", regions={"a": "nowhere.png"}), "The mask of 'a' cannot be read"),
+    "softness": (lambda: composition("regional", regions={"a": (0, 0, 1, 1)}, softness=2), "softness is 2"),
+    "without": (
+        lambda: composition("regional", regions={"a": (0, 0, 1, 1)}).evaluations(["a", "b"]),
+        "Adapter 'b' has no region",
+    ),
+    "of none": (
+        lambda: composition("regional", regions={"aa": (0, 0, 1, 1)}).evaluations(["ab"]),
+        "There is a region for 'aa', which is not attached.",
+    ),
+    "two": (lambda: composition("k-lora").prepare({}, {}), "K-LoRA chooses between two adapters"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MESSAGES)
+def test_messages(name: str) -> None:
+    action, message = MESSAGES[name]
+    with pytest.raises(vl.VisionLoRAError) as caught:
+        action()
+    assert message in str(caught.value)
+
+
+def test_a_composition_of_ones_own(pipe, three) -> None:
+    class Half(Composition):
+        """Everything at half strength."""
+
+        def weights(self, names, step, steps):
+            return dict.fromkeys(names, 0.5)
+
+    vl.attach(pipe, {"a": three["a"]}, compose=Half())
+    found = run(pipe)
+    assert found.shape[0] == 4
+    for part in (pipe.unet, pipe.text_encoder):
+        assert part is not None
+
+
+def test_switch_is_put_back_when_it_cannot_be_left(pipe, three) -> None:
+    mix = vl.attach(pipe, three, compose="switch")
+    with pytest.raises(vl.VisionLoRAError, match="K-LoRA chooses between two"):
+        mix.set_composition("k-lora")
+    assert type(mix.composition) is COMPOSITIONS["switch"] and mix.running == "stacked"
