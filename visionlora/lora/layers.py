@@ -76,8 +76,8 @@ class Batch:
         if rest or not times or (times > MOST_TIMES and self.pictures > 1):
             kind = cast(Any, layer).base_class.__name__
             raise ConfigError(
-                f"Adapters have scales for {self.pictures} pictures each, and a {kind} got {x.shape[0]} rows: give one scale per "
-                "picture of the batch. Models that cut pictures into windows cannot have scales per picture."
+                f"Adapters have scales for {self.pictures} pictures each, and a {kind} got {x.shape[0]} rows: give one scale "
+                "per picture of the batch. Models that cut pictures into windows cannot have scales per picture."
             )
         return times
 
