@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from visionlora import __version__
-from visionlora.cli import adapters, configs, generate, inspect, plugins, train_sd
+from visionlora.cli import adapters, configs, generate, inspect, overlap, plugins, train_sd
 from visionlora.cli.console import fail
 from visionlora.errors import VisionLoRAError
 
@@ -33,6 +33,7 @@ app.command("merge")(adapters.merge)
 app.command("resize")(adapters.resize)
 app.command("extract")(adapters.extract)
 app.command("bake")(adapters.bake)
+app.command("overlap")(overlap.command)
 app.command("configs")(configs.list_configs)
 app.command("copy-config")(configs.copy_config)
 app.command("plugins")(plugins.command)

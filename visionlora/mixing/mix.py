@@ -29,7 +29,9 @@ from visionlora.lora.adapter import Adapter
 from visionlora.lora.inject import Handle
 from visionlora.lora.inject import attach as attach_one
 from visionlora.lora.merge import merge_together
+from visionlora.lora.overlap import PairOverlap, overlap
 from visionlora.mixing.compose import Composition, composition
+from visionlora.mixing.compose.balanced import scaled
 from visionlora.mixing.scales import Scale, as_scale, block_factors
 
 MODES = ("auto", "merged", "stacked", "batched")
@@ -169,6 +171,10 @@ class Mix:
             self.composition = before
             self._rebuild()
             raise
+
+    def overlap(self) -> list[PairOverlap]:
+        """What the adapters share, pair by pair, at their strengths; see `visionlora.lora.overlap`."""
+        return overlap({n: scaled(m.adapter, m.scale.strength) for n, m in self.members.items()})
 
     def detach(self) -> None:
         """Takes everything off; the base is bit for bit as before."""

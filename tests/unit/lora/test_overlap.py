@@ -1,0 +1,99 @@
+"""What adapters share, against dense linear algebra and cases with a known answer."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+import visionlora as vl
+from visionlora.cli.main import app
+from visionlora.lora.adapter import Adapter, AdapterModule
+from visionlora.lora.overlap import overlap
+from visionlora.mixing.compose import composition
+
+
+def adapter(seed: int, rank: int = 3, scale: float = 1.0) -> Adapter:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"unet.down_blocks.0.a": (8, 6), "unet.mid_block.b": (7, 4, 3, 3)}
+    return Adapter({
+        name: AdapterModule.lora(
+            torch.randn(rank, *rest, generator=generator), torch.randn(o, rank, *(1,) * (len(rest) - 1), generator=generator),
+            2.0 * scale,
+        )
+        for name, (o, *rest) in shapes.items()
+    })  # fmt: skip
+
+
+@given(st.integers(0, 50), st.integers(51, 99))
+def test_against_dense_matrices(first: int, second: int) -> None:
+    a, b = adapter(first), adapter(second, rank=2)
+    (pair,) = overlap({"a": a, "b": b})
+    for layer in pair.layers:
+        one, two = (x.delta_weights()[layer.name].double().flatten(1) for x in (a, b))
+        assert layer.cosine == pytest.approx(float((one * two).sum() / one.norm() / two.norm()), abs=1e-5)
+        u1, u2 = (torch.linalg.svd(m, full_matrices=False)[0][:, :r] for m, r in ((one, 3), (two, 2)))
+        assert layer.outputs == pytest.approx(float((u1.t() @ u2).square().sum() / 2), abs=1e-4)
+        shared = float(
+            (u1.t() @ two).square().sum() / two.square().sum() + (u2.t() @ one).square().sum() / one.square().sum()
+        )
+        assert layer.shared == pytest.approx(shared / 2, abs=1e-4)
+        assert 0 <= layer.outputs <= 1 and 0 <= layer.inputs <= 1
+
+
+def test_an_adapter_with_itself_and_with_its_opposite() -> None:
+    a = adapter(0)
+    opposite = Adapter({n: AdapterModule.lora(*m.lora_factors(), -m.alpha) for n, m in a.modules.items()})
+    same, against, _ = overlap({"a": a, "b": a, "c": opposite})
+    assert (same.interference, same.mean("cosine"), same.mean("shared")) == pytest.approx((1, 1, 1))
+    assert (against.mean("cosine"), against.interference) == pytest.approx((-1, 1))
+    assert "compose=orthogonal, or switch" in same.advice
+
+
+def test_what_was_made_orthogonal_does_not_meet() -> None:
+    prepared = composition("orthogonal").prepare({"a": adapter(0), "b": adapter(1)}, {"a": 1.0, "b": 1.0})
+    (pair,) = overlap(prepared)
+    assert (pair.mean("outputs"), pair.mean("shared"), pair.interference) == pytest.approx((0, 0, 0), abs=1e-5)
+    assert pair.advice == "they hardly meet: a plain sum will do"
+
+
+def test_a_much_stronger_one_is_named() -> None:
+    (pair,) = overlap({"quiet": adapter(0), "loud": adapter(1, scale=5.0)})
+    assert (
+        pair.advice.startswith("loud is ")
+        and "times as strong as quiet: compose=balanced, or loud at 0.1" in pair.advice
+    )
+
+
+def test_of_a_mix_at_its_scales() -> None:
+    model = torch.nn.ModuleDict({"body": torch.nn.Linear(6, 8)})
+    made = [Adapter({"model.body": adapter(k).modules["unet.down_blocks.0.a"]}) for k in range(2)]
+    mix = vl.attach(model, dict(zip("ab", made, strict=True)), scales={"a": 2.0, "b": -1.0})
+    (plain,), (found,) = overlap(dict(zip("ab", made, strict=True))), mix.overlap()
+    assert found.first_norm == pytest.approx(2 * plain.first_norm) and found.mean("cosine") == pytest.approx(
+        -plain.mean("cosine")
+    )
+
+
+def test_the_command(tmp_path: Path) -> None:
+    for seed, name in enumerate(("dog", "ink", "sea")):
+        vl.save_adapter(adapter(seed), tmp_path / f"{name}.safetensors")
+    words = [
+        "overlap",
+        *(str(tmp_path / f"{n}.safetensors") for n in ("dog", "ink", "sea")),
+        "--picture",
+        str(tmp_path / "o.png"),
+    ]
+    result = CliRunner().invoke(app, words, catch_exceptions=False)
+    assert result.exit_code == 0 and "dog + ink" in result.output and "ink + sea: " in result.output
+    assert (tmp_path / "o.png").stat().st_size > 5000
+
+
+def test_refusals() -> None:
+    with pytest.raises(vl.VisionLoRAError, match="Overlap is between adapters: give at least two"):
+        overlap({"a": adapter(0)})
+    other = Adapter({"unet.down_blocks.0.a": AdapterModule.lora(torch.ones(1, 5), torch.ones(8, 1), 1.0)})
+    with pytest.raises(vl.VisionLoRAError, match="of different sizes: they were made for different base models"):
+        overlap({"a": adapter(0), "b": other})
