@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -67,7 +68,9 @@ def test_the_base_column_shows_the_base(cli, tiny_model: Path, dogs: Path, tmp_p
                        "--output", tmp_path / "h", "--model", tiny_model)  # fmt: skip
     assert code == 0, err
     with_adapter = Image.open(next((tmp_path / "h").glob("*.png")))
-    assert with_adapter.tobytes() == Image.open(tmp_path / "r" / "samples" / "step-3_00.png").tobytes()
+    # `generate` merges the adapter, the training run draws with it beside the weights: the same to rounding.
+    sample = np.asarray(Image.open(tmp_path / "r" / "samples" / "step-3_00.png"), dtype=int)
+    assert np.abs(np.asarray(with_adapter, dtype=int) - sample).max() <= 1
     assert with_adapter.tobytes() != drawn.tobytes()
 
 

@@ -1,66 +1,108 @@
-"""`visionlora generate`: prompts -> pictures, with any number of adapters, each with its own scale."""
+"""`visionlora generate` and `show`: prompts -> pictures with their recipes, and a recipe out of a picture again."""
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
 
 from visionlora.cli.console import ConsoleListener
-from visionlora.cli.words import parse_lora
+from visionlora.cli.words import parse_composition, parse_lora_use
+from visionlora.errors import ConfigError
+
+Prompt = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option(help="What to draw; repeat for more. <lora:name:0.8> in it sets an adapter's scale."),
+]
+Lora = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option(help="An adapter, path[:scale][@block=factor,…] such as dog:0.8@up=1.2,mid=0; repeat for more."),
+]
+LoraFolder = Annotated[Path, typer.Option(help="Where <lora:name> looks for files.")]
+Model = Annotated[str, typer.Option(help="Base model; auto takes the one that the first adapter names.")]
+Negative = Annotated[str, typer.Option(help="What not to draw.")]
+Seed = Annotated[int, typer.Option(help="Of the noise of the first picture of each prompt.")]
+Steps = Annotated[int, typer.Option(help="Denoising steps.")]
+Guidance = Annotated[
+    Optional[float],  # noqa: UP045
+    typer.Option(help="Classifier-free guidance; by default what suits the base."),
+]
+Scheduler = Annotated[str, typer.Option(help="dpm++, ddim, euler, euler-a, heun, unipc or pndm.")]
+Width = Annotated[Optional[int], typer.Option(help="In px.")]  # noqa: UP045
+Compose = Annotated[
+    str, typer.Option(help="sum, balanced, orthogonal, switch[:tau=5], composite, k-lora, knots or iso-c.")
+]
+InitImage = Annotated[Optional[Path], typer.Option(help="A picture to start from.")]  # noqa: UP045
+Strength = Annotated[float, typer.Option(help="How far from that picture, above 0 to 1.")]
+Force = Annotated[bool, typer.Option("--force", help="Accept a fine-tune of the adapter's base.")]
+AllowPartial = Annotated[
+    bool, typer.Option("--allow-partial", help="Use what fits of an adapter that does not fit as a whole.")
+]
 
 
 def command(
-    prompt: Annotated[list[str], typer.Option(help="What to draw; repeat for more pictures.")],
-    lora: Annotated[
-        Optional[list[str]], typer.Option(help="An adapter file or run folder, path[:scale]; repeat for more.")  # noqa: UP045
-    ] = None,
-    model: Annotated[str, typer.Option(help="Base model; auto takes the one that the first adapter names.")] = "auto",
-    output: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("pictures"),
-    seed: Annotated[int, typer.Option(help="Of the noise; each picture starts from it.")] = 0,
-    steps: Annotated[int, typer.Option(help="Denoising steps.", min=1)] = 25,
-    guidance_scale: Annotated[
-        Optional[float],  # noqa: UP045
-        typer.Option(help="Classifier-free guidance; by default what suits the base."),
-    ] = None,
-    size: Annotated[Optional[int], typer.Option(help="Width and height in px.")] = None,  # noqa: UP045
-    force: Annotated[bool, typer.Option("--force", help="Accept a fine-tune of the adapter's base.")] = False,
-    allow_partial: Annotated[
-        bool, typer.Option("--allow-partial", help="Use what fits of an adapter that does not fit as a whole.")
-    ] = False,
+    prompt: Prompt = None,
+    prompts: Annotated[Optional[Path], typer.Option(help="A text file with one prompt per line.")] = None,  # noqa: UP045
+    lora: Lora = None,
+    lora_folder: LoraFolder = Path(),
+    model: Model = "auto",
+    negative_prompt: Negative = "",
+    num_images: Annotated[int, typer.Option(help="Pictures of each prompt, with seeds one after the other.")] = 1,
+    seed: Seed = 0,
+    steps: Steps = 25,
+    guidance_scale: Guidance = None,
+    scheduler: Scheduler = "dpm++",
+    width: Width = None,
+    height: Width = None,
+    compose: Compose = "sum",
+    init_image: InitImage = None,
+    strength: Strength = 0.6,
+    output: Annotated[
+        Path, typer.Option(help="Folder for the pictures; those there already are not drawn again.")
+    ] = Path("pictures"),
+    force: Force = False,
+    allow_partial: AllowPartial = False,
 ) -> None:
     """Draw pictures: `visionlora generate --prompt "a dog face" --lora runs/dog:0.8`."""
-    wanted = [parse_lora(word) for word in lora or []]
+    wanted = [*(prompt or []), *lines_of(prompts)]
+    name, options = parse_composition(compose)
+    uses = [parse_lora_use(word) for word in lora or []]
     with ConsoleListener() as listener:
-        from visionlora.diffusion.sampling import SamplingConfig, draw
-        from visionlora.loaders import apply, load_adapter
-        from visionlora.models.base import open_base
+        from visionlora.pipelines.generate import GenerateConfig, generate
 
-        adapters = [(load_adapter(path, allow_partial), scale) for path, scale in wanted]
-        if model == "auto" and adapters:
-            model = str(adapters[0][0].info.get("base", {}).get("id", "auto"))
-        base = open_base(model)
-        listener.say(base.why)
-        base.check_resolution(size or base.resolution)
-        for i, (adapter, scale) in enumerate(adapters):
-            for handle in apply(base, adapter, f"lora{i}", scale, force, allow_partial):
-                listener.say(f"Adapter {wanted[i][0]} at {scale:g}: {handle.report}.")
-        guidance = base.suggested["guidance_scale"] if guidance_scale is None else guidance_scale
-        done = 0
+        config = GenerateConfig(
+            wanted, uses, lora_folder, model, negative_prompt, num_images, seed, steps, guidance_scale, scheduler, width,
+            height, name, tuple(options.items()), init_image, strength, output, force, allow_partial,
+        )  # fmt: skip
+        drawn = generate(config, listener.say, lambda done, total: listener.progress("Drawing", done, total))
+    for i, picture in enumerate(drawn, 1):
+        typer.echo(f"{i}. {picture.path}" + ("" if picture.new else "  (was there already)"))
 
-        def count(more: int) -> None:
-            nonlocal done
-            done += more
-            listener.progress("Drawing", done, len(prompt))
 
-        pictures = draw(base, prompt, size or base.resolution, SamplingConfig(steps, guidance, seed), count)
-    output.mkdir(parents=True, exist_ok=True)
-    for i, (words, picture) in enumerate(zip(prompt, pictures, strict=True)):
-        stem = "".join(c if c.isalnum() else "-" for c in words)[:40].strip("-") or "picture"
-        path, number = output / f"{stem}.png", 1
-        while path.exists():
-            number += 1
-            path = output / f"{stem}-{number}.png"
-        picture.save(path)
-        typer.echo(f"{i + 1}. {path}")
+def lines_of(file: Path | None) -> list[str]:
+    """The prompts of a file, without empty lines and those that start with #."""
+    if file is None:
+        return []
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as e:
+        raise ConfigError(f"The prompts cannot be read from {file}: {e}.") from None
+    return [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+
+
+def show(
+    picture: Annotated[Path, typer.Argument(help="A picture that visionlora drew.")],
+    as_json: Annotated[bool, typer.Option("--json", help="The whole recipe, for programs.")] = False,
+) -> None:
+    """Print the command that draws a picture again, byte for byte: `visionlora show pictures/a-dog-0-1a2b3c4d.png`."""
+    from visionlora.diffusion.recipe import read_recipe
+
+    recipe = read_recipe(picture)
+    if as_json:
+        typer.echo(json.dumps(asdict(recipe), indent=2))
+        return
+    typer.echo(recipe.parameters())
+    typer.echo(f"\n{recipe.command()}")

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from visionlora import __version__
-from visionlora.cli import adapters, configs, generate, inspect, overlap, plugins, train_sd
+from visionlora.cli import adapters, configs, generate, grid, inspect, overlap, plugins, train_sd
 from visionlora.cli.console import fail
 from visionlora.errors import VisionLoRAError
 
@@ -27,6 +27,8 @@ app = typer.Typer(
 )
 app.command("train-sd")(train_sd.command)
 app.command("generate")(generate.command)
+app.command("grid")(grid.command)
+app.command("show")(generate.show)
 app.command("inspect")(inspect.command)
 app.command("convert")(adapters.convert)
 app.command("merge")(adapters.merge)

@@ -1,0 +1,168 @@
+"""`generate` and `show` as a user runs them."""
+
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+import visionlora as vl
+from visionlora.cli.main import app
+from visionlora.diffusion.recipe import read_recipe
+from visionlora.models.base import open_base
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture
+def loras(tiny_model: Path, tmp_path: Path) -> Path:
+    base = open_base(str(tiny_model))
+    for seed, name in enumerate(("dog", "ink")):
+        handle = vl.inject(base.pipe.unet, vl.AdapterConfig(rank=2, targets="attn,mlp,conv"))
+        generator = torch.Generator().manual_seed(seed)
+        for lora in handle.methods.values():
+            lora.lora_B.data = torch.randn(lora.lora_B.shape, generator=generator) * 0.2
+        info = {"base": {"id": str(tiny_model), "fingerprints": base.fingerprints()}}
+        vl.save_adapter(handle.adapter("unet", info), tmp_path / "loras" / f"{name}.safetensors")
+        handle.eject()
+    return tmp_path / "loras"
+
+
+def run(*words: object) -> str:
+    result = CliRunner().invoke(app, [str(w) for w in words], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+COMMON = ("--steps", 2, "--width", 32, "--height", 32)
+CASES = {
+    "plain": (),
+    "two at scales, by block": (
+        "--lora",
+        "{loras}/dog.safetensors:0.7@up=1.2,mid=0",
+        "--lora",
+        "{loras}/ink.safetensors:0.4",
+    ),
+    "switch": ("--lora", "{loras}/dog.safetensors", "--lora", "{loras}/ink.safetensors", "--compose", "switch:tau=1"),
+    "composite": ("--lora", "{loras}/dog.safetensors", "--lora", "{loras}/ink.safetensors", "--compose", "composite"),
+    "ancestral": ("--scheduler", "euler-a", "--negative-prompt", "a 'quoted' \"cat\"", "--guidance-scale", 3.5),
+    "from a picture": ("--init-image", "{loras}/start.png", "--strength", 0.5, "--lora", "{loras}/dog.safetensors"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_command_that_show_prints_draws_the_same_bytes(
+    case: str, loras: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    Image.effect_noise((32, 32), 80).convert("RGB").save(loras / "start.png")
+    extra = [str(w).format(loras=loras) for w in CASES[case]]
+    run(
+        "generate",
+        "--prompt",
+        "a dog",
+        "--model",
+        tiny_model,
+        "--seed",
+        3,
+        *COMMON,
+        *extra,
+        "--output",
+        tmp_path / "one",
+    )
+    (picture,) = (tmp_path / "one").iterdir()
+    printed = run("show", picture).strip().splitlines()[-1]
+    words = shlex.split(printed)[1:]
+    words[words.index("--output") + 1] = str(tmp_path / "two")
+    run(*words)
+    (again,) = (tmp_path / "two").iterdir()
+    assert again.name == picture.name and again.read_bytes() == picture.read_bytes()
+
+
+def test_adapters_seeds_and_prompts_change_the_picture(loras: Path, tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("# two\na dog\n\na dog <lora:ink:0.9>\n")
+    text = run(
+        "generate", "--prompts", tmp_path / "prompts.txt", "--model", tiny_model, "--lora-folder", loras, "--num-images", 2,
+        *COMMON, "--output", tmp_path / "out",
+    )  # fmt: skip
+    assert "4. " in text and "Adapter ink: " in text
+    pictures = sorted((tmp_path / "out").iterdir())
+    assert len(pictures) == 4 and len({Image.open(p).tobytes() for p in pictures}) == 4
+    recipes = [read_recipe(p) for p in pictures]
+    assert sorted((r.seed, len(r.loras)) for r in recipes) == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert [u.hash for r in recipes for u in r.loras] == [
+        vl.inspect_file(loras / "ink.safetensors").hashes["AutoV3"]
+    ] * 2
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(loras: Path, tiny_model: Path, tmp_path: Path) -> None:
+    words = (
+        "generate",
+        "--prompt",
+        "a dog",
+        "--prompt",
+        "a cat",
+        "--model",
+        tiny_model,
+        *COMMON,
+        "--output",
+        tmp_path / "out",
+    )
+    run(*words)
+    first = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+    next(p for p in (tmp_path / "out").iterdir() if "cat" in p.name).unlink()
+    text = run(*words)
+    assert text.count("(was there already)") == 1
+    assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == first
+
+
+def test_processes_share_the_pictures(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    found = []
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        run(
+            "generate",
+            "--prompt",
+            "a dog",
+            "--num-images",
+            3,
+            "--model",
+            tiny_model,
+            *COMMON,
+            "--output",
+            tmp_path / rank,
+        )
+        found.append({read_recipe(p).seed for p in (tmp_path / rank).iterdir()})
+    assert found == [{0, 2}, {1}]
+
+
+REFUSALS = {
+    "no prompt": ((), "There is no prompt: --prompt TEXT, or --prompts FILE with one per line."),
+    "unknown tag": (("--prompt", "<lora:dg:1>", "--lora-folder", "{loras}"), "names an adapter 'dg', which is not there. Did"),
+    "no file": (("--prompt", "a", "--lora", "{loras}/nothing.safetensors"), "There is no adapter file at"),
+    "size": (("--prompt", "a", "--width", 33), "A resolution of 33 px does not fit"),
+    "compose": (("--prompt", "a", "--lora", "{loras}/dog.safetensors", "--compose", "swich"), "Did you mean 'switch'?"),
+    "block": (("--prompt", "a", "--lora", "{loras}/dog.safetensors:1@dwn=1"), "No adapted layer is in block 'dwn'."),
+    "start": (("--prompt", "a", "--init-image", "{loras}/none.png"), "The picture to start from cannot be read"),
+    "number": (("--prompt", "a", "--num-images", 0), "num_images is 0; it must be at least 1."),
+    "prompts": (("--prompts", "{loras}/none.txt"), "The prompts cannot be read from"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_refusals_draw_nothing(name: str, loras: Path, tiny_model: Path, tmp_path: Path) -> None:
+    extra, message = REFUSALS[name]
+    words = [
+        "generate",
+        "--model",
+        tiny_model,
+        "--output",
+        tmp_path / "out",
+        *(str(w).format(loras=loras) for w in extra),
+    ]
+    with pytest.raises(vl.VisionLoRAError) as caught:
+        CliRunner().invoke(app, [str(w) for w in words], catch_exceptions=False)
+    assert message in str(caught.value)
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())

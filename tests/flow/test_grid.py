@@ -1,0 +1,99 @@
+"""`grid` as a user runs it."""
+
+import base64
+import re
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from visionlora.pipelines.grid import Axis, parse_axis
+
+import visionlora as vl
+from visionlora.diffusion.recipe import read_recipe
+
+from .test_generate import COMMON, loras, run
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+assert loras  # a fixture
+
+
+def test_every_combination_labelled_and_on_one_page(loras: Path, tiny_model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    words = (
+        "grid", "--model", tiny_model, *COMMON, "--lora", f"{loras}/dog.safetensors", "--lora", f"{loras}/ink.safetensors:0.5",
+        "--x", "lora:dog.scale=0,1", "--y", "prompt=a dog|a cat, black", "--axis", "compose=sum,switch:tau=1", "--output", out,
+    )  # fmt: skip
+    text = run(*words)
+    assert "8 pictures" in text and "grid-2.png" in text
+    recipes = [read_recipe(p) for p in (out / "cells").iterdir()]
+    seen = {(r.prompt, r.loras[0].scale, r.compose) for r in recipes}
+    assert len(recipes) == len(seen) == 8 and ("a cat, black", 1.0, "switch") in seen
+    page = (out / "index.html").read_text()
+    found = re.findall(r"base64,([A-Za-z0-9+/=]+)", page)
+    assert {base64.b64decode(f) for f in found} == {p.read_bytes() for p in (out / "cells").iterdir()}
+    assert "http" not in page.replace("https://", "") and "a cat, black" in page and "visionlora generate" in page
+    assert Image.open(out / "grid-1.png").width > 256
+    assert "8 pictures, 8 of them there already" in run(*words), "nothing is drawn twice"
+    grown = [w if w != "lora:dog.scale=0,1" else "lora:dog.scale=0,0.5,1" for w in words]
+    assert "12 pictures, 8 of them there already" in run(*grown), "a grid can grow"
+
+
+def test_files_blocks_and_seeds_as_axes(loras: Path, tiny_model: Path, tmp_path: Path) -> None:
+    run(
+        "grid", "--model", tiny_model, *COMMON, "--prompt", "a dog", "--lora", f"{loras}/dog.safetensors",
+        "--x", f"lora:dog.file={loras}/dog.safetensors,{loras}/ink.safetensors", "--y", "lora:dog.up=0,1", "--z", "seed=1..2",
+        "--output", tmp_path / "out",
+    )  # fmt: skip
+    recipes = [read_recipe(p) for p in (tmp_path / "out" / "cells").iterdir()]
+    assert {(Path(r.loras[0].path).stem, r.loras[0].blocks["up"], r.seed) for r in recipes} == {
+        (name, up, seed) for name in ("dog", "ink") for up in (0.0, 1.0) for seed in (1, 2)
+    }
+    assert len({r.loras[0].hash for r in recipes}) == 2
+
+
+@pytest.mark.parametrize(
+    ("word", "axis"),
+    [
+        ("seed=1..3,7", Axis("seed", (1, 2, 3, 7))),
+        ("guidance-scale=1,2.5", Axis("guidance_scale", (1.0, 2.5))),
+        ("prompt=one, two|three", Axis("prompt", ("one, two", "three"))),
+        ("lora:a.b.scale=-1,0", Axis("lora:a.b.scale", (-1.0, 0.0))),
+        ("lora:dog.down.1=0", Axis("lora:dog.down.1", (0.0,))),
+        ("compose=sum", Axis("compose", ("sum",))),
+    ],
+)
+def test_axes_are_typed(word: str, axis: Axis) -> None:
+    assert parse_axis(word) == axis
+
+
+REFUSALS = {
+    "unknown": (("--x", "sed=1"), "There is no axis 'sed'. Did you mean 'seed'?"),
+    "no value": (("--x", "seed="), "An axis is written name=value,value…; this one is 'seed='."),
+    "no number": (("--x", "steps=1,two"), "Axis 'steps' has the value 'two', which is not a whole number."),
+    "empty": (("--x", "prompt=a||b"), "Axis 'prompt' has an empty value"),
+    "twice": (("--x", "seed=1", "--y", "seed=2"), "Axis 'seed' is there twice."),
+    "too many": (("--x", "seed=1..200", "--y", "steps=1..200"), "That is 40,000 pictures; a grid has at most 10,000."),
+    "no adapter": (("--x", "lora:dgo.scale=1"), "is of an adapter that is not there. Did you mean 'dog'?"),
+    "size": (("--x", "width=32,33"), "A resolution of 33 px does not fit"),
+    "scheduler": (("--x", "scheduler=eular"), "scheduler is 'eular'. Did you mean 'euler'?"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_refusals_draw_nothing(name: str, loras: Path, tiny_model: Path, tmp_path: Path) -> None:
+    words, message = REFUSALS[name]
+    with pytest.raises(vl.VisionLoRAError) as caught:
+        run(
+            "grid",
+            "--model",
+            tiny_model,
+            "--prompt",
+            "a",
+            "--lora",
+            f"{loras}/dog.safetensors",
+            *words,
+            "--output",
+            tmp_path / "o",
+        )
+    assert message in str(caught.value)
+    assert not (tmp_path / "o").exists()

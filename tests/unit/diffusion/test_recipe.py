@@ -1,0 +1,111 @@
+"""A picture says how it came to be."""
+
+import io
+import shlex
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from visionlora.cli.words import parse_composition, parse_lora_use
+from visionlora.diffusion.recipe import LoraUse, Recipe, png_bytes, read_recipe, take_tags
+from visionlora.errors import ConfigError, DataError
+
+RECIPE = Recipe(
+    "a dog, (sitting)", "emoji-64", 64, 96, "blurry", (LoraUse("ink", "loras/ink.safetensors", 0.8, {"up": 1.5}, "ab" * 32),),
+    "switch", {"tau": 2}, 7, 20, 2.0, "euler-a",
+)  # fmt: skip
+TEXT = st.text(st.characters(blacklist_categories=("Cs",), blacklist_characters="\x00"), max_size=30)
+
+
+@given(TEXT, TEXT, st.integers(0, 2**40), st.floats(0, 20), st.floats(-3, 3))
+def test_a_recipe_comes_out_of_its_picture_as_it_went_in(
+    tmp_path_factory, prompt: str, negative: str, seed: int, guidance: float, scale: float
+) -> None:
+    recipe = Recipe(
+        prompt, "m", 8, 8, negative, (LoraUse("a", "a b.safetensors", scale),), seed=seed, guidance_scale=guidance
+    )
+    path = tmp_path_factory.mktemp("r") / "a.png"
+    path.write_bytes(png_bytes(Image.new("RGB", (8, 8)), recipe))
+    assert read_recipe(path) == recipe and read_recipe(path).key == recipe.key
+
+
+def test_what_a1111_reads() -> None:
+    assert RECIPE.parameters() == (
+        "a dog, (sitting) <lora:ink:0.8>\nNegative prompt: blurry\nSteps: 20, Sampler: Euler a, CFG scale: 2, Seed: 7, "
+        'Size: 64x96, Model: emoji-64, Lora hashes: "ink: abababababab", Version: visionlora 0.1.0'
+    )
+    with Image.open(io.BytesIO(png_bytes(Image.new("RGB", (8, 8)), RECIPE))) as picture:
+        assert picture.text["parameters"] == RECIPE.parameters()
+
+
+def test_the_command_says_all_of_it() -> None:
+    words = shlex.split(RECIPE.command())
+    options = dict(zip(words[2::2], words[3::2], strict=True))
+    assert (
+        options["--prompt"] == "a dog, (sitting)"
+        and options["--height"] == "96"
+        and options["--scheduler"] == "euler-a"
+    )
+    assert parse_lora_use(options["--lora"]) == ("loras/ink.safetensors", 0.8, {"up": 1.5})
+    assert parse_composition(options["--compose"]) == ("switch", {"tau": 2})
+
+
+def test_file_names_tell_pictures_apart() -> None:
+    other = Recipe("a dog, (sitting)", "emoji-64", 64, 96, seed=7)
+    assert RECIPE.file_name.startswith("a-dog-sitting-7-") and RECIPE.file_name != other.file_name
+    assert Recipe("<lora:x:1>", "m", 8, 8).file_name.startswith("picture-0-")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [
+        ("a dog", ("a dog", [])),
+        ("<lora:a:0.5>a  dog<lora:b>", ("a dog", [("a", 0.5), ("b", 1.0)])),
+        ("a <lora:x y.z:-1> b", ("a b", [("x y.z", -1.0)])),
+    ],
+)
+def test_tags(prompt: str, expected: tuple) -> None:
+    assert take_tags(prompt) == expected
+
+
+BAD = {
+    "steps": (lambda: Recipe("a", "m", 8, 8, steps=0), "steps is 0; it must be at least 1."),
+    "scheduler": (lambda: Recipe("a", "m", 8, 8, scheduler="eular"), "scheduler is 'eular'. Did you mean 'euler'?"),
+    "strength": (lambda: Recipe("a", "m", 8, 8, strength=0), "strength is 0; it must be above 0 and at most 1."),
+    "seed": (lambda: Recipe("a", "m", 8, 8, seed=-1), "seed is -1"),
+    "tag": (lambda: take_tags("<lora:a:loud>"), "'loud' is not a number; write <lora:name:scale>."),
+    "block": (lambda: parse_lora_use("dog@up=loud"), "dog@up=loud: 'up=loud' is no name=number, separated by commas."),
+    "option": (lambda: parse_composition("switch:tau"), "switch:tau: 'tau' is no name=number, separated by commas."),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_settings(name: str) -> None:
+    action, message = BAD[name]
+    with pytest.raises(ConfigError) as caught:
+        action()
+    assert message in str(caught.value)
+
+
+def test_pictures_without_a_recipe(tmp_path: Path) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / "plain.png")
+    with pytest.raises(DataError, match="carries no recipe: it was not drawn by visionlora"):
+        read_recipe(tmp_path / "plain.png")
+    (tmp_path / "text.png").write_text("no picture")
+    with pytest.raises(DataError, match="cannot be opened as a picture"):
+        read_recipe(tmp_path / "text.png")
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    info.add_text("parameters", "a cat\nSteps: 3")
+    Image.new("RGB", (4, 4)).save(tmp_path / "webui.png", pnginfo=info)
+    with pytest.raises(DataError, match="was not drawn by visionlora; its own parameters are:\na cat"):
+        read_recipe(tmp_path / "webui.png")
+    info = PngInfo()
+    info.add_text("visionlora", '{"prompt": 3')
+    Image.new("RGB", (4, 4)).save(tmp_path / "broken.png", pnginfo=info)
+    with pytest.raises(DataError, match=r"The recipe in this picture is broken \(JSONDecodeError"):
+        read_recipe(tmp_path / "broken.png")

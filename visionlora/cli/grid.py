@@ -1,0 +1,77 @@
+"""`visionlora grid`: one picture for each combination of settings, as contact sheet and page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from visionlora.cli.console import ConsoleListener
+from visionlora.cli.generate import (
+    AllowPartial,
+    Compose,
+    Force,
+    Guidance,
+    InitImage,
+    Lora,
+    LoraFolder,
+    Model,
+    Negative,
+    Prompt,
+    Scheduler,
+    Seed,
+    Steps,
+    Strength,
+    Width,
+)
+from visionlora.cli.words import parse_composition, parse_lora_use
+
+AXIS = "name=value,value… such as seed=1..4, lora:dog.scale=0,0.5,1, prompt=a dog|a cat, compose=sum,switch"
+
+
+def command(
+    x: Annotated[str, typer.Option("--x", help=f"Across: {AXIS}.")],
+    y: Annotated[Optional[str], typer.Option("--y", help="Down.")] = None,  # noqa: UP045
+    axis: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option("--axis", "--z", help="One sheet for each of its values; repeat for more."),
+    ] = None,
+    prompt: Prompt = None,
+    lora: Lora = None,
+    lora_folder: LoraFolder = Path(),
+    model: Model = "auto",
+    negative_prompt: Negative = "",
+    seed: Seed = 0,
+    steps: Steps = 25,
+    guidance_scale: Guidance = None,
+    scheduler: Scheduler = "dpm++",
+    width: Width = None,
+    height: Width = None,
+    compose: Compose = "sum",
+    init_image: InitImage = None,
+    strength: Strength = 0.6,
+    output: Annotated[Path, typer.Option(help="Folder; pictures there already are taken as they are.")] = Path("grid"),
+    force: Force = False,
+    allow_partial: AllowPartial = False,
+) -> None:
+    """Compare settings: `visionlora grid --lora dog:1 --x lora:dog.scale=0,0.5,1 --y "prompt=a dog|a cat"`."""
+    name, options = parse_composition(compose)
+    uses = [parse_lora_use(word) for word in lora or []]
+    with ConsoleListener() as listener:
+        from visionlora.pipelines.generate import GenerateConfig
+        from visionlora.pipelines.grid import grid, parse_axis
+
+        axes = [parse_axis(word) for word in (x, *([y] if y else []), *(axis or []))]
+        config = GenerateConfig(
+            prompt or [], uses, lora_folder, model, negative_prompt, 1, seed, steps, guidance_scale, scheduler, width, height,
+            name, tuple(options.items()), init_image, strength, output, force, allow_partial,
+        )  # fmt: skip
+        down = axes[1] if y else None
+        others = axes[2 if y else 1 :]
+        result = grid(config, axes[0], down, others, listener.say, lambda d, t: listener.progress("Drawing", d, t))
+    kept = sum(not cell.new for cell in result.cells)
+    typer.echo(f"{len(result.cells)} pictures" + (f", {kept} of them there already" if kept else ""))
+    for path in result.sheets:
+        typer.echo(f"  sheet  {path}")
+    typer.echo(f"  page   {result.page}")

@@ -1,0 +1,204 @@
+"""Everything that decides one picture, kept in the picture itself: enough to draw the same bytes again.
+
+A PNG carries two text entries: `parameters`, as A1111 and ComfyUI write and read it, and `visionlora`, the whole recipe as
+JSON.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import re
+import shlex
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, PngImagePlugin
+
+from visionlora import __version__
+from visionlora.errors import ConfigError, DataError, nearest
+
+ENTRY = "visionlora"
+SCHEDULERS = {
+    "dpm++": ("DPMSolverMultistepScheduler", "DPM++ 2M"),
+    "ddim": ("DDIMScheduler", "DDIM"),
+    "euler": ("EulerDiscreteScheduler", "Euler"),
+    "euler-a": ("EulerAncestralDiscreteScheduler", "Euler a"),
+    "heun": ("HeunDiscreteScheduler", "Heun"),
+    "unipc": ("UniPCMultistepScheduler", "UniPC"),
+    "pndm": ("PNDMScheduler", "PLMS"),
+}
+"""Word of --scheduler -> (class of diffusers, name in A1111)."""
+TAG = re.compile(r"<lora:([^:<>]+)(?::([^:<>]+))?>")
+
+
+@dataclass(frozen=True)
+class LoraUse:
+    """One adapter as a recipe names it."""
+
+    name: str
+    path: str
+    scale: float = 1.0
+    blocks: Mapping[str, float] = field(default_factory=dict)
+    hash: str = ""
+    """AutoV3 of the file: SHA-256 of its tensors."""
+
+    def word(self) -> str:
+        """As `--lora` takes it."""
+        blocks = ",".join(f"{b}={v:g}" for b, v in self.blocks.items())
+        return f"{self.path}:{self.scale:g}" + (f"@{blocks}" if blocks else "")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One picture.
+
+    Raises:
+        ConfigError: when a number is out of range or the scheduler unknown.
+    """
+
+    prompt: str
+    model: str
+    width: int
+    height: int
+    negative_prompt: str = ""
+    loras: tuple[LoraUse, ...] = ()
+    compose: str = "sum"
+    compose_options: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    steps: int = 25
+    guidance_scale: float = 7.5
+    scheduler: str = "dpm++"
+    init_image: str = ""
+    init_hash: str = ""
+    """SHA-256 of the picture that it starts from."""
+    strength: float = 0.6
+    version: str = __version__
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ConfigError(f"steps is {self.steps}; it must be at least 1.")
+        if self.scheduler not in SCHEDULERS:
+            raise ConfigError(f"scheduler is {self.scheduler!r}. {nearest(self.scheduler, SCHEDULERS)}")
+        if not 0 < self.strength <= 1:
+            raise ConfigError(f"strength is {self.strength}; it must be above 0 and at most 1.")
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed is {self.seed}; it must be between 0 and 2^63 - 1.")
+
+    @property
+    def key(self) -> str:
+        """Eight digits that differ when anything differs."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()[:8]
+
+    @property
+    def file_name(self) -> str:
+        """Of the picture: words of the prompt, the seed and the key."""
+        words = re.sub(r"[^\w]+", "-", TAG.sub("", self.prompt)).strip("-").lower()[:40].strip("-")
+        return f"{words or 'picture'}-{self.seed}-{self.key}.png"
+
+    def to_json(self) -> str:
+        """Keys in order, so that equal recipes are equal texts."""
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> Recipe:
+        """The recipe in a picture.
+
+        Raises:
+            DataError: when the text is no recipe.
+        """
+        try:
+            found = dict(json.loads(text))
+            loras = tuple(LoraUse(**use) for use in found.pop("loras", ()))
+            known = {f.name for f in fields(cls)}
+            return cls(**{k: v for k, v in found.items() if k in known}, loras=loras)
+        except (ValueError, TypeError, KeyError) as e:
+            raise DataError(f"The recipe in this picture is broken ({type(e).__name__}: {e}).") from None
+
+    def command(self, output: str = "pictures") -> str:
+        """The command that draws the same bytes again."""
+        words = ["visionlora", "generate", "--prompt", self.prompt, "--model", self.model]
+        for use in self.loras:
+            words += ["--lora", use.word()]
+        if self.negative_prompt:
+            words += ["--negative-prompt", self.negative_prompt]
+        if self.compose != "sum":
+            options = ",".join(f"{k}={v}" for k, v in self.compose_options.items())
+            words += ["--compose", self.compose + (f":{options}" if options else "")]
+        if self.init_image:
+            words += ["--init-image", self.init_image, "--strength", f"{self.strength:g}"]
+        words += ["--seed", str(self.seed), "--steps", str(self.steps), "--guidance-scale", f"{self.guidance_scale:g}"]
+        words += ["--scheduler", self.scheduler, "--width", str(self.width), "--height", str(self.height)]
+        return shlex.join([*words, "--output", output])
+
+    def parameters(self) -> str:
+        """As A1111 writes it: prompt, negative prompt, one line of settings."""
+        tags = "".join(
+            f" <lora:{use.name}:{use.scale:g}>" for use in self.loras if f"<lora:{use.name}" not in self.prompt
+        )
+        lines = [self.prompt + tags]
+        if self.negative_prompt:
+            lines.append(f"Negative prompt: {self.negative_prompt}")
+        settings = {
+            "Steps": self.steps,
+            "Sampler": SCHEDULERS[self.scheduler][1],
+            "CFG scale": f"{self.guidance_scale:g}",
+            "Seed": self.seed,
+            "Size": f"{self.width}x{self.height}",
+            "Model": Path(self.model).name,
+        }
+        if self.init_image:
+            settings["Denoising strength"] = f"{self.strength:g}"
+        if self.loras:
+            settings["Lora hashes"] = '"' + ", ".join(f"{use.name}: {use.hash[:12]}" for use in self.loras) + '"'
+        settings["Version"] = f"visionlora {self.version}"
+        return "\n".join([*lines, ", ".join(f"{k}: {v}" for k, v in settings.items())])
+
+
+def png_bytes(picture: Image.Image, recipe: Recipe) -> bytes:
+    """The picture with its recipe."""
+    info = PngImagePlugin.PngInfo()
+    info.add_text("parameters", recipe.parameters())
+    info.add_text(ENTRY, recipe.to_json())
+    data = io.BytesIO()
+    picture.save(data, format="PNG", pnginfo=info)
+    return data.getvalue()
+
+
+def read_recipe(path: Path) -> Recipe:
+    """The recipe of a picture.
+
+    Raises:
+        DataError: when there is no picture, or it has no recipe of ours.
+    """
+    try:
+        with Image.open(path) as picture:
+            text = dict(getattr(picture, "text", {}))
+    except (OSError, SyntaxError, ValueError) as e:
+        raise DataError(f"{path} cannot be opened as a picture ({e}).") from None
+    if ENTRY in text:
+        return Recipe.from_json(text[ENTRY])
+    if "parameters" in text:
+        raise DataError(f"{path} was not drawn by visionlora; its own parameters are:\n{text['parameters']}")
+    raise DataError(f"{path} carries no recipe: it was not drawn by visionlora, or another program rewrote it.")
+
+
+def take_tags(prompt: str) -> tuple[str, list[tuple[str, float]]]:
+    """The prompt without `<lora:name:scale>` tags, and the tags.
+
+    Raises:
+        ConfigError: when a scale is not a number.
+
+    >>> take_tags("a dog <lora:ink:0.8> running <lora:old>")
+    ('a dog running', [('ink', 0.8), ('old', 1.0)])
+    """
+    found = []
+    for match in TAG.finditer(prompt):
+        try:
+            found.append((match[1].strip(), float(match[2] or 1.0)))
+        except ValueError:
+            raise ConfigError(f"{match[0]}: {match[2]!r} is not a number; write <lora:name:scale>.") from None
+    return re.sub(r"\s{2,}", " ", TAG.sub(" ", prompt)).strip() if found else prompt, found
