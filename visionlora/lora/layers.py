@@ -617,13 +617,8 @@ def with_adapters(layer: AdaptedLayer, adapters: Iterable[Method]) -> dict[str, 
         own, weight = [m for m in merged if m.site.weight_name == name], before(name)
         total, low_rank = wide(weight), [m for m in own if m.additive]
         if low_rank:
-            factors = [
-                (a.to(total.dtype), placed(b.to(total.dtype), m.site.rows, len(weight)), float(s))
-                for m in low_rank
-                for a, b, s in m.factors()
-            ]
-            down, up = stack_factors(factors)
-            total = torch.addmm(total.flatten(1), up.flatten(1), down.flatten(1)).view_as(weight)
+            down, up = stacked_update(low_rank, len(weight), total.dtype)
+            total = torch.addmm(total.flatten(1), up, down).view_as(weight)
         for m in own:
             if m.additive:
                 continue
@@ -635,6 +630,14 @@ def with_adapters(layer: AdaptedLayer, adapters: Iterable[Method]) -> dict[str, 
                 new[m.site.bias_name] = start + placed(shift[0], rows, len(weight))
         new[name] = total
     return {n: t.to(before(n).dtype) for n, t in new.items()}
+
+
+def stacked_update(additive: Iterable[Method], out: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Factors (Σr, n) and (o, Σr) of everything that additive methods add to a weight."""
+    down, up = stack_factors(
+        [(a.to(dtype), placed(b.to(dtype), m.site.rows, out), float(s)) for m in additive for a, b, s in m.factors()]
+    )
+    return down.flatten(1), up.flatten(1)
 
 
 def part_of(value: Tensor, rows: Rows) -> Tensor:

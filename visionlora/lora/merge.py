@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
 
 from visionlora.errors import ConfigError
-from visionlora.lora.layers import AdaptedLayer, with_adapters
+from visionlora.lora.layers import AdaptedLayer, stacked_update, with_adapters
+from visionlora.lora.methods.base import Method
 
 if TYPE_CHECKING:
     from visionlora.lora.inject import Handle
+
+
+LARGEST = 1e30
+"""A change of a weight below this cannot make an fp32 weight infinite."""
 
 
 @torch.no_grad()
@@ -25,21 +30,60 @@ def write_weights(handles: Sequence[Handle]) -> None:
     """
     names = {id(m.site.layer): (h.name, m.site) for h in handles for m in h.methods.values()}
     new: list[tuple[AdaptedLayer, dict[str, Tensor]]] = []
+    direct: list[tuple[AdaptedLayer, str, Tensor, Tensor]] = []
     for adapter, site in names.values():
         layer = cast(AdaptedLayer, site.layer)
         merged = [m for m in layer.methods() if m.merged]
+        if (update := direct_update(layer, merged)) is not None:
+            direct.append((layer, *update))
+            continue
         values = with_adapters(layer, merged)
         # NaN and infinity survive a sum, which reads each weight once and writes nothing.
         if not all(bool(torch.isfinite(v.sum(dtype=torch.float32))) for v in values.values()):
             raise not_finite(adapter, site.name)
         new.append((layer, values))
+    for layer, name, down, up in direct:
+        restore_all_but(layer, (name,))
+        original = keep_original(layer, name)
+        torch.addmm(original.flatten(1), up, down, out=cast(Tensor, getattr(layer, name)).flatten(1))
     for layer, values in new:
-        for name in [n for n in layer.originals if n not in values]:
-            cast(Tensor, getattr(layer, name)).copy_(layer.originals.pop(name))
+        restore_all_but(layer, values)
         for name, value in values.items():
-            parameter = cast(Tensor, getattr(layer, name))
-            layer.originals.setdefault(name, parameter.detach().clone())
-            parameter.copy_(value)
+            keep_original(layer, name)
+            cast(Tensor, getattr(layer, name)).copy_(value)
+
+
+def direct_update(layer: AdaptedLayer, merged: Sequence[Method]) -> tuple[str, Tensor, Tensor] | None:
+    """The weight's name and the factors of all that is merged there, where the sum can be written straight into the weight.
+
+    That saves most of the memory traffic of a change of scales. It is so for additive methods on one fp32 weight whose
+    result cannot overflow: |ΔW| is at most the largest row norm of B times the largest column norm of A.
+    """
+    methods = [m for m in merged if m.scale != 0]
+    if not methods or not all(m.additive for m in methods) or len({m.site.weight_name for m in methods}) > 1:
+        return None
+    name = methods[0].site.weight_name
+    weight: Tensor = getattr(layer, name)
+    if weight.dtype != torch.float32 or not weight.is_contiguous():
+        return None
+    down, up = stacked_update(methods, len(weight), torch.float32)
+    bound = float(down.norm(dim=0).max()) * float(up.norm(dim=1).max())
+    if not bound < LARGEST or (name not in layer.originals and not bool(torch.isfinite(weight.sum()))):
+        return None
+    return name, down, up
+
+
+def restore_all_but(layer: AdaptedLayer, names: Container[str]) -> None:
+    """Puts back the parameters that no merged adapter changes any more."""
+    for name in [n for n in layer.originals if n not in names]:
+        cast(Tensor, getattr(layer, name)).copy_(layer.originals.pop(name))
+
+
+def keep_original(layer: AdaptedLayer, name: str) -> Tensor:
+    """The untouched parameter, kept when it is not yet."""
+    if name not in layer.originals:
+        layer.originals[name] = cast(Tensor, getattr(layer, name)).detach().clone()
+    return layer.originals[name]
 
 
 def not_finite(adapter: str, layer: str) -> ConfigError:
