@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 import visionlora as vl
+from visionlora.lora.adapter import Adapter
 
 
 class Toy(nn.Module):
@@ -55,8 +56,13 @@ one = vl.inject(model, vl.AdapterConfig(rank=1, targets="attn.qv"))
 for m in one.methods.values():
     m.lora_B.data.normal_()
 merged = merge_adapters([(one.adapter(), 1.0), (one.adapter(), 3.0)], "mean").adapter.delta_weights()
-for name, delta in one.adapter().delta_weights().items():
+made = one.adapter()
+for name, delta in made.delta_weights().items():
     torch.testing.assert_close(merged[name], 2 * delta)
+one.eject()
+first, second = (Adapter({n: m for n, m in one_of.modules.items()}) for one_of in (made, made))
+mix = vl.attach(model, {"a": first, "b": second}, scales={"a": 1.0, "b": 5.0}, compose="first", mode="stacked")
+assert [next(iter(p[0][1].methods.values())).scale for p in mix.handles.values()] == [1.0, 0.0]
 print("used")
 """
 
@@ -86,7 +92,7 @@ def test_the_command_lists_them_and_names_what_is_broken(installed: dict[str, st
         [sys.executable, "-m", "visionlora", "plugins"], env=installed, capture_output=True, text=True, check=True
     )
     lines = [line for line in done.stdout.splitlines() if "visionlora-example" in line]
-    assert len(lines) == 6
+    assert len(lines) == 7
     broken = next(line for line in lines if "broken" in line)
     assert broken.endswith("ModuleNotFoundError: No module named 'visionlora_example.missing'")
     assert all(line.endswith("ok") for line in lines if "broken" not in line)

@@ -10,6 +10,7 @@ from visionlora.lora.combine import COMBINATIONS
 from visionlora.lora.config import AdapterConfig
 from visionlora.lora.families import Family
 from visionlora.lora.methods.base import Gain, Method, Site
+from visionlora.mixing.compose.base import Composition
 
 
 class ScaledOutput(Method):
@@ -50,3 +51,10 @@ def mean(factors, options) -> tuple[Tensor, Tensor]:
     """A combination: the mean of all ΔW."""
     down, up = COMBINATIONS["sum"](factors, options)
     return down, up / len(factors)
+
+
+class First(Composition):
+    """A composition: the first adapter alone."""
+
+    def weights(self, names, step, steps):
+        return {name: float(k == 0) for k, name in enumerate(names)}
