@@ -47,6 +47,7 @@ bench: $(STAMP)  ## the benchmarks
 	$(BIN)/python benchmarks/core.py
 	$(BIN)/python benchmarks/auto_rank.py
 	$(BIN)/python benchmarks/formats.py
+	$(BIN)/python benchmarks/mixing.py
 	$(BIN)/python benchmarks/write_tables.py
 
 assets: $(STAMP)  ## rebuild the picture sets and the embedded model (needs npm; takes long)

@@ -114,6 +114,51 @@ def core_table() -> str:
     return "\n".join(lines) + "\n\n`benchmarks/core.py`. " + machine_text("core")
 
 
+def mixing_text() -> str:
+    """Several adapters at once."""
+    r = results("mixing")
+    lines = ["| what | fp32 | bf16 |", "|---|---|---|"]
+    fp32, bf16 = r["speed-fp32"], r["speed-bf16"]
+    for k in (1, 2, 4, 8):
+        values = (part["over_bare"][f"stacked {k}"] for part in (fp32, bf16))
+        lines.append(
+            f"| forward with {k} adapters beside the weights / bare | " + " | ".join(f"{v:.2f}" for v in values) + " |"
+        )
+    for name, key in (("100 attached, 2 active / bare", "2 of 100 stacked"),):
+        lines.append(f"| {name} | {fp32['over_bare'][key]:.2f} | {bf16['over_bare'][key]:.2f} |")
+    key = "eight_pictures_eight_adapters_over_bare"
+    lines.append(
+        f"| 8 pictures, each with another adapter / the same batch without | {fp32[key]:.2f} | {bf16[key]:.2f} |"
+    )
+    scales, points = r["scales"], r["interference"]
+    lines.append(
+        f"\nMerged adapters cost nothing per step. New scales for 8 merged ones: {scales['ours_s']:.2f} s; diffusers' "
+        f"set_adapters and fuse_lora {scales['diffusers_s']:.2f} s ({scales['ours_over_diffusers']:.2f} x). SD 1.5 UNet, 32x32 "
+        "latents, rank 8."
+    )
+    lines.append(
+        "\nStyles composed, each at 0.5 (`switch` and `composite` at 0.7; of three, two thirds of that), on "
+        f"{r['quality']['pictures']} concepts that no adapter has seen: seen as one of the styles / as the less seen of them / "
+        "concept as the base draws it (top-5).\n"
+    )
+    quality = {pair: found for pair, found in r["quality"].items() if pair != "pictures"}
+    names = list(next(iter(quality.values())))
+    lines += ["| styles | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    for pair, found in quality.items():
+        cells = [
+            " / ".join(f"{100 * e[what]:.0f}" for what in ("learned", "least_seen", "base_concept_top5"))
+            for e in found.values()
+        ]
+        lines.append(f"| {pair} | " + " | ".join(cells) + " |")
+    correlation = {what: points[f"rank_correlation_{what}"] for what in ("shared", "interference", "strength")}
+    lines.append(
+        f"\nPredicted against measured interference, {len(points['points'])} pairs of blocks on `emoji-64`, rank correlation: "
+        f"shared energy {correlation['shared']:.2f}, |2⟨ΔW₁, ΔW₂⟩| {correlation['interference']:.2f}, strength alone "
+        f"{correlation['strength']:.2f}.\n\n`benchmarks/mixing.py`. " + machine_text("mixing")
+    )
+    return "\n".join(lines)
+
+
 def formats_text() -> str:
     """Adapter files."""
     r = results("formats")
@@ -143,11 +188,18 @@ def machine_text(name: str) -> str:
 def documents() -> dict[Path, str]:
     """What each document should say between its markers."""
     both = f"{style_table()}\n\n{fidelity_text()}\n{auto_rank_text()}\n\n{machine_text('style_transfer')}"
+    parts = [
+        both,
+        "## The core",
+        core_table(),
+        "## Several adapters at once",
+        mixing_text(),
+        "## Adapter files",
+        formats_text(),
+    ]
     return {
         ROOT / "README.md": both,
-        ROOT
-        / "benchmarks"
-        / "RESULTS.md": f"{both}\n\n## The core\n\n{core_table()}\n\n## Adapter files\n\n{formats_text()}",
+        ROOT / "benchmarks" / "RESULTS.md": "\n\n".join(parts),
         ROOT / "assets" / "emoji-64" / "README.md": f"{fidelity_text()}\n\n{machine_text('prompt_fidelity')}",
     }
 

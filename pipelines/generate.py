@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from visionlora.atomic import replace_file
+from visionlora.diffusion.prompts import prompt_arguments
 from visionlora.diffusion.recipe import SCHEDULERS, LoraUse, Recipe, png_bytes, take_tags
 from visionlora.errors import AdapterFileError, ConfigError, DataError, nearest
 from visionlora.formats.container import file_hashes
@@ -251,8 +252,7 @@ def draw_one(pipe: Any, recipe: Recipe, start: Image.Image | None) -> Image.Imag
     try:
         with torch.no_grad():
             picture: Image.Image = pipe(
-                take_tags(recipe.prompt)[0],
-                negative_prompt=recipe.negative_prompt or None,
+                **prompt_arguments(pipe, take_tags(recipe.prompt)[0], recipe.negative_prompt),
                 num_inference_steps=recipe.steps,
                 guidance_scale=recipe.guidance_scale,
                 generator=torch.Generator().manual_seed(recipe.seed),

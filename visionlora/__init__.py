@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Adapter": "visionlora.lora.adapter",
     "AdapterConfig": "visionlora.lora.config",
+    "AdapterPool": "visionlora.mixing.pool",
     "Handle": "visionlora.lora.inject",
     "TrainSDConfig": "visionlora.config",
     "VisionLoRAError": "visionlora.errors",
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
     from visionlora.lora.rank import input_spectra as input_spectra
     from visionlora.mixing.mix import Mix as Mix
     from visionlora.mixing.mix import attach as attach
+    from visionlora.mixing.pool import AdapterPool as AdapterPool
     from visionlora.mixing.scales import Ramp as Ramp
     from visionlora.mixing.scales import Scale as Scale
     from visionlora.mixing.scales import Window as Window

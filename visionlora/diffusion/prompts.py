@@ -1,0 +1,64 @@
+"""Prompts with weights, `(word:1.2)` as in A1111, and prompts longer than the text encoder reads, by compel (an extra)."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from visionlora.errors import ConfigError
+
+WEIGHT = re.compile(r"\((?P<words>[^()]+?):\s*(?P<weight>\d+(?:\.\d+)?|\.\d+)\s*\)")
+INSTALL = "pip install 'visionlora[prompts]'"
+
+
+def has_weights(prompt: str) -> bool:
+    """Whether a prompt has `(word:1.2)` somewhere.
+
+    >>> has_weights("a (red:1.3) heart"), has_weights("a heart (red)")
+    (True, False)
+    """
+    return WEIGHT.search(prompt) is not None
+
+
+def as_compel(prompt: str) -> str:
+    r"""A1111's weights in compel's syntax; other parentheses are text.
+
+    >>> as_compel("a (red:1.3) heart (big)")
+    'a (red)1.3 heart \\(big\\)'
+    """
+    parts, at = [], 0
+    for match in WEIGHT.finditer(prompt):
+        parts.append(re.sub(r"([()])", r"\\\1", prompt[at : match.start()]))
+        parts.append(f"({match['words'].strip()}){float(match['weight']):g}")
+        at = match.end()
+    return "".join([*parts, re.sub(r"([()])", r"\\\1", prompt[at:])])
+
+
+def too_long(pipe: Any, prompt: str) -> bool:
+    """Whether the text encoder would not see the end of a prompt."""
+    ids = pipe.tokenizer(prompt, truncation=False, verbose=False).input_ids
+    return len(ids) > int(pipe.tokenizer.model_max_length)
+
+
+def prompt_arguments(pipe: Any, prompt: str, negative: str) -> dict[str, Any]:
+    """What a pipeline of one text encoder is called with: the words, or embeddings where words are not enough.
+
+    Raises:
+        ConfigError: when compel is needed and not installed.
+    """
+    weighted = has_weights(prompt) or has_weights(negative)
+    if not weighted and not too_long(pipe, prompt) and not too_long(pipe, negative):
+        return {"prompt": prompt, "negative_prompt": negative or None}
+    try:
+        from compel import Compel, DiffusersTextualInversionManager
+    except ImportError:
+        what = "has weights such as (word:1.2)" if weighted else "is longer than the text encoder reads"
+        raise ConfigError(f"The prompt {what}, for which compel is needed: {INSTALL}.") from None
+    reader = Compel(
+        tokenizer=pipe.tokenizer,
+        text_encoder=pipe.text_encoder,
+        textual_inversion_manager=DiffusersTextualInversionManager(pipe),
+        truncate_long_prompts=False,
+    )
+    both = reader.pad_conditioning_tensors_to_same_length([reader(as_compel(prompt)), reader(as_compel(negative))])
+    return {"prompt_embeds": both[0], "negative_prompt_embeds": both[1]}
