@@ -24,6 +24,7 @@ from visionlora.pipelines.generate import (
 )
 
 from visionlora.atomic import replace_file
+from visionlora.config import parse_composition
 from visionlora.diffusion.recipe import Recipe
 from visionlora.errors import ConfigError, nearest
 from visionlora.report.grid import draw_grid
@@ -104,8 +105,6 @@ def changed(recipe: Recipe, axis: Axis, value: Any) -> Recipe:
         ConfigError: when the axis is of an adapter that the recipe has not.
     """
     if axis.name == "compose":
-        from visionlora.cli.words import parse_composition
-
         name, options = parse_composition(value)
         return replace(recipe, compose=name, compose_options=options)
     if axis.name in (*NUMBERS, *WORDS):

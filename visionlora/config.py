@@ -269,3 +269,35 @@ def to_yaml(config: Any) -> str:
     """The resolved configuration; reading the text again gives an equal one."""
     plain = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config).items()}
     return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+
+
+def pairs_of(text: str, word: str) -> dict[str, float]:
+    """`a=1,b=2`.
+
+    Raises:
+        ConfigError: when a value is no number.
+    """
+    found = {}
+    for part in text.split(","):
+        name, equals, value = part.partition("=")
+        try:
+            found[name.strip()] = float(value)
+        except ValueError:
+            raise ConfigError(f"{word}: {part!r} is no name=number, separated by commas.") from None
+        if not equals:
+            raise ConfigError(f"{word}: {part!r} is no name=number, separated by commas.")
+    return found
+
+
+def parse_composition(word: str) -> tuple[str, dict[str, float | int]]:
+    """`name[:option=number,…]`.
+
+    Raises:
+        ConfigError: when a value is no number.
+
+    >>> parse_composition("switch:tau=2")
+    ('switch', {'tau': 2})
+    """
+    name, colon, options = word.partition(":")
+    found = pairs_of(options, word) if colon else {}
+    return name, {k: int(v) if v == int(v) else v for k, v in found.items()}

@@ -10,7 +10,8 @@ from typing import Annotated, Optional
 import typer
 
 from visionlora.cli.console import ConsoleListener
-from visionlora.cli.words import parse_composition, parse_lora_use
+from visionlora.cli.words import parse_lora_use
+from visionlora.config import parse_composition
 from visionlora.errors import ConfigError
 
 Prompt = Annotated[

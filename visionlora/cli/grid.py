@@ -25,7 +25,8 @@ from visionlora.cli.generate import (
     Strength,
     Width,
 )
-from visionlora.cli.words import parse_composition, parse_lora_use
+from visionlora.cli.words import parse_lora_use
+from visionlora.config import parse_composition
 
 AXIS = "name=value,value… such as seed=1..4, lora:dog.scale=0,0.5,1, prompt=a dog|a cat, compose=sum,switch"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from visionlora.config import pairs_of
 from visionlora.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -41,38 +42,6 @@ def parse_lora_use(word: str) -> tuple[str, float, dict[str, float]]:
     if not at or Path(word).exists() or "=" not in tail:
         return (*parse_lora(word), {})
     return (*parse_lora(head), {k: float(v) for k, v in pairs_of(tail, word).items()})
-
-
-def pairs_of(text: str, word: str) -> dict[str, float]:
-    """`a=1,b=2`.
-
-    Raises:
-        ConfigError: when a value is no number.
-    """
-    found = {}
-    for part in text.split(","):
-        name, equals, value = part.partition("=")
-        try:
-            found[name.strip()] = float(value)
-        except ValueError:
-            raise ConfigError(f"{word}: {part!r} is no name=number, separated by commas.") from None
-        if not equals:
-            raise ConfigError(f"{word}: {part!r} is no name=number, separated by commas.")
-    return found
-
-
-def parse_composition(word: str) -> tuple[str, dict[str, float | int]]:
-    """`name[:option=number,…]`.
-
-    Raises:
-        ConfigError: when a value is no number.
-
-    >>> parse_composition("switch:tau=2")
-    ('switch', {'tau': 2})
-    """
-    name, colon, options = word.partition(":")
-    found = pairs_of(options, word) if colon else {}
-    return name, {k: int(v) if v == int(v) else v for k, v in found.items()}
 
 
 def parse_size(rank: int | None, energy: float | None) -> Size:
