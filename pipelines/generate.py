@@ -90,17 +90,15 @@ def generate(
     return draw_all(recipes[rank::processes], base, adapters, config, say, progress)
 
 
-def adapters_and_base(
-    config: GenerateConfig, say: Callable[[str], None], more: Sequence[str] = ()
-) -> tuple[BaseModel, dict[str, Adapter]]:
-    """The base model, and every adapter that the prompts and `more` name, by path, checked against it.
+def adapters_and_base(config: GenerateConfig, say: Callable[[str], None]) -> tuple[BaseModel, dict[str, Adapter]]:
+    """The base model, and every adapter that the prompts name, by path, checked against it.
 
     Raises:
         ConfigError, AdapterFileError, ModelError: see `generate`.
     """
     if not config.prompts:
         raise ConfigError("There is no prompt: --prompt TEXT, or --prompts FILE with one per line.")
-    paths = dict.fromkeys([*(use.path for prompt in config.prompts for use in uses_of(prompt, config)), *more])
+    paths = dict.fromkeys(use.path for prompt in config.prompts for use in uses_of(prompt, config))
     adapters = {path: load_adapter(path, config.allow_partial) for path in paths}
     model = config.model
     if model == "auto" and adapters:
@@ -108,9 +106,14 @@ def adapters_and_base(
     base = open_base(model)
     say(base.why)
     for adapter in adapters.values():
-        check_base(adapter, base, config.force, config.allow_partial)
-        add_tokens(base, adapter)
+        make_fit(adapter, base, config)
     return base, adapters
+
+
+def make_fit(adapter: Adapter, base: BaseModel, config: GenerateConfig) -> None:
+    """Checks an adapter against the base and gives the base its tokens."""
+    check_base(adapter, base, config.force, config.allow_partial)
+    add_tokens(base, adapter)
 
 
 def uses_of(prompt: str, config: GenerateConfig) -> list[LoraUse]:

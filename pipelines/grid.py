@@ -19,6 +19,7 @@ from visionlora.pipelines.generate import (
     adapters_and_base,
     draw_all,
     hash_of,
+    make_fit,
     recipes_of,
     uses_of,
 )
@@ -27,10 +28,11 @@ from visionlora.atomic import replace_file
 from visionlora.config import parse_composition
 from visionlora.diffusion.recipe import Recipe
 from visionlora.errors import ConfigError, nearest
+from visionlora.loaders import load_adapter
 from visionlora.report.grid import draw_grid
 
 NUMBERS: dict[str, type] = {
-    "seed": int, "steps": int, "width": int, "height": int, "guidance_scale": float, "strength": float,
+    "seed": int, "steps": int, "step": int, "width": int, "height": int, "guidance_scale": float, "strength": float,
 }  # fmt: skip
 WORDS = ("prompt", "negative_prompt", "scheduler", "compose")
 LORA = re.compile(r"lora:(?P<name>.+?)(?:\.(?P<what>scale|file|[a-z_.0-9]+))?")
@@ -42,8 +44,9 @@ class Axis:
     """One setting and the values that it takes."""
 
     name: str
-    """prompt, negative_prompt, seed, steps, guidance_scale, scheduler, compose, strength, width, height; `lora:NAME.scale`,
-    `lora:NAME.BLOCK` (a factor of one block) or `lora:NAME.file` (other files in its place)."""
+    """`step` (of the training run that is the only adapter, as its checkpoints have it), `prompt`, `negative_prompt`, `seed`,
+    `steps`, `guidance_scale`, `scheduler`, `compose`, `strength`, `width`, `height`; `lora:NAME.scale`, `lora:NAME.BLOCK` (a
+    factor of one block), `lora:NAME.file` (other files in its place) or `lora:NAME.step`."""
     values: tuple[Any, ...]
 
     def label(self, value: Any) -> str:
@@ -82,7 +85,7 @@ def parse_axis(word: str) -> Axis:
     parts = [p.strip() for p in text.split("|" if "|" in text else ",")]
     if "" in parts and name != "negative_prompt":
         raise ConfigError(f"Axis {name!r} has an empty value: {text!r}.")
-    kind = NUMBERS.get(name, float if lora and lora["what"] != "file" else str)
+    kind = NUMBERS.get(name, {"file": str, "step": int}.get(lora["what"], float) if lora else str)
     if kind is str:
         return Axis(name, tuple(parts))
     values: list[Any] = []
@@ -107,11 +110,16 @@ def changed(recipe: Recipe, axis: Axis, value: Any) -> Recipe:
     if axis.name == "compose":
         name, options = parse_composition(value)
         return replace(recipe, compose=name, compose_options=options)
-    if axis.name in (*NUMBERS, *WORDS):
+    if axis.name == "step":
+        if len(recipe.loras) != 1:
+            raise ConfigError(f"Axis 'step' needs one adapter, there are {len(recipe.loras)}: write lora:NAME.step=….")
+        name, what = recipe.loras[0].name, "step"
+    elif axis.name in (*NUMBERS, *WORDS):
         return replace(recipe, **{axis.name: value})
-    match = LORA.fullmatch(axis.name)
-    assert match is not None
-    name, what = match["name"], match["what"]
+    else:
+        match = LORA.fullmatch(axis.name)
+        assert match is not None
+        name, what = match["name"], match["what"]
     if name not in [use.name for use in recipe.loras]:
         there = [use.name for use in recipe.loras]
         hint = nearest(name, there) if there else "Give it with --lora."
@@ -121,12 +129,37 @@ def changed(recipe: Recipe, axis: Axis, value: Any) -> Recipe:
         if use.name == name:
             if what == "scale":
                 use = replace(use, scale=value)
+            elif what == "step":
+                path = checkpoint_of(use.path, value)
+                use = replace(use, path=path, hash=hash_of(path))
             elif what == "file":
                 use = replace(use, path=value, hash=hash_of(value))
             else:
                 use = replace(use, blocks={**use.blocks, what: value})
         uses.append(use)
     return replace(recipe, loras=tuple(uses))
+
+
+def checkpoint_of(run: str, step: int) -> str:
+    """The adapter that a training run had at a step.
+
+    Raises:
+        ConfigError: when the run kept none at this step.
+    """
+    folder = Path(run) if Path(run).is_dir() else Path(run).parent
+    folder = folder.parent if folder.name == "checkpoints" else folder
+    file = folder / "checkpoints" / f"step-{step:06d}.safetensors"
+    if not file.is_file():
+        there = [
+            str(int(p.stem.removeprefix("step-"))) for p in sorted((folder / "checkpoints").glob("step-*.safetensors"))
+        ]
+        kept = (
+            f"It kept steps {', '.join(there)}."
+            if there
+            else "It kept no checkpoints: name the run folder of a training."
+        )
+        raise ConfigError(f"{folder} has no checkpoint of step {step}. {kept}")
+    return str(file)
 
 
 @dataclass(frozen=True)
@@ -207,11 +240,14 @@ def grid(
     start = replace(
         config, prompts=list(config.prompts)[:1] or prompts[:1], num_images=1, output=config.output / "cells"
     )
-    files = [str(v) for a in axes if a.name.endswith(".file") for v in a.values]
-    base, adapters = adapters_and_base(start, say, files)
+    base, adapters = adapters_and_base(start, say)
     (recipe,) = recipes_of(start, base, [(start.prompts[0], uses_of(start.prompts[0], start))])
     sheets = sheets_of(recipe, x, y, others)
     cells = [r for sheet in sheets for row in sheet.recipes for r in row]
+    for path in dict.fromkeys(use.path for r in cells for use in r.loras):
+        if path not in adapters:
+            adapters[path] = load_adapter(path, config.allow_partial)
+            make_fit(adapters[path], base, config)
     for r in cells:
         for size in {r.width, r.height}:
             base.check_resolution(size)

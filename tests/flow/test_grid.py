@@ -2,6 +2,7 @@
 
 import base64
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,34 @@ def test_files_blocks_and_seeds_as_axes(loras: Path, tiny_model: Path, tmp_path:
         (name, up, seed) for name in ("dog", "ink") for up in (0.0, 1.0) for seed in (1, 2)
     }
     assert len({r.loras[0].hash for r in recipes}) == 2
+
+
+def test_the_steps_of_a_training_as_an_axis(loras: Path, tiny_model: Path, tmp_path: Path) -> None:
+    run_folder = tmp_path / "run"
+    (run_folder / "checkpoints").mkdir(parents=True)
+    shutil.copy(loras / "ink.safetensors", run_folder / "adapter.safetensors")
+    for step, name in ((100, "dog"), (200, "ink")):
+        shutil.copy(loras / f"{name}.safetensors", run_folder / "checkpoints" / f"step-{step:06d}.safetensors")
+    words = (
+        "grid",
+        "--model",
+        tiny_model,
+        *COMMON,
+        "--prompt",
+        "a dog",
+        "--lora",
+        run_folder,
+        "--output",
+        tmp_path / "out",
+    )
+    text = run(*words, "--x", "step=100,200")
+    assert "2 pictures" in text
+    found = {Path(read_recipe(p).loras[0].path).stem for p in (tmp_path / "out" / "cells").iterdir()}
+    assert found == {"step-000100", "step-000200"}
+    with pytest.raises(vl.VisionLoRAError, match=r"has no checkpoint of step 150\. It kept steps 100, 200\."):
+        run(*words, "--x", "lora:run.step=150")
+    with pytest.raises(vl.VisionLoRAError, match="Axis 'step' needs one adapter, there are 2"):
+        run(*words, "--lora", loras / "dog.safetensors", "--x", "step=100")
 
 
 @pytest.mark.parametrize(

@@ -285,3 +285,33 @@ def test_another_family_is_refused_and_the_pipeline_unchanged(pipe) -> None:
     with pytest.raises(vl.VisionLoRAError, match="This is an adapter for Stable Diffusion XL"):
         vl.attach(pipe, {"a": adapter(pipe, 0), "b": foreign})
     assert torch.equal(run(pipe), before)
+
+
+@pytest.mark.parametrize("mode", ["merged", "stacked"])
+def test_compiled_code_is_not_traced_again_when_scales_change(mode: str) -> None:
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Flatten(2), nn.Linear(16, 8), nn.GELU(), nn.Linear(8, 4))
+    model.requires_grad_(False).eval()
+    made = {
+        n: Adapter({f"model.{k}": module("lora", model[k].weight, seed) for k in (0, 2, 4)})
+        for seed, n in enumerate("ab")
+    }
+    mix = vl.attach(model, made, scales={"a": 1.0, "b": 0.0}, mode=mode)
+    traces = []
+
+    def backend(graph, inputs):
+        traces.append(graph)
+        return graph.forward
+
+    compiled, x = torch.compile(model, backend=backend), torch.randn(2, 3, 4, 4)
+    with torch.no_grad():
+        found = {1: compiled(x)}
+        count = len(traces)
+        mix.set_scales({"a": 0.0, "b": 1.0})  # one adapter swapped for the other
+        found[2] = compiled(x)
+        mix.set_scales({"a": 0.5, "b": 0.25})
+        found[3] = compiled(x)
+        assert len(traces) == count >= 1
+        torch.testing.assert_close(found[3], model(x), rtol=1e-5, atol=1e-6)
+        assert not torch.allclose(found[1], found[2])
