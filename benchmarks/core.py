@@ -13,7 +13,6 @@ number is the median of at least 5 turns, every comparison a ratio.
 
 from __future__ import annotations
 
-import argparse
 import gc
 import statistics
 import tempfile
@@ -24,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from record import record, results
+from record import run_parts
 from torch import Tensor, nn
 
 from visionlora.lora.config import AdapterConfig
@@ -322,18 +321,5 @@ PARTS: dict[str, Callable[[], dict[str, Any]]] = {
 }
 
 
-def main() -> None:
-    """Measures, prints, records."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", help=", ".join(PARTS))
-    args = parser.parse_args()
-    known = results("core")
-    for name in args.parts or PARTS:
-        known[name] = PARTS[name]()
-        print(name, known[name], flush=True)
-        gc.collect()
-    print("recorded:", record("core", {k: v for k, v in known.items() if k in PARTS}))
-
-
 if __name__ == "__main__":
-    main()
+    run_parts("core", PARTS, __doc__)

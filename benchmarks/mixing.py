@@ -6,15 +6,15 @@ python benchmarks/mixing.py speed-fp32 quality some of it
 speed-fp32, speed-bf16   the UNet of Stable Diffusion 1.5 (random weights), 32x32 latents, rank 8 on q, k, v, out
 scales                   eight adapters merged at new scales, beside diffusers' set_adapters and fuse_lora
 quality                  two and three styles on concepts that no style adapter has seen, by composition
+orthogonal               styles trained with `init: orthogonal`, so that they do not meet, beside ones trained as usual
 interference             predicted by `visionlora overlap`, against what the embedded model does, block by block
 """
 
 from __future__ import annotations
 
-import argparse
-import gc
 import itertools
 import math
+import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -24,12 +24,14 @@ import numpy as np
 import torch
 from core import ATTENTION, RANK, call, inputs_of_unet, sharing, take_turns, unet_of_sd15
 from PIL import Image
-from record import record, results
+from record import run_parts
 from style_transfer import ASSETS, LEARNED, nearest, predict, shares, train_classifier
 from torch import Tensor, nn
 from visionlora.assets.build_emoji64 import base_set, read_split, to_tensor
 from visionlora.assets.build_pictures import thumbnail
+from visionlora.pipelines.train_sd import train_sd
 
+from visionlora.config import TrainSDConfig, build, read_yaml
 from visionlora.diffusion.encode import encode_text
 from visionlora.diffusion.sampling import SamplingConfig, draw
 from visionlora.formats.inspection import block_of
@@ -43,6 +45,8 @@ from visionlora.mixing.scales import Scale
 from visionlora.models.base import open_base
 from visionlora.report.grid import draw_grid
 
+SHORT = 300
+"""Steps of the trainings that compare inits."""
 PICTURES = 60
 """Held-out concepts drawn for each composition."""
 COMPOSITIONS: dict[str, tuple[str, dict[str, Any], float]] = {
@@ -174,6 +178,47 @@ def measure_quality() -> dict[str, Any]:
     return found
 
 
+def measure_orthogonal() -> dict[str, Any]:
+    """Two styles trained with `init: orthogonal` on different parts of the shared basis, beside two trained as usual."""
+    classifier, _ = train_classifier()
+    styles = ("fluent-emoji-flat", "fxemoji")
+    captions = sorted(set.intersection(*(set(read_split(s, "heldout")[1]) for s in styles)))[:PICTURES]
+    base_pictures, base_captions = base_set()
+    base_features = np.stack([thumbnail(Image.fromarray(p)) for p in base_pictures])
+    found: dict[str, Any] = {"styles": styles, "steps": SHORT, "pictures": len(captions)}
+    for init in ("kaiming", "orthogonal"):
+        adapters = {}
+        with tempfile.TemporaryDirectory() as temporary:
+            for k, style in enumerate(styles):
+                words = {
+                    "steps": SHORT,
+                    "init": init,
+                    "basis_index": k,
+                    "images": str(ASSETS / "styles" / style / "train"),
+                }
+                words["output"] = f"{temporary}/{style}"
+                run = train_sd(build(TrainSDConfig, read_yaml("emoji64_style"), words))
+                adapters[style] = load_adapter(run.adapter)
+            (pair,) = overlap(adapters)
+            base = open_base("emoji-64")
+            entry: dict[str, Any] = {what: pair.mean(what) for what in ("inputs", "outputs", "shared", "cosine")}
+            tries = (("first alone", styles[:1], 1.0), ("second alone", styles[1:], 1.0), ("sum", styles, 0.5))
+            for name, names, scale in tries:
+                mix = attach(base.pipe, {s: adapters[s] for s in names}, scales=dict.fromkeys(names, scale))
+                drawn = draw(base, captions, 64, SamplingConfig(20, base.suggested["guidance_scale"], 0, 20))
+                mix.detach()
+                seen = shares(predict(classifier, to_tensor(np.stack([np.asarray(p) for p in drawn]))))
+                kept = nearest(np.stack([thumbnail(p) for p in drawn]), base_features, base_captions, captions)
+                entry[name] = {
+                    "learned": sum(seen[s] for s in names),
+                    "least_seen": min(seen[s] for s in names),
+                    "base_concept_top5": float(kept.any(1).mean()),
+                }
+        found[init] = entry
+        print(init, entry, flush=True)
+    return found
+
+
 @torch.no_grad()
 def measure_interference() -> dict[str, Any]:
     """What both adapters do together beyond what each does alone, block by block, against the prediction."""
@@ -224,22 +269,10 @@ PARTS: dict[str, Callable[[], dict[str, Any]]] = {
     "speed-bf16": lambda: measure_speed(torch.bfloat16),
     "scales": measure_scales,
     "quality": measure_quality,
+    "orthogonal": measure_orthogonal,
     "interference": measure_interference,
 }
 
 
-def main() -> None:
-    """Measures, prints, records."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", help=", ".join(PARTS))
-    args = parser.parse_args()
-    known = results("mixing")
-    for name in args.parts or PARTS:
-        known[name] = PARTS[name]()
-        print(name, known[name], flush=True)
-        record("mixing", {k: v for k, v in known.items() if k in PARTS})
-        gc.collect()
-
-
 if __name__ == "__main__":
-    main()
+    run_parts("mixing", PARTS, __doc__)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
+import gc
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -44,6 +46,18 @@ def record(name: str, results: Mapping[str, Any]) -> Path:
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps({**results, "machine": machine()}, indent=1) + "\n")
     return path
+
+
+def run_parts(name: str, parts: Mapping[str, Callable[[], dict[str, Any]]], about: str | None) -> None:
+    """Measures the parts that the command line names, or all; prints and records each as it is done."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", help=", ".join(parts))
+    known = results(name)
+    for part in parser.parse_args().parts or parts:
+        known[part] = parts[part]()
+        print(part, known[part], flush=True)
+        print("recorded:", record(name, {k: v for k, v in known.items() if k in parts}))
+        gc.collect()
 
 
 def results(name: str) -> dict[str, Any]:

@@ -230,9 +230,9 @@ def mixed(pipe: Any, recipe: Recipe, adapters: dict[str, Adapter], allow_partial
         return None
     found: Mix = attach(
         pipe,
-        {use.name.replace(".", "_"): adapters[use.path] for use in recipe.loras},
+        {use.name: adapters[use.path] for use in recipe.loras},
         allow_partial=allow_partial,
-        scales={use.name.replace(".", "_"): Scale(use.scale, dict(use.blocks)) for use in recipe.loras},
+        scales={use.name: Scale(use.scale, dict(use.blocks)) for use in recipe.loras},
         compose=recipe.compose,
         **recipe.compose_options,
     )

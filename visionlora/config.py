@@ -289,6 +289,26 @@ def pairs_of(text: str, word: str) -> dict[str, float]:
     return found
 
 
+def parse_region(word: str) -> tuple[str, list[float] | str]:
+    """`name=left,top,right,bottom` (each 0 to 1) or `name=mask.png`.
+
+    Raises:
+        ConfigError: when it is neither.
+
+    >>> parse_region("dog=0,0,0.5,1"), parse_region("cat=masks/cat.png")
+    (('dog', [0.0, 0.0, 0.5, 1.0]), ('cat', 'masks/cat.png'))
+    """
+    name, equals, value = word.partition("=")
+    if not equals or not name.strip() or not value.strip():
+        raise ConfigError(
+            f"A region is written adapter=left,top,right,bottom or adapter=mask.png; this one is {word!r}."
+        )
+    try:
+        return name.strip(), [float(v) for v in value.split(",")]
+    except ValueError:
+        return name.strip(), value.strip()
+
+
 def parse_composition(word: str) -> tuple[str, dict[str, float | int]]:
     """`name[:option=number,…]`.
 

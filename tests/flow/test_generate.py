@@ -47,6 +47,16 @@ CASES = {
     ),
     "switch": ("--lora", "{loras}/dog.safetensors", "--lora", "{loras}/ink.safetensors", "--compose", "switch:tau=1"),
     "composite": ("--lora", "{loras}/dog.safetensors", "--lora", "{loras}/ink.safetensors", "--compose", "composite"),
+    "regions": (
+        "--lora",
+        "{loras}/dog.safetensors",
+        "--lora",
+        "{loras}/ink.safetensors",
+        "--region",
+        "dog=0,0,0.5,1",
+        "--region",
+        "ink={loras}/start.png",
+    ),
     "ancestral": ("--scheduler", "euler-a", "--negative-prompt", "a 'quoted' \"cat\"", "--guidance-scale", 3.5),
     "from a picture": ("--init-image", "{loras}/start.png", "--strength", 0.5, "--lora", "{loras}/dog.safetensors"),
 }
@@ -145,6 +155,14 @@ REFUSALS = {
     "size": (("--prompt", "a", "--width", 33), "A resolution of 33 px does not fit"),
     "compose": (("--prompt", "a", "--lora", "{loras}/dog.safetensors", "--compose", "swich"), "Did you mean 'switch'?"),
     "block": (("--prompt", "a", "--lora", "{loras}/dog.safetensors:1@dwn=1"), "No adapted layer is in block 'dwn'."),
+    "region": (
+        ("--prompt", "a", "--lora", "{loras}/dog.safetensors", "--region", "dg=0,0,1,1"),
+        "There is a region for 'dg', which is not attached. Did you mean 'dog'?",
+    ),
+    "region and switch": (
+        ("--prompt", "a", "--region", "dog=0,0,1,1", "--compose", "switch"), "--region and --compose switch do not go together",
+    ),
+    "no region": (("--prompt", "a", "--region", "dog"), "A region is written adapter=left,top,right,bottom"),
     "start": (("--prompt", "a", "--init-image", "{loras}/none.png"), "The picture to start from cannot be read"),
     "number": (("--prompt", "a", "--num-images", 0), "num_images is 0; it must be at least 1."),
     "prompts": (("--prompts", "{loras}/none.txt"), "The prompts cannot be read from"),

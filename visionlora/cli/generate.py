@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 
 from visionlora.cli.console import ConsoleListener
 from visionlora.cli.words import parse_lora_use
-from visionlora.config import parse_composition
+from visionlora.config import parse_composition, parse_region
 from visionlora.errors import ConfigError
 
 Prompt = Annotated[
@@ -36,6 +36,10 @@ Width = Annotated[Optional[int], typer.Option(help="In px.")]  # noqa: UP045
 Compose = Annotated[
     str, typer.Option(help="sum, balanced, orthogonal, switch[:tau=5], composite, k-lora, knots or iso-c.")
 ]
+Region = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option(help="Where an adapter draws: name=left,top,right,bottom (0 to 1) or name=mask.png; repeat for each."),
+]
 InitImage = Annotated[Optional[Path], typer.Option(help="A picture to start from.")]  # noqa: UP045
 Strength = Annotated[float, typer.Option(help="How far from that picture, above 0 to 1.")]
 Force = Annotated[bool, typer.Option("--force", help="Accept a fine-tune of the adapter's base.")]
@@ -59,6 +63,7 @@ def command(
     width: Width = None,
     height: Width = None,
     compose: Compose = "sum",
+    region: Region = None,
     init_image: InitImage = None,
     strength: Strength = 0.6,
     output: Annotated[
@@ -69,7 +74,7 @@ def command(
 ) -> None:
     """Draw pictures: `visionlora generate --prompt "a dog face" --lora runs/dog:0.8`."""
     wanted = [*(prompt or []), *lines_of(prompts)]
-    name, options = parse_composition(compose)
+    name, options = composed(compose, region)
     uses = [parse_lora_use(word) for word in lora or []]
     with ConsoleListener() as listener:
         from visionlora.pipelines.generate import GenerateConfig, generate
@@ -81,6 +86,22 @@ def command(
         drawn = generate(config, listener.say, lambda done, total: listener.progress("Drawing", done, total))
     for i, picture in enumerate(drawn, 1):
         typer.echo(f"{i}. {picture.path}" + ("" if picture.new else "  (was there already)"))
+
+
+def composed(compose: str, region: list[str] | None) -> tuple[str, dict[str, Any]]:
+    """The composition and its options; regions make it `regional`.
+
+    Raises:
+        ConfigError: when regions are given beside another composition.
+    """
+    name, options = parse_composition(compose)
+    if not region:
+        return name, dict(options)
+    if name not in ("sum", "regional"):
+        raise ConfigError(
+            f"--region and --compose {name} do not go together: with regions each adapter draws its own part."
+        )
+    return "regional", {**options, "regions": dict(parse_region(word) for word in region)}
 
 
 def lines_of(file: Path | None) -> list[str]:

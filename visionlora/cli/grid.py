@@ -19,14 +19,15 @@ from visionlora.cli.generate import (
     Model,
     Negative,
     Prompt,
+    Region,
     Scheduler,
     Seed,
     Steps,
     Strength,
     Width,
+    composed,
 )
 from visionlora.cli.words import parse_lora_use
-from visionlora.config import parse_composition
 
 AXIS = "name=value,value… such as seed=1..4, lora:dog.scale=0,0.5,1, prompt=a dog|a cat, compose=sum,switch"
 
@@ -50,6 +51,7 @@ def command(
     width: Width = None,
     height: Width = None,
     compose: Compose = "sum",
+    region: Region = None,
     init_image: InitImage = None,
     strength: Strength = 0.6,
     output: Annotated[Path, typer.Option(help="Folder; pictures there already are taken as they are.")] = Path("grid"),
@@ -57,7 +59,7 @@ def command(
     allow_partial: AllowPartial = False,
 ) -> None:
     """Compare settings: `visionlora grid --lora dog:1 --x lora:dog.scale=0,0.5,1 --y "prompt=a dog|a cat"`."""
-    name, options = parse_composition(compose)
+    name, options = composed(compose, region)
     uses = [parse_lora_use(word) for word in lora or []]
     with ConsoleListener() as listener:
         from visionlora.pipelines.generate import GenerateConfig

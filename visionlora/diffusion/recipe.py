@@ -125,8 +125,13 @@ class Recipe:
             words += ["--lora", use.word()]
         if self.negative_prompt:
             words += ["--negative-prompt", self.negative_prompt]
+        for name, region in self.compose_options.get("regions", {}).items():
+            words += [
+                "--region",
+                f"{name}=" + (region if isinstance(region, str) else ",".join(f"{v:g}" for v in region)),
+            ]
         if self.compose != "sum":
-            options = ",".join(f"{k}={v}" for k, v in self.compose_options.items())
+            options = ",".join(f"{k}={v}" for k, v in self.compose_options.items() if k != "regions")
             words += ["--compose", self.compose + (f":{options}" if options else "")]
         if self.init_image:
             words += ["--init-image", self.init_image, "--strength", f"{self.strength:g}"]
