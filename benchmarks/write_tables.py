@@ -155,13 +155,13 @@ def mixing_text() -> str:
     for init in ("kaiming", "orthogonal"):
         e, both = inits[init], inits[init]["sum"]
         shown[init] = (
-            f"inputs in common {e['inputs']:.2f}, cosine {e['cosine']:.2f}, sum seen as one of the styles {both['learned']:.0%}, as "
-            f"the less seen {both['least_seen']:.0%}, concept kept {both['base_concept_top5']:.0%}"
+            f"inputs in common {e['inputs']:.2f}, cosine {e['cosine']:.2f}, sum seen as one of the styles {both['learned']:.0%}, "
+            f"as the less seen {both['least_seen']:.0%}, concept kept {both['base_concept_top5']:.0%}"
         )
     lines.append(
         f"\nTrained apart for {inits['steps']} steps ({' and '.join(inits['styles'])}): {shown['kaiming']}; with "
-        f"`init: orthogonal` on different parts of the basis: {shown['orthogonal']}. The inputs hardly meet then, and the styles "
-        "mix no better."
+        f"`init: orthogonal` on different parts of the basis: {shown['orthogonal']}. The inputs hardly meet then, and the "
+        "styles mix no better."
     )
     correlation = {what: points[f"rank_correlation_{what}"] for what in ("shared", "interference", "strength")}
     lines.append(
