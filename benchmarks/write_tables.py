@@ -155,8 +155,8 @@ def mixing_text() -> str:
     for init in ("kaiming", "orthogonal"):
         e, both = inits[init], inits[init]["sum"]
         shown[init] = (
-            f"inputs in common {e['inputs']:.2f}, cosine {e['cosine']:.2f}, sum seen as one of the styles {both['learned']:.0%}, "
-            f"as the less seen {both['least_seen']:.0%}, concept kept {both['base_concept_top5']:.0%}"
+            f"inputs in common {e['inputs']:.2f}, cosine {e['cosine']:.2f}, sum seen as a style of the two "
+            f"{both['learned']:.0%}, as the less seen {both['least_seen']:.0%}, concept kept {both['base_concept_top5']:.0%}"
         )
     lines.append(
         f"\nTrained apart for {inits['steps']} steps ({' and '.join(inits['styles'])}): {shown['kaiming']}; with "
