@@ -18,7 +18,6 @@ from torch import Tensor
 
 from visionlora.errors import AdapterFileError
 
-PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 WIDTHS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 LARGEST_HEADER = 100_000_000
 """Bytes; what the safetensors library allows."""
@@ -68,12 +67,14 @@ def open_file(path: Path) -> Contents:
     """
     if not path.is_file():
         raise missing(path)
-    if is_pickle(path):
-        return Contents(path, dict(pickled(path)), {})
     try:
+        if is_pickle(path):
+            return Contents(path, dict(pickled(path)), {})
         with safe_open(str(path), framework="pt") as file:
             metadata = {str(k): str(v) for k, v in dict(file.metadata() or {}).items()}
             return Contents(path, {name: file.get_tensor(name) for name in file.keys()}, metadata)  # noqa: SIM118
+    except AdapterFileError:
+        raise
     except Exception as e:  # safetensors raises its own, undocumented kinds on broken bytes
         raise AdapterFileError(f"{path} is not a whole safetensors file ({e}). Copy or download it again.") from None
 

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from visionlora.errors import AdapterFileError
 from visionlora.formats.header import (
-    PIPELINE_PARTS,
     as_json,
     diffusers_metadata,
     hashed,
@@ -23,12 +22,12 @@ from visionlora.formats.header import (
     peft_magnitude,
     write_file,
 )
-from visionlora.formats.whole import whole_layers
+from visionlora.formats.whole import pipeline_layers
 from visionlora.lora.adapter import Adapter, AdapterModule
 
 
 def write(adapter: Adapter, path: Path) -> None:
-    """Writes atomically, with the scales in the header; into a folder under diffusers' own file name.
+    """Writes atomically, with the scales in the header.
 
     Raises:
         AdapterFileError: when the format cannot hold the adapter, or the path cannot be written.
@@ -63,15 +62,7 @@ def plain(adapter: Adapter) -> Adapter:
     Raises:
         AdapterFileError: when diffusers has no way to hold it.
     """
-    modules: dict[str, AdapterModule] = {}
-    for component in adapter.components:
-        if component not in PIPELINE_PARTS:
-            raise AdapterFileError(
-                f"diffusers loads adapters for {', '.join(PIPELINE_PARTS)}; this one is for {component!r}. Formats "
-                "visionlora and peft keep it."
-            )
-        whole = whole_layers(adapter.component(component), "diffusers")
-        modules |= {f"{component}.{name}": m for name, m in whole.items()}
+    modules = {f"{component}.{path}": m for component, path, m in pipeline_layers(adapter, "diffusers")}
     for name, m in modules.items():
         if m.kind not in ("lora", "dora") or m.options:
             what = "a DoRA by columns, or of another product" if m.kind == "dora" else f"a module of kind {m.kind}"

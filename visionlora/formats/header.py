@@ -23,8 +23,8 @@ HASHES = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
 """True of one file only, so they are never carried over to another."""
 PIPELINE_PARTS = ("unet", "text_encoder", "text_encoder_2")
 """Components that diffusers reads."""
-NETWORKS = {"loha": "lycoris.kohya", "lokr": "lycoris.kohya", "diff": "lycoris.kohya", "oft": "lycoris.kohya"}
-NETWORK_MODULE = "networks.lora"
+LYCORIS_KINDS = ("loha", "lokr", "diff", "oft")
+"""Kinds that LyCORIS' network module loads, and kohya's own does not."""
 
 
 def most_common(values: Any) -> Any:
@@ -61,11 +61,10 @@ def network_metadata(adapter: Adapter) -> dict[str, str]:
     if not set(adapter.components) & set(PIPELINE_PARTS):
         return carried(adapter)
     ranked = [m for m in adapter.modules.values() if m.rank]
+    lycoris = any(m.product in LYCORIS_KINDS for m in adapter.modules.values())
     family = family_of(flat_shapes(adapter))
     found = {
-        "ss_network_module": next(
-            (NETWORKS[m.kind] for m in adapter.modules.values() if m.kind in NETWORKS), NETWORK_MODULE
-        ),
+        "ss_network_module": "lycoris.kohya" if lycoris else "networks.lora",
         "ss_network_dim": str(most_common(m.rank for m in ranked)) if ranked else "Dynamic",
         "ss_network_alpha": str(plain_number(most_common(m.alpha for m in ranked))) if ranked else "Dynamic",
         "modelspec.sai_model_spec": "1.0.1",

@@ -16,12 +16,12 @@ import torch
 
 from visionlora.errors import AdapterFileError
 from visionlora.formats import peft
-from visionlora.formats.container import Header, file_hashes, is_pickle, open_file, read_header
+from visionlora.formats.container import Header, file_hashes, is_pickle, read_header
 from visionlora.formats.families import family_of
-from visionlora.formats.names import locate
+from visionlora.formats.names import locate_all
 from visionlora.formats.parts import split_key
 from visionlora.formats.read import FOLDER_FILES, format_of, read
-from visionlora.lora.adapter import PRODUCT_KINDS, Adapter, AdapterModule
+from visionlora.lora.adapter import PRODUCT_KINDS, Adapter, AdapterModule, base_weights
 from visionlora.lora.functional import wide
 from visionlora.lora.inject import fit, no_garbage_collection
 
@@ -157,7 +157,7 @@ def summary_of(path: Path, size: int, header: Header, problem: str = "", paramet
         split = split_key(key.removeprefix(peft.PREFIX))
         if split is not None and split[1] != "weight":
             slots.setdefault(split[0], {})[split[1]] = entry.shape
-    places = {layer: locate(layer) for layer in slots}
+    places = locate_all(slots)
     ranks = Counter(own[n][0] for own in slots.values() for n in ROW_RANKS if own.get(n))
     kinds = Counter(next((KIND_OF_SLOT[s] for s in own if s in KIND_OF_SLOT), "lora") for own in slots.values())
     shapes = {f"{c}.{p}": slots[layer] for layer, (c, p) in places.items()}
@@ -280,10 +280,10 @@ def inspect_file(path: Path, base: torch.nn.Module | None = None) -> Inspection:
     adapter = read(path, allow_partial=True)
     misfits = {} if base is None else misfits_of(adapter, base)
     file = weights_file(path)
-    contents = open_file(file)
-    header = Header({}, contents.metadata) if is_pickle(file) else read_header(file)
+    header = Header({}, {}) if is_pickle(file) else read_header(file)
     summary = summary_of(path, file.stat().st_size, header)
-    modules = tuple(module_info(n, m, None if n in misfits else base) for n, m in adapter.modules.items())
+    weights = {} if base is None else base_weights(base, [n for n in adapter.modules if n not in misfits])
+    modules = tuple(module_info(n, m, weights.get(n)) for n, m in adapter.modules.items())
     squares: dict[str, float] = {}
     for m in modules:
         if m.norm is not None:
@@ -299,7 +299,7 @@ def inspect_file(path: Path, base: torch.nn.Module | None = None) -> Inspection:
         misfits,
         tuple(health(adapter, modules, misfits)),
         file_hashes(file),
-        {k: v for k, v in contents.metadata.items() if k not in hidden},
+        {k: v for k, v in adapter.metadata.items() if k not in hidden},
     )
 
 
@@ -316,13 +316,10 @@ def misfits_of(adapter: Adapter, base: torch.nn.Module) -> dict[str, str]:
     return found
 
 
-def module_info(name: str, module: AdapterModule, base: torch.nn.Module | None) -> ModuleInfo:
-    """What is known of one layer's adapter."""
-    from visionlora.lora.adapter import base_weight
-
+def module_info(name: str, module: AdapterModule, weight: torch.Tensor | None) -> ModuleInfo:
+    """What is known of one layer's adapter; with the base weight, also how much of it is changed."""
     norm, share = norm_of(module), None
-    if base is not None:
-        weight = base_weight(base, name)
+    if weight is not None:
         if norm is None:
             norm = float(module.delta_weight(weight).double().norm())
         share = norm / max(1e-12, float(weight.double().norm()))

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from visionlora.errors import AdapterFileError
 from visionlora.formats.families import family_of, flat_shapes
-from visionlora.formats.header import PIPELINE_PARTS, hashed, network_metadata, write_file
+from visionlora.formats.header import hashed, network_metadata, write_file
 from visionlora.formats.names import flattened, to_sgm, with_text_model
-from visionlora.formats.whole import whole_layers
+from visionlora.formats.whole import pipeline_layers
 from visionlora.lora.adapter import PRODUCT_KINDS, Adapter, AdapterModule
 
 PLAIN = {"lora_A": "lora_down.weight", "lora_B": "lora_up.weight"}
@@ -38,15 +38,8 @@ def to_bytes(adapter: Adapter) -> bytes:
     family = family_of(flat_shapes(adapter))
     xl = family is not None and family.name == "sdxl"
     tensors: dict[str, Tensor] = {}
-    for component in adapter.components:
-        if component not in PIPELINE_PARTS:
-            raise AdapterFileError(
-                f"A kohya file holds UNets and text encoders of Stable Diffusion; this adapter is for {component!r}. "
-                "Formats visionlora and peft keep it."
-            )
-        for name, module in whole_layers(adapter.component(component), "kohya").items():
-            for key, tensor in keyed(component, name, module, xl).items():
-                tensors[key] = tensor
+    for component, path, module in pipeline_layers(adapter, "kohya"):
+        tensors |= keyed(component, path, module, xl)
     for token, parts in adapter.embeddings.items():
         for component, vectors in parts.items():
             what = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}[component] if xl else "string_to_param.*"

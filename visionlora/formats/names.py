@@ -8,6 +8,7 @@ tells what it means (`visionlora.lora.names`).
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from functools import lru_cache
 
 FLAT_PREFIXES = {
@@ -19,8 +20,9 @@ FLAT_PREFIXES = {
 }
 """kohya's and LyCORIS' prefixes; what follows `lycoris_` may be any model's."""
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
-DOTTED_PREFIXES = ("base_model.model.", "transformer.", "diffusion_model.")
-UNET_STARTS = ("down_blocks", "up_blocks", "mid_block", "conv_in", "conv_out", "time_embedding", "add_embedding")
+PEFT_PREFIX = "base_model.model."
+UNET_BLOCKS = ("down_blocks.", "up_blocks.", "mid_block.")
+"""What tells that names without a component are a UNet's; `conv_in` and the like may be anybody's."""
 PROCESSOR = re.compile(r"^(?P<layer>.+?)(?:\.processor)?\.to_(?P<which>q|k|v|out)$")
 
 # ---------------------------------------------------------------------------------------------------------- flat names
@@ -97,8 +99,8 @@ DIFFUSERS_RESNET = {v: k for k, v in SGM_RESNET.items()}
 DIFFUSERS_ALONE = {v: k for k, v in SGM_ALONE.items()}
 SGM_BLOCK = re.compile(r"(input_blocks|output_blocks)_(\d+)_(\d+)_(.+)")
 SGM_MIDDLE = re.compile(r"middle_block_(\d)_(.+)")
-LAYERS_PER_BLOCK = {"input_blocks": 3, "output_blocks": 3}
-"""Two residual layers and a downsampler going in, three layers going out: so in every Stable Diffusion."""
+LAYERS = 3
+"""Of a block: two residual layers and a downsampler going in, three layers going out: so in every Stable Diffusion."""
 
 
 def from_sgm(flat: str) -> str:
@@ -117,7 +119,7 @@ def from_sgm(flat: str) -> str:
     if not (match := SGM_BLOCK.fullmatch(flat)):
         return flat
     side, number, place, rest = match[1], int(match[2]), int(match[3]), match[4]
-    block, layer = divmod(number - (side == "input_blocks"), LAYERS_PER_BLOCK[side])
+    block, layer = divmod(number - (side == "input_blocks"), LAYERS)
     start = f"{'down' if side == 'input_blocks' else 'up'}_blocks_{block}_"
     if rest == "op":
         return start + "downsamplers_0_conv"
@@ -148,19 +150,20 @@ def to_sgm(flat: str, attends: frozenset[int] = frozenset({0, 1})) -> str:
         return flat
     side, block, what, layer, rest = match[1], int(match[2]), match[3], int(match[4]), match[5]
     if what == "downsamplers":
-        return f"input_blocks_{3 * block + 3}_0_op"
+        return f"input_blocks_{LAYERS * block + LAYERS}_0_op"
     if what == "upsamplers":
-        return f"output_blocks_{3 * block + 2}_{2 if block in attends else 1}_conv"
-    start = f"input_blocks_{3 * block + 1 + layer}" if side == "down" else f"output_blocks_{3 * block + layer}"
+        return f"output_blocks_{LAYERS * block + 2}_{2 if block in attends else 1}_conv"
+    start = (
+        f"input_blocks_{LAYERS * block + 1 + layer}" if side == "down" else f"output_blocks_{LAYERS * block + layer}"
+    )
     return f"{start}_1_{rest}" if what == "attentions" else f"{start}_0_{DIFFUSERS_RESNET.get(rest, rest)}"
 
 
 # ----------------------------------------------------------------------------------------------------------- location
 
 
-@lru_cache(maxsize=1 << 15)
 def locate(layer: str) -> tuple[str, str]:
-    """(component, path) of a layer's name in a file, in the spelling used in memory.
+    """(component, path) of the only layer of a file; see `locate_all`.
 
     >>> locate("lora_te1_encoder_layers_0_mlp_fc1")
     ('text_encoder', 'text_model.encoder.layers.0.mlp.fc1')
@@ -169,31 +172,39 @@ def locate(layer: str) -> tuple[str, str]:
     >>> locate("blocks.0.attn.qkv")
     ('model', 'blocks.0.attn.qkv')
     """
+    return locate_all([layer])[layer]
+
+
+def locate_all(layers: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """{layer: (component, path)} of a file's names, in the spelling used in memory.
+
+    Names that say no component belong to one model: a UNet when any of them is in a UNet's blocks, a text encoder when all
+    are CLIP's, or else `model`.
+    """
+    found = {layer: spelled(layer) for layer in layers}
+    bare = [path for component, path in found.values() if not component]
+    rest = "model"
+    if any(path.startswith(UNET_BLOCKS) for path in bare):
+        rest = "unet"
+    elif bare and all(path.startswith("text_model.encoder.") for path in bare):
+        rest = "text_encoder"
+    return {layer: (component or rest, path) for layer, (component, path) in found.items()}
+
+
+@lru_cache(maxsize=1 << 15)
+def spelled(layer: str) -> tuple[str, str]:
+    """(component, path) of a name, the component empty where the name says none."""
     for prefix, component in FLAT_PREFIXES.items():
         if "." not in layer and layer.startswith(prefix):
             body = from_sgm(layer.removeprefix(prefix))
-            path = dotted(body) or body
-            if not component:
-                component = "unet" if path.startswith(UNET_STARTS) and "." in path else "model"
-            return component, with_text_model(component, path)
-    component, path = split_component(layer)
+            return component, with_text_model(component, dotted(body) or body)
+    first, _, rest = layer.removeprefix(PEFT_PREFIX).partition(".")
+    component, path = (first, rest) if first in COMPONENTS and rest else ("", layer.removeprefix(PEFT_PREFIX))
     if match := PROCESSOR.match(path):  # the oldest spelling has the factors on the attention's processor
         clip = "self_attn" in match["layer"]
         last = {"out": "out_proj" if clip else "to_out.0"}.get(match["which"], match["which"] + "_proj" if clip else "")
         path = f"{match['layer']}.{last or 'to_' + match['which']}"
     return component, with_text_model(component, path)
-
-
-def split_component(layer: str) -> tuple[str, str]:
-    """(component, path) of a dotted name; without a component it is told by how the path starts."""
-    for prefix in DOTTED_PREFIXES:
-        layer = layer.removeprefix(prefix)
-    first, _, rest = layer.partition(".")
-    if first in COMPONENTS and rest:
-        return first, rest
-    if layer.startswith(UNET_STARTS):
-        return "unet", layer
-    return ("text_encoder", layer) if layer.startswith("text_model.encoder.") else ("model", layer)
 
 
 def with_text_model(component: str, path: str) -> str:

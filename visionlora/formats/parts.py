@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from visionlora.errors import AdapterFileError
-from visionlora.formats.names import locate
+from visionlora.formats.names import locate_all
 from visionlora.lora.adapter import AdapterModule
 from visionlora.lora.products import tucker
 
@@ -108,11 +108,12 @@ def take_modules(
             slots[split[0]][split[1]] = tensor
             keys.setdefault(split[0], []).append(key)
     modules: dict[str, AdapterModule] = {}
+    places = locate_all(slots)
     for layer, own in slots.items():
         if set(own) <= {"weight", "alpha", "magnitude"}:  # no adapter's alone
             unused += keys[layer]
             continue
-        component, name = locate(layer)
+        component, name = places[layer]
         alpha = partial(alpha_of, component, name)
         for suffix, module in one_layer(path, layer, own, alpha).items():
             full = f"{component}.{name}{suffix}"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 
 from visionlora.errors import AdapterFileError
-from visionlora.lora.adapter import AdapterModule
+from visionlora.formats.header import PIPELINE_PARTS
+from visionlora.lora.adapter import Adapter, AdapterModule
 from visionlora.lora.families import fused_names, lookup
 
 
@@ -49,3 +50,19 @@ def whole_layers(modules: Mapping[str, AdapterModule], format: str) -> dict[str,
         down = torch.cat([m.lora_factors()[0] for m in own.values()])
         whole[layer] = AdapterModule.lora(down, up, float(len(down)))
     return whole
+
+
+def pipeline_layers(adapter: Adapter, format: str) -> Iterator[tuple[str, str, AdapterModule]]:
+    """(component, path, module) of every whole layer, for formats that hold parts of Stable Diffusion alone.
+
+    Raises:
+        AdapterFileError: for another part, or see `whole_layers`.
+    """
+    for component in adapter.components:
+        if component not in PIPELINE_PARTS:
+            raise AdapterFileError(
+                f"{format} holds adapters for {', '.join(PIPELINE_PARTS)}; this one is for {component!r}. Formats visionlora "
+                "and peft keep it."
+            )
+        for path, module in whole_layers(adapter.component(component), format).items():
+            yield component, path, module

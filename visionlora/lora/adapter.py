@@ -206,9 +206,8 @@ class Adapter:
         Args:
             base: the base model, with components as children; see `AdapterModule.delta_weight` for who needs it.
         """
-        return {
-            name: m.delta_weight(None if base is None else base_weight(base, name)) for name, m in self.modules.items()
-        }
+        weights = {} if base is None else base_weights(base, list(self.modules))
+        return {name: m.delta_weight(weights.get(name)) for name, m in self.modules.items()}
 
     def component(self, prefix: str) -> dict[str, AdapterModule]:
         """The modules of one component (`unet`, `text_encoder`), without its prefix; all when it is empty."""
@@ -221,18 +220,25 @@ class Adapter:
         return sorted({name.split(".", 1)[0] for name in self.modules})
 
 
-def base_weight(base: nn.Module, name: str) -> Tensor:
-    """The base weight that a module of an adapter changes, by its name in the file or without the component."""
+def base_weights(base: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
+    """The base weights that modules of an adapter change, by their names in the file, with the component or without.
+
+    Raises:
+        TargetError: when the base has none of a name.
+    """
     from visionlora.lora.targets import site_at
 
     parameters = dict(base.named_parameters())
-    known = [n for n, _ in base.named_modules()] + list(parameters)
-    candidates = (name, name.partition(".")[2])
-    for path in (*candidates, *resolve_names(candidates, known).values()):
-        if path in parameters:
-            return parameters[path]
+    known = {n for n, _ in base.named_modules()} | parameters.keys()
+    short = {name: name.partition(".")[2] for name in names}
+    paths = resolve_names([*names, *short.values()], known)
+    found = {}
+    for name in names:
+        path = paths.get(name) or paths.get(short[name])
+        # Parts of fused layers are no modules of their own: the last word is theirs.
+        path = path or next((p for p in (name, short[name]) if p.rpartition(".")[0] in known), name)
         try:
-            return site_at(base, path).weight
+            found[name] = parameters[path] if path in parameters else site_at(base, path).weight
         except TargetError:
-            continue
-    raise TargetError(f"The adapter changes {name}, which {type(base).__name__} has not.")
+            raise TargetError(f"The adapter changes {name}, which {type(base).__name__} has not.") from None
+    return found

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 import visionlora as vl
 from visionlora.formats.names import flattened
@@ -158,3 +159,29 @@ def test_no_key_is_taken_for_another_by_a_piece_of_its_name(tmp_path: Path) -> N
     adapter = vl.load_adapter(tmp_path / "a.safetensors")
     assert list(adapter.modules) == ["model.blocks.alpha_lora_down"]
     assert resize_adapter(adapter, Size(rank=1)).adapter.modules["model.blocks.alpha_lora_down"].rank == 1
+
+
+@pytest.mark.parametrize(
+    "names", [("transformer.h.0.q", "transformer.h.0.k"), ("conv_in", "head"), ("diffusion_model.a", "b")]
+)
+def test_layers_of_ones_own_model_keep_their_names_and_stay_together(names: tuple[str, str], tmp_path: Path) -> None:
+    """A layer that is called as one of Stable Diffusion's does not make the model one."""
+    model = nn.Module()
+    for name in names:
+        parent = model
+        for part in name.split(".")[:-1]:
+            if not hasattr(parent, part):
+                parent.add_module(part, nn.Module())
+            parent = getattr(parent, part)
+        parent.add_module(name.rpartition(".")[2], nn.Linear(6, 8))
+    save_file(
+        {
+            f"base_model.model.{n}.lora_{k}.weight": torch.ones(*s)
+            for n in names
+            for k, s in (("A", (2, 6)), ("B", (8, 2)))
+        },
+        tmp_path / "a.safetensors",
+    )
+    adapter = vl.load_adapter(tmp_path / "a.safetensors")
+    assert set(adapter.modules) == {f"model.{n}" for n in names}
+    assert set(vl.attach(model, adapter).methods) == set(names)
