@@ -174,7 +174,7 @@ def measure_quality() -> dict[str, Any]:
                 [captions[k] for k in range(0, len(captions), len(captions) // 6)][:6], [n for n, _ in columns],
                 title=" + ".join(styles),
             )  # fmt: skip
-            sheet.save(Path(__file__).parent / "results" / f"mixing_{'_'.join(styles)}.png")
+            sheet.quantize(256).save(Path(__file__).parent / "results" / f"mixing_{'_'.join(styles)}.png")
     return found
 
 

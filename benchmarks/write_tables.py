@@ -132,7 +132,8 @@ def mixing_text() -> str:
     )
     scales, points = r["scales"], r["interference"]
     lines.append(
-        f"\nMerged adapters cost nothing per step. New scales for 8 merged ones: {scales['ours_s']:.2f} s; diffusers' "
+        "\nMerged adapters are in the weights, and the layers run as the base's own. "
+        f"New scales for 8 merged ones: {scales['ours_s']:.2f} s; diffusers' "
         f"set_adapters and fuse_lora {scales['diffusers_s']:.2f} s ({scales['ours_over_diffusers']:.2f} x). SD 1.5 UNet, 32x32 "
         "latents, rank 8."
     )

@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -150,10 +151,21 @@ def name_of(path: str) -> str:
 
 
 def hash_of(path: str) -> str:
-    """AutoV3 of an adapter."""
+    """AutoV3 of an adapter; a file is read again only when it has changed.
+
+    Raises:
+        AdapterFileError: when there is none.
+    """
     file = weights_file(Path(path).expanduser())
     if not file.is_file():
         raise AdapterFileError(f"There is no adapter file at {path}.")
+    state = file.stat()
+    return hash_in_state(file, state.st_size, state.st_mtime_ns)
+
+
+@lru_cache(maxsize=1024)
+def hash_in_state(file: Path, size: int, changed: int) -> str:
+    """The hash of a file that has this size and this time of change."""
     hashes = file_hashes(file)
     return hashes.get("AutoV3", hashes["sha256"])
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
@@ -13,6 +14,9 @@ from visionlora.cli.console import ConsoleListener
 from visionlora.cli.words import parse_lora_use
 from visionlora.config import parse_composition, parse_region
 from visionlora.errors import ConfigError
+
+if TYPE_CHECKING:
+    from visionlora.pipelines.generate import GenerateConfig
 
 Prompt = Annotated[
     Optional[list[str]],  # noqa: UP045
@@ -73,19 +77,31 @@ def command(
     allow_partial: AllowPartial = False,
 ) -> None:
     """Draw pictures: `visionlora generate --prompt "a dog face" --lora runs/dog:0.8`."""
+    options = dict(locals())
     wanted = [*(prompt or []), *lines_of(prompts)]
-    name, options = composed(compose, region)
-    uses = [parse_lora_use(word) for word in lora or []]
     with ConsoleListener() as listener:
-        from visionlora.pipelines.generate import GenerateConfig, generate
+        from visionlora.pipelines.generate import generate
 
-        config = GenerateConfig(
-            wanted, uses, lora_folder, model, negative_prompt, num_images, seed, steps, guidance_scale, scheduler, width,
-            height, name, tuple(options.items()), init_image, strength, output, force, allow_partial,
-        )  # fmt: skip
+        config = config_of(options, prompts=wanted, num_images=num_images)
         drawn = generate(config, listener.say, lambda done, total: listener.progress("Drawing", done, total))
     for i, picture in enumerate(drawn, 1):
         typer.echo(f"{i}. {picture.path}" + ("" if picture.new else "  (was there already)"))
+
+
+def config_of(options: Mapping[str, Any], **own: Any) -> GenerateConfig:
+    """The settings of a command that draws.
+
+    Args:
+        options: of the command by name, as typer gives them; those with the name of a setting are taken as they are.
+        own: settings that the command makes itself.
+    """
+    from visionlora.pipelines.generate import GenerateConfig
+
+    name, choices = composed(options["compose"], options["region"])
+    uses = [parse_lora_use(word) for word in options["lora"] or []]
+    made = {"loras": uses, "compose": name, "compose_options": tuple(choices.items()), **own}
+    names = {f.name for f in fields(GenerateConfig)}
+    return GenerateConfig(**{k: v for k, v in options.items() if k in names} | made)
 
 
 def composed(compose: str, region: list[str] | None) -> tuple[str, dict[str, Any]]:

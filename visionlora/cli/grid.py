@@ -25,9 +25,8 @@ from visionlora.cli.generate import (
     Steps,
     Strength,
     Width,
-    composed,
+    config_of,
 )
-from visionlora.cli.words import parse_lora_use
 
 AXIS = "name=value,value… such as seed=1..4, lora:dog.scale=0,0.5,1, prompt=a dog|a cat, compose=sum,switch"
 
@@ -59,17 +58,12 @@ def command(
     allow_partial: AllowPartial = False,
 ) -> None:
     """Compare settings: `visionlora grid --lora dog:1 --x lora:dog.scale=0,0.5,1 --y "prompt=a dog|a cat"`."""
-    name, options = composed(compose, region)
-    uses = [parse_lora_use(word) for word in lora or []]
+    options = dict(locals())
     with ConsoleListener() as listener:
-        from visionlora.pipelines.generate import GenerateConfig
         from visionlora.pipelines.grid import grid, parse_axis
 
         axes = [parse_axis(word) for word in (x, *([y] if y else []), *(axis or []))]
-        config = GenerateConfig(
-            prompt or [], uses, lora_folder, model, negative_prompt, 1, seed, steps, guidance_scale, scheduler, width, height,
-            name, tuple(options.items()), init_image, strength, output, force, allow_partial,
-        )  # fmt: skip
+        config = config_of(options, prompts=prompt or [])
         down = axes[1] if y else None
         others = axes[2 if y else 1 :]
         result = grid(config, axes[0], down, others, listener.say, lambda d, t: listener.progress("Drawing", d, t))

@@ -87,6 +87,8 @@ class Mix:
         self._hooks: list[Any] = []
         self._moment = (0, 1)
         self._rows = 0
+        self._evaluations: list[dict[str, float]] = []
+        """Factors of the adapters in each evaluation of the UNet, where the composition wants several."""
 
     # ------------------------------------------------------------------------------------------------------ members
 
@@ -241,6 +243,7 @@ class Mix:
             member = self.members.get(name)
             if member is not None:
                 member.factors = block_factors(member.scale, self.layers(name))
+        self._evaluations = self.composition.evaluations(list(self.handles))
         batched, stepped = self.needs_batch, self.needs_steps
         if self.mode == "merged" and (batched or stepped):
             what = "scales per picture" if batched else "scales or a composition that change from step to step"
@@ -271,9 +274,7 @@ class Mix:
     @property
     def needs_batch(self) -> bool:
         """Whether pictures or evaluations differ in their adapters."""
-        if self.composition.evaluations(list(self.handles)):
-            return True
-        return any(m.scale.images is not None for m in self.members.values())
+        return bool(self._evaluations) or any(m.scale.images is not None for m in self.members.values())
 
     @property
     def needs_steps(self) -> bool:
@@ -305,8 +306,7 @@ class Mix:
 
     def _set_rows(self, rows: int) -> None:
         """The scales of pictures and evaluations; rows of one evaluation, 0 where there is but one."""
-        names = list(self.handles)
-        evaluations = self.composition.evaluations(names) if rows else []
+        evaluations = self._evaluations if rows else []
         for name, pairs in self.handles.items():
             member = self.members.get(name)
             images = (
@@ -336,11 +336,10 @@ class Mix:
     def _hooked(self) -> Iterator[Any]:
         """Hooks on the UNet, where something depends on the step or on evaluations."""
         unet = self.parts.get("unet", self.parts.get(""))
-        evaluations = len(self.composition.evaluations(list(self.handles)))
-        if unet is None or not (self.needs_steps or evaluations):
+        if unet is None or not (self.needs_steps or self._evaluations):
             return
         yield unet.register_forward_pre_hook(self._before, with_kwargs=True)
-        if evaluations:
+        if self._evaluations:
             yield unet.register_forward_hook(self._after, with_kwargs=True)
 
     def _before(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
@@ -350,20 +349,19 @@ class Mix:
             moment = self.moment_of(timestep)
             if moment != self._moment:
                 self._set(*moment)
-        evaluations = len(self.composition.evaluations(list(self.handles)))
-        if not evaluations:
+        if not self._evaluations:
             return None
         rows = len(next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.dim() > 1))
         if rows != self._rows:
             self._rows = rows
             self._set_rows(rows)
-        return repeated(args, rows, evaluations), repeated(kwargs, rows, evaluations)
+        times = len(self._evaluations)
+        return repeated(args, rows, times), repeated(kwargs, rows, times)
 
     def _after(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Blends the evaluations."""
         sample = output[0]
-        evaluations = len(self.composition.evaluations(list(self.handles)))
-        blended = self.composition.blend(sample.view(evaluations, -1, *sample.shape[1:]))
+        blended = self.composition.blend(sample.view(len(self._evaluations), -1, *sample.shape[1:]))
         if isinstance(output, tuple):
             return (blended, *output[1:])
         output.sample = blended
