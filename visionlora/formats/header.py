@@ -42,7 +42,7 @@ def diffusers_metadata(adapter: Adapter) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for component in adapter.components:
         modules = adapter.component(component)
-        modules = {n: m for n, m in modules.items() if m.product == "lora"}
+        modules = {n: m for n, m in modules.items() if m.product == "lora" and not m.options}
         if component not in PIPELINE_PARTS or not modules:
             continue
         rank, alpha = most_common(m.rank for m in modules.values()), most_common(m.alpha for m in modules.values())

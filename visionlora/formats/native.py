@@ -50,8 +50,13 @@ USUAL = {
 """Tensors that the header need not list."""
 
 
-def key_of(name: str, tensor: str) -> str:
-    """A tensor's name in the file."""
+def key_of(name: str, tensor: str, options: Mapping[str, Any]) -> str:
+    """A tensor's name in the file.
+
+    Magnitudes of columns are not under the name that diffusers reads, which knows rows alone: it refuses the file then.
+    """
+    if tensor == "magnitude" and options.get("axis") == "in":
+        return name + ".column_magnitude"
     return name + TENSOR_KEYS.get(tensor, "." + tensor)
 
 
@@ -71,7 +76,7 @@ def to_bytes(adapter: Adapter, extra: Mapping[str, str]) -> bytes:
     for name, m in adapter.modules.items():
         for what, tensor in m.tensors.items():
             plain = what == "magnitude" and "lora_A" in m.tensors and not m.options
-            tensors[key_of(name, what)] = peft_magnitude(tensor, m) if plain else tensor
+            tensors[key_of(name, what, m.options)] = peft_magnitude(tensor, m) if plain else tensor
     for token, parts in adapter.embeddings.items():
         tensors |= {f"{EMBEDDING}{component}.{token}": vectors for component, vectors in parts.items()}
     header = {
@@ -186,7 +191,7 @@ def take_module(path: Path, name: str, entry: Listed, tensors: dict[str, Tensor]
             f"{path} has a module of kind {entry.kind!r} ({name!r}), which this visionlora does not know "
             f"({', '.join(MODULE_KINDS)}): update visionlora."
         )
-    own = {what: take_tensor(path, key_of(name, what), tensors) for what in entry.tensors}
+    own = {what: take_tensor(path, key_of(name, what, entry.options), tensors) for what in entry.tensors}
     if "magnitude" in own:
         own["magnitude"] = own["magnitude"].flatten()
     module = AdapterModule(entry.kind, own, entry.alpha, entry.options)

@@ -163,6 +163,7 @@ def write(adapter: Adapter, folder: Path, component: str = "") -> None:
             f"(convert --component {adapter.components[0]})."
         )
     modules = whole_layers(adapter.component(component or adapter.components[0]), "PEFT")
+    check_held(adapter, modules)
     kinds = {m.kind for m in modules.values()} - {"full"}
     if len(kinds) > 1 or not kinds <= {"lora", "dora", "ia3"}:
         raise AdapterFileError(
@@ -177,6 +178,24 @@ def write(adapter: Adapter, folder: Path, component: str = "") -> None:
         replace_file(folder / CONFIG, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
     except OSError as e:
         raise AdapterFileError(f"The folder {folder} cannot be written: {e.strerror or e}. Choose another.") from None
+
+
+def check_held(adapter: Adapter, modules: Mapping[str, AdapterModule]) -> None:
+    """Raises AdapterFileError for what PEFT would take for something else, or would lose."""
+    if adapter.embeddings:
+        raise AdapterFileError(
+            f"A PEFT folder cannot hold the vectors of {', '.join(adapter.embeddings)}. Formats visionlora and kohya keep them."
+        )
+    for name, m in modules.items():
+        if m.kind in ("lora", "dora") and m.options:
+            what = (
+                "a shared matrix of unknown width" if m.kind == "lora" else "a DoRA by columns, or of another product"
+            )
+        elif m.kind == "ia3" and (m.options.get("relative") or not m.options.get("bias", True)):
+            what = "an (IA)³ that leaves biases alone"
+        else:
+            continue
+        raise AdapterFileError(f"A PEFT folder cannot hold {name}: {what}. Formats visionlora and kohya keep it.")
 
 
 def described(modules: Mapping[str, AdapterModule], kinds: set[str]) -> dict[str, Any]:

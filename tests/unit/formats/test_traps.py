@@ -9,6 +9,7 @@ from torch import nn
 
 import visionlora as vl
 from visionlora.formats.names import flattened
+from visionlora.lora.adapter import AdapterModule
 from visionlora.lora.arithmetic import Size, merge_adapters, resize_adapter
 
 LAYERS = [f"down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_{n}" for n in "qkv"]
@@ -185,3 +186,26 @@ def test_layers_of_ones_own_model_keep_their_names_and_stay_together(names: tupl
     adapter = vl.load_adapter(tmp_path / "a.safetensors")
     assert set(adapter.modules) == {f"model.{n}" for n in names}
     assert set(vl.attach(model, adapter).methods) == set(names)
+
+
+def test_a_peft_folder_does_not_lose_tokens_in_silence(tmp_path: Path) -> None:
+    module = vl.Adapter({"unet.conv_in": AdapterModule.lora(torch.ones(1, 4), torch.ones(8, 1), 1.0)}).modules
+    adapter = vl.Adapter(module, {}, {"<dog>": {"text_encoder": torch.ones(1, 768)}})
+    with pytest.raises(
+        vl.VisionLoRAError, match=r"cannot hold the vectors of <dog>\. Formats visionlora and kohya keep them"
+    ):
+        vl.save_adapter(adapter, tmp_path / "a", "peft")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_diffusers_refuses_our_file_of_a_dora_by_columns(tmp_path: Path) -> None:
+    """It knows magnitudes of rows alone; on a square layer it would take one for the other."""
+    from diffusers import StableDiffusionPipeline
+
+    tensors = {"lora_A": torch.ones(1, 8), "lora_B": torch.ones(8, 1), "magnitude": torch.ones(8)}
+    adapter = vl.Adapter({f"unet.{LAYERS[0]}": AdapterModule("dora", tensors, 1.0, {"axis": "in"})})
+    vl.save_adapter(adapter, tmp_path / "a.safetensors")
+    (module,) = vl.load_adapter(tmp_path / "a.safetensors").modules.values()
+    assert module.options == {"axis": "in"} and torch.equal(module.tensors["magnitude"], torch.ones(8))
+    with pytest.raises(ValueError, match="Invalid LoRA checkpoint"):
+        StableDiffusionPipeline.load_lora_weights(StableDiffusionPipeline, tmp_path, weight_name="a.safetensors")
