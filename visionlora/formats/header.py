@@ -57,7 +57,10 @@ def diffusers_metadata(adapter: Adapter) -> dict[str, Any]:
 
 
 def network_metadata(adapter: Adapter) -> dict[str, str]:
-    """The least that A1111, Civitai and kohya's own tools look for; what the adapter carries already stays."""
+    """The least that A1111, Civitai and kohya's own tools look for.
+
+    What the adapter carries from another file stays, except its rank and alpha: it may have been resized since.
+    """
     if not set(adapter.components) & set(PIPELINE_PARTS):
         return carried(adapter)
     ranked = [m for m in adapter.modules.values() if m.rank]
@@ -65,8 +68,6 @@ def network_metadata(adapter: Adapter) -> dict[str, str]:
     family = family_of(flat_shapes(adapter))
     found = {
         "ss_network_module": "lycoris.kohya" if lycoris else "networks.lora",
-        "ss_network_dim": str(most_common(m.rank for m in ranked)) if ranked else "Dynamic",
-        "ss_network_alpha": str(plain_number(most_common(m.alpha for m in ranked))) if ranked else "Dynamic",
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.implementation": "diffusers",
     }
@@ -76,7 +77,11 @@ def network_metadata(adapter: Adapter) -> dict[str, str]:
         found["modelspec.architecture"] = family.architecture + "/lora"
     if trigger := adapter.info.get("trigger"):
         found["modelspec.trigger_phrase"] = str(trigger)
-    return found | carried(adapter)
+    size = {
+        "ss_network_dim": str(most_common(m.rank for m in ranked)) if ranked else "Dynamic",
+        "ss_network_alpha": str(plain_number(most_common(m.alpha for m in ranked))) if ranked else "Dynamic",
+    }
+    return found | carried(adapter) | size
 
 
 def carried(adapter: Adapter) -> dict[str, str]:

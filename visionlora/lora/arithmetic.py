@@ -118,6 +118,11 @@ def merge_adapters(
             modules[name], errors[name] = sized(lora_A, lora_B, within)
         if progress is not None:
             progress(done, len(names))
+    tokens = [token for a, _ in adapters for token in a.embeddings]
+    if twice := sorted({t for t in tokens if tokens.count(t) > 1}):
+        raise ConfigError(
+            f"Two of the adapters have vectors of their own for {', '.join(twice)}: a merged one can keep but one of each."
+        )
     embeddings = {token: parts for a, _ in adapters for token, parts in a.embeddings.items()}
     return Result(Adapter(modules, merged_info(adapters, method), embeddings), errors)
 

@@ -79,6 +79,18 @@ def test_what_other_tools_wrote_is_carried_over_and_stale_hashes_are_not(tmp_pat
     assert metadata["ss_network_module"] == "networks.lora" and metadata["ss_network_dim"] == "2"
 
 
+def test_a_resized_adapter_does_not_claim_its_old_rank(tmp_path: Path) -> None:
+    tensors = {
+        "lora_unet_conv_in.lora_down.weight": torch.randn(4, 6),
+        "lora_unet_conv_in.lora_up.weight": torch.randn(8, 4),
+    }
+    save_file(tensors, tmp_path / "a.safetensors", {"ss_network_dim": "4", "ss_network_alpha": "4.0", "ss_steps": "7"})
+    small = vl.resize_adapter(vl.load_adapter(tmp_path / "a.safetensors"), vl.Size(rank=2)).adapter
+    vl.save_adapter(small, tmp_path / "b.safetensors", "kohya")
+    metadata = read_header(tmp_path / "b.safetensors").metadata
+    assert (metadata["ss_network_dim"], metadata["ss_network_alpha"], metadata["ss_steps"]) == ("2", "2", "7")
+
+
 def test_a_cut_file_is_seen_from_its_header(tmp_path: Path) -> None:
     path = written(tmp_path)
     assert read_header(path).tensors["lora_unet_conv_in.lora_up.weight"].shape == (4, 2)

@@ -177,6 +177,10 @@ def test_extract_finds_the_adapter_that_was_merged() -> None:
 MESSAGES = {
     "nothing": (lambda: merge_adapters([]), "There is nothing to merge: give at least one adapter."),
     "method": (lambda: merge_adapters([(adapter(0), 1.0)], "tis"), "There is no combination 'tis'. Did you mean 'ties'?"),
+    "tokens": (
+        lambda: merge_adapters([(Adapter({}, {}, {"<dog>": {}}), 1.0), (Adapter({}, {}, {"<dog>": {}}), 1.0)]),
+        "Two of the adapters have vectors of their own for <dog>",
+    ),
     "both": (lambda: Size(rank=2, energy=0.5), "Give a rank or an energy, not both"),
     "rank": (lambda: Size(rank=0), "The rank is 0; it must be at least 1."),
     "energy": (lambda: Size(energy=1.5), "The energy is 1.5; it must be above 0 and at most 1, such as 0.95."),
