@@ -53,7 +53,7 @@ def bake(
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as temporary:
-            with quiet():
+            with quiet("diffusers", "transformers"):
                 base.pipe.save_pretrained(Path(temporary) / "model")
             if output.exists():
                 shutil.rmtree(output)

@@ -11,26 +11,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from visionlora.config import TrainSDConfig, budget_of, to_yaml
+from visionlora.config import TrainSDConfig, to_yaml
 from visionlora.data.folder import ImageFolder, read_image_folder
 from visionlora.diffusion.encode import cut_captions, encode_dataset
 from visionlora.diffusion.sampling import SamplingConfig
 from visionlora.diffusion.task import DenoisingTask
 from visionlora.formats import native
 from visionlora.lora.adapter import Adapter
-from visionlora.lora.config import AdapterConfig
 from visionlora.lora.inject import Handle, check_targets, inject
-from visionlora.lora.rank import choose_ranks
 from visionlora.models.base import open_base
 from visionlora.report.listener import Listener, bars
 from visionlora.report.runfolder import RunFolder, check_run_folder, default_run_folder, open_run_folder
 from visionlora.report.samples import SampleSheet, sample_moments
-from visionlora.report.sd_run import adapter_config, header, public_metadata, recent_loss, report
-from visionlora.training.loop import LoopConfig, Progress, resolve_precision, train
-from visionlora.training.order import generator_at, indices_at
-
-CALIBRATION_BATCHES = 16
-"""Batches on which rank auto measures the layers."""
+from visionlora.report.sd_run import header, public_metadata, recent_loss, report
+from visionlora.training.loop import Progress, resolve_precision, train
+from visionlora.training.settings import adapter_config, automatic_ranks, loop_config
 
 
 @dataclass(frozen=True)
@@ -91,7 +86,11 @@ def train_sd(config: TrainSDConfig, listener: Listener | None = None) -> RunResu
     data = encode_dataset(base, folder.items, size, config.flip, progress=tell.progress)
     task = DenoisingTask(data, base.pipe.scheduler, config.caption_dropout, config.timestep_range)
     if config.rank == "auto":
-        adapter = automatic_ranks(base.pipe.unet, adapter, task, config, tell)
+        choice = automatic_ranks(
+            base.pipe.unet, adapter, task, config, lambda done, total: tell.progress("Measuring layers", done, total)
+        )
+        tell.say("Mean rank by block:\n" + bars(choice.by_block()))
+        adapter = choice.config
     handle = inject(base.pipe.unet, adapter, seed=config.seed)
     tell.say(f"Adapter: {handle.report}.")
     run = RunFolder(target)
@@ -175,30 +174,6 @@ class Fitting:
                 self.tell.say(f"Interrupted at step {step} of {loop.steps}; the adapter so far is in {kept}.")
             raise
         return history
-
-
-def automatic_ranks(
-    unet: Any, adapter: AdapterConfig, task: DenoisingTask, config: TrainSDConfig, tell: Listener
-) -> AdapterConfig:
-    """Ranks by layer, measured on the training pictures before the first step."""
-    kind, amount = budget_of(config.rank_budget) or ("rank", 8)
-    batch = config.batch_size or 1
-
-    def loss_of(number: int) -> Any:
-        tell.progress("Measuring layers", number + 1, CALIBRATION_BATCHES)
-        index = indices_at(config.seed, number * batch, batch, len(task))
-        generator = generator_at(config.seed, number * batch, "calibration")
-        return task.losses(unet, index, generator, slice(0, batch)).mean()
-
-    budget = amount if kind == "parameters" else None
-    choice = choose_ranks(unet, adapter, loss_of, CALIBRATION_BATCHES, budget)
-    tell.say("Mean rank by block:\n" + bars(choice.by_block()))
-    return choice.config
-
-
-def loop_config(config: TrainSDConfig) -> LoopConfig:
-    """The loop's share of the run configuration."""
-    return LoopConfig(**{f.name: getattr(config, f.name) for f in dataclasses.fields(LoopConfig)})
 
 
 def default_prompts(folder: ImageFolder) -> tuple[str, ...]:

@@ -99,6 +99,56 @@ def dogs(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def tiny_vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A timm folder with a small random vision transformer for 32 px pictures: two blocks, 24 wide."""
+    import json
+
+    import timm
+    import torch
+    from safetensors.torch import save_file
+
+    folder = tmp_path_factory.mktemp("vit")
+    arguments = {"img_size": 32, "patch_size": 8, "depth": 2, "embed_dim": 24, "num_heads": 2}
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=7, **arguments)
+    for p in model.parameters():  # timm's small random weights hardly move with the picture
+        torch.nn.init.normal_(p, std=0.2) if p.dim() > 1 else None
+    save_file(model.state_dict(), folder / "model.safetensors")
+    preprocessing = {
+        "input_size": [3, 32, 32], "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "crop_pct": 0.9,
+        "classifier": "head", "num_classes": 7, "first_conv": "patch_embed.proj",
+    }  # fmt: skip
+    config = {"architecture": "vit_tiny_patch16_224", "num_classes": 7, "model_args": arguments}
+    (folder / "config.json").write_text(json.dumps({**config, "pretrained_cfg": preprocessing}))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Class folders `circle`, `cross` and `square` with twenty pictures of 32 px each, in any place and colour."""
+    import numpy as np
+    from PIL import Image, ImageDraw
+
+    root, random = tmp_path_factory.mktemp("shapes"), np.random.default_rng(0)
+    for name in ("circle", "cross", "square"):
+        (root / name).mkdir()
+        for i in range(20):
+            ground, ink = (tuple(int(v) for v in random.integers(low, low + 90, 3)) for low in (160, 0))
+            picture = Image.new("RGB", (32, 32), ground)
+            x, y, r = (*random.integers(10, 22, 2), random.integers(5, 10))
+            draw, box = ImageDraw.Draw(picture), [int(v) for v in (x - r, y - r, x + r, y + r)]
+            if name == "circle":
+                draw.ellipse(box, fill=ink)
+            elif name == "square":
+                draw.rectangle(box, fill=ink)
+            else:
+                draw.line(box, fill=ink, width=3)
+                draw.line([box[0], box[3], box[2], box[1]], fill=ink, width=3)
+            picture.save(root / name / f"{i:02d}.png")
+    return root
+
+
 @pytest.fixture
 def cli(tmp_path: Path):
     """Runs the real command in its own process and gives its exit code, standard output and standard error."""

@@ -14,7 +14,10 @@ _HOMES = {
     "Adapter": "visionlora.lora.adapter",
     "AdapterConfig": "visionlora.lora.config",
     "AdapterPool": "visionlora.mixing.pool",
+    "Classifier": "visionlora.classifier",
+    "ClassifyConfig": "visionlora.config",
     "Handle": "visionlora.lora.inject",
+    "Prediction": "visionlora.classifier",
     "TrainSDConfig": "visionlora.config",
     "VisionLoRAError": "visionlora.errors",
     "attach": "visionlora.mixing.mix",
@@ -23,12 +26,14 @@ _HOMES = {
     "Scale": "visionlora.mixing.scales",
     "Window": "visionlora.mixing.scales",
     "Size": "visionlora.lora.arithmetic",
+    "classify": "visionlora.pipelines.classify",
     "choose_ranks": "visionlora.lora.rank",
     "extract_adapter": "visionlora.lora.arithmetic",
     "inject": "visionlora.lora.inject",
     "input_spectra": "visionlora.lora.rank",
     "inspect_file": "visionlora.formats.inspection",
     "load_adapter": "visionlora.loaders",
+    "load_classifier": "visionlora.classifier",
     "load_pipeline": "visionlora.loaders",
     "merge_adapters": "visionlora.lora.arithmetic",
     "merge_together": "visionlora.lora.merge",
@@ -38,6 +43,10 @@ _HOMES = {
 }
 
 if TYPE_CHECKING:
+    from visionlora.classifier import Classifier as Classifier
+    from visionlora.classifier import Prediction as Prediction
+    from visionlora.classifier import load_classifier as load_classifier
+    from visionlora.config import ClassifyConfig as ClassifyConfig
     from visionlora.config import TrainSDConfig as TrainSDConfig
     from visionlora.errors import VisionLoRAError as VisionLoRAError
     from visionlora.formats.inspection import inspect_file as inspect_file

@@ -70,24 +70,38 @@ def check_base(adapter: Adapter, base: BaseModel, force: bool = False, allow_par
         AdapterFileError: when the families or architectures differ, or the weights do and `force` is not given.
     """
     check_family(adapter, base)
-    made_for = adapter.info.get("base", {})
     there = base.fingerprints()
     for component in adapter.components:
-        if component not in there:
-            if allow_partial:
-                continue
+        if component not in there and not allow_partial:
             raise AdapterFileError(f"The adapter has a part for {component!r}, which {base.id} has not.")
+    check_fingerprints(adapter, base.id, there, force)
+
+
+def check_fingerprints(adapter: Adapter, id: str, there: Mapping[str, Mapping[str, str]], force: bool = False) -> None:
+    """Refuses an adapter that says it was made for another model.
+
+    Args:
+        adapter: read from a file.
+        id: of the model that it is to be applied to.
+        there: architecture and weights fingerprint of each part of that model.
+        force: accept other weights in the same architecture.
+
+    Raises:
+        AdapterFileError: when an architecture differs, or the weights do and `force` is not given.
+    """
+    made_for = adapter.info.get("base", {})
+    for component in adapter.components:
         given = made_for.get("fingerprints", {}).get(component)
-        if given is None:
+        if given is None or component not in there:
             continue
         if given["architecture"] != there[component]["architecture"]:
             raise AdapterFileError(
                 f"The adapter was made for {made_for.get('id')}, whose {component} has another "
-                f"architecture than that of {base.id}. Open its own base: --model {made_for.get('id')}."
+                f"architecture than that of {id}. Open its own base: --model {made_for.get('id')}."
             )
         if given["weights"] != there[component]["weights"] and not force:
             raise AdapterFileError(
-                f"The adapter was made for {made_for.get('id')}; {base.id} has the same architecture but "
+                f"The adapter was made for {made_for.get('id')}; {id} has the same architecture but "
                 "other weights. If it is a fine-tune of the same family, use --force."
             )
 

@@ -26,10 +26,12 @@ ROOMS = (
     "data",
     "models",
     "diffusion",
+    "vision",
     "training",
     "report",
     "loaders",
     "mixing",
+    "classifier",
     "pipelines",
     "cli",
 )

@@ -58,8 +58,8 @@ def test_values_out_of_range_come_in_one_message() -> None:
         "- steps is 0; it must be at least 1",
         "- rank is -1; it must be at least 1, or auto",
         "- learning_rate is 0; it must be positive",
-        "- caption_dropout is 2; it must be between 0 and 1",
         "- precision is 'fp23'; Did you mean 'fp32'?",
+        "- caption_dropout is 2; it must be between 0 and 1",
     ]
 
 

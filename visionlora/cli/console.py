@@ -21,11 +21,21 @@ def fail(message: str, code: int) -> NoReturn:
     sys.exit(code)
 
 
+def duration(seconds: float) -> str:
+    """Seconds as a person says them.
+
+    >>> duration(90), duration(600)
+    ('90 s', '10.0 min')
+    """
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
+
+
 class ConsoleListener(Listener):
     """Draws what a pipeline reports; use as a context manager."""
 
-    def __init__(self) -> None:
-        self.console = Console(highlight=False, soft_wrap=True)
+    def __init__(self, quiet: bool = False) -> None:
+        """Args: `quiet` keeps standard output free for a program's answer; what is told goes to standard error."""
+        self.console = Console(highlight=False, soft_wrap=True, stderr=quiet)
         self.live = self.console.is_terminal
         self.bars = Progress(
             TextColumn("{task.description}"),

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from visionlora import __version__
-from visionlora.cli import adapters, configs, generate, grid, inspect, overlap, plugins, train_sd
+from visionlora.cli import adapters, classify, configs, generate, grid, inspect, overlap, plugins, train_sd
 from visionlora.cli.console import fail
 from visionlora.errors import VisionLoRAError
 
@@ -26,6 +26,9 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command("train-sd")(train_sd.command)
+app.command("classify")(classify.command)
+app.command("predict")(classify.predict)
+app.command("export")(classify.export)
 app.command("generate")(generate.command)
 app.command("grid")(grid.command)
 app.command("show")(generate.show)

@@ -6,7 +6,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from visionlora.cli.console import ConsoleListener
+from visionlora.cli.console import ConsoleListener, duration
 from visionlora.config import PRECISIONS, TrainSDConfig, build, parse_words, read_yaml
 
 
@@ -52,8 +52,7 @@ def command(
         from visionlora.pipelines.train_sd import train_sd
 
         result = train_sd(resolved, listener)
-    minutes = f"{result.seconds:.0f} s" if result.seconds < 120 else f"{result.seconds / 60:.1f} min"
-    typer.echo(f"Done in {minutes}.")
+    typer.echo(f"Done in {duration(result.seconds)}.")
     typer.echo(f"  adapter  {result.adapter}")
     typer.echo(f"  grid     {result.grid}")
     typer.echo(f"  run      {result.folder}")

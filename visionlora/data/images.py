@@ -122,15 +122,36 @@ def decode_noted(path: Path, shown: str | None = None) -> Decoded:
         raise DataError(f"{name} {_damaged(error)}") from None
 
 
-def fit(image: Image.Image, size: int | tuple[int, int]) -> npt.NDArray[np.uint8]:
+def decode_again(path: Path) -> Image.Image:
+    """Like `decode`, for a file that it has decoded before; also for several threads at once.
+
+    The warning filters are left as they are.
+
+    Raises:
+        DataError: when the file can no longer be decoded.
+    """
+    try:
+        return _decode(path).image
+    except Exception as error:  # see decode_noted
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(
+            f"{printable(path)} could be read before but not any more ({printable(reason)}); leave the pictures as they are "
+            "while they are in use"
+        ) from None
+
+
+def fit(
+    image: Image.Image, size: int | tuple[int, int], resample: Image.Resampling = Image.Resampling.LANCZOS
+) -> npt.NDArray[np.uint8]:
     """The centre of the picture at the wanted size, as a uint8 array `(h, w, 3)`.
 
-    The short side is made to fit (Lanczos) and what sticks out is cut off evenly on both sides. Where the scale is
-    1 the pixels are copied, not resampled.
+    The short side is made to fit and what sticks out is cut off evenly on both sides. Where the scale is 1 the pixels
+    are copied, not resampled.
 
     Args:
         image: an RGB picture, as `decode` returns it.
         size: the side of a square in pixels, or `(h, w)`.
+        resample: how.
     """
     if image.mode != "RGB":
         raise ValueError(f"fit takes the RGB picture that decode returns, not mode {image.mode}.")
@@ -148,7 +169,7 @@ def fit(image: Image.Image, size: int | tuple[int, int]) -> npt.NDArray[np.uint8
     # The source box is resampled straight to the result: a strip of 1 x 10000 never becomes 512 x 5120000 on the way.
     x, y = (image.width - box_w) / 2, (image.height - box_h) / 2
     box = (x, y, min(x + box_w, image.width), min(y + box_h, image.height))
-    return np.array(image.resize((w, h), Image.Resampling.LANCZOS, box=box), dtype=np.uint8)
+    return np.array(image.resize((w, h), resample, box=box), dtype=np.uint8)
 
 
 def _decode(path: Path) -> Decoded:

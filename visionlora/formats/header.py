@@ -112,7 +112,20 @@ def hashed(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
     # The hash covers the tensors alone, so it can be written into the header afterwards.
     digest = tensor_hash(save_tensors(whole, {}))
     data: bytes = save_tensors(whole, {**metadata, "sshs_model_hash": digest, "modelspec.hash_sha256": "0x" + digest})
-    return data
+    return in_order(data)
+
+
+def in_order(data: bytes) -> bytes:
+    """The same file with its metadata sorted: the safetensors library writes it in an order that changes from run to run.
+
+    The tensors begin at a multiple of 8 bytes, as the library has it.
+    """
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    metadata = dict(sorted(header.pop("__metadata__", {}).items()))
+    text = json.dumps({"__metadata__": metadata, **header}, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text + data[8 + length :]
 
 
 def write_file(path: Path, data: bytes) -> None:

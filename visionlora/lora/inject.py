@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -116,7 +116,11 @@ class Handle:
         return own + [f.parameter for f in self.in_full.values() if f.parameter.requires_grad]
 
     def parameter_groups(
-        self, lr: float, weight_decay: float = 0.0, full_lr: float | None = None
+        self,
+        lr: float,
+        weight_decay: float = 0.0,
+        full_lr: float | None = None,
+        rate_of: Callable[[str], float] | None = None,
     ) -> list[dict[str, Any]]:
         """Groups for an optimizer. B has its own rate (LoRA+, arXiv 2402.12354); vectors are not decayed.
 
@@ -124,24 +128,62 @@ class Handle:
             lr: of everything but B and what trains in full.
             weight_decay: of matrices.
             full_lr: of modules trained in full, such as a head; `lr` when not given.
+            rate_of: from the name of a layer or parameter to a factor on its rate, for rates by depth.
         """
         ratio = self.config.effective_lr_ratio if self.config else 1.0
-        groups: dict[str, list[nn.Parameter]] = {"adapter": [], "lora_B": [], "vectors": [], "full": [], "full_1d": []}
-        for m in self.methods.values():
+        factor_of = rate_of or (lambda _: 1.0)
+        groups: dict[tuple[str, float], list[nn.Parameter]] = {}
+        for site, m in self.methods.items():
             for name, p in m.named_parameters():
                 if p.requires_grad:
-                    groups["lora_B" if name == "lora_B" else "vectors" if p.dim() < 2 else "adapter"].append(p)
-        for f in self.in_full.values():
+                    kind = "lora_B" if name == "lora_B" else "vectors" if p.dim() < 2 else "adapter"
+                    groups.setdefault((kind, factor_of(site)), []).append(p)
+        for path, f in self.in_full.items():
             if f.parameter.requires_grad:
-                groups["full_1d" if f.parameter.dim() < 2 else "full"].append(f.parameter)
+                kind = "full_1d" if f.parameter.dim() < 2 else "full"
+                groups.setdefault((kind, factor_of(path)), []).append(f.parameter)
         head = lr if full_lr is None else full_lr
         rates = {"adapter": lr, "lora_B": lr * ratio, "vectors": lr, "full": head, "full_1d": head}
         decays = {"adapter": weight_decay, "lora_B": weight_decay, "vectors": 0.0, "full": weight_decay, "full_1d": 0.0}
         return [
-            {"name": name, "params": params, "lr": rates[name], "weight_decay": decays[name]}
-            for name, params in groups.items()
-            if params
+            {
+                "name": kind if factor == 1 else f"{kind} x {factor:g}",
+                "params": params,
+                "lr": rates[kind] * factor,
+                "weight_decay": decays[kind],
+            }
+            for (kind, factor), params in sorted(groups.items(), key=lambda g: (list(rates).index(g[0][0]), -g[0][1]))
         ]
+
+    def training_state(self) -> dict[str, Tensor]:
+        """What training changes, by name, for a checkpoint: parameters and what methods remember between steps."""
+        found = {f"{site}|{n}": t.detach() for site, m in self.methods.items() for n, t in m.memory().items()}
+        return found | {f"full|{path}": f.parameter.detach() for path, f in self.in_full.items()}
+
+    @torch.no_grad()
+    def load_training_state(self, state: Mapping[str, Tensor]) -> None:
+        """Puts a checkpoint's values back, into an adapter made anew with the same settings.
+
+        Raises:
+            ConfigError: when the checkpoint is of another adapter; nothing is changed then.
+        """
+        own = self.training_state()
+        by_site: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in state.items():
+            site, _, name = key.rpartition("|")
+            by_site.setdefault(site, {})[name] = tensor
+            if key in own and own[key].shape != tensor.shape:
+                raise ConfigError(
+                    f"The checkpoint's {key!r} has shape {tuple(tensor.shape)}, not {tuple(own[key].shape)}."
+                )
+        known = {*self.methods, *(["full"] if self.in_full else [])}
+        if own.keys() - state.keys() or by_site.keys() - known:
+            raise ConfigError("The checkpoint is of another adapter: its layers are not those of this one.")
+        for site, values in by_site.items():
+            if site != "full":
+                self.methods[site].remember(values)
+        for path, f in self.in_full.items():
+            f.parameter.copy_(state[f"full|{path}"])
 
     def regularisation(self) -> Tensor | None:
         """A term that the loss should include; AdaLoRA alone has one (the mean of its sites, times 0.5)."""

@@ -7,7 +7,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib import resources
+from importlib import import_module, resources
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +148,7 @@ def open_base(model: str = "auto", dtype: torch.dtype = torch.float32) -> BaseMo
 def load_folder(source: str, dtype: torch.dtype) -> Any:
     """A diffusers folder or Hub id as a pipeline."""
     try:
-        with quiet():
+        with quiet("diffusers", "transformers"):
             from diffusers import StableDiffusionPipeline
 
             pipe = StableDiffusionPipeline.from_pretrained(
@@ -165,7 +165,7 @@ def load_folder(source: str, dtype: torch.dtype) -> Any:
 def load_single_file(path: Path, dtype: torch.dtype) -> Any:
     """A single-file checkpoint as a pipeline; the configuration of its family is fetched by diffusers."""
     try:
-        with quiet():
+        with quiet("diffusers", "transformers"):
             from diffusers import StableDiffusionPipeline
 
             return StableDiffusionPipeline.from_single_file(str(path), safety_checker=None).to(dtype)
@@ -175,20 +175,20 @@ def load_single_file(path: Path, dtype: torch.dtype) -> Any:
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keeps the progress bars and advice of diffusers and transformers out of our output."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    levels = diffusers_logging.get_verbosity(), transformers_logging.get_verbosity()
-    diffusers_logging.set_verbosity(logging.ERROR), transformers_logging.set_verbosity(logging.ERROR)
-    diffusers_logging.disable_progress_bar(), transformers_logging.disable_progress_bar()
+def quiet(*libraries: str) -> Iterator[None]:
+    """Keeps progress bars and advice of `diffusers` and `transformers` out of our output, and everyone's warnings."""
+    logs = [import_module(f"{name}.utils").logging for name in libraries]
+    levels = [log.get_verbosity() for log in logs]
+    for log in logs:
+        log.set_verbosity(logging.ERROR)
+        log.disable_progress_bar()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        diffusers_logging.set_verbosity(levels[0]), transformers_logging.set_verbosity(levels[1])
+        for log, level in zip(logs, levels, strict=True):
+            log.set_verbosity(level)
 
 
 def _opened(id: str, source: str, why: str, pipe: Any) -> BaseModel:

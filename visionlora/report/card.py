@@ -14,6 +14,8 @@ from urllib.parse import quote
 import yaml
 
 TAGS = ("lora", "diffusers", "text-to-image", "template:sd-lora", "visionlora")
+"""Of a style or subject; `CLASSIFIER_TAGS` of a classifier."""
+CLASSIFIER_TAGS = ("lora", "image-classification", "visionlora")
 GALLERY_COLUMNS = 4
 
 
@@ -27,6 +29,7 @@ def model_card(
     usage: str,
     images_note: str,
     license: str | None,
+    tags: Sequence[str] = TAGS,
 ) -> str:
     """The text of ``README.md`` in a run folder.
 
@@ -39,8 +42,9 @@ def model_card(
         usage: Python code that loads the adapter and draws a picture.
         images_note: Where the training pictures come from.
         license: SPDX name of the licence, or None to leave it to the author.
+        tags: for the Hub.
     """
-    parts = [_front_matter(base_model, trigger, samples, license), f"# {_inline(title)}"]
+    parts = [_front_matter(base_model, trigger, samples, license, tags), f"# {_inline(title)}"]
     if trigger:
         parts.append(f"Use {_code(trigger)} in the prompt.")
     if samples:
@@ -54,9 +58,15 @@ def model_card(
     return "\n\n".join(parts) + "\n"
 
 
-def _front_matter(base_model: str, trigger: str | None, samples: Sequence[tuple[str, str]], license: str | None) -> str:
+def _front_matter(
+    base_model: str,
+    trigger: str | None,
+    samples: Sequence[tuple[str, str]],
+    license: str | None,
+    tags: Sequence[str],
+) -> str:
     entries: dict[str, Any] = {"license": license} if license else {}
-    entries |= {"base_model": base_model, "tags": list(TAGS)}
+    entries |= {"base_model": base_model, "tags": list(tags)}
     if trigger:
         entries["instance_prompt"] = trigger
     if samples:

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -49,6 +50,10 @@ class RunFolder:
         """Write a JSON file whole or not at all, and return its path."""
         return self.write_text(name, _to_json(obj, indent=2) + "\n")
 
+    def write_bytes(self, name: str, content: bytes) -> Path:
+        """Write a file whole or not at all, and return its path."""
+        return write_atomic(self.path / name, content)
+
     def write_picture(self, name: str, picture: Image.Image) -> Path:
         """Write a PNG whole or not at all, and return its path."""
         content = io.BytesIO()
@@ -63,6 +68,10 @@ class RunFolder:
                 file.write(line.encode())
         except OSError as error:
             raise _cannot_write(self.path / name, error) from None
+
+    def write_jsonl(self, name: str, objs: Iterable[Any]) -> Path:
+        """Write a file with one line of JSON per object, whole or not at all."""
+        return self.write_text(name, "".join(_to_json(obj, indent=None) + "\n" for obj in objs))
 
     def _subfolder(self, name: str) -> Path:
         folder = self.path / name

@@ -3,36 +3,27 @@
 from __future__ import annotations
 
 import hashlib
-import platform
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from visionlora import __version__
-from visionlora.config import TrainSDConfig, budget_of
+from visionlora.config import TrainSDConfig
 from visionlora.data.folder import ImageFolder
 from visionlora.lora.config import AdapterConfig
 from visionlora.lora.inject import Handle
 from visionlora.models.base import EMBEDDED, BaseModel
 from visionlora.report.card import model_card
 from visionlora.report.curves import draw_curves
+from visionlora.report.environment import environment
 from visionlora.report.runfolder import RunFolder
 from visionlora.report.samples import SampleSheet
 from visionlora.training.loop import LoopConfig, Progress
+from visionlora.training.settings import adapter_config
 
 RECENT = 50
 """Steps over which a loss is averaged before it is told."""
-
-
-def adapter_config(config: TrainSDConfig) -> AdapterConfig:
-    """The adapter's share of the run configuration; with rank auto, the mean rank that competes for the budget."""
-    shared = ("method", "alpha", "targets", "dropout", "init", "basis_index")
-    kind, amount = budget_of(config.rank_budget) or ("rank", 8)
-    rank = config.rank if config.rank != "auto" else amount if kind == "rank" else 8
-    return AdapterConfig(rank=rank, **{name: getattr(config, name) for name in shared})
 
 
 def ranks_of(config: TrainSDConfig, handle: Handle) -> str:
@@ -168,22 +159,10 @@ def report(
             license=None,
         ),
     )
-    import accelerate
-    import diffusers
-    import transformers
-
     run.write_json(
         "run.json",
         {
-            "visionlora": __version__,
-            "torch": torch.__version__,
-            "diffusers": diffusers.__version__,
-            "transformers": transformers.__version__,
-            "accelerate": accelerate.__version__,
-            "python": platform.python_version(),
-            "machine": platform.machine(),
-            "threads": torch.get_num_threads(),
-            "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            **environment(("diffusers", "transformers", "accelerate")),
             "seed": config.seed,
             "data_sha256": data_hash(folder),
             "base": base.id,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from visionlora.errors import ConfigError, TrainingError
+from visionlora.training.ema import EMA
 from visionlora.training.order import generator_at, indices_at
 
 
@@ -45,7 +46,9 @@ class Progress:
 class Learner(Protocol):
     """What learns: an adapter on a model (`visionlora.lora.inject.Handle`), or anything with the same methods."""
 
-    model: nn.Module
+    @property
+    def model(self) -> nn.Module:
+        """What is trained."""
 
     def parameter_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
         """Groups for the optimizer, each with its rate at the peak of the schedule."""
@@ -55,6 +58,12 @@ class Learner(Protocol):
 
     def after_step(self, step: int, steps: int) -> None:
         """Called after each optimizer step, while the gradients are there; steps are counted from 1."""
+
+    def training_state(self) -> dict[str, Tensor]:
+        """What training changes, for a checkpoint."""
+
+    def load_training_state(self, state: Mapping[str, Tensor]) -> None:
+        """Puts a checkpoint's values back."""
 
 
 class Task(Protocol):
@@ -93,6 +102,127 @@ def rate_at(step: int, config: LoopConfig) -> float:
     return config.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
 
 
+class StopTraining(Exception):
+    """Raised by `on_step` when enough was learned: the run ends as if its steps were done."""
+
+
+class Fit:
+    """One training run: the optimizer and all that has to be kept for the run to go on later as if never cut off."""
+
+    def __init__(self, accelerator: Any, learner: Learner, config: LoopConfig, ema_decay: float | None = None) -> None:
+        """Nothing is trained yet.
+
+        Args:
+            accelerator: of accelerate.
+            learner: what learns.
+            config: steps, rates, batch.
+            ema_decay: keep an average of the parameters with this decay (see `visionlora.training.ema`).
+        """
+        self.accelerator, self.learner, self.config = accelerator, learner, config
+        groups = learner.parameter_groups(config.learning_rate, config.weight_decay)
+        self.trained = [p for group in groups for p in group["params"]]
+        self.peaks = [group["lr"] / config.learning_rate for group in groups]
+        optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=config.weight_decay, foreach=True)
+        self.model, self.optimizer = accelerator.prepare(learner.model, optimizer)
+        self.ema = EMA(self.trained, ema_decay) if ema_decay is not None else None
+        self.step = 0
+        """Steps done."""
+
+    @property
+    def images_per_step(self) -> int:
+        """On all processes together."""
+        config = self.config
+        return int(config.batch_size * config.gradient_accumulation * self.accelerator.num_processes)
+
+    def run(self, task: Task, on_step: Callable[[Progress], None]) -> None:
+        """Runs the steps that are left; `on_step` is called after each, and an exception it raises ends the run.
+
+        Each step sees batch_size x gradient_accumulation pictures on every process; all processes draw the random numbers
+        of the whole step and take their share, so the curve is the same on one process and on several.
+
+        Raises:
+            TrainingError: when the loss is NaN or infinite; the weights are those of the last good step.
+        """
+        self.model.train()
+        first, spent = self.step, 0.0
+        while self.step < self.config.steps:
+            start = time.monotonic()
+            loss, norm = self.advance(task, rate_at(self.step, self.config))
+            spent += time.monotonic() - start  # what `on_step` draws and writes is not training
+            seen = self.step * self.images_per_step
+            speed = (self.step - first) * self.images_per_step / max(1e-9, spent)
+            try:
+                on_step(Progress(self.step, loss, rate_at(self.step - 1, self.config), norm, seen, speed))
+            except StopTraining:
+                return
+            self.model.train()
+
+    def advance(self, task: Task, rate: float) -> tuple[float, float]:
+        """One step at this learning rate: (loss, norm of the gradient)."""
+        config, accelerator = self.config, self.accelerator
+        micro, shares = config.batch_size, config.gradient_accumulation
+        images_seen = self.step * self.images_per_step
+        index = indices_at(config.seed, images_seen, self.images_per_step, len(task))
+        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
+            group["lr"] = rate * peak
+        total = torch.zeros((), device=accelerator.device)
+        for share in range(shares):
+            first = (accelerator.process_index * shares + share) * micro
+            # Of dropout and the like, which take the global generator.
+            torch.manual_seed(generator_at(config.seed, images_seen + first, "dropout").initial_seed())
+            last_share = share == shares - 1
+            with accelerator.no_sync(self.model) if not last_share else accelerator.autocast():
+                with accelerator.autocast():
+                    losses = task.losses(
+                        self.model, index, generator_at(config.seed, images_seen), slice(first, first + micro)
+                    )
+                loss = losses.mean() / shares
+                penalty = self.learner.regularisation()
+                accelerator.backward(loss if penalty is None else loss + penalty / shares)
+            total += loss.detach().float()
+        mean = float(accelerator.reduce(total, "mean"))
+        if not math.isfinite(mean):
+            raise TrainingError(
+                f"The loss became {mean} at step {self.step + 1}. The usual causes: a learning rate that is too "
+                f"high (now {rate:g}; try a third of it) or fp16 (try --precision bf16)."
+            )
+        norm = accelerator.clip_grad_norm_(self.trained, config.max_grad_norm)
+        self.optimizer.step()
+        self.step += 1
+        self.learner.after_step(self.step, config.steps)
+        self.optimizer.zero_grad()
+        if self.ema is not None:
+            self.ema.update(self.trained)
+        return mean, float(norm)
+
+    # -------------------------------------------------------------------------------------------------- checkpoints
+
+    def state(self) -> dict[str, Any]:
+        """All that the next steps depend on; the random numbers follow from the seed and the step."""
+        scaler = self.accelerator.scaler
+        return {
+            "step": self.step,
+            "learner": dict(self.learner.training_state()),
+            "optimizer": self.optimizer.state_dict(),
+            "ema": None if self.ema is None else self.ema.state(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Goes on where `state` was taken.
+
+        Raises:
+            ConfigError: when it is of another adapter.
+        """
+        self.learner.load_training_state(state["learner"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.ema is not None and state["ema"] is not None:
+            self.ema.restore(state["ema"])
+        if self.accelerator.scaler is not None and state["scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.step = int(state["step"])
+
+
 def train(
     accelerator: Any,
     learner: Learner,
@@ -100,52 +230,5 @@ def train(
     config: LoopConfig,
     on_step: Callable[[Progress], None],
 ) -> None:
-    """Runs `config.steps` optimizer steps; `on_step` is called after each, and an exception it raises ends the run.
-
-    Each step sees batch_size x gradient_accumulation pictures on every process; all processes draw the random numbers
-    of the whole step and take their share, so the curve is the same on one process and on several.
-
-    Raises:
-        TrainingError: when the loss is NaN or infinite; the weights are those of the last good step.
-    """
-    groups = learner.parameter_groups(config.learning_rate, config.weight_decay)
-    trained = [p for group in groups for p in group["params"]]
-    peaks = [group["lr"] / config.learning_rate for group in groups]
-    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=config.weight_decay, foreach=True)
-    model, optimizer = accelerator.prepare(learner.model, optimizer)
-    micro, shares = config.batch_size, config.gradient_accumulation
-    per_step = micro * shares * accelerator.num_processes
-    model.train()
-    spent = 0.0
-    for step in range(config.steps):
-        start = time.monotonic()
-        images_seen = step * per_step
-        index = indices_at(config.seed, images_seen, per_step, len(task))
-        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-            group["lr"] = rate_at(step, config) * peak
-        total = torch.zeros((), device=accelerator.device)
-        for share in range(shares):
-            first = (accelerator.process_index * shares + share) * micro
-            last_share = share == shares - 1
-            with accelerator.no_sync(model) if not last_share else accelerator.autocast():
-                with accelerator.autocast():
-                    losses = task.losses(
-                        model, index, generator_at(config.seed, images_seen), slice(first, first + micro)
-                    )
-                loss = losses.mean() / shares
-                penalty = learner.regularisation()
-                accelerator.backward(loss if penalty is None else loss + penalty / shares)
-            total += loss.detach().float()
-        mean = float(accelerator.reduce(total, "mean"))
-        if not math.isfinite(mean):
-            raise TrainingError(
-                f"The loss became {mean} at step {step + 1}. The usual causes: a learning rate that is too "
-                f"high (now {config.learning_rate:g}; try a third of it) or fp16 (try --precision bf16)."
-            )
-        norm = accelerator.clip_grad_norm_(trained, config.max_grad_norm)
-        optimizer.step()
-        learner.after_step(step + 1, config.steps)
-        optimizer.zero_grad()
-        seen = images_seen + per_step
-        spent += time.monotonic() - start  # what `on_step` draws and writes is not training
-        on_step(Progress(step + 1, mean, rate_at(step, config), float(norm), seen, seen / max(1e-9, spent)))
+    """Runs `config.steps` optimizer steps; see `Fit.run`."""
+    Fit(accelerator, learner, config).run(task, on_step)

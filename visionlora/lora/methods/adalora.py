@@ -8,7 +8,7 @@ and the column of B. The budget falls from the initial to the target rank along 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -86,6 +86,17 @@ class AdaLoRA(Method):
         score = {n: self.sensitivity[n] * self.deviation[n] for n in ("lora_A", "lora_B", "lora_E")}
         total: Tensor = score["lora_E"] + score["lora_A"].flatten(1).mean(1) + score["lora_B"].flatten(1).mean(0)
         return total
+
+    def memory(self) -> dict[str, Tensor]:
+        """With the smoothed sensitivities."""
+        smoothed = {f"sensitivity.{n}": t for n, t in self.sensitivity.items()}
+        return super().memory() | smoothed | {f"deviation.{n}": t for n, t in self.deviation.items()}
+
+    def remember(self, values: Mapping[str, Tensor]) -> None:
+        """With the smoothed sensitivities."""
+        super().remember(values)
+        for name, kept in (("sensitivity", self.sensitivity), ("deviation", self.deviation)):
+            kept |= {n.removeprefix(name + "."): t.clone() for n, t in values.items() if n.startswith(name + ".")}
 
     def export(self) -> AdapterModule:
         """Plain LoRA of the triplets that are left (one of value 0 when none is)."""

@@ -9,6 +9,7 @@ A method describes its effect in three terms, all differentiable, from which lay
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -174,6 +175,16 @@ class Method(nn.Module):
         """Changes whenever the effect may have: scale and the versions of all tensors."""
         tensors = (*self._parameters.values(), *self._buffers.values(), self.sample_scale)
         return (self._scale, *((id(t), t._version) for t in tensors if t is not None))
+
+    def memory(self) -> dict[str, Tensor]:
+        """What training changes: the parameters, and what else the method keeps between steps."""
+        return dict(self.named_parameters())
+
+    @torch.no_grad()
+    def remember(self, values: Mapping[str, Tensor]) -> None:
+        """Takes over the values of another `memory`."""
+        for name, p in self.named_parameters():
+            p.copy_(values[name])
 
     def regularisation(self) -> Tensor | None:
         """A term that the training loss should include, if the method has one."""

@@ -1,4 +1,4 @@
-"""Run configurations: frozen, checked at construction, read from YAML files, `key=value` words and flags.
+"""Settings read from YAML files, `key=value` words and flags.
 
 Precedence: defaults < config files < key=value < flags. An unknown key is an error that names the nearest one, and
 all problems of a configuration are reported together.
@@ -6,12 +6,8 @@ all problems of a configuration are reported together.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import math
-import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -21,123 +17,6 @@ import yaml
 from visionlora.errors import ConfigError, nearest
 
 T = TypeVar("T")
-PRECISIONS = ("auto", "fp32", "bf16", "fp16")
-
-
-@dataclass(frozen=True)
-class TrainSDConfig:
-    """Everything `visionlora train-sd` can be told."""
-
-    images: str = ""
-    """Folder of pictures to learn from."""
-    prompt: str | None = None
-    """One caption for every picture; without it captions come from the folder."""
-    model: str = "auto"
-    """Base model: auto, emoji-64, a diffusers folder, a .safetensors checkpoint or a Hub id."""
-    output: str | None = None
-    """Run folder to create; by default a new one under runs/."""
-    steps: int | None = None
-    """Optimizer steps; by default what suits the base model."""
-    method: str = "lora"
-    """lora, rslora, lora+, lora-fa, dora, adalora, vera, ia3, or full as a baseline."""
-    rank: int | Literal["auto"] = 8
-    """Rank of each ΔW; auto measures on the pictures which layers need it and spends `rank_budget` there."""
-    rank_budget: str = "8"
-    """For rank auto: a mean rank (8), a number of parameters (300k, 1.5M) or a file size (2MB)."""
-    alpha: float | None = None
-    """Scaling numerator; equal to the rank when not given."""
-    targets: str = "attn"
-    """What to adapt: roles, names or re:regex, separated by commas."""
-    learning_rate: float | None = None
-    """Of AdamW, after warm-up; by default what suits the base model."""
-    warmup_steps: int = 20
-    """Steps over which the rate rises linearly; it then falls to zero along a cosine."""
-    weight_decay: float = 0.01
-    """Of AdamW."""
-    max_grad_norm: float = 1.0
-    """Gradients are clipped to this norm."""
-    batch_size: int | None = None
-    """Pictures per forward pass and process; by default what suits the base model."""
-    gradient_accumulation: int = 1
-    """Forward passes per optimizer step."""
-    resolution: int | None = None
-    """Width and height in px; the model's own when not given."""
-    caption_dropout: float = 0.05
-    """Share of captions replaced by the empty one, which keeps guidance working."""
-    timestep_range: tuple[int, ...] = (0, 1000)
-    """Noise levels that are learned, of 1000: `0,600` leaves composition, which is settled at high noise, to the base."""
-    flip: bool = False
-    """Mirror half of the pictures (each time anew)."""
-    init: str = "kaiming"
-    """How the adapter starts: kaiming, gaussian, orthogonal or pissa."""
-    basis_index: int = 0
-    """Part of the shared basis for init orthogonal; adapters that will be combined take different ones."""
-    dropout: float = 0.0
-    """Dropout on the adapter's input."""
-    precision: str = "auto"
-    """fp32, bf16, fp16, or auto: bf16 on a GPU that has it, fp32 on a CPU."""
-    seed: int = 0
-    """Of everything random."""
-    sample_prompts: tuple[str, ...] = ()
-    """Prompts of the sample grid; by default some captions of the pictures."""
-    sample_columns: int = 3
-    """Columns of the grid beside the base: the adapter at so many moments of training."""
-    sample_steps: int = 20
-    """Denoising steps per sample picture."""
-    guidance_scale: float | None = None
-    """Classifier-free guidance of the samples; by default what suits the base model."""
-    skip_broken: bool = False
-    """Leave out pictures that cannot be used instead of stopping."""
-
-    def __post_init__(self) -> None:
-        rules: list[tuple[str, bool, str]] = [
-            ("images", bool(self.images), "name the folder of pictures to learn from: --images ./dog"),
-            ("steps", self.steps is None or self.steps >= 1, "it must be at least 1"),
-            ("rank", self.rank == "auto" or self.rank >= 1, "it must be at least 1, or auto"),
-            (
-                "rank_budget",
-                budget_of(self.rank_budget) is not None,
-                "write a mean rank (8), parameters (300k) or a size (2MB)",
-            ),
-            ("alpha", self.alpha is None or (math.isfinite(self.alpha) and self.alpha > 0), "it must be positive"),
-            ("learning_rate", self.learning_rate is None or 0 < self.learning_rate < math.inf, "it must be positive"),
-            ("warmup_steps", self.warmup_steps >= 0, "it must be 0 or more"),
-            ("weight_decay", self.weight_decay >= 0, "it must be 0 or more"),
-            ("max_grad_norm", self.max_grad_norm > 0, "it must be positive"),
-            ("batch_size", self.batch_size is None or self.batch_size >= 1, "it must be at least 1"),
-            ("gradient_accumulation", self.gradient_accumulation >= 1, "it must be at least 1"),
-            ("resolution", self.resolution is None or self.resolution >= 1, "it must be at least 1 px"),
-            ("caption_dropout", 0 <= self.caption_dropout <= 1, "it must be between 0 and 1"),
-            (
-                "timestep_range",
-                len(self.timestep_range) == 2 and 0 <= self.timestep_range[0] < self.timestep_range[1] <= 1000,
-                "it must be two whole numbers, the first below the second, in 0 … 1000",
-            ),
-            ("dropout", 0 <= self.dropout < 1, "it must be at least 0 and below 1"),
-            ("precision", self.precision in PRECISIONS, nearest(self.precision, PRECISIONS)),
-            ("sample_columns", self.sample_columns >= 1, "it must be at least 1"),
-            ("sample_steps", self.sample_steps >= 1, "it must be at least 1"),
-            (
-                "guidance_scale",
-                self.guidance_scale is None or self.guidance_scale >= 1,
-                "it must be at least 1 (no guidance)",
-            ),
-        ]
-        problems = [f"{name} is {getattr(self, name)!r}; {rule}" for name, fine, rule in rules if not fine]
-        raise_all(problems)
-
-
-def budget_of(text: str) -> tuple[str, int] | None:
-    """`8` -> ("rank", 8), `300k` or `1.5M` -> ("parameters", …), `2MB` -> ("parameters", …, fp32); None if it is neither.
-
-    >>> budget_of("8"), budget_of("1.5M"), budget_of("2MB"), budget_of("many")
-    (('rank', 8), ('parameters', 1500000), ('parameters', 524288), None)
-    """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(k|M|MB)?", text.strip())
-    if found is None or float(found[1]) <= 0 or (found[2] is None and not float(found[1]).is_integer()):
-        return None
-    per_unit = {None: 1, "k": 1000, "M": 1_000_000, "MB": 2**20 // 4}[found[2]]
-    return ("rank" if found[2] is None else "parameters"), int(float(found[1]) * per_unit)
 
 
 def raise_all(problems: list[str]) -> None:
@@ -178,19 +57,26 @@ def convert(value: Any, hint: Any) -> Any:
         kinds = get_args(hint)
         if type(None) in kinds and (value is None or (isinstance(value, str) and value.lower() in ("none", "null"))):
             return None
-        *first, last = (kind for kind in kinds if kind is not type(None))
-        for kind in first:
-            with contextlib.suppress(ValueError):
+        own = [kind for kind in kinds if kind is not type(None)]
+        wanted = []
+        for kind in own:
+            try:
                 return convert(value, kind)
-        return convert(value, last)
+            except ValueError as e:
+                wanted.append(str(e).removeprefix("expected "))
+        raise ValueError("expected " + " or ".join(wanted))
     if origin is tuple:
         items = [value] if isinstance(value, str) else value
         if not isinstance(items, list | tuple):
             raise ValueError("expected a list")
         return tuple(convert(item, get_args(hint)[0]) for item in items)
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise ValueError("expected names with values")
+        return {str(name): convert(item, get_args(hint)[1]) for name, item in value.items()}
     if origin is Literal:
         if value not in get_args(hint):
-            raise ValueError(f"expected a whole number or {' or '.join(map(str, get_args(hint)))}")
+            raise ValueError(f"expected {' or '.join(map(str, get_args(hint)))}")
         return value
     if hint is bool:
         words = {"true": True, "yes": True, "false": False, "no": False}

@@ -1,0 +1,507 @@
+"""Class folders -> index -> checked pictures -> split -> training -> adapter file -> test -> report and run folder.
+
+The whole of `visionlora classify`, one stage after the other; each stage hands a small frozen object to the next.
+Letters in shapes: n pictures, c classes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from visionlora.config import ClassifyConfig, build, read_yaml, to_yaml
+from visionlora.data.cache import default_cache_folder
+from visionlora.data.classes import read_labelled
+from visionlora.data.decoded import check_pictures
+from visionlora.data.splits import linked, split
+from visionlora.errors import ConfigError, DataError, RunFolderError
+from visionlora.formats import native
+from visionlora.lora.adapter import Adapter
+from visionlora.lora.config import AdapterConfig
+from visionlora.lora.inject import Handle, check_targets, inject
+from visionlora.models.vision import VisionModel, open_backbone
+from visionlora.report.classify_page import Contender
+from visionlora.report.classify_run import Finished, header, overlay_sheet, report
+from visionlora.report.curves import draw_curves
+from visionlora.report.listener import Listener, bars
+from visionlora.report.runfolder import RunFolder, check_run_folder, default_run_folder, open_run_folder
+from visionlora.training.checkpoint import STATE_FILE, read_state, write_state
+from visionlora.training.learner import LayeredLearner, rates_by_depth
+from visionlora.training.loop import Fit, Progress, StopTraining, resolve_precision
+from visionlora.training.rate import find_rate
+from visionlora.training.settings import adapter_config, automatic_ranks, loop_config
+from visionlora.vision.material import AnyMetrics, Material, class_weights, logits_of, targets_of
+from visionlora.vision.metrics import fit_temperature
+from visionlora.vision.probe import Probe, fit_probe
+from visionlora.vision.task import Objective
+
+SMALL_FULL_RATE, FULL_RATE = 5e-4, 3e-5
+"""Learning rates of full fine-tuning, for small and for large backbones."""
+
+
+Header = Callable[[Material, int, float], dict[str, Any]]
+"""From material, step and temperature to what an adapter file says about itself."""
+
+
+@dataclass(frozen=True)
+class ClassifyResult:
+    """What a finished run leaves."""
+
+    folder: Path
+    adapter: Path
+    report: Path
+    classes: tuple[str, ...]
+    metrics: AnyMetrics
+    """On the test pictures; on the validation pictures where there are no others."""
+    contenders: tuple[Contender, ...]
+    """What was trained, then the baselines."""
+    seconds: float
+
+
+def classify(config: ClassifyConfig, listener: Listener | None = None) -> ClassifyResult:
+    """Trains one classifier adapter and leaves a run folder. Everything is checked before anything is written.
+
+    Raises:
+        VisionLoRAError: any of its kinds, each with a message for the user.
+        KeyboardInterrupt: after a checkpoint was saved, from which `resume` goes on.
+    """
+    started = time.monotonic()
+    from accelerate import Accelerator, PartialState
+
+    main = PartialState().is_main_process
+    tell = (listener or Listener()) if main else Listener()
+    target = target_of(config)
+    if config.resume is None:
+        check_run_folder(target)
+    else:
+        config = resumed_config(target, config)
+
+    # Backbone, pictures, split
+    backbone = open_backbone(config.model, config.weights)
+    tell.say(backbone.why)
+    accelerator = Accelerator(mixed_precision=resolve_precision(config.precision, PartialState().device))
+    backbone.model.to(accelerator.device)
+    fingerprints = backbone.fingerprints()
+    material = prepare(config, backbone, tell)
+    config = resolved(material)
+    material = dataclasses.replace(material, config=config)
+
+    # The linear probe: a baseline, and where the head starts
+    tell.progress("Linear probe", 0, 1)
+    probe, probe_seconds = linear_probe(material)
+    tell.progress("Linear probe", 1, 1)
+
+    # Adapter, from here on the run leaves files
+    start = probe if config.head_init == "probe" else None
+    new_head(material, start)
+    adapter = adapter_config(config, train=backbone.head)
+    if config.method != "linear-probe":
+        check_targets(backbone.model, adapter)
+    if config.rank == "auto":
+        choice = automatic_ranks(
+            backbone.model, adapter, material.task, config,
+            lambda done, total: tell.progress("Measuring layers", done, total),
+        )  # fmt: skip
+        tell.say("Mean rank by block:\n" + bars(choice.by_block()))
+        adapter = choice.config
+    handle = inject(backbone.model, adapter, seed=config.seed)
+    tell.say(f"Adapter: {handle.report}.")
+    run = RunFolder(target)
+    if main and config.resume is None:
+        run = open_run_folder(target)
+        run.write_text("config.yaml", to_yaml(dataclasses.replace(config, output=None, resume=None)))
+    accelerator.wait_for_everyone()
+
+    def about(method: AdapterConfig) -> Header:
+        return lambda own, step, temperature: header(own, method, fingerprints, step, temperature)
+
+    # Training and baselines
+    fitting = Fitting(material, handle, accelerator, run, tell, about(adapter))
+    if config.resume is not None:
+        fitting.restore(read_state(run.path / "checkpoints" / STATE_FILE))
+    elif config.find_rate:
+        fitting.find_rate()
+        material = fitting.material
+    finished = [fitting.finished(run.path / "adapter.safetensors")]
+    handle.eject()
+    if "probe" in config.baselines and config.method != "linear-probe":
+        alone = AdapterConfig(method="linear-probe", train=backbone.head)
+        new_head(material, probe)
+        head = inject(backbone.model, alone)
+        fixed = Fitting(material, head, accelerator, None, tell, about(alone))
+        finished.append(fixed.finished(run.path / "baselines" / "probe.safetensors", steps=0, before=probe_seconds))
+        head.eject()
+    if "full" in config.baselines and config.method != "full":
+        finished.append(full_fine_tuning(material, start, accelerator, run, tell, about))
+
+    # Report
+    seconds = time.monotonic() - started
+    if main:
+        report(run, material, finished, seconds, tell)
+    accelerator.wait_for_everyone()
+    return ClassifyResult(
+        run.path, run.path / "adapter.safetensors", run.path / "report.html", material.data.classes,
+        finished[0].metrics, tuple(f.contender for f in finished), seconds,
+    )  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------------- settings
+
+
+def target_of(config: ClassifyConfig) -> Path:
+    """The run folder."""
+    if config.resume is not None:
+        return Path(config.resume)
+    return Path(config.output) if config.output else default_run_folder("classify", Path(config.images).resolve().name)
+
+
+def resumed_config(folder: Path, config: ClassifyConfig) -> ClassifyConfig:
+    """The settings of the run that is resumed.
+
+    Raises:
+        RunFolderError: when there is no such run.
+        ConfigError: when other settings were given beside `resume`.
+    """
+    file = folder / "config.yaml"
+    if not file.is_file():
+        raise RunFolderError(f"{folder} is no run that can be resumed: it has no config.yaml. Name a run folder.")
+    if (folder / "report.html").is_file():
+        raise RunFolderError(f"The run in {folder} is finished; there is nothing to resume. Start a new one.")
+    before = build(ClassifyConfig, read_yaml(str(file)))
+    default, ignored = ClassifyConfig(images="."), ("output", "resume", "images")
+    changed = [
+        f.name
+        for f in dataclasses.fields(config)
+        if f.name not in ignored
+        and getattr(config, f.name) not in (getattr(default, f.name), getattr(before, f.name))
+    ]  # fmt: skip
+    if changed:
+        name = changed[0]
+        raise ConfigError(
+            f"A resumed run keeps its settings, but {name} is {getattr(config, name)!r} here and was "
+            f"{getattr(before, name)!r}. Leave it out, or start a new run."
+        )
+    return dataclasses.replace(before, resume=str(folder))
+
+
+def resolved(material: Material) -> ClassifyConfig:
+    """Every default filled in that depends on the backbone or the pictures."""
+    config, small = material.config, material.backbone.small
+    suits: dict[str, Any] = (
+        {"epochs": 30.0, "learning_rate": 2e-3, "head_learning_rate": 2e-3, "batch_size": 32}
+        if small
+        else {"epochs": 10.0, "learning_rate": 1e-3, "head_learning_rate": 1e-3, "batch_size": 32}
+    )
+    if config.method == "full":
+        suits["learning_rate"] = suits["head_learning_rate"] = SMALL_FULL_RATE if small else FULL_RATE
+    if config.learning_rate is not None:
+        suits["head_learning_rate"] = config.learning_rate
+    if config.find_rate:
+        del suits["learning_rate"], suits["head_learning_rate"]
+    filled = {k: v for k, v in suits.items() if getattr(config, k) is None}
+    if config.steps is not None:
+        filled.pop("epochs", None)
+    config = dataclasses.replace(config, **filled)
+    if config.epochs is not None:
+        per_step = (config.batch_size or 1) * config.gradient_accumulation
+        config = dataclasses.replace(
+            config, steps=max(1, round(config.epochs * len(material.splits.train) / per_step)), epochs=None
+        )
+    return config
+
+
+# --------------------------------------------------------------------------------------------------------------- data
+
+
+def prepare(config: ClassifyConfig, backbone: VisionModel, tell: Listener) -> Material:
+    """The pictures, checked and split."""
+    data = read_labelled(
+        Path(config.images),
+        table=Path(config.table) if config.table else None,
+        path_column=config.path_column,
+        label_column=config.label_column,
+        label_columns=config.label_columns,
+        group_column=config.group_column,
+        split_column=config.split_column,
+        skip_broken=config.skip_broken,
+    )
+    tell.say(data.source)
+    checked = check_pictures(
+        data,
+        backbone.preprocessing,
+        default_cache_folder() if config.cache else None,
+        skip_broken=config.skip_broken,
+        progress=lambda done, total: tell.progress("Checking pictures", done, total),
+    )
+    data = checked.data
+    groups = [item.group for item in data.items]
+    components = linked(checked.hashes, checked.thumbnails, checked.sha256, groups)
+    splits = split(data, components, config.val_share, config.test_share, config.seed)
+    for note in (*data.notes, *checked.notes, *splits.notes):
+        tell.say(note)
+    tell.say(
+        f"{len(data.classes)} classes; {len(splits.train)} pictures to train on, {len(splits.val)} to choose by, "
+        f"{len(splits.test)} to test on."
+    )
+    if not splits.val:
+        raise DataError(
+            "There are no validation pictures, by which the best moment is chosen: give a larger val_share, or a folder val/."
+        )
+    targets = targets_of(data)
+    objective = Objective(
+        data.multi_label,
+        config.label_smoothing,
+        config.focal_gamma,
+        class_weights(config.class_weights, targets[list(splits.train)], data.classes),
+    )
+    select = config.select_by or ("map" if data.multi_label else "top1")
+    return Material(checked, splits, targets, objective, backbone, dataclasses.replace(config, select_by=select))
+
+
+# ------------------------------------------------------------------------------------------------------------- probe
+
+
+def linear_probe(material: Material) -> tuple[Probe, float]:
+    """A head fitted to the features of the untouched backbone, and the seconds it took."""
+    started = time.monotonic()
+    material.backbone.set_head(nn.Identity())
+    features = logits_of(material, material.every)
+    objective = dataclasses.replace(material.objective, focal_gamma=0.0)
+    train, chosen_by = list(material.splits.train), list(material.chosen_by)
+    probe = fit_probe(
+        features[train], material.targets[train], objective,
+        lambda logits: material.selected(material.measured(logits(features[chosen_by]), material.chosen_by)),
+    )  # fmt: skip
+    return probe, time.monotonic() - started
+
+
+@torch.no_grad()
+def new_head(material: Material, probe: Probe | None) -> None:
+    """A head that starts as the linear probe (arXiv 2202.10054), or at random."""
+    head = material.backbone.new_head(len(material.data.classes), material.config.seed)
+    if probe is not None:
+        head.weight.copy_(probe.weight)
+        head.bias.copy_(probe.bias)
+
+
+def full_fine_tuning(
+    material: Material, probe: Probe | None, accelerator: Any, run: RunFolder, tell: Listener,
+    about: Callable[[AdapterConfig], Header],
+) -> Finished:  # fmt: skip
+    """The baseline in which everything trains."""
+    rate = SMALL_FULL_RATE if material.backbone.small else FULL_RATE
+    config = dataclasses.replace(material.config, method="full", learning_rate=rate, head_learning_rate=rate)
+    own = dataclasses.replace(material, config=config)
+    adapter = adapter_config(config, train=material.backbone.head)
+    new_head(material, probe)
+    handle = inject(material.backbone.model, adapter)
+    fitting = Fitting(own, handle, accelerator, None, tell, about(adapter))
+    found = fitting.finished(run.path / "baselines" / "full.safetensors")
+    handle.eject()
+    return found
+
+
+# ----------------------------------------------------------------------------------------------------------- training
+
+
+@dataclass
+class Fitting:
+    """Training one adapter: evaluations, the best moment, checkpoints, nothing lost on Ctrl-C."""
+
+    material: Material
+    handle: Handle
+    accelerator: Any
+    run: RunFolder | None
+    """Where metrics and checkpoints go; a baseline keeps none."""
+    tell: Listener
+    header: Header
+    history: list[Progress] = field(default_factory=list)
+    evaluations: list[tuple[int, float, float]] = field(default_factory=list)
+    """(step, score, loss) on the validation pictures."""
+    best: tuple[int, float, dict[str, torch.Tensor]] | None = None
+    """Step, score and values at the best moment."""
+
+    def __post_init__(self) -> None:
+        config = self.material.config
+        if config.learning_rate is None:  # the search for one starts from any
+            config = dataclasses.replace(config, find_rate=False, learning_rate=1.0, head_learning_rate=1.0)
+        rate, head = config.learning_rate or 1.0, config.head_learning_rate or 1.0
+        backbone = self.material.backbone
+        depths = [d for n, _ in backbone.model.named_parameters() if (d := backbone.depth_of(n)) is not None]
+        rate_of = rates_by_depth(
+            backbone.depth_of, max(depths, default=-1) + 1, config.layer_decay, backbone.head, head / rate
+        )
+        self.fit = Fit(self.accelerator, LayeredLearner(self.handle, rate_of), loop_config(config), config.ema_decay)
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes."""
+        return bool(self.accelerator.is_main_process) and self.run is not None
+
+    def find_rate(self) -> None:
+        """Sweeps the learning rate and takes what it finds; the head keeps its proportion."""
+        sweep = find_rate(
+            self.fit, self.material.task,
+            on_step=lambda done, total: self.tell.progress("Finding the rate", done, total),
+        )  # fmt: skip
+        self.tell.say(f"Learning rate: {sweep.rate:.1e}, a tenth of where the loss was lowest (rate.png).")
+        config = dataclasses.replace(
+            self.material.config, learning_rate=sweep.rate, head_learning_rate=sweep.rate, find_rate=False
+        )
+        self.material = dataclasses.replace(self.material, config=config)
+        self.__post_init__()
+        if self.main and self.run is not None:
+            points = [(torch.tensor(r).log10().item(), loss) for r, loss in sweep.points]
+            draw_curves(
+                self.run.path / "rate.png", {"loss": points}, xlabel="learning rate, power of ten", ylabel="loss",
+                title=f"Taken: {sweep.rate:.1e}",
+            )  # fmt: skip
+            self.run.write_text("config.yaml", to_yaml(dataclasses.replace(config, output=None, resume=None)))
+
+    def evaluate(self, step: int) -> None:
+        """Looks at the validation pictures; the best moment so far is kept, the first one among equals."""
+        material = self.material
+        with self.averaged():
+            found = material.measured(logits_of(material, material.chosen_by, self.accelerator), material.chosen_by)
+            value = material.selected(found)
+            self.evaluations.append((step, value, found.loss))
+            # What AdaLoRA has not pruned yet does not count.
+            early = material.config.method == "adalora" and step < self.fit.config.steps
+            if self.best is None or value > self.best[1] or (early and step > self.best[0]):
+                state = {n: t.clone() for n, t in self.handle.training_state().items()}
+                self.best = (step, value, state)
+
+    def averaged(self) -> Any:
+        """The running average stands in for the parameters, where there is one."""
+        return self.fit.ema.in_place_of(self.fit.trained) if self.fit.ema else contextlib.nullcontext()
+
+    def moments(self) -> set[int]:
+        """Steps after which the validation pictures are looked at."""
+        steps, count = self.fit.config.steps, min(self.material.config.evaluations, self.fit.config.steps)
+        return {round(steps * (k + 1) / count) for k in range(count)}
+
+    def train(self) -> None:
+        """Runs the loop to its end, or until nothing gets better."""
+        steps, moments, patience = self.fit.config.steps, self.moments(), self.material.config.patience
+        if not self.evaluations:
+            self.evaluate(0)
+
+        def on_step(progress: Progress) -> None:
+            self.history.append(progress)
+            if self.main and self.run is not None:
+                self.run.append_jsonl("metrics.jsonl", dataclasses.asdict(progress))
+            if progress.step in moments:
+                self.evaluate(progress.step)
+                self.checkpoint()
+            recent = self.history[-50:]
+            _, value, _ = self.evaluations[-1]
+            detail = (
+                f"loss {sum(p.loss for p in recent) / len(recent):.3f}  {self.material.config.select_by} {value:.3f}"
+            )
+            self.tell.progress(f"Training {self.material.config.method}", progress.step, steps, detail)
+            since = sum(step > self.best[0] for step, _, _ in self.evaluations) if self.best is not None else 0
+            if patience is not None and self.best is not None and since >= patience:
+                self.tell.say(f"Stopped at step {progress.step}: no better since step {self.best[0]}.")
+                raise StopTraining
+
+        try:
+            self.fit.run(self.material.task, on_step)
+        except KeyboardInterrupt:
+            if self.main and self.history and self.run is not None:
+                self.checkpoint()
+                self.tell.say(
+                    f"Interrupted at step {self.fit.step} of {steps}. Go on with: "
+                    f"visionlora classify --resume {self.run.path}"
+                )
+            raise
+
+    # -------------------------------------------------------------------------------------------------- checkpoints
+
+    def checkpoint(self) -> None:
+        """Writes all that the run needs to go on."""
+        if not self.main or self.run is None or self.best is None:
+            return
+        step, value, state = self.best
+        kept = {
+            "fit": self.fit.state(),
+            "history": [dataclasses.asdict(p) for p in self.history],
+            "evaluations": [list(e) for e in self.evaluations],
+            "best": {"step": step, "value": value, "state": state},
+            "data": self.material.data_hash,
+        }
+        write_state(self.run.checkpoints / STATE_FILE, kept)
+
+    def restore(self, kept: dict[str, Any]) -> None:
+        """Goes on from a checkpoint.
+
+        Raises:
+            ConfigError: when the pictures are not those of the run.
+        """
+        if kept["data"] != self.material.data_hash:
+            raise ConfigError(
+                "The pictures have changed since this run was cut off, so it cannot go on with them. Restore them, or start "
+                "a new run."
+            )
+        self.fit.restore(kept["fit"])
+        self.history = [Progress(**p) for p in kept["history"]]
+        self.evaluations = [(int(s), float(v), float(loss)) for s, v, loss in kept["evaluations"]]
+        best = kept["best"]
+        self.best = (int(best["step"]), float(best["value"]), dict(best["state"]))
+        self.tell.say(f"Going on at step {self.fit.step} of {self.fit.config.steps}.")
+        if self.main and self.run is not None:
+            self.run.write_jsonl("metrics.jsonl", [dataclasses.asdict(p) for p in self.history])
+
+    # ---------------------------------------------------------------------------------------------------------- end
+
+    def finished(self, path: Path, steps: int | None = None, before: float = 0.0) -> Finished:
+        """Trains (unless `steps` is 0), goes back to the best moment, calibrates, tests once and writes the adapter.
+
+        Args:
+            path: of the adapter file.
+            steps: 0 for a head that is fitted already.
+            before: seconds that were spent on it already.
+        """
+        started = time.monotonic()
+        if steps is None:
+            self.train()
+        else:
+            self.evaluate(0)
+        assert self.best is not None
+        step, value, state = self.best
+        self.handle.load_training_state(state)
+        material = self.material
+        val = logits_of(material, material.chosen_by, self.accelerator)
+        temperature = fit_temperature(val.numpy(), material.labels(material.chosen_by), material.data.multi_label)
+        seconds = time.monotonic() - started + before
+        logits = logits_of(material, material.looked_at, self.accelerator)
+        if self.accelerator.is_main_process:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            native.write(Adapter(self.handle.modules("model"), self.header(self.material, step, temperature)), path)
+        explained = overlay_sheet(material, logits) if self.main else None
+        self.accelerator.wait_for_everyone()
+        head = sum(p.numel() for n, p in material.backbone.model.named_parameters() if n in self.head_names)
+        contender = Contender(
+            material.config.method if steps is None else "linear-probe",
+            self.handle.report.trained_parameters - head,
+            material.backbone.parameters,
+            value,
+            material.measured(logits, material.looked_at, temperature),
+            seconds,
+            path.stat().st_size if path.is_file() else None,
+        )
+        return Finished(
+            contender, path, logits, temperature, step, tuple(self.history), tuple(self.evaluations), explained
+        )
+
+    @property
+    def head_names(self) -> set[str]:
+        """Parameters of the head, which every contender trains."""
+        return {f"{self.material.backbone.head}.{n}" for n in ("weight", "bias")}

@@ -1,0 +1,270 @@
+"""Classifier adapter -> a model that runs without visionlora: timm, transformers, a state dict, PEFT or ONNX.
+
+Each is opened again after it was written, and its answers are compared with those of the adapter.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from visionlora.atomic import check_new
+from visionlora.classifier import COMPONENT, ClassTask
+from visionlora.errors import ConfigError, nearest
+from visionlora.formats import peft
+from visionlora.loaders import check_fingerprints, load_adapter
+from visionlora.lora.adapter import Adapter
+from visionlora.lora.inject import attach
+from visionlora.lora.merge import bake
+from visionlora.models.vision import VisionModel, as_logits, open_backbone
+
+TARGETS = ("timm", "transformers", "state-dict", "peft", "onnx")
+CHECKED = 4
+"""Pictures of noise on which answers are compared."""
+TOLERANCE = 1e-3
+"""Of logits; a larger difference is an error of the export."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written and how well it agrees."""
+
+    path: Path
+    difference: float | None
+    """Largest difference of a logit from the adapter's; None where the other library is not installed to compare."""
+    how: str
+    """One line: how to open it."""
+
+
+def export(
+    adapter: str | Path, output: str | Path, to: str, model: str | None = None, force: bool = False,
+    overwrite: bool = False,
+) -> Exported:  # fmt: skip
+    """Writes a classifier for another library and compares.
+
+    Args:
+        adapter: a file or run folder of `visionlora classify`.
+        output: the folder or file to write.
+        to: timm, transformers (folders), state-dict (.safetensors), peft (folder) or onnx (file).
+        model: another place of the backbone than the adapter names.
+        force: accept a backbone of the same architecture with other weights.
+        overwrite: replace what is there.
+
+    Raises:
+        ConfigError: when the target does not fit the backbone's library, needs a package, or the output exists.
+        AdapterFileError: when the adapter is no classifier's or of another backbone.
+    """
+    if to not in TARGETS:
+        raise ConfigError(f"There is no export to {to!r}. {nearest(to, TARGETS)}")
+    path = Path(output).expanduser()
+    check_new(path, overwrite)
+    loaded = load_adapter(adapter)
+    base = loaded.info.get("base", {})
+    backbone = open_backbone(model or str(base.get("id", "auto")), base.get("weights") if model is None else None)
+    task = ClassTask.of(loaded, backbone.head)
+    check_fingerprints(loaded, backbone.id, backbone.fingerprints(), force)
+    if to in ("timm", "transformers") and backbone.library != to:
+        raise ConfigError(
+            f"{backbone.id} is a model of {backbone.library}, which {to} cannot open. Export it to "
+            f"{backbone.library if backbone.library in TARGETS else 'state-dict'} or onnx."
+        )
+    x = torch.randn(
+        CHECKED, 3, task.preprocessing.size, task.preprocessing.size, generator=torch.Generator().manual_seed(0)
+    )
+    finish_head(backbone, task)
+    if to == "peft":
+        untouched = {n: t.clone() for n, t in backbone.model.state_dict().items()}
+        wanted = bake_in(backbone, loaded, x)
+        backbone.model.load_state_dict(untouched)
+        return to_peft(loaded, backbone, path, x, wanted)
+    wanted = bake_in(backbone, loaded, x)
+    writers: dict[str, Callable[..., Exported]] = {
+        "timm": to_timm, "transformers": to_transformers, "state-dict": to_state_dict, "onnx": to_onnx,
+    }  # fmt: skip
+    return checked(writers[to](backbone, task, path, x, wanted))
+
+
+def finish_head(backbone: VisionModel, task: ClassTask) -> None:
+    """Puts the head of the adapter in its place."""
+    head = backbone.new_head(len(task.classes), 0)
+    with torch.no_grad():
+        head.weight.copy_(task.weight)
+        head.bias.copy_(task.bias)
+    head.requires_grad_(False)
+
+
+@torch.no_grad()
+def bake_in(backbone: VisionModel, adapter: Adapter, x: Tensor) -> Tensor:
+    """Merges ΔW for good and returns the logits of `x` with the adapter kept apart, to compare with."""
+    rest = {n: m for n, m in adapter.modules.items() if not n.startswith(f"{COMPONENT}.{backbone.head}.")}
+    if not rest:
+        return as_logits(backbone.model(x))
+    handle = attach(backbone.model, Adapter(rest, adapter.info), COMPONENT, "exported")
+    wanted = as_logits(backbone.model(x))
+    bake([handle])
+    return wanted
+
+
+def checked(exported: Exported) -> Exported:
+    """Raises ConfigError when the answers differ."""
+    if exported.difference is not None and not exported.difference <= TOLERANCE:
+        raise ConfigError(
+            f"{exported.path} gives other answers than the adapter (logits differ by {exported.difference:.3g}): do not use "
+            "it, and please report this."
+        )
+    return exported
+
+
+@torch.no_grad()
+def difference(model: nn.Module, x: Tensor, wanted: Tensor) -> float:
+    """Largest difference of a logit."""
+    return float((as_logits(model.eval()(x)) - wanted).abs().max())
+
+
+def fresh_folder(path: Path) -> None:
+    """An empty folder in place of what is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.mkdir(parents=True)
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer, each in memory of its own."""
+    return {n: t.detach().clone().contiguous() for n, t in model.state_dict().items()}
+
+
+def to_timm(backbone: VisionModel, task: ClassTask, path: Path, x: Tensor, wanted: Tensor) -> Exported:
+    """A folder for `timm.create_model("local-dir:…", pretrained=True)`."""
+    import timm
+    from safetensors.torch import save_file
+
+    fresh_folder(path)
+    save_file(weights_of(backbone.model), path / "model.safetensors", {"format": "pt"})
+    model, p = cast(Any, backbone.model), task.preprocessing
+    given = dict(model.pretrained_cfg)
+    config = {
+        "architecture": given["architecture"],
+        "num_classes": len(task.classes),
+        "num_features": backbone.features,
+        "label_names": list(task.classes),
+        "pretrained_cfg": {
+            "input_size": [3, p.size, p.size], "mean": list(p.mean), "std": list(p.std), "crop_pct": p.crop_pct,
+            "interpolation": p.interpolation, "crop_mode": p.crop_mode, "num_classes": len(task.classes),
+            "first_conv": given.get("first_conv"), "classifier": backbone.head, "pool_size": None,
+            "label_names": list(task.classes),
+        },
+    }  # fmt: skip
+    if arguments := model_arguments(backbone):
+        config["model_args"] = arguments
+    (path / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    again = timm.create_model(f"local-dir:{path}", pretrained=True)
+    return Exported(path, difference(again, x, wanted), f'timm.create_model("local-dir:{path}", pretrained=True)')
+
+
+def model_arguments(backbone: VisionModel) -> dict[str, Any]:
+    """The arguments that a timm folder gives to its architecture, which a name alone does not tell."""
+    folder = backbone.folder
+    if folder is None:
+        return {}
+    return dict(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_args", {}))
+
+
+def to_transformers(backbone: VisionModel, task: ClassTask, path: Path, x: Tensor, wanted: Tensor) -> Exported:
+    """A folder for `AutoModelForImageClassification.from_pretrained`, with an image processor."""
+    from transformers import AutoModelForImageClassification, ViTImageProcessor
+
+    fresh_folder(path)
+    model, p = cast(Any, backbone.model), task.preprocessing
+    names = dict(enumerate(task.classes))
+    model.config.id2label, model.config.label2id = names, {n: i for i, n in names.items()}
+    model.config.problem_type = "multi_label_classification" if task.multi_label else "single_label_classification"
+    model.save_pretrained(path)
+    numbers = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
+    ViTImageProcessor(
+        size={"height": p.size, "width": p.size}, image_mean=list(p.mean), image_std=list(p.std),
+        resample=numbers[p.interpolation],
+    ).save_pretrained(path)  # fmt: skip
+    again = AutoModelForImageClassification.from_pretrained(path)
+    how = f'AutoModelForImageClassification.from_pretrained("{path}")'
+    return Exported(path, difference(again, x, wanted), how)
+
+
+def to_state_dict(backbone: VisionModel, task: ClassTask, path: Path, x: Tensor, wanted: Tensor) -> Exported:
+    """One safetensors file with every weight under its own name."""
+    from safetensors.torch import load_file, save_file
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(weights_of(backbone.model), path, {"format": "pt", "classes": json.dumps(task.classes)})
+    for p in backbone.model.parameters():
+        p.zero_()
+    backbone.model.load_state_dict(load_file(path))
+    return Exported(path, difference(backbone.model, x, wanted), f"model.load_state_dict(load_file({str(path)!r}))")
+
+
+def to_peft(adapter: Adapter, backbone: VisionModel, path: Path, x: Tensor, wanted: Tensor) -> Exported:
+    """A folder for `PeftModel.from_pretrained`, with the head among its modules_to_save."""
+    peft.write(adapter, path)
+    how = f'PeftModel.from_pretrained(model with {len(wanted[0])} classes, "{path}")'
+    try:
+        from peft import PeftModel
+    except ImportError:
+        return Exported(path, None, how)
+    with torch.no_grad():
+        cast(
+            nn.Linear, backbone.model.get_submodule(backbone.head)
+        ).weight.zero_()  # the head must come from the folder
+    return checked(Exported(path, difference(PeftModel.from_pretrained(backbone.model, str(path)), x, wanted), how))
+
+
+class LogitsOnly(nn.Module):
+    """A model of any library that returns a tensor."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, 3, h, w) -> (n, c)."""
+        return as_logits(self.model(x))
+
+
+def to_onnx(backbone: VisionModel, task: ClassTask, path: Path, x: Tensor, wanted: Tensor) -> Exported:
+    """One ONNX file for batches of any size, with classes and preprocessing among its metadata."""
+    try:
+        import onnx
+        import onnxruntime
+        import onnxscript  # noqa: F401
+    except ImportError as e:
+        raise ConfigError(
+            f"ONNX needs the extra of that name ({e.name} is missing): pip install 'visionlora[onnx]'."
+        ) from None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    program = torch.onnx.export(
+        LogitsOnly(backbone.model).eval(), (x,), dynamo=True, input_names=["pixels"], output_names=["logits"],
+        dynamic_shapes=({0: torch.export.Dim("batch", min=1)},), verbose=False,
+    )  # fmt: skip
+    assert program is not None
+    found = program.model_proto
+    onnx.helper.set_model_props(
+        found,
+        {
+            "classes": json.dumps(task.classes),
+            "preprocessing": json.dumps(task.preprocessing.to_dict()),
+            "temperature": str(task.temperature),
+            "multi_label": json.dumps(task.multi_label),
+        },
+    )
+    onnx.save(found, str(path))
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    worst = 0.0
+    for count in (1, len(x)):
+        (got,) = session.run(None, {"pixels": x[:count].numpy()})
+        worst = max(worst, float((torch.from_numpy(got) - wanted[:count]).abs().max()))
+    return Exported(path, worst, f"onnxruntime.InferenceSession({str(path)!r})")

@@ -1,0 +1,242 @@
+"""classify, predict and export end to end through the real commands, on the embedded backbone and real pictures."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import visionlora as vl
+from visionlora.loaders import load_adapter
+
+SHORT = ("--epochs", 6, "--batch-size", 16, "evaluations=3")
+
+
+@pytest.fixture(scope="module")
+def trained(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One finished run that several tests look at."""
+    folder = tmp_path_factory.mktemp("trained")
+    command = [sys.executable, "-m", "visionlora", "classify", "--images", shapes, "--output", "run", *SHORT]
+    done = subprocess.run([*map(str, command), "--baselines", "probe", "--baselines", "full"], capture_output=True,
+                          text=True, cwd=folder)  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "3 classes; 42 pictures to train on, 9 to choose by, 9 to test on." in done.stdout
+    return folder / "run"
+
+
+def test_a_run_leaves_everything(trained: Path) -> None:
+    assert {p.name for p in trained.iterdir()} >= {
+        "config.yaml", "metrics.jsonl", "adapter.safetensors", "baselines", "checkpoints", "loss.png", "confusion.png",
+        "reliability.png", "overlays.png", "metrics.json", "report.html", "README.md", "run.json",
+    }  # fmt: skip
+    metrics = json.loads((trained / "metrics.json").read_text())
+    assert metrics["evaluated_on"] == "test" and metrics["pictures"] == 9
+    assert list(metrics["contenders"]) == ["lora", "linear-probe", "full"]
+    assert metrics["top1"] >= 6 / 9, "it learned"
+    assert sum(map(sum, metrics["confusion"])) == 9
+    steps = [json.loads(line)["step"] for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, 17))
+    page = (trained / "report.html").read_text()
+    assert all(name in page for name in ("circle", "cross", "square", "linear probe", "full"))
+    assert "http://" not in page.replace("http://www.w3.org", "") and "https://" not in page
+
+
+def test_the_adapter_carries_everything(trained: Path) -> None:
+    adapter = load_adapter(trained)
+    about = adapter.info["classifier"]
+    assert about["classes"] == ["circle", "cross", "square"] and about["preprocessing"]["size"] == 64
+    assert adapter.info["base"]["id"] == "emoji-vit" and adapter.info["method"] == "lora"
+    assert {n for n, m in adapter.modules.items() if m.kind == "full"} == {"model.head.weight", "model.head.bias"}
+    assert (trained / "adapter.safetensors").stat().st_size < 300_000
+
+
+def test_its_config_runs_again_to_the_same_bytes(cli, trained: Path, tmp_path: Path) -> None:
+    code, out, err = cli("classify", "--config", trained / "config.yaml", "--output", tmp_path / "again")
+    assert code == 0, err
+    assert (tmp_path / "again" / "config.yaml").read_text() == (trained / "config.yaml").read_text()
+    for name in ("adapter.safetensors", "baselines/full.safetensors", "baselines/probe.safetensors"):
+        assert (tmp_path / "again" / name).read_bytes() == (trained / name).read_bytes(), name
+
+
+def test_predictions_are_those_of_the_test(cli, trained: Path, tmp_path: Path) -> None:
+    """The report's test pictures, read again by another process, give the report's accuracy."""
+    files = json.loads((trained / "run.json").read_text())["splits"]["test"]
+    code, _, err = cli("predict", "--adapter", trained, *files, "--top-k", 3, "--output", tmp_path / "p.csv")
+    assert code == 0, err
+    rows = list(csv.DictReader((tmp_path / "p.csv").read_text().splitlines()))
+    assert [r["path"] for r in rows] == files
+    right = sum(Path(r["path"]).parent.name == r["label"] for r in rows)
+    assert right / len(rows) == pytest.approx(json.loads((trained / "metrics.json").read_text())["top1"])
+    assert all(float(r["probability"]) >= float(r["probability_2"]) >= float(r["probability_3"]) for r in rows)
+
+
+def test_predict_writes_json_and_parquet_and_prints(cli, trained: Path, shapes: Path, tmp_path: Path) -> None:
+    code, out, err = cli("predict", "--adapter", trained, "--images", shapes / "cross", "--json")
+    assert code == 0, err
+    printed = json.loads(out)
+    assert len(printed) == 20 and set(printed[0]) == {"path", "label", "probability", "top"}
+    code, _, err = cli("predict", "--adapter", trained, shapes / "cross", "--output", tmp_path / "p.json")
+    assert code == 0 and json.loads((tmp_path / "p.json").read_text()) == printed
+    pyarrow = pytest.importorskip("pyarrow.parquet")
+    code, _, err = cli("predict", "--adapter", trained, shapes / "cross", "--output", tmp_path / "p.parquet")
+    assert code == 0, err
+    assert pyarrow.read_table(tmp_path / "p.parquet").column("label").to_pylist() == [p["label"] for p in printed]
+
+
+@pytest.mark.parametrize("to", ["timm", "state-dict", "peft", "onnx"])
+def test_exports_are_opened_again_and_agree(cli, trained: Path, tmp_path: Path, to: str) -> None:
+    for needed in {"peft": ("peft",), "onnx": ("onnxruntime", "onnxscript")}.get(to, ()):
+        pytest.importorskip(needed)
+    output = tmp_path / {"state-dict": "model.safetensors", "onnx": "model.onnx"}.get(to, "model")
+    code, out, err = cli("export", trained, "--to", to, "--output", output)
+    assert code == 0, err
+    assert "Opened again and compared: logits differ by at most" in out
+    assert float(out.rsplit("at most ", 1)[1].rstrip(".\n")) < 1e-4
+    code, _, err = cli("export", trained, "--to", to, "--output", output)
+    assert code == 2 and "exists already" in err
+
+
+def test_a_transformers_folder_trains_and_is_exported(cli, shapes: Path, tmp_path: Path) -> None:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    torch.manual_seed(0)
+    config = ViTConfig(hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48,
+                       image_size=32, patch_size=8)  # fmt: skip
+    ViTForImageClassification(config).save_pretrained(tmp_path / "base")
+    code, _, err = cli("classify", "--images", shapes, "--model", tmp_path / "base", "--steps", 3, "--output",
+                       tmp_path / "run", "--rank", 2)  # fmt: skip
+    assert code == 0, err
+    code, _, err = cli("export", tmp_path / "run", "--to", "transformers", "--output", tmp_path / "out")
+    assert code == 0, err
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["id2label"]["1"] == "cross"
+    code, _, err = cli("export", tmp_path / "run", "--to", "timm", "--output", tmp_path / "other")
+    assert code == 2 and "is a model of transformers" in err
+
+
+@pytest.mark.parametrize("method", ["full", "linear-probe", "rslora", "lora+", "dora", "adalora", "vera", "ia3"])
+def test_every_method_trains_and_predicts(shapes: Path, tiny_vit: Path, tmp_path: Path, method: str) -> None:
+    config = vl.ClassifyConfig(images=str(shapes), model=str(tiny_vit), steps=3, method=method, rank=2, batch_size=8,
+                               output=str(tmp_path / "run"), baselines=("none",))  # fmt: skip
+    result = vl.classify(config)
+    assert [c.name for c in result.contenders] == [method]
+    (found,) = vl.load_classifier(result.adapter).predict(shapes / "circle" / "00.png", top_k=3)
+    assert set(found.labels) == {"circle", "cross", "square"} and sum(found.probabilities) == pytest.approx(1)
+
+
+def test_all_the_options_of_training_together(cli, shapes: Path, tiny_vit: Path, tmp_path: Path) -> None:
+    code, out, err = cli(
+        "classify", "--images", shapes, "--model", tiny_vit, "--steps", 30, "--rank", "auto", "rank_budget=2", "--find-rate",
+        "--augment", "rand", "--class-weights", "auto", "mixup=0.2", "cutmix=1", "erasing=0.25", "label_smoothing=0.1",
+        "focal_gamma=1", "balanced_sampling=true", "ema_decay=0.9", "layer_decay=0.8", "patience=2", "evaluations=15",
+        "select_by=macro_f1", "gradient_accumulation=2", "head_init=random", "--precision", "bf16", "--output", "run",
+    )  # fmt: skip
+    assert code == 0, err
+    assert "Mean rank by block" in out and "Learning rate:" in out and (tmp_path / "run" / "rate.png").exists()
+    assert "macro_f1 on 9 held-out pictures" in out
+
+
+def test_several_labels_from_a_table(cli, shapes: Path, tiny_vit: Path, tmp_path: Path) -> None:
+    rows = ["file_name,dark,round"]
+    for path in sorted(shapes.glob("*/*.png")):
+        dark = int(np.asarray(Image.open(path)).mean() < 165)
+        rows.append(f"{path.relative_to(shapes)},{dark},{int(path.parent.name == 'circle')}")
+    (tmp_path / "labels.csv").write_text("\n".join(rows))
+    code, out, err = cli("classify", "--images", shapes, "--table", "labels.csv", "label_columns=[dark,round]", "--model",
+                         tiny_vit, "--steps", 4, "--output", "run")  # fmt: skip
+    assert code == 0, err
+    assert "map on" in out and load_adapter(tmp_path / "run").info["classifier"]["multi_label"] is True
+    code, out, err = cli("predict", "--adapter", "run", shapes, "--json")
+    assert code == 0 and all({t["label"] for t in p["top"]} <= {"dark", "round"} for p in json.loads(out)), err
+
+
+# ------------------------------------------------------------------------------------------------------------- resume
+
+
+def run_until(command: list[str], folder: Path, moment, signal_number: int) -> tuple[int, str]:
+    """Starts a run and sends a signal when `moment` says so."""
+    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.monotonic() + 60
+    while not moment() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal_number)
+    out, _ = process.communicate(timeout=60)
+    return process.returncode, out
+
+
+def command_for(shapes: Path, model: Path, output: str) -> list[str]:
+    words = ["classify", "--images", shapes, "--model", model, "--steps", 60, "evaluations=20", "--rank", 2,
+             "ema_decay=0.9", "dropout=0.1", "--output", output, "--baselines", "none"]  # fmt: skip
+    return [sys.executable, "-m", "visionlora", *map(str, words)]
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGINT])
+def test_a_run_that_was_cut_off_ends_in_the_same_bytes(
+    cli, shapes: Path, tiny_vit: Path, tmp_path: Path, signal_number: int
+) -> None:
+    whole = subprocess.run(command_for(shapes, tiny_vit, "whole"), cwd=tmp_path, capture_output=True, text=True)
+    assert whole.returncode == 0, whole.stderr
+    state = tmp_path / "cut" / "checkpoints" / "state.pt"
+    code, out = run_until(command_for(shapes, tiny_vit, "cut"), tmp_path, state.exists, signal_number)
+    assert not (tmp_path / "cut" / "report.html").exists(), "it was cut off before its end"
+    if signal_number == signal.SIGINT:
+        assert code == 130 and "visionlora classify --resume cut" in out and "Traceback" not in out
+    code, out, err = cli("classify", "--resume", "cut")
+    assert code == 0, err
+    assert "Going on at step" in out
+    assert (tmp_path / "cut" / "adapter.safetensors").read_bytes() == (
+        tmp_path / "whole" / "adapter.safetensors"
+    ).read_bytes()
+    whole_lines, cut_lines = ((tmp_path / n / "metrics.jsonl").read_text().splitlines() for n in ("whole", "cut"))
+    assert [json.loads(line)["loss"] for line in cut_lines] == [json.loads(line)["loss"] for line in whole_lines]
+    code, _, err = cli("classify", "--resume", "cut")
+    assert code == 2 and "is finished" in err
+
+
+def test_a_resumed_run_keeps_its_settings_and_pictures(cli, shapes: Path, tiny_vit: Path, tmp_path: Path) -> None:
+    import shutil
+
+    own = tmp_path / "own"
+    shutil.copytree(shapes, own)
+    state = tmp_path / "cut" / "checkpoints" / "state.pt"
+    run_until(command_for(own, tiny_vit, "cut"), tmp_path, state.exists, signal.SIGKILL)
+    code, _, err = cli("classify", "--resume", "cut", "--seed", 5)
+    assert code == 2 and "A resumed run keeps its settings, but seed is 5 here and was 0" in err
+    (own / "circle" / "00.png").unlink()
+    code, _, err = cli("classify", "--resume", "cut")
+    assert code == 2 and "The pictures have changed" in err
+    code, _, err = cli("classify", "--resume", "nowhere")
+    assert code == 2 and "is no run that can be resumed" in err
+
+
+# ----------------------------------------------------------------------------------------------------- several at once
+
+
+@pytest.mark.slow
+def test_two_processes_train_what_one_does(shapes: Path, tiny_vit: Path, tmp_path: Path) -> None:
+    """accelerate launch: the same pictures in the same order, shared out."""
+    common = ["--images", shapes, "--model", tiny_vit, "--steps", 6, "--rank", 2, "--baselines", "none"]
+    one = [sys.executable, "-m", "visionlora", "classify", *common, "--batch-size", 8, "--output", "one"]
+    two = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", 2, "--num_machines", 1,
+           "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "visionlora", "classify", *common, "--batch-size", 4,
+           "--output", "two"]  # fmt: skip
+    for command in (one, two):
+        done = subprocess.run(
+            [*map(str, command)],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+    first, second = (load_file(tmp_path / n / "adapter.safetensors") for n in ("one", "two"))
+    for name, tensor in first.items():
+        torch.testing.assert_close(second[name], tensor, rtol=1e-3, atol=1e-5)

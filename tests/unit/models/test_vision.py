@@ -1,0 +1,142 @@
+"""Backbones of three libraries through one door."""
+
+import json
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from visionlora.errors import ModelError
+from visionlora.models.vision import as_logits, open_backbone
+
+SMALL = {"img_size": 32, "patch_size": 8, "depth": 2, "embed_dim": 24, "num_heads": 2}
+
+
+def timm_folder(path: Path, **more: object) -> Path:
+    """A folder as timm's users save it."""
+    torch.manual_seed(0)
+    arguments = {**SMALL, **more}
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=7, **arguments)
+    path.mkdir()
+    save_file(model.state_dict(), path / "model.safetensors")
+    config = {
+        "architecture": "vit_tiny_patch16_224",
+        "num_classes": 7,
+        "model_args": arguments,
+        "pretrained_cfg": {
+            "input_size": [3, 32, 32], "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "crop_pct": 0.9,
+            "classifier": "head", "num_classes": 7, "first_conv": "patch_embed.proj",
+        },
+    }  # fmt: skip
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+def transformers_folder(path: Path) -> Path:
+    from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
+
+    torch.manual_seed(0)
+    config = ViTConfig(
+        hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, image_size=32, patch_size=8
+    )
+    ViTForImageClassification(config).save_pretrained(path)
+    ViTImageProcessor(
+        size={"height": 32, "width": 32}, image_mean=[0.4] * 3, image_std=[0.3] * 3, resample=3
+    ).save_pretrained(path)
+    return path
+
+
+def test_the_embedded_one_is_the_default_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    opened = open_backbone()
+    assert (opened.id, opened.library, opened.head, opened.features) == ("emoji-vit", "timm", "head", 192)
+    assert "no GPU" in opened.why and opened.small
+    assert not opened.model.training and not any(p.requires_grad for p in opened.model.parameters())
+
+
+@pytest.mark.parametrize("make", [timm_folder, transformers_folder])
+def test_a_folder_opens_with_its_preprocessing_and_a_head_of_any_size(make, tmp_path: Path) -> None:
+    opened = open_backbone(str(make(tmp_path / "model")))
+    x = torch.randn(2, 3, 32, 32)
+    features = as_logits(opened.model(x))
+    assert features.shape == (2, 24) and opened.preprocessing.size == 32
+    head = opened.new_head(5, seed=1)
+    assert torch.allclose(as_logits(opened.model(x)), nn.functional.linear(features, head.weight, head.bias), atol=1e-5)
+    again = opened.new_head(5, seed=1)
+    assert torch.equal(head.weight, again.weight)
+
+
+def test_preprocessing_comes_from_the_folder(tmp_path: Path) -> None:
+    one = open_backbone(str(timm_folder(tmp_path / "a"))).preprocessing
+    assert (one.crop_pct, one.interpolation, one.crop_mode) == (0.9, "bicubic", "center")
+    two = open_backbone(str(transformers_folder(tmp_path / "b"))).preprocessing
+    assert (two.mean, two.std, two.interpolation, two.crop_mode) == ((0.4,) * 3, (0.3,) * 3, "bicubic", "squash")
+
+
+def test_torchvision_by_name_without_weights() -> None:
+    opened = open_backbone("torchvision/vit_b_16", weights="random")
+    assert (opened.head, opened.features, opened.library) == ("heads.head", 768, "torchvision")
+    assert opened.preprocessing.size == 224
+
+
+def test_the_fingerprint_does_not_depend_on_the_head(tmp_path: Path) -> None:
+    opened = open_backbone(str(timm_folder(tmp_path / "a")))
+    before = opened.fingerprints()
+    opened.new_head(3, 0)
+    assert opened.fingerprints() == before
+    deeper = open_backbone(str(timm_folder(tmp_path / "b", depth=3)))
+    assert deeper.fingerprints()["model"]["architecture"] != before["model"]["architecture"]
+
+
+def test_a_state_dict_replaces_the_weights_and_its_head_is_left_out(tmp_path: Path) -> None:
+    folder = timm_folder(tmp_path / "a")
+    state = timm.create_model("vit_tiny_patch16_224", num_classes=3, **SMALL).state_dict()
+    save_file({f"model.{n}": t for n, t in state.items()}, tmp_path / "own.safetensors")
+    torch.save(state, tmp_path / "own.pt")
+    for name in ("own.safetensors", "own.pt"):
+        opened = open_backbone(str(folder), weights=str(tmp_path / name))
+        got = opened.model.state_dict()
+        assert all(torch.equal(t, got[n]) for n, t in state.items() if not n.startswith("head."))
+
+
+def test_depth_of_layers() -> None:
+    opened = open_backbone("emoji-vit")
+    assert [opened.depth_of(n) for n in ("blocks.4.attn.qkv.q", "patch_embed.proj.weight", "norm.weight")] == [
+        4,
+        None,
+        None,
+    ]
+    assert opened.depth_of("encoder.layers.encoder_layer_11.mlp.0.weight") == 11
+
+
+@pytest.mark.parametrize(
+    ("model", "weights", "said"),
+    [
+        ("vit_smal_patch16_224", None, "Did you mean 'vit_small_patch16_224'"),
+        ("torchvision/vit_b_61", None, "Did you mean 'vit_b_16'"),
+        ("nothing like it", None, "Give a timm name such as"),
+        ("deit_tiny_distilled_patch16_224", "random", "several heads"),
+        ("emoji-vit", "nowhere.pt", "There is no file nowhere.pt with weights"),
+    ],
+)
+def test_what_cannot_be_opened_is_one_sentence(model: str, weights: str | None, said: str) -> None:
+    with pytest.raises(ModelError, match=said):
+        open_backbone(model, weights)
+
+
+def test_a_state_dict_of_another_model_is_refused(tmp_path: Path) -> None:
+    folder = timm_folder(tmp_path / "a")
+    save_file({"blocks.0.norm1.weight": torch.zeros(3)}, tmp_path / "own.safetensors")
+    with pytest.raises(ModelError, match=r"lacks \d+ tensors .* of shape \(3,\) where the model has \(24,\)"):
+        open_backbone(str(folder), weights=str(tmp_path / "own.safetensors"))
+
+
+def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"config\.json cannot be read"):
+        open_backbone(str(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ModelError, match="neither timm's"):
+        open_backbone(str(tmp_path))

@@ -1,0 +1,163 @@
+"""One classifier, and many tasks on one backbone: together they say what each says alone."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from visionlora.classifier import Classifier, load_classifier
+from visionlora.errors import AdapterFileError, ConfigError, DataError
+from visionlora.formats import native
+from visionlora.lora.adapter import Adapter
+from visionlora.lora.config import AdapterConfig
+from visionlora.lora.inject import inject
+from visionlora.models.vision import open_backbone
+
+TASKS = {"pets": ("cat", "dog", "fish"), "digits": ("0", "1", "2", "3", "4"), "yes": ("no", "yes")}
+
+
+def adapter_of(folder: Path, classes: tuple[str, ...], seed: int, method: str = "lora", **info: Any) -> Adapter:
+    """A classifier adapter with random factors and head."""
+    backbone = open_backbone(str(folder))
+    fingerprints = backbone.fingerprints()
+    backbone.new_head(len(classes), seed)
+    config = AdapterConfig(method=method, rank=2, targets="attn.qv", train="head")
+    handle = inject(backbone.model, config, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in handle.parameters():
+            p.add_(0.3 * torch.randn(p.shape, generator=generator))
+    about = {
+        "classes": list(classes), "multi_label": False, "preprocessing": backbone.preprocessing.to_dict(),
+        "temperature": 1.5, "head": "head", **info,
+    }  # fmt: skip
+    base = {"id": str(folder), "fingerprints": fingerprints}
+    return Adapter(handle.modules("model"), {"base": base, "classifier": about})
+
+
+def pictures(n: int) -> list[Image.Image]:
+    random = np.random.default_rng(0)
+    return [Image.fromarray(random.integers(0, 256, (40, 36, 3), dtype=np.uint8)) for _ in range(n)]
+
+
+@pytest.fixture
+def several(tiny_vit: Path) -> Classifier:
+    return load_classifier({n: adapter_of(tiny_vit, c, i) for i, (n, c) in enumerate(TASKS.items())})
+
+
+def test_a_file_is_all_that_predict_needs(tiny_vit: Path, tmp_path: Path) -> None:
+    adapter = adapter_of(tiny_vit, TASKS["pets"], 0)
+    native.write(adapter, tmp_path / "adapter.safetensors")
+    found = load_classifier(tmp_path / "adapter.safetensors").predict(pictures(3), top_k=2)
+    assert all(len(p.labels) == 2 and set(p.labels) <= set(TASKS["pets"]) for p in found)
+    assert all(p.probabilities[0] >= p.probabilities[1] > 0 and p.label == p.labels[0] for p in found)
+    one = load_classifier(adapter).predict(pictures(3)[1])
+    assert one[0].labels == found[1].labels[:1]
+    assert one[0].probability == pytest.approx(found[1].probability, abs=1e-5)
+
+
+def test_probabilities_are_those_of_the_model_at_the_temperature(tiny_vit: Path) -> None:
+    adapter, x = adapter_of(tiny_vit, TASKS["pets"], 0), torch.randn(4, 3, 32, 32)
+    backbone = open_backbone(str(tiny_vit))
+    deltas = {n.removeprefix("model."): m for n, m in adapter.modules.items()}
+    state = backbone.model.state_dict()
+    for block in range(2):
+        weight = state[f"blocks.{block}.attn.qkv.weight"]
+        for part, rows in (("q", slice(0, 24)), ("v", slice(48, 72))):
+            weight[rows] += deltas[f"blocks.{block}.attn.qkv.{part}"].delta_weight()
+    head = backbone.new_head(3, 0)
+    with torch.no_grad():
+        head.weight.copy_(deltas["head.weight"].tensors["value"])
+        head.bias.copy_(deltas["head.bias"].tensors["value"])
+        want = (backbone.model(x) / 1.5).softmax(1)
+    classifier = load_classifier(adapter)
+    got = torch.stack([classifier.tasks["default"].probabilities(row) for row in classifier.logits(x)])
+    assert torch.allclose(got, want, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "ia3", "vera"])
+def test_a_mixed_batch_says_what_each_task_says_alone(tiny_vit: Path, method: str) -> None:
+    adapters = {n: adapter_of(tiny_vit, c, i, method) for i, (n, c) in enumerate(TASKS.items())}
+    classifier = load_classifier(adapters)
+    x = torch.randn(7, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    tasks = ["pets", "digits", "digits", "yes", "pets", "yes", "digits"]
+    mixed = classifier.logits(x, tasks)
+    for i, task in enumerate(tasks):
+        (alone,) = load_classifier(adapters[task]).logits(x[i : i + 1])
+        assert mixed[i].shape == (len(TASKS[task]),)
+        assert torch.allclose(mixed[i], alone, atol=1e-5), (task, (mixed[i] - alone).abs().max())
+    # Tasks may be switched at any time, and a merged one leaves nothing behind for the next.
+    for task in ("digits", "pets", "digits"):
+        again = classifier.logits(x, task)
+        assert torch.allclose(torch.stack(again)[0], load_classifier(adapters[task]).logits(x)[0], atol=1e-5)
+    assert all(torch.equal(a, b) for a, b in zip(classifier.logits(x, tasks), mixed, strict=True))
+
+
+def test_heads_alone_and_full_models_share_a_backbone_with_adapters(tiny_vit: Path) -> None:
+    whole = adapter_of(tiny_vit, TASKS["digits"], 1, "full")
+    head = adapter_of(tiny_vit, TASKS["yes"], 2, "linear-probe")
+    adapters = {"pets": adapter_of(tiny_vit, TASKS["pets"], 0), "digits": whole, "yes": head}
+    classifier, x = load_classifier(adapters), torch.randn(3, 3, 32, 32)
+    mixed = classifier.logits(x, ["pets", "digits", "yes"])
+    for i, name in enumerate(adapters):
+        assert torch.allclose(mixed[i], load_classifier(adapters[name]).logits(x)[i], atol=1e-5)
+
+
+def test_removing_every_task_leaves_the_base_bit_for_bit(several: Classifier) -> None:
+    untouched = open_backbone(several.backbone.id).model.state_dict()
+    x = torch.randn(4, 3, 32, 32)
+    several.logits(x, "digits")
+    several.logits(x, ["pets", "yes", "digits", "pets"])
+    for name in several.names:
+        several.remove(name)
+    after = several.model.state_dict()
+    assert after.keys() == untouched.keys() and all(torch.equal(t, after[n]) for n, t in untouched.items())
+
+
+def test_several_labels_are_those_above_one_half(tiny_vit: Path) -> None:
+    classifier = load_classifier(adapter_of(tiny_vit, TASKS["digits"], 1, multi_label=True))
+    task = classifier.tasks["default"]
+    found = task.prediction(torch.tensor([0.2, 0.9, 0.5, 0.7, 0.1]), 1, "default")
+    assert found.labels == ("1", "3") and found.probabilities == pytest.approx((0.9, 0.7))
+    nothing = task.prediction(torch.full((5,), 0.1), 1, "default")
+    assert nothing.label is None and nothing.probability == 0.0
+
+
+def test_files_arrays_and_pictures_are_the_same(tiny_vit: Path, tmp_path: Path) -> None:
+    classifier, (picture,) = load_classifier(adapter_of(tiny_vit, TASKS["pets"], 0)), pictures(1)
+    picture.save(tmp_path / "a.png")
+    found = classifier.predict([picture, tmp_path / "a.png", str(tmp_path / "a.png"), np.asarray(picture)])
+    assert len({p.probability for p in found}) == 1
+
+
+def check_says(error: type[Exception], said: str, call: Any) -> None:
+    with pytest.raises(error, match=said):
+        call()
+
+
+def test_wrong_use_is_explained(several: Classifier, tiny_vit: Path) -> None:
+    picture = pictures(1)
+    check_says(ConfigError, "There are 3 tasks", lambda: several.predict(picture))
+    check_says(ConfigError, "Did you mean 'pets'", lambda: several.predict(picture, "pet"))
+    check_says(ConfigError, "1 pictures and 2 tasks", lambda: several.predict(picture, ["pets", "pets"]))
+    check_says(ConfigError, "is there already", lambda: several.add("pets", adapter_of(tiny_vit, TASKS["pets"], 0)))
+    check_says(ConfigError, "at least 1", lambda: several.predict(picture, "pets", top_k=0))
+    check_says(DataError, "no pictures", lambda: several.predict([], "pets"))
+    check_says(DataError, "uint8 array", lambda: several.predict([np.zeros((4, 4))], "pets"))
+    check_says(ConfigError, "No adapter", lambda: load_classifier({}))
+
+
+def test_adapters_that_are_no_classifiers_or_of_another_backbone_are_refused(tiny_vit: Path) -> None:
+    adapter = adapter_of(tiny_vit, TASKS["pets"], 0)
+    style = Adapter(adapter.modules, {"base": adapter.info["base"]})
+    check_says(AdapterFileError, "has no classes", lambda: load_classifier(style))
+    headless = Adapter({n: m for n, m in adapter.modules.items() if "head" not in n}, adapter.info)
+    check_says(AdapterFileError, "has no head", lambda: load_classifier(headless))
+    short = Adapter(adapter.modules, {**adapter.info, "classifier": {**adapter.info["classifier"], "classes": ["a"]}})
+    check_says(AdapterFileError, "names 1 classes", lambda: load_classifier(short))
+    check_says(AdapterFileError, "another architecture", lambda: load_classifier(adapter, model="emoji-vit"))
+    nameless = Adapter(adapter.modules, {"classifier": adapter.info["classifier"]})
+    check_says(AdapterFileError, "does not say which backbone", lambda: load_classifier(nameless))

@@ -1,0 +1,150 @@
+"""Going on where a run was cut off, averages, an early end, and the search for a rate."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from visionlora.errors import ConfigError, RunFolderError
+from visionlora.lora.config import AdapterConfig
+from visionlora.lora.inject import Handle, inject
+from visionlora.training.checkpoint import read_state, write_state
+from visionlora.training.ema import EMA
+from visionlora.training.learner import LayeredLearner, rates_by_depth
+from visionlora.training.loop import Fit, LoopConfig, Progress, StopTraining
+from visionlora.training.rate import find_rate
+
+CONFIG = LoopConfig(steps=12, batch_size=4, gradient_accumulation=1, learning_rate=0.05, warmup_steps=2,
+                    weight_decay=0.01, max_grad_norm=1.0, seed=3)  # fmt: skip
+
+
+class Task:
+    """Tell which of two halves of the input is larger."""
+
+    def __len__(self) -> int:
+        return 16
+
+    def losses(self, model: nn.Module, index: Tensor, generator: torch.Generator, part: slice) -> Tensor:
+        x = torch.randn(len(index), 8, generator=generator)[part]
+        target = (x[:, :4].sum(1) > x[:, 4:].sum(1)).long()
+        return nn.functional.cross_entropy(model(x), target, reduction="none")
+
+
+def model_with(method: str) -> Handle:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Dropout(0.2), nn.Linear(8, 2))
+    return inject(model, AdapterConfig(method=method, rank=2, targets=("0",), train="3", dropout=0.1))
+
+
+def fit_of(handle: Handle, config: LoopConfig = CONFIG, ema: float | None = None) -> Fit:
+    return Fit(
+        Accelerator(cpu=True), LayeredLearner(handle, lambda name: 3.0 if name.startswith("3") else 1.0), config, ema
+    )
+
+
+def values(handle: Handle) -> dict[str, Tensor]:
+    return {n: t.clone() for n, t in handle.training_state().items()}
+
+
+@pytest.mark.parametrize("method", ["lora", "adalora", "dora", "vera", "ia3", "full"])
+@pytest.mark.parametrize("ema", [None, 0.9])
+def test_a_run_that_was_cut_off_ends_in_the_same_bits(method: str, ema: float | None, tmp_path: Path) -> None:
+    whole = fit_of(model_with(method), ema=ema)
+    whole.run(Task(), lambda _: None)
+
+    class Killed(Exception):
+        pass
+
+    def kill(progress: Progress) -> None:
+        if progress.step == 7:
+            raise Killed
+
+    first = fit_of(model_with(method), ema=ema)
+    with pytest.raises(Killed):
+        first.run(Task(), kill)
+    write_state(tmp_path / "state.pt", first.state())
+    torch.rand(17)  # whatever else the process did
+    second = fit_of(model_with(method), ema=ema)
+    second.restore(read_state(tmp_path / "state.pt"))
+    steps: list[int] = []
+    second.run(Task(), lambda progress: steps.append(progress.step))
+    assert steps == [8, 9, 10, 11, 12]
+    one, two = values(whole.learner.handle), values(second.learner.handle)
+    assert one.keys() == two.keys() and all(torch.equal(one[n], two[n]) for n in one)
+    if ema is not None:
+        assert all(torch.equal(a, b) for a, b in zip(whole.ema.averages, second.ema.averages, strict=True))
+
+
+def test_a_checkpoint_of_another_adapter_is_refused_and_changes_nothing() -> None:
+    lora, wider = model_with("lora"), model_with("lora")
+    other = inject(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), AdapterConfig(rank=4, targets=("0", "1")))
+    before = values(lora)
+    for state in (other.training_state(), {n: t[:1] for n, t in wider.training_state().items()}, {}):
+        with pytest.raises(ConfigError, match="checkpoint"):
+            lora.load_training_state(state)
+    after = values(lora)
+    assert all(torch.equal(before[n], after[n]) for n in before)
+
+
+def test_a_missing_or_broken_checkpoint_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(RunFolderError, match="There is no checkpoint"):
+        read_state(tmp_path / "state.pt")
+    (tmp_path / "state.pt").write_bytes(b"half")
+    with pytest.raises(RunFolderError, match="cannot be read"):
+        read_state(tmp_path / "state.pt")
+
+
+def test_enough_learned_ends_the_run_without_an_error() -> None:
+    fit, seen = fit_of(model_with("lora")), []
+
+    def on_step(progress: Progress) -> None:
+        seen.append(progress.step)
+        if progress.step == 5:
+            raise StopTraining
+
+    fit.run(Task(), on_step)
+    assert seen == [1, 2, 3, 4, 5] and fit.step == 5
+
+
+def test_an_average_lags_behind_and_steps_aside() -> None:
+    p = nn.Parameter(torch.zeros(3))
+    ema = EMA([p], 0.5)
+    for value in (1.0, 1.0, 1.0):
+        with torch.no_grad():
+            p.fill_(value)
+        ema.update([p])
+    # Decays 2/11, 3/12, 4/13: what is left of the start is their product.
+    assert ema.averages[0].tolist() == pytest.approx([1 - 2 / 11 * 3 / 12 * 4 / 13] * 3)
+    with ema.in_place_of([p]):
+        assert torch.equal(p.detach(), ema.averages[0])
+    assert torch.equal(p.detach(), torch.ones(3))
+
+
+def test_the_search_for_a_rate_finds_one_that_learns_and_changes_nothing() -> None:
+    handle, config = model_with("lora"), replace(CONFIG, batch_size=16)
+    fit, before = fit_of(handle, config), values(handle)
+    sweep = find_rate(fit, Task(), steps=60)
+    after = values(handle)
+    assert all(torch.equal(before[n], after[n]) for n in before)
+    assert fit.step == 0 and not fit.optimizer.state_dict()["state"]
+    assert 1e-4 < sweep.rate < 1
+    losses: list[float] = []
+    fit_of(model_with("lora"), replace(config, learning_rate=sweep.rate, steps=60)).run(
+        Task(), lambda progress: losses.append(progress.loss)
+    )
+    assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
+
+
+def test_rates_fall_with_depth_and_the_head_has_its_own() -> None:
+    model = nn.ModuleDict({"blocks": nn.ModuleList(nn.Linear(4, 4) for _ in range(3)), "head": nn.Linear(4, 2)})
+    handle = inject(model, AdapterConfig(rank=1, targets=("0", "1", "2"), train="head"))
+    rate_of = rates_by_depth(lambda n: int(n.split(".")[1]) if n.startswith("blocks") else None, 3, 0.5, "head", 10.0)
+    groups = LayeredLearner(handle, rate_of).parameter_groups(1.0, 0.1)
+    assert {(g["name"], g["lr"]) for g in groups} == {
+        ("adapter", 1.0), ("adapter x 0.5", 0.5), ("adapter x 0.25", 0.25),
+        ("lora_B", 1.0), ("lora_B x 0.5", 0.5), ("lora_B x 0.25", 0.25),
+        ("full x 10", 10.0), ("full_1d x 10", 10.0),
+    }  # fmt: skip

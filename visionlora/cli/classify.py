@@ -1,0 +1,158 @@
+"""`visionlora classify`, `predict` and `export`: class folders -> an adapter with a report, and its use."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from visionlora.cli.console import ConsoleListener, duration
+from visionlora.config import PRECISIONS, ClassifyConfig, build, parse_words, read_yaml
+
+SHOWN = 20
+"""Predictions printed when they are not written to a file."""
+
+
+def command(
+    settings: Annotated[
+        Optional[list[str]], typer.Argument(help="Any setting as key=value, for instance mixup=0.2.")  # noqa: UP045
+    ] = None,
+    images: Annotated[
+        Optional[str], typer.Option(help="Folder of class folders, or a table (CSV, JSON lines, parquet).")  # noqa: UP045
+    ] = None,
+    table: Annotated[Optional[str], typer.Option(help="A table with a row per picture.")] = None,  # noqa: UP045
+    model: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="auto, emoji-vit, a timm name, a folder, torchvision/NAME or a Hub id."),
+    ] = None,
+    weights: Annotated[Optional[str], typer.Option(help="A state dict to start from, or random.")] = None,  # noqa: UP045
+    output: Annotated[Optional[str], typer.Option(help="Run folder to create.")] = None,  # noqa: UP045
+    epochs: Annotated[Optional[float], typer.Option(help="Passes over the training pictures.")] = None,  # noqa: UP045
+    steps: Annotated[Optional[int], typer.Option(help="Optimizer steps, instead of epochs.")] = None,  # noqa: UP045
+    method: Annotated[
+        Optional[str], typer.Option(help="lora, dora, vera, ia3 …, full or linear-probe.")  # noqa: UP045
+    ] = None,
+    rank: Annotated[Optional[str], typer.Option(help="Rank of each layer's change, or auto.")] = None,  # noqa: UP045
+    targets: Annotated[
+        Optional[str], typer.Option(help="Roles (attn.qv, attn, mlp, all), names or re:regex, by commas.")  # noqa: UP045
+    ] = None,
+    learning_rate: Annotated[Optional[float], typer.Option(help="Learning rate of AdamW.")] = None,  # noqa: UP045
+    find_rate: Annotated[
+        Optional[bool], typer.Option("--find-rate", help="Find the learning rate first.")  # noqa: UP045
+    ] = None,
+    batch_size: Annotated[Optional[int], typer.Option(help="Pictures per forward pass.")] = None,  # noqa: UP045
+    augment: Annotated[Optional[str], typer.Option(help="none, light, trivial or rand.")] = None,  # noqa: UP045
+    flip: Annotated[
+        Optional[bool], typer.Option("--flip/--no-flip", help="Mirror pictures; not for letters and digits.")  # noqa: UP045
+    ] = None,
+    class_weights: Annotated[
+        Optional[str], typer.Option(help="auto: rare classes count more.")  # noqa: UP045
+    ] = None,
+    baselines: Annotated[
+        Optional[list[str]], typer.Option(help="probe, full or none; repeat for more.")  # noqa: UP045
+    ] = None,
+    precision: Annotated[Optional[str], typer.Option(help=f"One of {', '.join(PRECISIONS)}.")] = None,  # noqa: UP045
+    seed: Annotated[Optional[int], typer.Option(help="Of everything random.")] = None,  # noqa: UP045
+    skip_broken: Annotated[
+        Optional[bool], typer.Option("--skip-broken", help="Leave out pictures that cannot be used.")  # noqa: UP045
+    ] = None,
+    resume: Annotated[Optional[str], typer.Option(help="Run folder to go on with.")] = None,  # noqa: UP045
+    config: Annotated[
+        Optional[list[str]], typer.Option(help="A YAML file or the name of a recipe; repeat for more.")  # noqa: UP045
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result for programs.")] = False,
+) -> None:
+    """Fine-tune a vision transformer on class folders: `visionlora classify --images ./pets`."""
+    flags = {k: v for k, v in locals().items() if k not in ("settings", "config", "as_json") and v is not None}
+    files = [read_yaml(name) for name in config or []]
+    if resume is not None:
+        flags.setdefault("images", resume)  # the run knows its own pictures
+    resolved = build(ClassifyConfig, *files, parse_words(settings or []), flags)
+    with ConsoleListener(quiet=as_json) as listener:
+        from visionlora.pipelines.classify import classify
+
+        result = classify(resolved, listener)
+    select = resolved.select_by or ("map" if hasattr(result.metrics, "mean_average_precision") else "top1")
+    from visionlora.vision.metrics import score
+
+    if as_json:
+        typer.echo(
+            json.dumps(
+                {
+                    "adapter": str(result.adapter),
+                    "report": str(result.report),
+                    "classes": result.classes,
+                    "contenders": {
+                        c.name: None if c.test is None else abs(score(c.test, select)) for c in result.contenders
+                    },
+                    "metrics": result.metrics.to_dict(),
+                }
+            )
+        )
+        return
+    typer.echo(f"Done in {duration(result.seconds)}. {select} on {result.metrics.pictures} held-out pictures:")
+    width = max(len(c.name) for c in result.contenders)
+    for c in result.contenders:
+        found = "" if c.test is None else f"{abs(score(c.test, select)):.4f}"
+        trained = f"{c.trained_parameters:,} parameters" if c.trained_parameters else "the head alone"
+        typer.echo(f"  {c.name:<{width}}  {found}  {trained}, {duration(c.seconds)}")
+    typer.echo(f"  adapter  {result.adapter}")
+    typer.echo(f"  report   {result.report}")
+
+
+def predict(
+    adapter: Annotated[Path, typer.Option(help="Adapter file or run folder of `visionlora classify`.")],
+    files: Annotated[Optional[list[Path]], typer.Argument(help="Pictures and folders of pictures.")] = None,  # noqa: UP045
+    images: Annotated[
+        Optional[list[Path]], typer.Option(help="Pictures and folders of pictures; repeat for more.")  # noqa: UP045
+    ] = None,
+    output: Annotated[Optional[Path], typer.Option(help="A .csv, .json or .parquet file.")] = None,  # noqa: UP045
+    top_k: Annotated[int, typer.Option(help="Classes per picture.")] = 1,
+    batch_size: Annotated[int, typer.Option(help="Pictures per forward pass.")] = 32,
+    model: Annotated[Optional[str], typer.Option(help="Another place of the backbone.")] = None,  # noqa: UP045
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda …")] = "auto",
+    force: Annotated[bool, typer.Option("--force", help="Accept other weights of the same architecture.")] = False,
+    skip_broken: Annotated[bool, typer.Option("--skip-broken", help="Leave out pictures that cannot be read.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print all predictions for programs.")] = False,
+) -> None:
+    """Classify pictures with a finished adapter: `visionlora predict --adapter runs/pets ./new`."""
+    with ConsoleListener(quiet=as_json) as listener:
+        from visionlora.pipelines.predict import predict, record
+
+        found = predict(
+            adapter, [*(files or []), *(images or [])], output, top_k=top_k, batch_size=batch_size, model=model,
+            device=device, force=force, skip_broken=skip_broken, overwrite=overwrite, listener=listener,
+        )  # fmt: skip
+    if as_json:
+        typer.echo(json.dumps([record(one) for one in found], ensure_ascii=False))
+        return
+    if output is not None:
+        typer.echo(f"Wrote {len(found)} predictions to {output}.")
+        return
+    for one in found[:SHOWN]:
+        pairs = zip(one.prediction.labels, one.prediction.probabilities, strict=True)
+        typer.echo(f"{one.path}  " + (", ".join(f"{label} {p:.3f}" for label, p in pairs) or "none"))
+    if len(found) > SHOWN:
+        typer.echo(f"… and {len(found) - SHOWN} more: --output preds.csv writes all.")
+
+
+def export(
+    adapter: Annotated[Path, typer.Argument(help="Adapter file or run folder of `visionlora classify`.")],
+    to: Annotated[str, typer.Option(help="timm, transformers, state-dict, peft or onnx.")],
+    output: Annotated[Path, typer.Option(help="The folder or file to write.")],
+    model: Annotated[Optional[str], typer.Option(help="Another place of the backbone.")] = None,  # noqa: UP045
+    force: Annotated[bool, typer.Option("--force", help="Accept other weights of the same architecture.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
+) -> None:
+    """Write a classifier for another library, and compare its answers: `visionlora export runs/pets --to onnx`."""
+    from visionlora.pipelines.export import export
+
+    found = export(adapter, output, to, model, force, overwrite)
+    typer.echo(f"Wrote {found.path}. Open it with: {found.how}")
+    if found.difference is None:
+        typer.echo("Not compared: the library is not installed.")
+    else:
+        typer.echo(f"Opened again and compared: logits differ by at most {found.difference:.1e}.")

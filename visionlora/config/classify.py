@@ -1,0 +1,130 @@
+"""Settings of `visionlora classify`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from visionlora.config.training import Rule, TrainingConfig
+from visionlora.errors import nearest
+
+AUGMENTS = ("none", "light", "trivial", "rand")
+SELECTED_BY = ("top1", "macro_f1", "balanced_accuracy", "loss", "map", "micro_f1")
+BASELINES = ("probe", "full", "none")
+
+
+@dataclass(frozen=True)
+class ClassifyConfig(TrainingConfig):
+    """Everything `visionlora classify` can be told; `model` is a timm name, a folder, torchvision/NAME or a Hub id."""
+
+    weights: str | None = None
+    """A state dict to start from instead of the library's weights, or `random`."""
+    table: str | None = None
+    """CSV, JSON lines or parquet with a row per picture; without it the folders are the classes."""
+    path_column: str | None = None
+    """Of the table; guessed when not given."""
+    label_column: str | None = None
+    """Of the table; guessed when not given."""
+    label_columns: tuple[str, ...] = ()
+    """For pictures with several labels: one column of 0 and 1 per class."""
+    group_column: str | None = None
+    """Pictures of one group (a patient, a place) stay on one side of the split."""
+    split_column: str | None = None
+    """Column that says train, val or test."""
+    val_share: float = 0.15
+    """Share of the pictures that chooses the best moment and the temperature."""
+    test_share: float = 0.15
+    """Share of the pictures that is looked at once, in the end."""
+    epochs: float | None = None
+    """Passes over the training pictures, instead of `steps`."""
+    targets: str = "attn.qv"
+    """What to adapt: roles, names or re:regex, separated by commas."""
+    find_rate: bool = False
+    """Find the learning rate on the pictures before training."""
+    head_learning_rate: float | None = None
+    """Of the head; by default what suits the backbone."""
+    head_init: Literal["probe", "random"] = "probe"
+    """probe: the head starts as a linear probe of the untouched backbone (arXiv 2202.10054)."""
+    layer_decay: float = 1.0
+    """Each block learns at this share of the rate of the block above it."""
+    weight_decay: float = 0.05
+    """Of AdamW."""
+    augment: str = "light"
+    """none, light (crops and colours), trivial (TrivialAugment) or rand (RandAugment)."""
+    flip: bool = True
+    """Mirror half of the pictures; not for letters, digits and signs."""
+    erasing: float = 0.0
+    """Share of the pictures that lose a rectangle."""
+    mixup: float = 0.0
+    """Strength of Mixup, 0 for none; 0.2 is usual."""
+    cutmix: float = 0.0
+    """Strength of CutMix, 0 for none; 1 is usual. With both, each batch takes one of them."""
+    label_smoothing: float = 0.0
+    """Share of the target that is spread over all classes."""
+    focal_gamma: float = 0.0
+    """Focal loss: well-known pictures count less by (1 - p) to this power."""
+    class_weights: str | dict[str, float] | None = None
+    """auto (rare classes count more) or class: weight."""
+    balanced_sampling: bool = False
+    """Draw classes, not pictures, evenly."""
+    ema_decay: float | None = None
+    """Keep a running average of what trains, and use it; 0.99 to 0.9999."""
+    evaluations: int = 10
+    """How often the validation pictures are looked at."""
+    select_by: str | None = None
+    """What the best moment is chosen by: top1, macro_f1, balanced_accuracy, loss; map, micro_f1 with several labels."""
+    patience: int | None = None
+    """Stop after so many evaluations without a better one."""
+    baselines: tuple[str, ...] = ("probe",)
+    """What is trained beside it for comparison: probe, full, or none."""
+    resume: str | None = None
+    """Run folder to go on with."""
+    cache: bool = True
+    """Keep the decoded pictures on disk between runs."""
+
+    def rules(self) -> list[Rule]:
+        """What must hold."""
+        shares = [name for name in ("val_share", "test_share") if not 0 <= getattr(self, name) < 1]
+        return [
+            *super().rules(),
+            *((name, False, "it must be at least 0 and below 1") for name in shares),
+            ("test_share", bool(shares) or self.val_share + self.test_share < 1, "with val_share it must stay below 1"),
+            ("epochs", self.epochs is None or 0 < self.epochs < math.inf, "it must be positive"),
+            ("epochs", self.epochs is None or self.steps is None, "give epochs or steps, not both"),
+            (
+                "find_rate",
+                not self.find_rate or self.learning_rate is None,
+                "a learning_rate is given: leave one of them out",
+            ),
+            (
+                "head_learning_rate",
+                self.head_learning_rate is None or 0 < self.head_learning_rate < math.inf,
+                "it must be positive",
+            ),
+            ("layer_decay", 0 < self.layer_decay <= 1, "it must be above 0 and at most 1"),
+            ("augment", self.augment in AUGMENTS, nearest(self.augment, AUGMENTS)),
+            ("erasing", 0 <= self.erasing <= 1, "it must be between 0 and 1"),
+            ("mixup", self.mixup >= 0, "it must be 0 or more"),
+            ("cutmix", self.cutmix >= 0, "it must be 0 or more"),
+            ("label_smoothing", 0 <= self.label_smoothing < 1, "it must be at least 0 and below 1"),
+            ("focal_gamma", self.focal_gamma >= 0, "it must be 0 or more"),
+            (
+                "class_weights",
+                not isinstance(self.class_weights, str) or self.class_weights == "auto",
+                "write auto, or a mapping from class to weight: class_weights={cat: 2, dog: 1}",
+            ),
+            ("ema_decay", self.ema_decay is None or 0 <= self.ema_decay < 1, "it must be at least 0 and below 1"),
+            ("evaluations", self.evaluations >= 1, "it must be at least 1"),
+            (
+                "select_by",
+                self.select_by is None or self.select_by in SELECTED_BY,
+                nearest(self.select_by or "", SELECTED_BY),
+            ),
+            ("patience", self.patience is None or self.patience >= 1, "it must be at least 1"),
+            (
+                "baselines",
+                all(b in BASELINES for b in self.baselines),
+                nearest(next((b for b in self.baselines if b not in BASELINES), ""), BASELINES),
+            ),
+        ]

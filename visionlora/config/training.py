@@ -1,0 +1,106 @@
+"""What every kind of training can be told."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from visionlora.config.reading import raise_all
+from visionlora.errors import nearest
+
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+
+Rule = tuple[str, bool, str]
+"""A setting, whether its value is fine, and what it must be."""
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Settings that train-sd and classify share, checked at construction.
+
+    Raises:
+        ConfigError: naming every setting that is out of range, in one message.
+    """
+
+    images: str = ""
+    """Folder of pictures to learn from."""
+    model: str = "auto"
+    """What is fine-tuned; `auto` takes the embedded model where there is no GPU."""
+    output: str | None = None
+    """Run folder to create; by default a new one under runs/."""
+    steps: int | None = None
+    """Optimizer steps; by default what suits the base model."""
+    method: str = "lora"
+    """lora, rslora, lora+, lora-fa, dora, adalora, vera, ia3, or full as a baseline."""
+    rank: int | Literal["auto"] = 8
+    """Rank of each ΔW; auto measures on the pictures which layers need it and spends `rank_budget` there."""
+    rank_budget: str = "8"
+    """For rank auto: a mean rank (8), a number of parameters (300k, 1.5M) or a file size (2MB)."""
+    alpha: float | None = None
+    """Scaling numerator; equal to the rank when not given."""
+    targets: str = "attn"
+    """What to adapt: roles, names or re:regex, separated by commas."""
+    learning_rate: float | None = None
+    """Of AdamW, after warm-up; by default what suits the base model."""
+    warmup_steps: int = 20
+    """Steps over which the rate rises linearly; it then falls to zero along a cosine."""
+    weight_decay: float = 0.01
+    """Of AdamW."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm."""
+    batch_size: int | None = None
+    """Pictures per forward pass and process; by default what suits the base model."""
+    gradient_accumulation: int = 1
+    """Forward passes per optimizer step."""
+    init: str = "kaiming"
+    """How the adapter starts: kaiming, gaussian, orthogonal or pissa."""
+    basis_index: int = 0
+    """Part of the shared basis for init orthogonal; adapters that will be combined take different ones."""
+    dropout: float = 0.0
+    """Dropout on the adapter's input."""
+    precision: str = "auto"
+    """fp32, bf16, fp16, or auto: bf16 on a GPU that has it, fp32 on a CPU."""
+    seed: int = 0
+    """Of everything random."""
+    skip_broken: bool = False
+    """Leave out pictures that cannot be used instead of stopping."""
+
+    def __post_init__(self) -> None:
+        raise_all([f"{name} is {getattr(self, name)!r}; {rule}" for name, fine, rule in self.rules() if not fine])
+
+    def rules(self) -> list[Rule]:
+        """What must hold."""
+        return [
+            ("images", bool(self.images), "name the folder of pictures to learn from: --images ./dog"),
+            ("steps", self.steps is None or self.steps >= 1, "it must be at least 1"),
+            ("rank", self.rank == "auto" or self.rank >= 1, "it must be at least 1, or auto"),
+            (
+                "rank_budget",
+                budget_of(self.rank_budget) is not None,
+                "write a mean rank (8), parameters (300k) or a size (2MB)",
+            ),
+            ("alpha", self.alpha is None or (math.isfinite(self.alpha) and self.alpha > 0), "it must be positive"),
+            ("learning_rate", self.learning_rate is None or 0 < self.learning_rate < math.inf, "it must be positive"),
+            ("warmup_steps", self.warmup_steps >= 0, "it must be 0 or more"),
+            ("weight_decay", self.weight_decay >= 0, "it must be 0 or more"),
+            ("max_grad_norm", self.max_grad_norm > 0, "it must be positive"),
+            ("batch_size", self.batch_size is None or self.batch_size >= 1, "it must be at least 1"),
+            ("gradient_accumulation", self.gradient_accumulation >= 1, "it must be at least 1"),
+            ("dropout", 0 <= self.dropout < 1, "it must be at least 0 and below 1"),
+            ("precision", self.precision in PRECISIONS, nearest(self.precision, PRECISIONS)),
+        ]
+
+
+def budget_of(text: str) -> tuple[str, int] | None:
+    """`8` -> ("rank", 8), `300k` or `1.5M` -> ("parameters", …), `2MB` -> ("parameters", …, fp32); None if it is neither.
+
+    >>> budget_of("8"), budget_of("1.5M"), budget_of("2MB"), budget_of("many")
+    (('rank', 8), ('parameters', 1500000), ('parameters', 524288), None)
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(k|M|MB)?", text.strip())
+    if found is None or float(found[1]) <= 0 or (found[2] is None and not float(found[1]).is_integer()):
+        return None
+    per_unit = {None: 1, "k": 1000, "M": 1_000_000, "MB": 2**20 // 4}[found[2]]
+    return ("rank" if found[2] is None else "parameters"), int(float(found[1]) * per_unit)

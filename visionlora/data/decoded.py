@@ -1,0 +1,506 @@
+"""Decodes each picture of a data set once: checks it, hashes it and keeps its pixels on disk.
+
+In: labelled pictures. Out: `Checked`, the same without what cannot be used, with a hash of each file, a perceptual hash
+and a thumbnail of each picture, and its pixels as the backbone wants them; or one error that lists all there is to fix.
+
+On disk there is one file of pixels per data set and preprocessing, named by the content of all pictures, so that it is
+never stale; and one file of facts per folder, by which unchanged files (same size and time) are not even read again.
+
+Letters in shapes: n pictures, s side of a stored picture.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from zipfile import BadZipFile
+
+import numpy as np
+import numpy.typing as npt
+import PIL
+from PIL import Image
+
+from visionlora.atomic import replace_file
+from visionlora.data.cache import key_of
+from visionlora.data.classes import LabelledData, count_of, first_names, left_out, problem_report
+from visionlora.data.images import decode_again, decode_noted, printable
+from visionlora.data.preprocess import Preprocessing
+from visionlora.errors import DataError
+
+THUMBNAIL = 16
+"""Side of a thumbnail, px."""
+
+_VERSION = "1"  # of what the two files hold; a new number makes old files unused
+_MARGIN = 6  # levels; see perceptual_hash
+_THREADS = 4
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A data set every picture of which has been decoded."""
+
+    data: LabelledData
+    """Without what was left out."""
+    sha256: tuple[str, ...]
+    """Of each file's bytes, in hex."""
+    hashes: npt.NDArray[np.uint64]
+    """Perceptual, (n,)."""
+    thumbnails: npt.NDArray[np.uint8]
+    """(n, 16, 16, 3)."""
+    pictures: Pictures
+    notes: tuple[str, ...]
+    """What a person should know, one line each; without those of the data."""
+
+
+class Pictures:
+    """The pictures of a data set as squares before the centre crop, from disk or decoded when asked for."""
+
+    def __init__(
+        self, paths: Sequence[Path], preprocessing: Preprocessing, kept: npt.NDArray[np.uint8] | None = None
+    ) -> None:
+        """Takes the files, and their pixels (n, s, s, 3) where these are kept."""
+        self.paths = tuple(paths)
+        self.preprocessing = preprocessing
+        self._kept = kept
+        self._pool: ThreadPoolExecutor | None = None
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    @property
+    def on_disk(self) -> bool:
+        """Whether the pixels come from one file on disk."""
+        return self._kept is not None
+
+    def stored(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
+        """The pictures at these positions, uint8 (n, s, s, 3); an array of its own.
+
+        Raises:
+            DataError: when a file that is decoded anew can no longer be read.
+        """
+        at = np.asarray(indices, dtype=np.int64)
+        if self._kept is not None:
+            return np.take(self._kept, at, axis=0)
+        side = self.preprocessing.stored_size
+        out = np.empty((len(at), side, side, 3), np.uint8)
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1), "pictures")
+        for i, square in enumerate(self._pool.map(self._decoded, at.tolist())):
+            out[i] = square
+        return out
+
+    def _decoded(self, index: int) -> npt.NDArray[np.uint8]:
+        return self.preprocessing.stored(decode_again(self.paths[index]))
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """What is known of one file."""
+
+    size: int
+    mtime_ns: int
+    sha256: str
+    hash: int
+    thumbnail: npt.NDArray[np.uint8]
+    note: str
+
+
+def check_pictures(
+    data: LabelledData,
+    preprocessing: Preprocessing,
+    cache: Path | None,
+    *,
+    cache_limit: int = 4 << 30,
+    skip_broken: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Checked:
+    """Decodes every picture that is not known yet, and keeps the pixels on disk.
+
+    Args:
+        data: the pictures.
+        preprocessing: to what they are made.
+        cache: a folder; without it pictures are decoded whenever they are asked for.
+        cache_limit: the most bytes of pixels to keep; above it, likewise.
+        skip_broken: leave out what cannot be decoded (and say so in the notes) instead of raising.
+        progress: called with (pictures decoded, pictures to decode); not at all when all is known.
+
+    Raises:
+        DataError: pictures that cannot be decoded, a class that has none left, or pictures that are in two classes.
+    """
+    keeper, why_not = _keeper(len(data.items), preprocessing, cache, cache_limit)
+    facts_file = cache / f"facts-{key_of(_VERSION, str(data.root.resolve()))}.npz" if cache else None
+    known = _read_facts(facts_file) if facts_file else {}
+    places = _places([item.path for item in data.items])
+    facts: dict[int, _Facts] = {}
+    for i, (place, item) in enumerate(zip(places, data.items, strict=True)):
+        fact = known.get(place)
+        if fact is not None and (fact.size, fact.mtime_ns) == _stamp(item.path):
+            facts[i] = fact
+    unknown = [i for i in range(len(places)) if i not in facts]
+    problems: list[str] = []
+    try:
+        for done, i in enumerate(unknown, 1):
+            path = data.items[i].path
+            try:
+                facts[i], image = _look(path, _shown(data, i))
+            except DataError as error:
+                problems.append(str(error))
+            else:
+                keeper.add(i, preprocessing.stored(image))
+            if progress is not None:
+                progress(done, len(unknown))
+        good = sorted(facts)
+        if facts_file and unknown:
+            _write_facts(facts_file, {places[i]: facts[i] for i in good})
+        notes = _judged(data, facts, problems, skip_broken)
+        checked = replace(data, items=tuple(data.items[i] for i in good))
+        key = key_of(
+            _VERSION,
+            PIL.__version__,  # pixels may differ in the last bit
+            json.dumps(preprocessing.to_dict(), sort_keys=True),
+            *(facts[i].sha256 for i in good),
+        )
+        kept = keeper.finish(key, {i: (data.items[i].path, facts[i]) for i in good}, progress)
+    finally:
+        keeper.close()
+    why_not = why_not or keeper.failed
+    if kept is None and why_not:
+        notes.append(f"pictures are decoded anew each time they are used: {why_not}")
+    return Checked(
+        checked,
+        tuple(facts[i].sha256 for i in good),
+        np.array([facts[i].hash for i in good], dtype=np.uint64),
+        np.stack([facts[i].thumbnail for i in good]),
+        Pictures([item.path for item in checked.items], preprocessing, kept),
+        tuple(notes),
+    )
+
+
+def perceptual_hash(image: Image.Image) -> int:
+    """64 bits, of which few change when a picture is saved again or made a little smaller: a difference hash.
+
+    A bit says whether the picture, at 9 x 8 px, gets brighter from one px to the next. It must do so by more than 6 of
+    255 levels: flat areas would else be left to noise.
+
+    Args:
+        image: an RGB picture.
+
+    >>> perceptual_hash(Image.new("RGB", (20, 10), "red"))
+    0
+    """
+    grey = np.asarray(_small(image, 9, 8).convert("L"), dtype=np.int16)
+    return int.from_bytes(np.packbits(grey[:, 1:] > grey[:, :-1] + _MARGIN).tobytes(), "big")
+
+
+def thumbnail(image: Image.Image) -> npt.NDArray[np.uint8]:
+    """The picture pressed into 16 x 16 px, uint8 (16, 16, 3)."""
+    return np.array(_small(image, THUMBNAIL, THUMBNAIL), dtype=np.uint8)
+
+
+def _small(image: Image.Image, width: int, height: int) -> Image.Image:
+    # The gap: large photos are first reduced by a whole factor, at a small part of the cost.
+    return image.resize((width, height), Image.Resampling.BILINEAR, reducing_gap=3.0)
+
+
+def _look(path: Path, shown: str) -> tuple[_Facts, Image.Image]:
+    """Reads a file: what is to be known of it, and the picture."""
+    stamp = _stamp(path)
+    decoded = decode_noted(path, shown=shown)
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    _check_unchanged(path, printable(shown), stamp)
+    image = decoded.image
+    return _Facts(*stamp, digest.hexdigest(), perceptual_hash(image), thumbnail(image), decoded.note or ""), image
+
+
+def _check_unchanged(path: Path, shown: str, stamp: tuple[int, int]) -> None:
+    """Pixels must never be kept under the hash of other content."""
+    if _stamp(path) != stamp:
+        raise DataError(f"{shown} was changed while it was read; start again when it is complete")
+
+
+# What is wrong, and what to say.
+
+
+def _judged(data: LabelledData, facts: Mapping[int, _Facts], broken: Sequence[str], skip_broken: bool) -> list[str]:
+    """Notes on the pictures; raises when they cannot be used."""
+    classes = Counter(c for i in facts for c in data.items[i].labels)
+    fatal = [
+        f'class "{name}" has no picture left; add some, or remove the class'
+        for c, name in enumerate(data.classes)
+        if facts and not classes[c]
+    ]
+    same: dict[str, list[int]] = {}
+    for i in sorted(facts):
+        same.setdefault(facts[i].sha256, []).append(i)
+    notes = []
+    copies = 0
+    for positions in same.values():
+        copies += len(positions) - 1
+        first = positions[0]
+        for other in positions[1:]:
+            if data.items[other].labels == data.items[first].labels:
+                continue
+            pair = [f"{_shown(data, i)} ({_classes(data, i)})" for i in (first, other)]
+            if data.multi_label:
+                notes.append(f"the same picture with different labels: {first_names(pair)}")
+            else:
+                fatal.append(f"{first_names([pair[0]])} and {first_names([pair[1]])} are the same picture; remove one")
+    if fatal or (broken and not skip_broken) or not facts:
+        if not facts:
+            ending = "Fix this first: no usable picture is left."
+        elif fatal:
+            ending = "Fix this first." + (" --skip-broken passes over some of it, but not all." if broken else "")
+        else:
+            ending = (
+                "Fix this, or pass --skip-broken to leave out what cannot be used and go on with "
+                f"{count_of(len(facts), 'picture')}."
+            )
+        raise DataError(problem_report(data.root, [*broken, *fatal], ending))
+    converted: dict[str, list[str]] = {}
+    for i in sorted(facts):
+        if facts[i].note:
+            converted.setdefault(facts[i].note, []).append(_shown(data, i))
+    notes = [f"{note}: {first_names(names)}" for note, names in converted.items()] + notes
+    if copies:
+        notes.append(
+            f"{count_of(copies, 'picture is', 'pictures are')} an exact copy of another of the same class; copies stay on "
+            "one side of a split"
+        )
+    return notes + left_out(broken)
+
+
+def _shown(data: LabelledData, i: int) -> str:
+    path = data.items[i].path
+    return (path.relative_to(data.root) if path.is_relative_to(data.root) else path).as_posix()
+
+
+def _classes(data: LabelledData, i: int) -> str:
+    return ", ".join(data.classes[c] for c in data.items[i].labels) or "no label"
+
+
+# Facts on disk.
+
+
+def _places(paths: Sequence[Path]) -> list[str]:
+    """Where each file really lies; of folders each is resolved once."""
+    folders: dict[Path, str] = {}
+    places = []
+    for path in paths:
+        parent = path.parent
+        if parent not in folders:
+            folders[parent] = os.path.realpath(parent)
+        place = os.path.join(folders[parent], path.name)  # noqa: PTH118 - a Path each is slow for 50,000 files
+        places.append(os.path.realpath(place) if path.is_symlink() else place)
+    return places
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    """Size and time of change; of a file that is not there, what no file has."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return -1, -1
+    return stat.st_size, stat.st_mtime_ns
+
+
+def _read_facts(path: Path) -> dict[str, _Facts]:
+    """By place; nothing when the file is missing or broken."""
+    try:
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
+            places, notes = (_lines(file[name]) for name in ("places", "notes"))
+            columns = (file["stamps"].tolist(), file["sha256"], file["hashes"].tolist(), file["thumbnails"])
+        return {
+            place: _Facts(size, mtime, sha.tobytes().hex(), value, small, note)
+            for place, note, (size, mtime), sha, value, small in zip(places, notes, *columns, strict=True)
+        }
+    except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile):
+        return {}
+
+
+def _write_facts(path: Path, facts: Mapping[str, _Facts]) -> None:
+    """A cache that cannot be written is no reason to stop."""
+    if not facts:
+        return
+    values = list(facts.values())
+    content = io.BytesIO()
+    np.savez(
+        content,
+        places=_blob(facts),
+        notes=_blob(fact.note for fact in values),
+        stamps=np.array([(fact.size, fact.mtime_ns) for fact in values], np.int64),
+        sha256=np.frombuffer(bytes.fromhex("".join(fact.sha256 for fact in values)), np.uint8).reshape(-1, 32),
+        hashes=np.array([fact.hash for fact in values], np.uint64),
+        thumbnails=np.stack([fact.thumbnail for fact in values]),
+    )
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, content.getvalue())
+
+
+def _blob(texts: Mapping[str, _Facts] | Iterator[str]) -> npt.NDArray[np.uint8]:
+    # File names may hold any byte but zero, line breaks among them.
+    return np.frombuffer("\0".join(texts).encode("utf-8", "surrogateescape"), np.uint8)
+
+
+def _lines(blob: npt.NDArray[np.uint8]) -> list[str]:
+    return blob.tobytes().decode("utf-8", "surrogateescape").split("\0")
+
+
+# Pixels on disk.
+
+
+def _keeper(n: int, preprocessing: Preprocessing, cache: Path | None, limit: int) -> tuple[_Keeper, str]:
+    """Where pixels go, and if they go nowhere, why."""
+    need = n * preprocessing.stored_size**2 * 3
+    reason = ""
+    if cache is None:
+        reason = "no cache folder is used"
+    elif need > limit:
+        reason = f"kept on disk they would take {need / 1e9:.1f} GB, more than the limit of {limit / 1e9:.1f} GB"
+    return _Keeper(None if reason else cache, preprocessing), reason
+
+
+class _Keeper:
+    """Writes pixels to a temporary file as they come, which becomes the kept file when all are there in order."""
+
+    def __init__(self, folder: Path | None, preprocessing: Preprocessing) -> None:
+        self.folder = folder
+        self.preprocessing = preprocessing
+        self.rows: list[int] = []
+        """The picture of each row that was written."""
+        self.failed = ""
+        self._writer: _Writer | None = None
+
+    def add(self, i: int, square: npt.NDArray[np.uint8]) -> None:
+        """Keeps the square of picture `i`."""
+        if self.folder is None or self.failed:
+            return
+        try:
+            if self._writer is None:
+                self._writer = _Writer(self.folder, "new", self.preprocessing.stored_size)
+            self._writer.add(square)
+            self.rows.append(i)
+        except OSError as error:
+            self._fail(error)
+
+    def finish(
+        self, key: str, files: Mapping[int, tuple[Path, _Facts]], progress: Callable[[int, int], None] | None
+    ) -> npt.NDArray[np.uint8] | None:
+        """The pixels of all pictures in order, or None where they are not kept.
+
+        Args:
+            key: of these pictures.
+            files: position -> file, in order; what was not added is decoded.
+            progress: see `check_pictures`.
+        """
+        if self.folder is None or self.failed:
+            return None
+        final = self.folder / f"pictures-{key}.npy"
+        if (kept := self._open(final, len(files))) is not None:
+            return kept
+        try:
+            if self._writer is not None and self.rows == list(files):
+                self._writer.finish(final)
+            else:
+                self._gather(final, files, progress)
+        except OSError as error:
+            self._fail(error)
+            return None
+        if (kept := self._open(final, len(files))) is None:
+            self.failed = f"{final} cannot be read"
+        return kept
+
+    def close(self) -> None:
+        """Removes what is temporary."""
+        if self._writer is not None:
+            self._writer.remove()
+
+    def _gather(
+        self,
+        final: Path,
+        files: Mapping[int, tuple[Path, _Facts]],
+        progress: Callable[[int, int], None] | None,
+    ) -> None:
+        """Writes the file anew from what was added and, for all others, from the pictures."""
+        added = self._writer.rows() if self._writer is not None else None
+        row_of = {i: row for row, i in enumerate(self.rows)}
+        total, done = sum(i not in row_of for i in files), 0
+        writer = _Writer(final.parent, "all", self.preprocessing.stored_size)
+        try:
+            for i, (path, fact) in files.items():
+                if added is not None and i in row_of:
+                    writer.add(added[row_of[i]])
+                    continue
+                writer.add(self.preprocessing.stored(decode_again(path)))
+                _check_unchanged(path, printable(path), (fact.size, fact.mtime_ns))
+                done += 1
+                if progress is not None:
+                    progress(done, total)
+            writer.finish(final)
+        finally:
+            writer.remove()
+
+    def _open(self, path: Path, n: int) -> npt.NDArray[np.uint8] | None:
+        side = self.preprocessing.stored_size
+        try:
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, EOFError):
+            return None
+        return np.asarray(array) if array.shape == (n, side, side, 3) and array.dtype == np.uint8 else None
+
+    def _fail(self, error: OSError) -> None:
+        self.failed = f"{self.folder} cannot be written ({error.strerror or error})"
+        self.close()
+
+
+class _Writer:
+    """A .npy file that grows picture by picture; its length is filled in at the end."""
+
+    def __init__(self, folder: Path, name: str, side: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / f".pictures.{name}.{os.getpid()}.{id(self):x}.tmp"
+        self.side, self.n = side, 0
+        self.file = self.path.open("w+b", buffering=1 << 20)
+        self._head()
+
+    def add(self, square: npt.NDArray[np.uint8]) -> None:
+        self.file.write(np.ascontiguousarray(square).tobytes())
+        self.n += 1
+
+    def rows(self) -> npt.NDArray[np.uint8]:
+        """What was written so far."""
+        self._complete()
+        array: npt.NDArray[np.uint8] = np.load(self.path, mmap_mode="r", allow_pickle=False)
+        return array
+
+    def finish(self, final: Path) -> None:
+        self._complete()
+        os.fsync(self.file.fileno())
+        self.file.close()
+        self.path.replace(final)
+
+    def remove(self) -> None:
+        with contextlib.suppress(OSError):
+            self.file.close()
+        with contextlib.suppress(OSError):
+            self.path.unlink(missing_ok=True)
+
+    def _complete(self) -> None:
+        self.file.seek(0)
+        self._head()  # as long as at first: NumPy leaves room for the first axis to grow
+        self.file.flush()
+
+    def _head(self) -> None:
+        shape = (self.n, self.side, self.side, 3)
+        np.lib.format.write_array_header_1_0(self.file, {"descr": "|u1", "fortran_order": False, "shape": shape})

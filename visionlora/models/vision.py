@@ -1,0 +1,329 @@
+"""Opens a vision backbone: the embedded one, a timm name or folder, a transformers classifier, or a torchvision model.
+
+Whatever the library, a backbone is one module that ends in features: the place of its head holds `nn.Identity`, where
+`VisionModel.with_head` puts a head for any number of classes. Base names stay as the library has them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from visionlora.data.preprocess import INTERPOLATIONS, Preprocessing
+from visionlora.errors import AdapterFileError, ModelError, nearest
+from visionlora.models.base import quiet
+from visionlora.models.fingerprint import architecture_fingerprint, weights_fingerprint
+
+EMBEDDED = "emoji-vit"
+DEFAULT_ON_GPU = "vit_base_patch16_224.augreg2_in21k_ft_in1k"
+TORCHVISION = "torchvision/"
+SMALL = 20_000_000
+"""Parameters below which a backbone learns at a higher rate and full fine-tuning is cheap."""
+HEAD_STD = 0.02
+
+
+@dataclass(frozen=True)
+class VisionModel:
+    """An opened backbone, in evaluation mode and frozen."""
+
+    id: str
+    """As a user would name it again."""
+    library: str
+    """timm, transformers or torchvision."""
+    why: str
+    """One line: which model was taken, why, and how to choose another."""
+    model: nn.Module
+    """(n, 3, size, size) -> features (n, d), or an output with `logits` that are the features."""
+    head: str
+    """Name of the module in the place of the head."""
+    features: int
+    """Width d of the features."""
+    preprocessing: Preprocessing
+    folder: Path | None = None
+    """Where its config.json lies, of a model that was opened from a folder."""
+    weights: str | None = None
+    """The state dict that was read instead of the library's weights; `random` for none."""
+
+    @property
+    def parameters(self) -> int:
+        """Of the backbone, without a head."""
+        return sum(p.numel() for n, p in self.model.named_parameters() if not n.startswith(self.head + "."))
+
+    @property
+    def small(self) -> bool:
+        """Whether it is trained in full in no time."""
+        return self.parameters < SMALL
+
+    def fingerprints(self) -> dict[str, dict[str, str]]:
+        """Architecture and weights fingerprint, without the head."""
+        self.set_head(nn.Identity())
+        return {
+            "model": {
+                "architecture": architecture_fingerprint(self.model),
+                "weights": weights_fingerprint(self.model),
+            }
+        }
+
+    def set_head(self, head: nn.Module) -> None:
+        """Puts a module in the place of the head."""
+        self.model.set_submodule(self.head, head)
+
+    def new_head(self, classes: int, seed: int) -> nn.Linear:
+        """Puts a fresh linear head in its place: small random weights, so that no class is preferred at the start."""
+        head = nn.Linear(self.features, classes)
+        with torch.no_grad():
+            head.weight.normal_(std=HEAD_STD, generator=torch.Generator().manual_seed(seed))
+            head.bias.zero_()
+        self.set_head(head.to(next(self.model.parameters()).device))
+        return head
+
+    def depth_of(self, name: str) -> int | None:
+        """The block that a parameter or layer belongs to, counted from 0; None outside of blocks."""
+        numbers = [int(part) for part in name.split(".") if part.isdigit()]
+        for part in name.split("."):
+            if part.startswith("encoder_layer_") and part[14:].isdigit():
+                return int(part[14:])
+        return numbers[0] if numbers else None
+
+
+def as_logits(output: Any) -> Tensor:
+    """What a model of any of the libraries returns, as one tensor."""
+    found: Tensor = getattr(output, "logits", output)
+    return found
+
+
+def choose(model: str) -> tuple[str, str]:
+    """Resolves `auto`: (model, one line that says which was taken, why, and how to choose)."""
+    if model != "auto":
+        return model, f"Backbone: {model} (chosen with --model)."
+    if not torch.cuda.is_available():
+        return EMBEDDED, f"Backbone: {EMBEDDED}, the embedded one, as there is no GPU. Choose with --model."
+    with contextlib.suppress(Exception):  # any failure means: cannot be had, take the embedded one
+        import timm
+
+        timm.create_model(DEFAULT_ON_GPU, pretrained=True)
+        return DEFAULT_ON_GPU, f"Backbone: {DEFAULT_ON_GPU}, as there is a GPU. Choose with --model."
+    why = f"Backbone: {EMBEDDED}, the embedded one, as {DEFAULT_ON_GPU} is neither cached nor reachable."
+    return EMBEDDED, why + " Choose with --model."
+
+
+def open_backbone(model: str = "auto", weights: str | None = None) -> VisionModel:
+    """Opens a backbone, frozen, on the CPU.
+
+    Args:
+        model: `auto`, `emoji-vit`, a timm name, a timm or transformers folder, `torchvision/NAME`, or the Hub id of a
+            timm or transformers model.
+        weights: a state dict (.safetensors, .pt) to read instead of the library's weights, or `random` for none.
+
+    Raises:
+        ModelError: when there is no such model, it cannot be had, or the state dict does not fit.
+    """
+    chosen, why = choose(model)
+    if chosen == EMBEDDED:
+        with resources.as_file(resources.files("visionlora.assets") / EMBEDDED) as folder:
+            if not (folder / "config.json").is_file():
+                raise ModelError(
+                    f"The embedded backbone is missing at {folder}. Build it with `make assets`, or pass --model."
+                )
+            opened = replace(from_timm(EMBEDDED, f"local-dir:{folder}", weights), folder=folder)
+    elif chosen.startswith(TORCHVISION):
+        opened = from_torchvision(chosen, weights)
+    elif (path := Path(chosen).expanduser()).is_dir():
+        opened = from_folder(path, weights)
+    else:
+        opened = from_name(chosen, weights)
+    if weights not in (None, "random"):
+        read_state(opened, Path(weights).expanduser())
+    opened.model.requires_grad_(False).eval()
+    return replace(opened, why=why, weights=weights)
+
+
+def from_folder(path: Path, weights: str | None) -> VisionModel:
+    """A folder of timm's or transformers', told by its config.json."""
+    try:
+        config = dict(json.loads((path / "config.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError) as e:
+        raise ModelError(
+            f"{path} is no model folder: its config.json cannot be read ({e}). Name a folder that timm or transformers saved."
+        ) from None
+    if "architecture" in config:
+        return replace(from_timm(str(path), f"local-dir:{path}", weights), folder=path)
+    if "model_type" in config:
+        return from_transformers(str(path), weights)
+    raise ModelError(f"{path}/config.json names neither timm's `architecture` nor transformers' `model_type`.")
+
+
+def from_name(name: str, weights: str | None) -> VisionModel:
+    """A timm name, or a Hub id of either library."""
+    import timm
+
+    plain = name.removeprefix("hf-hub:").removeprefix("hf_hub:")
+    if timm.is_model(name.split(".")[0]):
+        return from_timm(name, name, weights)
+    if plain.count("/") == 1 and not plain.startswith((".", "/", "~")):
+        return (
+            from_timm(name, f"hf-hub:{plain}", weights)
+            if plain.startswith("timm/")
+            else from_transformers(plain, weights)
+        )
+    siblings = [*timm.list_models(), EMBEDDED]
+    raise ModelError(
+        f"There is no backbone {name!r}. {nearest(name, siblings) if close(name, siblings) else ''} Give a timm name such as "
+        f"vit_small_patch16_224, a folder, torchvision/vit_b_16, a Hub id, or {EMBEDDED}.".replace("  ", " ")
+    )
+
+
+def close(name: str, names: list[str]) -> bool:
+    """Whether a name is near enough to another to be meant."""
+    return nearest(name, names).startswith("Did you mean")
+
+
+def cannot_be_had(name: str, error: Exception) -> ModelError:
+    """One sentence of the many kinds that the libraries and the Hub client raise."""
+    text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return ModelError(
+        f"The backbone {name} cannot be opened: {text[:300]} Check the name and the connection, give its weights with "
+        f"--weights FILE, or use --model {EMBEDDED}."
+    )
+
+
+def from_timm(id: str, name: str, weights: str | None) -> VisionModel:
+    """A model of timm."""
+    import timm
+
+    try:
+        with quiet():
+            model = timm.create_model(name, pretrained=weights is None, num_classes=0)
+    except Exception as e:
+        raise cannot_be_had(id, e) from None
+    config = dict(cast(Any, model).pretrained_cfg)
+    head = config.get("classifier", "head")
+    if not isinstance(head, str):
+        raise ModelError(
+            f"{id} has several heads ({', '.join(head)}), as distilled models have. Choose the variant without: "
+            f"{id.replace('_distilled', '')}."
+        )
+    data = cast(Any, timm.data).resolve_model_data_config(model)
+    interpolation = data["interpolation"] if data["interpolation"] in INTERPOLATIONS else "bicubic"
+    preprocessing = Preprocessing(
+        int(data["input_size"][-1]), tuple(data["mean"]), tuple(data["std"]), interpolation, float(data["crop_pct"]),
+        "squash" if data.get("crop_mode") == "squash" else "center",
+    )  # fmt: skip
+    return measured(id, "timm", model, head, preprocessing)
+
+
+def from_transformers(id: str, weights: str | None) -> VisionModel:
+    """An image classifier of transformers."""
+    try:
+        with quiet("transformers"):
+            from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
+
+            if weights is None:
+                model = AutoModelForImageClassification.from_pretrained(id)
+            else:
+                model = AutoModelForImageClassification.from_config(AutoConfig.from_pretrained(id))
+            try:
+                processor = dict(AutoImageProcessor.from_pretrained(id).to_dict())
+            except (OSError, ValueError):  # a folder without one: the values that most of its models use
+                processor = {}
+    except Exception as e:
+        raise cannot_be_had(id, e) from None
+    names = {2: "bilinear", 3: "bicubic", 0: "nearest", 1: "lanczos"}
+    wanted = processor.get("size") or {}
+    size = cast(Any, model).config.image_size
+    size = int(size if isinstance(size, int) else size[0])
+    short = int(wanted.get("shortest_edge") or wanted.get("height") or size)
+    preprocessing = Preprocessing(
+        size,
+        tuple(processor.get("image_mean") or (0.5, 0.5, 0.5)),
+        tuple(processor.get("image_std") or (0.5, 0.5, 0.5)),
+        names.get(int(processor.get("resample") or 2), "bilinear"),
+        min(1.0, size / short),
+        "squash" if "height" in wanted else "center",
+    )
+    return measured(id, "transformers", model, "classifier", preprocessing)
+
+
+def from_torchvision(id: str, weights: str | None) -> VisionModel:
+    """A classifier of torchvision, named `torchvision/NAME`."""
+    from torchvision import models
+
+    name = id.removeprefix(TORCHVISION)
+    known = list(models.list_models(module=models))
+    if name not in known:
+        raise ModelError(f"torchvision has no classifier {name!r}. {nearest(name, known)}")
+    try:
+        model = models.get_model(name, weights="DEFAULT" if weights is None else None)
+        transforms = cast(Any, models.get_model_weights(name)).DEFAULT.transforms()
+    except Exception as e:
+        raise cannot_be_had(id, e) from None
+    size, short = int(transforms.crop_size[0]), int(transforms.resize_size[0])
+    preprocessing = Preprocessing(
+        size, tuple(transforms.mean), tuple(transforms.std), str(transforms.interpolation.value), size / short
+    )
+    head = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)][-1]
+    return measured(id, "torchvision", model, head, preprocessing)
+
+
+@torch.no_grad()
+def measured(id: str, library: str, model: nn.Module, head: str, preprocessing: Preprocessing) -> VisionModel:
+    """Takes the head off and looks how wide the features are."""
+    try:
+        model.get_submodule(head)
+    except AttributeError:
+        names = [n for n, _ in model.named_children()]
+        raise ModelError(
+            f"{id} has no head named {head!r} (there: {', '.join(names)}), so it cannot classify."
+        ) from None
+    model.set_submodule(head, nn.Identity())
+    features = as_logits(model.eval()(torch.zeros(1, 3, preprocessing.size, preprocessing.size)))
+    if features.dim() != 2:
+        raise ModelError(f"{id} gives features of shape {tuple(features.shape)} where one row per picture is needed.")
+    return VisionModel(id, library, "", model, head, int(features.shape[-1]), preprocessing)
+
+
+def read_state(opened: VisionModel, path: Path) -> None:
+    """Loads a state dict; a head in it is left out, and anything else that does not fit is an error.
+
+    Raises:
+        ModelError: when the file cannot be read or its names or shapes are not the model's.
+    """
+    from visionlora.formats.container import open_file
+
+    if not path.is_file():
+        raise ModelError(f"There is no file {path} with weights. Name a state dict (.safetensors or .pt), or `random`.")
+    try:
+        tensors = dict(open_file(path).tensors)
+    except AdapterFileError as e:
+        raise ModelError(str(e)) from None
+    for prefix in ("module.", "model."):
+        if tensors and all(n.startswith(prefix) for n in tensors):
+            tensors = {n.removeprefix(prefix): t for n, t in tensors.items()}
+    tensors = {n: t for n, t in tensors.items() if not n.startswith(opened.head + ".")}
+    own = opened.model.state_dict()
+    check_state(opened.id, path, own, tensors)
+    opened.model.load_state_dict(tensors)
+
+
+def check_state(id: str, path: Path, own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
+    """Raises ModelError for names or shapes that are not the model's."""
+    missing, extra = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
+    wrong = [n for n in own.keys() & given.keys() if own[n].shape != given[n].shape]
+    if not (missing or extra or wrong):
+        return
+    parts = [f"lacks {len(missing)} tensors (first {missing[0]!r})"] if missing else []
+    parts += [f"has {len(extra)} that the model has not (first {extra[0]!r})"] if extra else []
+    parts += (
+        [f"has {wrong[0]!r} of shape {tuple(given[wrong[0]].shape)} where the model has {tuple(own[wrong[0]].shape)}"]
+        if wrong
+        else []
+    )
+    raise ModelError(f"The weights in {path} are not those of {id}: the file {'; '.join(parts)}. Check --model.")

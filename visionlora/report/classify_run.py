@@ -1,0 +1,363 @@
+"""What a classify run says about itself: in the adapter's header and in the run folder."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from visionlora import __version__
+from visionlora.config import to_yaml
+from visionlora.lora.config import AdapterConfig
+from visionlora.models.vision import EMBEDDED
+from visionlora.report.card import CLASSIFIER_TAGS, model_card
+from visionlora.report.classify_charts import draw_confusion, draw_reliability
+from visionlora.report.classify_page import ClassifyReport, Contender, report_page
+from visionlora.report.curves import draw_curves
+from visionlora.report.environment import environment
+from visionlora.report.grid import draw_grid
+from visionlora.report.listener import Listener
+from visionlora.report.runfolder import RunFolder
+from visionlora.training.loop import Progress
+from visionlora.vision.explain import attention_rollout, grad_cam, overlay, supports
+from visionlora.vision.material import AnyMetrics, Material
+from visionlora.vision.metrics import Bin, Metrics, expected_calibration_error, reliability
+
+SHOWN = 12
+"""Pictures on a sheet at most."""
+PAYS = 0.005
+"""An adapter that is not this much better than a linear probe does not pay."""
+SIDES = ("train", "val", "test")
+
+
+@dataclass(frozen=True)
+class Finished:
+    """One contender, trained and tested."""
+
+    contender: Contender
+    path: Path
+    """Of its adapter file."""
+    logits: Tensor
+    """Of the pictures that the report is about, (n, c)."""
+    temperature: float
+    step: int
+    """Of the best moment."""
+    history: tuple[Progress, ...]
+    evaluations: tuple[tuple[int, float, float], ...]
+    """(step, score, loss) on the validation pictures."""
+    overlays: Image.Image | None
+    """What it looks at."""
+
+    @property
+    def metrics(self) -> AnyMetrics:
+        """On the pictures that the report is about."""
+        assert self.contender.test is not None
+        return self.contender.test
+
+
+def header(
+    material: Material, adapter: AdapterConfig, fingerprints: Mapping[str, Any], step: int, temperature: float
+) -> dict[str, Any]:
+    """What the adapter file says about itself: all that `predict` needs."""
+    config, backbone, data = material.config, material.backbone, material.data
+    base: dict[str, Any] = {"id": backbone.id, "fingerprints": dict(fingerprints)}
+    if backbone.weights is not None:
+        base["weights"] = backbone.weights
+    return {
+        "version": __version__,
+        "base": base,
+        "method": adapter.method,
+        "config": adapter.to_dict(),
+        "classifier": {
+            "classes": list(data.classes),
+            "multi_label": data.multi_label,
+            "preprocessing": backbone.preprocessing.to_dict(),
+            "temperature": temperature,
+            "head": backbone.head,
+        },
+        "training": {
+            "steps": step,
+            "pictures": len(material.splits.train),
+            "batch": (config.batch_size or 1) * config.gradient_accumulation,
+            "learning_rate": config.learning_rate,
+            "seed": config.seed,
+            "data_sha256": material.data_hash,
+        },
+    }
+
+
+# -------------------------------------------------------------------------------------------------------------- sheets
+
+
+def likeliest(material: Material, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(predicted class, its probability, whether it is right) of each picture, (n,) each."""
+    labels = torch.from_numpy(material.labels(material.looked_at))
+    if material.data.multi_label:
+        probability, predicted = logits.sigmoid().max(1)
+        return predicted, probability, labels[torch.arange(len(labels)), predicted] > 0
+    probability, predicted = logits.softmax(1).max(1)
+    return predicted, probability, predicted == labels
+
+
+def names_of(material: Material, row: int) -> str:
+    """The true classes of a picture that the report is about."""
+    item = material.data.items[material.looked_at[row]]
+    return ", ".join(material.data.classes[i] for i in item.labels) or "none"
+
+
+def shown_picture(material: Material, row: int) -> Image.Image:
+    """A picture as the model sees it, before normalisation."""
+    stored = torch.from_numpy(material.checked.pictures.stored([material.looked_at[row]])).permute(0, 3, 1, 2)
+    return Image.fromarray(material.backbone.preprocessing.cropped(stored)[0].permute(1, 2, 0).contiguous().numpy())
+
+
+def sheet_of(pictures: Sequence[Image.Image], labels: Sequence[str], caption: str, across: int = 6) -> Image.Image:
+    """Pictures with a line below each, several rows of them."""
+    rows = [list(range(start, min(start + across, len(pictures)))) for start in range(0, len(pictures), across)]
+    sheets = [
+        draw_grid(
+            [[pictures[i] for i in row]], [""], [labels[i] for i in row], caption=caption if row is rows[-1] else ""
+        )
+        for row in rows
+    ]
+    whole = Image.new("RGB", (max(s.width for s in sheets), sum(s.height for s in sheets)), "white")
+    top = 0
+    for sheet in sheets:
+        whole.paste(sheet, (0, top))
+        top += sheet.height
+    return whole
+
+
+def mistakes_sheet(material: Material, logits: Tensor, temperature: float) -> Image.Image | None:
+    """The most confident mistakes, surest first."""
+    predicted, probability, right = likeliest(material, logits / temperature)
+    wrong = [i for i in probability.argsort(descending=True, stable=True).tolist() if not right[i]][:SHOWN]
+    if not wrong:
+        return None
+    classes = material.data.classes
+    labels = [
+        f"{classes[int(predicted[i])]} {100 * float(probability[i]):.0f} %, is {names_of(material, i)}" for i in wrong
+    ]
+    return sheet_of([shown_picture(material, i) for i in wrong], labels, "")
+
+
+def overlay_sheet(material: Material, logits: Tensor) -> Image.Image | None:
+    """What the model looks at, as it is now: the surest mistakes first, then the surest hits of different classes."""
+    model = material.backbone.model
+    ways = supports(model)
+    if not ways:
+        return None
+    predicted, probability, right = likeliest(material, logits)
+    order = probability.argsort(descending=True, stable=True).tolist()
+    chosen = [i for i in order if not right[i]][: SHOWN // 3]
+    seen: set[int] = set()
+    for i in order:
+        if bool(right[i]) and int(predicted[i]) not in seen and len(chosen) < SHOWN // 2:
+            seen.add(int(predicted[i]))
+            chosen.append(i)
+    positions = [material.looked_at[i] for i in chosen]
+    x = material.backbone.preprocessing.batch(material.checked.pictures.stored(positions))
+    x = x.to(next(model.parameters()).device)
+    classes = predicted[chosen].to(x.device)
+    maps = {
+        way: (grad_cam(model, x, classes) if way == "grad-cam" else attention_rollout(model, x)).cpu() for way in ways
+    }
+    pictures = [shown_picture(material, i) for i in chosen]
+    rows = [pictures, *([overlay(p, m) for p, m in zip(pictures, maps[way], strict=True)] for way in ways)]
+    names = material.data.classes
+    labels = [names[int(predicted[i])] + ("" if right[i] else f", is {names_of(material, i)}") for i in chosen]
+    titles = {"grad-cam": "Grad-CAM of the predicted class", "rollout": "attention rollout"}
+    return draw_grid(rows, ["picture", *(titles[way] for way in ways)], labels)
+
+
+# -------------------------------------------------------------------------------------------------------------- report
+
+
+def png(picture: Image.Image) -> bytes:
+    """The picture as a file."""
+    content = io.BytesIO()
+    picture.save(content, format="PNG")
+    return content.getvalue()
+
+
+def warnings_of(material: Material, finished: Sequence[Finished]) -> tuple[str, ...]:
+    """What a user should know before using the adapter."""
+    found = []
+    by_name = {f.contender.name: f for f in finished}
+    probe, own = by_name.get("linear-probe"), finished[0]
+    if probe is not None and probe is not own:
+        gain = material.selected(own.metrics) - material.selected(probe.metrics)
+        if gain < PAYS:
+            found.append(
+                f"{own.contender.name} does not pay on this backbone: {material.config.select_by} is {gain:+.3f} against the "
+                "linear probe, which trains the head alone (baselines/probe.safetensors). Try a higher rank, more targets "
+                "(targets=attn,mlp), a longer training, or another backbone."
+            )
+    full = by_name.get("full")
+    if full is not None and material.selected(full.metrics) - material.selected(own.metrics) > 2 * PAYS:
+        found.append("Full fine-tuning is clearly better here: a higher rank or more targets may close the gap.")
+    if len(material.looked_at) < 100:
+        found.append(f"Only {len(material.looked_at)} {material.looked_at_side} pictures: the figures are uncertain.")
+    return tuple(found)
+
+
+def report(run: RunFolder, material: Material, finished: Sequence[Finished], seconds: float, tell: Listener) -> None:
+    """report.html, metrics.json, the charts, README.md and run.json."""
+    own, data, config = finished[0], material.data, material.config
+    name = Path(config.images).resolve().name
+    pictures = charts(run, material, own)
+    bins: dict[str, tuple[Bin, ...]] = {"before": (), "after": ()}
+    errors: dict[str, float | None] = {"before": None, "after": None}
+    if not data.multi_label:
+        logits, labels = own.logits.double().numpy(), material.labels(material.looked_at)
+        for when, temperature in (("before", 1.0), ("after", own.temperature)):
+            bins[when] = reliability(logits, labels, temperature)
+            errors[when] = expected_calibration_error(logits, labels, temperature)
+        pictures["reliability"] = draw_reliability(bins["before"], bins["after"], errors["before"], errors["after"])
+        run.write_bytes("reliability.png", pictures["reliability"])
+    warnings = warnings_of(material, finished)
+    for warning in warnings:
+        tell.say(f"Warning: {warning}")
+    page = ClassifyReport(
+        title=name,
+        classes=data.classes,
+        adapter_name="adapter.safetensors",
+        contenders=tuple(f.contender for f in finished),
+        metrics=own.metrics,
+        temperature=own.temperature,
+        bins_before=bins["before"],
+        bins_after=bins["after"],
+        ece_before=errors["before"],
+        ece_after=errors["after"],
+        counts=counts_of(material),
+        notes=(data.source, *data.notes, *material.checked.notes, *material.splits.notes),
+        config_yaml=to_yaml(config),
+        pictures=pictures,
+        model_id=material.backbone.id,
+        warnings=warnings,
+        evaluated_on=material.looked_at_side,
+    )
+    run.write_text("report.html", report_page(page))
+    run.write_json(
+        "metrics.json",
+        {
+            "evaluated_on": material.looked_at_side,
+            "temperature": own.temperature,
+            "ece_before": errors["before"],
+            "ece_after": errors["after"],
+            "best_step": own.step,
+            "contenders": {f.contender.name: described(f) for f in finished},
+            **own.metrics.to_dict(),
+        },
+    )
+    write_card(run, material, finished, name)
+    run.write_json(
+        "run.json",
+        {
+            **environment(("timm", "torchvision", "transformers", "accelerate")),
+            "seed": config.seed,
+            "data_sha256": material.data_hash,
+            "base": material.backbone.id,
+            "seconds": round(seconds, 1),
+            "splits": {side: [str(data.items[i].path) for i in getattr(material.splits, side)] for side in SIDES},
+        },
+    )
+
+
+def described(finished: Finished) -> dict[str, Any]:
+    """A contender in metrics.json."""
+    c = finished.contender
+    return {
+        "trained_parameters": c.trained_parameters,
+        "val_score": c.val_score,
+        "seconds": round(c.seconds, 2),
+        "file_bytes": c.file_bytes,
+        "metrics": finished.metrics.to_dict(),
+    }
+
+
+def charts(run: RunFolder, material: Material, own: Finished) -> dict[str, bytes]:
+    """Every picture of the report, also as files of the run folder."""
+    found: dict[str, bytes] = {}
+    if own.history:
+        draw_curves(
+            run.path / "loss.png",
+            {
+                "training": [(p.step, p.loss) for p in own.history],
+                "validation": [(step, loss) for step, _, loss in own.evaluations],
+            },
+            xlabel="step",
+            ylabel="loss",
+        )
+        found["curves"] = (run.path / "loss.png").read_bytes()
+    if isinstance(own.metrics, Metrics):
+        found["confusion"] = draw_confusion(own.metrics.confusion, material.data.classes)
+        run.write_bytes("confusion.png", found["confusion"])
+    for name, sheet in (
+        ("mistakes", mistakes_sheet(material, own.logits, own.temperature)),
+        ("overlays", own.overlays),
+    ):
+        if sheet is not None:
+            found[name] = png(sheet)
+            run.write_bytes(f"{name}.png", found[name])
+    return found
+
+
+def counts_of(material: Material) -> dict[str, dict[str, int]]:
+    """Pictures by side and class."""
+    return {
+        side: {
+            name: int(count)
+            for name, count in zip(
+                material.data.classes,
+                material.targets[list(getattr(material.splits, side))].sum(0).tolist(),
+                strict=True,
+            )
+        }
+        for side in SIDES
+    }
+
+
+def write_card(run: RunFolder, material: Material, finished: Sequence[Finished], name: str) -> None:
+    """README.md, a model card for the Hub."""
+    own, config = finished[0], material.config
+    figures = {
+        key: value
+        for key, value in own.metrics.to_dict().items()
+        if isinstance(value, float) and key not in ("loss", "top1_low", "top1_high")
+    }
+    facts = {
+        "Base model": material.backbone.id,
+        "Classes": f"{len(material.data.classes)}: {', '.join(material.data.classes[:20])}"
+        + (" …" if len(material.data.classes) > 20 else ""),
+        "Pictures": ", ".join(f"{len(getattr(material.splits, side))} {side}" for side in SIDES),
+        "Method": f"{config.method}, rank {config.rank}, targets {config.targets}",
+        "Trained parameters": f"{own.contender.trained_parameters:,} and the head",
+        "Best moment": f"step {own.step} of {config.steps}",
+        **{f"{key} ({material.looked_at_side})": f"{value:.4f}" for key, value in figures.items()},
+        **{
+            f"{f.contender.name}: {config.select_by} ({material.looked_at_side})": f"{abs(material.selected(f.metrics)):.4f}"
+            for f in finished[1:]
+        },
+    }
+    usage = (
+        "import visionlora as vl\n\n"
+        f'classifier = vl.load_classifier("{run.path.name}/adapter.safetensors")\n'
+        'classifier.predict("picture.png", top_k=3)'
+    )
+    note = f"{material.data.source}. " + (
+        "The backbone comes with visionlora." if material.backbone.id == EMBEDDED else ""
+    )
+    run.write_text(
+        "README.md",
+        model_card(
+            title=name, base_model=material.backbone.id, trigger=None, facts=facts, samples=(), usage=usage,
+            images_note=note, license=None, tags=CLASSIFIER_TAGS,
+        ),
+    )  # fmt: skip

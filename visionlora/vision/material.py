@@ -1,0 +1,160 @@
+"""What a classification run works on: pictures, their sides, what is asked about them, and the backbone.
+
+Letters in shapes: n pictures, c classes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from visionlora.config import ClassifyConfig
+from visionlora.data.classes import LabelledData
+from visionlora.data.decoded import Checked
+from visionlora.data.splits import Splits
+from visionlora.errors import ConfigError, nearest
+from visionlora.models.vision import VisionModel, as_logits
+from visionlora.vision.augment import Augmentation
+from visionlora.vision.metrics import Metrics, MultiLabelMetrics, evaluate, evaluate_multi_label, score
+from visionlora.vision.task import ClassificationTask, Objective
+
+AnyMetrics = Metrics | MultiLabelMetrics
+EVALUATED_AT_ONCE = 64
+
+
+@dataclass(frozen=True)
+class Material:
+    """Everything that stays the same for an adapter and its baselines."""
+
+    checked: Checked
+    splits: Splits
+    targets: Tensor
+    """(n, c): one-hot, or 0 and 1 of each label."""
+    objective: Objective
+    backbone: VisionModel
+    config: ClassifyConfig
+
+    @property
+    def data(self) -> LabelledData:
+        """The labelled pictures."""
+        return self.checked.data
+
+    @property
+    def every(self) -> tuple[int, ...]:
+        """Positions of all pictures."""
+        return tuple(range(len(self.data.items)))
+
+    @property
+    def chosen_by(self) -> tuple[int, ...]:
+        """The pictures that choose the best moment and the temperature."""
+        return self.splits.val
+
+    @property
+    def looked_at(self) -> tuple[int, ...]:
+        """The pictures that the report is about: those of the test, or of the validation where there are no others."""
+        return self.splits.test or self.splits.val
+
+    @property
+    def looked_at_side(self) -> str:
+        """Their name."""
+        return "test" if self.splits.test else "val"
+
+    @property
+    def task(self) -> ClassificationTask:
+        """For the training loop."""
+        config, preprocessing = self.config, self.backbone.preprocessing
+        augmentation = Augmentation(preprocessing, config.augment, config.flip, config.erasing)
+        return ClassificationTask(
+            self.checked.pictures, self.splits.train, self.targets, augmentation, self.objective, config.mixup,
+            config.cutmix, config.balanced_sampling,
+        )  # fmt: skip
+
+    @property
+    def data_hash(self) -> str:
+        """SHA-256 over the pictures, their labels and their sides."""
+        sides = {i: side for side in ("train", "val", "test") for i in getattr(self.splits, side)}
+        lines = [
+            f"{digest} {item.labels} {sides.get(i)}"
+            for i, (digest, item) in enumerate(zip(self.checked.sha256, self.data.items, strict=True))
+        ]
+        return hashlib.sha256("\n".join([*self.data.classes, *lines]).encode()).hexdigest()
+
+    def labels(self, side: Sequence[int]) -> npt.NDArray[np.int64]:
+        """(n,) of one label each, or (n, c) of 0 and 1."""
+        own = self.targets[list(side)]
+        return (own if self.data.multi_label else own.argmax(1)).numpy().astype(np.int64)
+
+    def measured(self, logits: Tensor, side: Sequence[int], temperature: float = 1.0) -> AnyMetrics:
+        """Metrics of logits (n, c) for the pictures of a side."""
+        measure = evaluate_multi_label if self.data.multi_label else evaluate
+        return measure(logits.double().numpy(), self.labels(side), self.data.classes, temperature)
+
+    def selected(self, found: AnyMetrics) -> float:
+        """What the best moment is chosen by; larger is better."""
+        return score(found, self.config.select_by or "top1")
+
+
+def targets_of(data: LabelledData) -> Tensor:
+    """(n, c): 1 for every label of a picture."""
+    targets = torch.zeros(len(data.items), len(data.classes))
+    for row, item in zip(targets, data.items, strict=True):
+        row[list(item.labels)] = 1.0
+    return targets
+
+
+def class_weights(given: str | Mapping[str, float] | None, targets: Tensor, classes: Sequence[str]) -> Tensor | None:
+    """(c,), scaled so that the mean over the training pictures is 1.
+
+    Args:
+        given: `auto` (n divided by the count of the class) or class -> weight, 1 where not named.
+        targets: of the training pictures, (n, c).
+        classes: names.
+
+    Raises:
+        ConfigError: for a class that does not exist, or a weight that is not positive.
+    """
+    if given is None:
+        return None
+    counts = targets.sum(0)
+    if isinstance(given, str):
+        weights = counts.sum() / counts.clamp(min=1)
+    else:
+        for name, weight in given.items():
+            if name not in classes:
+                raise ConfigError(f"class_weights names {name!r}, which is no class. {nearest(name, classes)}")
+            if not 0 < weight < float("inf"):
+                raise ConfigError(f"The weight of class {name!r} is {weight!r}; it must be positive.")
+        weights = torch.tensor([float(given.get(name, 1.0)) for name in classes])
+    return weights * counts.sum() / (weights * counts).sum()
+
+
+@torch.no_grad()
+def logits_of(material: Material, side: Sequence[int], accelerator: Any = None) -> Tensor:
+    """What the model says of pictures without any random change, fp32 (n, c) on the CPU; features where it has no head.
+
+    Args:
+        material: with the model as it is now.
+        side: positions of the pictures.
+        accelerator: processes take turns, and each gets the whole.
+    """
+    model, preprocessing = material.backbone.model, material.backbone.preprocessing
+    processes = accelerator.num_processes if accelerator is not None else 1
+    share = -(-len(side) // processes)
+    padded = [*side, *[side[0]] * (share * processes - len(side))]
+    own = padded if accelerator is None else padded[accelerator.process_index * share :][:share]
+    training, device = model.training, next(model.parameters()).device
+    model.eval()
+    found = []
+    for start in range(0, len(own), EVALUATED_AT_ONCE):
+        x = preprocessing.batch(material.checked.pictures.stored(own[start : start + EVALUATED_AT_ONCE]))
+        found.append(as_logits(model(x.to(device))).float())
+    model.train(training)
+    whole = torch.cat(found)
+    return (whole if processes == 1 else accelerator.gather(whole)).cpu()[: len(side)]

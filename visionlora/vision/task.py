@@ -1,0 +1,101 @@
+"""Classification as a task of the training loop.
+
+Letters in shapes: n pictures of a step, m of them in one forward pass, c classes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from visionlora.models.vision import as_logits
+from visionlora.vision.augment import Augmentation, mixed
+
+
+class StoredPictures(Protocol):
+    """Squares before the crop, wherever they are kept."""
+
+    def __len__(self) -> int:
+        """How many."""
+
+    def stored(self, indices: list[int]) -> npt.NDArray[np.uint8]:
+        """uint8 (n, s, s, 3)."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What the loss is."""
+
+    multi_label: bool = False
+    label_smoothing: float = 0.0
+    focal_gamma: float = 0.0
+    class_weights: Tensor | None = None
+    """(c,), mean 1 over the training pictures."""
+
+    def losses(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Of each picture, (m,).
+
+        Args:
+            logits: (m, c).
+            targets: (m, c): shares of the classes, or 0 and 1 of each label.
+        """
+        logits, c = logits.float(), logits.shape[-1]
+        if self.multi_label:
+            soft = targets * (1 - self.label_smoothing) + self.label_smoothing / 2
+            terms = F.binary_cross_entropy_with_logits(logits, soft, reduction="none")
+            p = logits.sigmoid()
+            right = torch.where(targets > 0.5, p, 1 - p)
+        else:
+            soft = targets * (1 - self.label_smoothing) + self.label_smoothing / c
+            log_p = logits.log_softmax(-1)
+            terms, right = -soft * log_p, log_p.exp()
+        if self.focal_gamma:  # arXiv 1708.02002, eq. 4
+            terms = terms * (1 - right) ** self.focal_gamma
+        if self.class_weights is not None:
+            terms = terms * self.class_weights.to(terms.device)
+        return terms.mean(-1) if self.multi_label else terms.sum(-1)
+
+
+@dataclass(frozen=True)
+class ClassificationTask:
+    """The training pictures and the objective."""
+
+    pictures: StoredPictures
+    train: tuple[int, ...]
+    """Positions of the training pictures."""
+    targets: Tensor
+    """(all pictures, c): one-hot, or 0 and 1 of each label."""
+    augmentation: Augmentation
+    objective: Objective
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    balanced: bool = False
+    """Draw classes evenly, then a picture of the class."""
+
+    def __len__(self) -> int:
+        return len(self.train)
+
+    def losses(self, model: nn.Module, index: Tensor, generator: torch.Generator, part: slice) -> Tensor:
+        """Random numbers are drawn for the whole step and cut to `part`, so that every process draws the same."""
+        chosen = torch.tensor(self.train)[index] if not self.balanced else self.drawn_evenly(len(index), generator)
+        seeds = torch.randint(2**62, (len(index),), generator=generator)
+        own, targets = chosen[part].tolist(), self.targets[chosen[part]]
+        stored = torch.from_numpy(self.pictures.stored(own)).permute(0, 3, 1, 2)
+        x = self.augmentation(stored, seeds[part].tolist())
+        mixing = torch.Generator().manual_seed(int(seeds[part][0]))
+        x, targets = mixed(x, targets, self.mixup, self.cutmix, mixing)
+        device = next(model.parameters()).device
+        return self.objective.losses(as_logits(model(x.to(device))), targets.to(device))
+
+    def drawn_evenly(self, count: int, generator: torch.Generator) -> Tensor:
+        """Positions of pictures, every class as likely as any other."""
+        own = self.targets[list(self.train)]
+        weights = (own / own.sum(0).clamp(min=1)).sum(1)
+        weights = torch.where(weights > 0, weights, weights.mean())  # a picture without any label
+        return torch.tensor(self.train)[torch.multinomial(weights, count, replacement=True, generator=generator)]
