@@ -48,6 +48,7 @@ bench: $(STAMP)  ## the benchmarks
 	$(BIN)/python benchmarks/auto_rank.py
 	$(BIN)/python benchmarks/formats.py
 	$(BIN)/python benchmarks/mixing.py
+	$(BIN)/python benchmarks/classify.py
 	$(BIN)/python benchmarks/write_tables.py
 
 assets: $(STAMP)  ## rebuild the picture sets and the embedded model (needs npm; takes long)
@@ -57,8 +58,12 @@ assets: $(STAMP)  ## rebuild the picture sets and the embedded model (needs npm;
 	$(BIN)/python -m visionlora.assets.build_emoji64 vae --pictures build/pictures.npz --work build
 	$(BIN)/python -m visionlora.assets.build_emoji64 unet --work build
 	$(BIN)/python -m visionlora.assets.build_emoji64 refine --work build
+	$(BIN)/python -m visionlora.assets.build_emoji_vit train --pictures build/pictures.npz --work build
 	$(BIN)/python benchmarks/prompt_fidelity.py
 	$(BIN)/python benchmarks/style_transfer.py --save
+	$(BIN)/visionlora classify --images assets/styles --config emoji_vit_classes --output build/style-classifier
+	mkdir -p assets/adapters/style-classifier
+	cp build/style-classifier/adapter.safetensors build/style-classifier/README.md assets/adapters/style-classifier/
 	$(BIN)/python benchmarks/write_tables.py
 
 clean:  ## what the tools leave behind; the virtual environment and runs/ stay

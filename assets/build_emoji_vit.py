@@ -223,10 +223,11 @@ def train(pictures_file: Path, work: Path, output: Path, steps: int, pairs: int 
 
 def save(vit: Any, output: Path) -> None:
     """timm's folder: ``timm.create_model("local-dir:assets/emoji-vit")`` opens it. fp16."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save as save_tensors
 
     output.mkdir(parents=True, exist_ok=True)
-    save_file({n: p.detach().half().contiguous() for n, p in vit.state_dict().items()}, output / "model.safetensors")
+    weights = save_tensors({n: p.detach().half().contiguous() for n, p in vit.state_dict().items()}, {"format": "pt"})
+    (output / "model.safetensors").write_bytes(weights)
     preprocessing = {
         "input_size": [3, 64, 64],
         "mean": [0.5, 0.5, 0.5],
@@ -278,6 +279,13 @@ def measure(folder: Path) -> dict[str, float]:
         found[style] = retrieval(vit, style)
         found[style + ", random weights"] = retrieval(new_vit(), style)
     return found
+
+
+def size_of(folder: Path) -> int:
+    """Number of parameters."""
+    import timm
+
+    return sum(p.numel() for p in timm.create_model(f"local-dir:{folder}", pretrained=True).parameters())
 
 
 def main() -> None:

@@ -6,7 +6,6 @@ Letters in shapes: n pictures, c classes.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import time
 from collections.abc import Callable
@@ -17,12 +16,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from visionlora.config import ClassifyConfig, build, read_yaml, to_yaml
+from visionlora.config import ClassifyConfig, to_yaml
 from visionlora.data.cache import default_cache_folder
 from visionlora.data.classes import read_labelled
 from visionlora.data.decoded import check_pictures
 from visionlora.data.splits import linked, split
-from visionlora.errors import ConfigError, DataError, RunFolderError
+from visionlora.errors import ConfigError, DataError
 from visionlora.formats import native
 from visionlora.lora.adapter import Adapter
 from visionlora.lora.config import AdapterConfig
@@ -32,6 +31,7 @@ from visionlora.report.classify_page import Contender
 from visionlora.report.classify_run import Finished, header, overlay_sheet, report
 from visionlora.report.curves import draw_curves
 from visionlora.report.listener import Listener, bars
+from visionlora.report.resume import resumed_config
 from visionlora.report.runfolder import RunFolder, check_run_folder, default_run_folder, open_run_folder
 from visionlora.training.checkpoint import STATE_FILE, read_state, write_state
 from visionlora.training.learner import LayeredLearner, rates_by_depth
@@ -161,35 +161,6 @@ def target_of(config: ClassifyConfig) -> Path:
     if config.resume is not None:
         return Path(config.resume)
     return Path(config.output) if config.output else default_run_folder("classify", Path(config.images).resolve().name)
-
-
-def resumed_config(folder: Path, config: ClassifyConfig) -> ClassifyConfig:
-    """The settings of the run that is resumed.
-
-    Raises:
-        RunFolderError: when there is no such run.
-        ConfigError: when other settings were given beside `resume`.
-    """
-    file = folder / "config.yaml"
-    if not file.is_file():
-        raise RunFolderError(f"{folder} is no run that can be resumed: it has no config.yaml. Name a run folder.")
-    if (folder / "report.html").is_file():
-        raise RunFolderError(f"The run in {folder} is finished; there is nothing to resume. Start a new one.")
-    before = build(ClassifyConfig, read_yaml(str(file)))
-    default, ignored = ClassifyConfig(images="."), ("output", "resume", "images")
-    changed = [
-        f.name
-        for f in dataclasses.fields(config)
-        if f.name not in ignored
-        and getattr(config, f.name) not in (getattr(default, f.name), getattr(before, f.name))
-    ]  # fmt: skip
-    if changed:
-        name = changed[0]
-        raise ConfigError(
-            f"A resumed run keeps its settings, but {name} is {getattr(config, name)!r} here and was "
-            f"{getattr(before, name)!r}. Leave it out, or start a new run."
-        )
-    return dataclasses.replace(before, resume=str(folder))
 
 
 def resolved(material: Material) -> ClassifyConfig:
@@ -369,7 +340,7 @@ class Fitting:
     def evaluate(self, step: int) -> None:
         """Looks at the validation pictures; the best moment so far is kept, the first one among equals."""
         material = self.material
-        with self.averaged():
+        with self.fit.averaged():
             found = material.measured(logits_of(material, material.chosen_by, self.accelerator), material.chosen_by)
             value = material.selected(found)
             self.evaluations.append((step, value, found.loss))
@@ -378,10 +349,6 @@ class Fitting:
             if self.best is None or value > self.best[1] or (early and step > self.best[0]):
                 state = {n: t.clone() for n, t in self.handle.training_state().items()}
                 self.best = (step, value, state)
-
-    def averaged(self) -> Any:
-        """The running average stands in for the parameters, where there is one."""
-        return self.fit.ema.in_place_of(self.fit.trained) if self.fit.ema else contextlib.nullcontext()
 
     def moments(self) -> set[int]:
         """Steps after which the validation pictures are looked at."""

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors.torch import load_file
+from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
-from visionlora.atomic import check_new
+from visionlora.atomic import check_new, replace_file
 from visionlora.classifier import COMPONENT, ClassTask
 from visionlora.errors import ConfigError, nearest
 from visionlora.formats import peft
@@ -143,10 +145,9 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
 def to_timm(backbone: VisionModel, task: ClassTask, path: Path, x: Tensor, wanted: Tensor) -> Exported:
     """A folder for `timm.create_model("local-dir:…", pretrained=True)`."""
     import timm
-    from safetensors.torch import save_file
 
     fresh_folder(path)
-    save_file(weights_of(backbone.model), path / "model.safetensors", {"format": "pt"})
+    replace_file(path / "model.safetensors", save_tensors(weights_of(backbone.model), {"format": "pt"}))
     model, p = cast(Any, backbone.model), task.preprocessing
     given = dict(model.pretrained_cfg)
     config = {
@@ -198,10 +199,9 @@ def to_transformers(backbone: VisionModel, task: ClassTask, path: Path, x: Tenso
 
 def to_state_dict(backbone: VisionModel, task: ClassTask, path: Path, x: Tensor, wanted: Tensor) -> Exported:
     """One safetensors file with every weight under its own name."""
-    from safetensors.torch import load_file, save_file
-
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(weights_of(backbone.model), path, {"format": "pt", "classes": json.dumps(task.classes)})
+    metadata = {"format": "pt", "classes": json.dumps(task.classes)}
+    replace_file(path, save_tensors(weights_of(backbone.model), metadata))
     for p in backbone.model.parameters():
         p.zero_()
     backbone.model.load_state_dict(load_file(path))

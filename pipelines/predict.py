@@ -12,6 +12,7 @@ from typing import Any
 
 from visionlora.atomic import check_new
 from visionlora.classifier import Prediction, load_classifier
+from visionlora.data.files import list_folder
 from visionlora.data.images import IMAGE_SUFFIXES, decode, printable
 from visionlora.errors import ConfigError, DataError, nearest
 from visionlora.report.listener import Listener
@@ -116,8 +117,7 @@ def pictures_in(places: Sequence[Path]) -> list[Path]:
     found: list[Path] = []
     for place in places:
         if place.is_dir():
-            inside = [p for p in sorted(place.rglob("*")) if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file()]
-            found += [p for p in inside if not any(part.startswith(".") for part in p.relative_to(place).parts)]
+            found += [place / name for name in list_folder(place).pictures]
         elif place.is_file():
             found.append(place)
         else:

@@ -6,8 +6,10 @@ The whole of `visionlora train-sd`, one stage after the other; each stage hands 
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +18,18 @@ from visionlora.data.folder import ImageFolder, read_image_folder
 from visionlora.diffusion.encode import cut_captions, encode_dataset
 from visionlora.diffusion.sampling import SamplingConfig
 from visionlora.diffusion.task import DenoisingTask
+from visionlora.errors import ConfigError
 from visionlora.formats import native
 from visionlora.lora.adapter import Adapter
 from visionlora.lora.inject import Handle, check_targets, inject
 from visionlora.models.base import open_base
 from visionlora.report.listener import Listener, bars
+from visionlora.report.resume import resumed_config
 from visionlora.report.runfolder import RunFolder, check_run_folder, default_run_folder, open_run_folder
 from visionlora.report.samples import SampleSheet, sample_moments
-from visionlora.report.sd_run import header, public_metadata, recent_loss, report
-from visionlora.training.loop import Progress, resolve_precision, train
+from visionlora.report.sd_run import data_hash, header, public_metadata, recent_loss, report
+from visionlora.training.checkpoint import STATE_FILE, read_state, write_state
+from visionlora.training.loop import Fit, Progress, resolve_precision
 from visionlora.training.settings import adapter_config, automatic_ranks, loop_config
 
 
@@ -45,7 +50,7 @@ def train_sd(config: TrainSDConfig, listener: Listener | None = None) -> RunResu
 
     Raises:
         VisionLoRAError: any of its kinds, each with a message for the user.
-        KeyboardInterrupt: after the adapter as it is was saved under `checkpoints/`.
+        KeyboardInterrupt: after adapter and state were saved under `checkpoints/`, from which `resume` goes on.
     """
     started = time.monotonic()
     from accelerate import Accelerator, PartialState
@@ -53,8 +58,12 @@ def train_sd(config: TrainSDConfig, listener: Listener | None = None) -> RunResu
     tell = (listener or Listener()) if PartialState().is_main_process else Listener()
 
     # Pictures and output folder
-    target = Path(config.output) if config.output else default_run_folder("sd", Path(config.images).resolve().name)
-    check_run_folder(target)
+    if config.resume is None:
+        target = Path(config.output) if config.output else default_run_folder("sd", Path(config.images).resolve().name)
+        check_run_folder(target)
+    else:
+        target = Path(config.resume)
+        config = resumed_config(target, config)
     folder = read_image_folder(
         Path(config.images),
         config.prompt,
@@ -94,9 +103,9 @@ def train_sd(config: TrainSDConfig, listener: Listener | None = None) -> RunResu
     handle = inject(base.pipe.unet, adapter, seed=config.seed)
     tell.say(f"Adapter: {handle.report}.")
     run = RunFolder(target)
-    if accelerator.is_main_process:
+    if accelerator.is_main_process and config.resume is None:
         run = open_run_folder(target)
-        run.write_text("config.yaml", to_yaml(dataclasses.replace(config, output=None)))
+        run.write_text("config.yaml", to_yaml(dataclasses.replace(config, output=None, resume=None)))
     accelerator.wait_for_everyone()
 
     # Training
@@ -106,74 +115,131 @@ def train_sd(config: TrainSDConfig, listener: Listener | None = None) -> RunResu
     fitting = Fitting(
         config,
         handle,
+        accelerator,
         run,
         sheet,
         tell,
         lambda step: header(config, adapter, loop, base, fingerprints, folder, size, step),
+        data_hash(folder),
     )
-    history = fitting.fit(accelerator, task)
+    if config.resume is not None:
+        fitting.restore(read_state(run.path / "checkpoints" / STATE_FILE))
+    history = fitting.train(task)
 
     # Adapter, grid and report
     adapter_path = run.path / "adapter.safetensors"
     if accelerator.is_main_process:
-        native.write(
-            fitting.adapter(history[-1].step), adapter_path, public_metadata(config, adapter, loop, base, folder, size)
-        )
+        with fitting.fit.averaged():
+            native.write(
+                fitting.adapter(history[-1].step),
+                adapter_path,
+                public_metadata(config, adapter, loop, base, folder, size, fitting.started),
+            )
         report(run, config, loop, base, folder, handle, sheet, history, time.monotonic() - started)
     seconds = time.monotonic() - started
     return RunResult(run.path, adapter_path, run.path / "grid.png", history[0].loss, recent_loss(history), seconds)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Fitting:
     """The training stage: metrics after each step, samples and checkpoints now and then, nothing lost on Ctrl-C."""
 
     config: TrainSDConfig
     handle: Handle
+    accelerator: Any
     run: RunFolder
     sheet: SampleSheet
     tell: Listener
-    header: Any
+    header: Callable[[int], dict[str, Any]]
     """From a step to what the adapter file says about itself."""
+    data: str
+    """Tells the pictures and captions."""
+    history: list[Progress] = field(default_factory=list)
+    started: float = field(default_factory=lambda: float(os.environ.get("SOURCE_DATE_EPOCH", time.time())))
+    """When the run began, seconds since 1970; in reproducible builds what they say."""
+
+    def __post_init__(self) -> None:
+        self.fit = Fit(self.accelerator, self.handle, loop_config(self.config), self.config.ema_decay)
+
+    @property
+    def main(self) -> bool:
+        """Whether this process draws and writes."""
+        return bool(self.accelerator.is_main_process)
 
     def adapter(self, step: int) -> Adapter:
         """The adapter as it is now."""
         return Adapter(self.handle.modules("unet"), self.header(step))
 
-    def checkpoint(self, step: int) -> Path:
-        """Writes the adapter as it is now."""
+    def keep_adapter(self, step: int) -> Path:
+        """Writes the adapter as it is now beside the others of the run."""
         path = self.run.checkpoints / f"step-{step:06d}.safetensors"
-        native.write(self.adapter(step), path)
+        with self.fit.averaged():
+            native.write(self.adapter(step), path)
         return path
 
-    def fit(self, accelerator: Any, task: DenoisingTask) -> list[Progress]:
-        """Runs the loop; returns the state after each step. Only the main process draws and writes."""
-        history: list[Progress] = []
-        loop, main = loop_config(self.config), accelerator.is_main_process
-        moments = sample_moments(loop.steps, self.config.sample_columns)
-        if main:
+    def checkpoint(self) -> None:
+        """Writes all that the run needs to go on."""
+        state = {
+            "fit": self.fit.state(),
+            "history": [dataclasses.asdict(p) for p in self.history],
+            "columns": [label for label, _ in self.sheet.columns],
+            "started": self.started,
+            "data": self.data,
+        }
+        write_state(self.run.checkpoints / STATE_FILE, state)
+
+    def restore(self, kept: dict[str, Any]) -> None:
+        """Goes on from a checkpoint.
+
+        Raises:
+            ConfigError: when the pictures or captions are not those of the run.
+        """
+        if kept["data"] != self.data:
+            raise ConfigError(
+                "The pictures or captions have changed since this run was cut off, so it cannot go on with them. Restore them, "
+                "or start a new run."
+            )
+        self.fit.restore(kept["fit"])
+        self.history = [Progress(**p) for p in kept["history"]]
+        self.started = float(kept["started"])
+        self.tell.say(f"Going on at step {self.fit.step} of {self.fit.config.steps}.")
+        if self.main:
+            self.sheet.read_columns([str(label) for label in kept["columns"]])
+            self.run.write_jsonl("metrics.jsonl", [dataclasses.asdict(p) for p in self.history])
+
+    def train(self, task: DenoisingTask) -> list[Progress]:
+        """Runs the loop; returns the state after each step."""
+        steps = self.fit.config.steps
+        drawn, saved = (set(sample_moments(steps, n)) for n in (self.config.sample_columns, self.config.checkpoints))
+        if self.main and not self.sheet.columns:
             self.sheet.draw_column("base", scale=0.0)
 
         def on_step(progress: Progress) -> None:
-            history.append(progress)
-            if not main:
+            self.history.append(progress)
+            if not self.main:
                 return
             self.run.append_jsonl("metrics.jsonl", dataclasses.asdict(progress))
-            detail = f"loss {recent_loss(history):.4f}  {progress.images_per_second:.1f} images/s"
-            self.tell.progress("Training", progress.step, loop.steps, detail)
-            if progress.step in moments:
-                self.checkpoint(progress.step)
-                self.sheet.draw_column(f"step {progress.step}", scale=1.0)
+            detail = f"loss {recent_loss(self.history):.4f}  {progress.images_per_second:.1f} images/s"
+            self.tell.progress("Training", progress.step, steps, detail)
+            if progress.step in drawn:
+                self.keep_adapter(progress.step)
+                with self.fit.averaged():
+                    self.sheet.draw_column(f"step {progress.step}", scale=1.0)
+            if progress.step in drawn | saved:
+                self.checkpoint()
 
         try:
-            train(accelerator, self.handle, task, loop, on_step)
+            self.fit.run(task, on_step)
         except KeyboardInterrupt:
-            if history and main:
-                step = history[-1].step
-                kept = self.checkpoint(step)
-                self.tell.say(f"Interrupted at step {step} of {loop.steps}; the adapter so far is in {kept}.")
+            if self.history and self.main:
+                kept = self.keep_adapter(self.fit.step)
+                self.checkpoint()
+                self.tell.say(
+                    f"Interrupted at step {self.fit.step} of {steps}; the adapter so far is in {kept}.\n"
+                    f"Go on with: visionlora train-sd --resume {self.run.path}"
+                )
             raise
-        return history
+        return self.history
 
 
 def default_prompts(folder: ImageFolder) -> tuple[str, ...]:

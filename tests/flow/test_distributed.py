@@ -1,10 +1,14 @@
-"""An adapted model under DistributedDataParallel: two processes give the gradients of one."""
+"""Two processes do what one does: an adapted model under DistributedDataParallel, and whole runs under accelerate."""
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 SCRIPT = """
 import torch
@@ -53,3 +57,43 @@ def test_two_processes_give_the_gradients_of_one(tmp_path: Path, method: str) ->
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script]
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=120)
     assert done.stdout.count("agreed") == 2, done.stdout + done.stderr
+
+
+def launch(tmp_path: Path, *words: object, processes: int) -> None:
+    """Runs the command line as one process, or with `accelerate launch` as several."""
+    command = [sys.executable, "-m", "visionlora", *words]
+    if processes > 1:
+        options = ["--cpu", "--num_machines", 1, "--mixed_precision", "no", "--dynamo_backend", "no"]
+        command[1:1] = ["-m", "accelerate.commands.launch", "--num_processes", processes, *options]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*map(str, command)], cwd=tmp_path, capture_output=True, text=True, env=env, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def check_same_adapter(one: Path, two: Path) -> None:
+    """The factors agree to what the order of a sum can change, and so does every loss on the way."""
+    first, second = (load_file(f / "adapter.safetensors") for f in (one, two))
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        torch.testing.assert_close(second[name], tensor, rtol=1e-3, atol=2e-5)
+    losses = [[json.loads(line)["loss"] for line in (f / "metrics.jsonl").read_text().splitlines()] for f in (one, two)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_classify_on_two_processes(shapes: Path, tiny_vit: Path, tmp_path: Path) -> None:
+    words = ["classify", "--images", shapes, "--model", tiny_vit, "--steps", 6, "--rank", 2, "--baselines", "none"]
+    launch(tmp_path, *words, "--batch-size", 8, "--output", "one", processes=1)
+    launch(tmp_path, *words, "--batch-size", 4, "--output", "two", processes=2)
+    check_same_adapter(tmp_path / "one", tmp_path / "two")
+    figures = [json.loads((tmp_path / n / "metrics.json").read_text())["top1"] for n in ("one", "two")]
+    assert figures[0] == figures[1]
+
+
+@pytest.mark.slow
+def test_train_sd_on_two_processes(tiny_model: Path, dogs: Path, tmp_path: Path) -> None:
+    words = ["train-sd", "--images", dogs, "--model", tiny_model, "--steps", 4, "--rank", 2, "sample_steps=1",
+             "sample_columns=1", "learning_rate=0.001"]  # fmt: skip
+    launch(tmp_path, *words, "--batch-size", 4, "--output", "one", processes=1)
+    launch(tmp_path, *words, "--batch-size", 2, "--output", "two", processes=2)
+    check_same_adapter(tmp_path / "one", tmp_path / "two")

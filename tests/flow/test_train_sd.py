@@ -32,6 +32,7 @@ def test_a_run_leaves_everything_and_its_config_runs_again_to_the_same_bytes(
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [m["step"] for m in metrics] == [1, 2, 3, 4]
     assert [p.name for p in sorted((run / "checkpoints").iterdir())] == [
+        "state.pt",
         "step-000002.safetensors",
         "step-000004.safetensors",
     ]
@@ -96,7 +97,7 @@ def test_ctrl_c_keeps_the_adapter(tiny_model: Path, dogs: Path, tmp_path: Path) 
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert "Traceback" not in err
-    assert "the adapter so far is in" in out
+    assert "the adapter so far is in" in out and f"visionlora train-sd --resume {tmp_path / 'r'}" in out
     (kept,) = (tmp_path / "r" / "checkpoints").glob("*.safetensors")
     assert load_adapter(kept).info["training"]["steps"] >= 1
 

@@ -17,7 +17,7 @@ def test_quoted_numbers_are_the_recorded_ones() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-DOCUMENTS = ("README.md", "assets/emoji-64/README.md")
+DOCUMENTS = ("README.md", "assets/emoji-64/README.md", "assets/emoji-vit/README.md")
 BLOCKS = [b for d in DOCUMENTS for b in re.findall(r"```python\n(.*?)```", (ROOT / d).read_text(), re.DOTALL)]
 
 

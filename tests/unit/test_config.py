@@ -5,7 +5,16 @@ from pathlib import Path
 import pytest
 import yaml
 
-from visionlora.config import TrainSDConfig, budget_of, build, parse_words, read_yaml, recipe_names, to_yaml
+from visionlora.config import (
+    ClassifyConfig,
+    TrainSDConfig,
+    budget_of,
+    build,
+    parse_words,
+    read_yaml,
+    recipe_names,
+    to_yaml,
+)
 from visionlora.errors import ConfigError
 
 
@@ -42,7 +51,7 @@ def test_unknown_keys_and_wrong_types_come_in_one_message() -> None:
     assert str(caught.value).splitlines() == [
         "These settings cannot be used:",
         "- lerning_rate is not a setting. Did you mean 'learning_rate'?",
-        "- steps is 'many'; expected a number",
+        "- steps is 'many'; expected a whole number",
         "- rank is 3.5; expected a whole number or auto",
         "- flip is 3; expected true or false",
         "- batch_size is True; expected int",
@@ -78,7 +87,9 @@ def test_every_recipe_is_a_valid_configuration() -> None:
     names = recipe_names()
     assert len(names) >= 2
     for name in names:
-        assert build(TrainSDConfig, read_yaml(name), {"images": "x"}).steps > 0
+        kind = ClassifyConfig if name.endswith("_classes") else TrainSDConfig
+        made = build(kind, read_yaml(name), {"images": "x"})
+        assert made.steps is not None or made.epochs > 0
 
 
 @pytest.mark.parametrize(
@@ -122,3 +133,12 @@ def test_rank_is_a_number_or_auto() -> None:
         ConfigError, match=r"rank_budget is 'lots'; write a mean rank \(8\), parameters \(300k\) or a size"
     ):
         TrainSDConfig(images="x", rank="auto", rank_budget="lots")
+
+
+def test_weights_of_classes_are_words_or_a_mapping() -> None:
+    def given(value: object) -> object:
+        return build(ClassifyConfig, {"images": "x", "class_weights": value}).class_weights
+
+    assert given("auto") == "auto" and given({"cat": 2, "a, b": "1.5"}) == {"cat": 2.0, "a, b": 1.5}
+    with pytest.raises(ConfigError, match=r"class_weights is .*; expected a word or names with values"):
+        build(ClassifyConfig, {"images": "x", "class_weights": [3.5]})

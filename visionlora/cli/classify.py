@@ -43,7 +43,7 @@ def command(
         Optional[bool], typer.Option("--find-rate", help="Find the learning rate first.")  # noqa: UP045
     ] = None,
     batch_size: Annotated[Optional[int], typer.Option(help="Pictures per forward pass.")] = None,  # noqa: UP045
-    augment: Annotated[Optional[str], typer.Option(help="none, light, trivial or rand.")] = None,  # noqa: UP045
+    augment: Annotated[Optional[str], typer.Option(help="none, light, affine, trivial or rand.")] = None,  # noqa: UP045
     flip: Annotated[
         Optional[bool], typer.Option("--flip/--no-flip", help="Mirror pictures; not for letters and digits.")  # noqa: UP045
     ] = None,

@@ -7,6 +7,7 @@ Exit codes: 0 done, 1 failed, 2 wrong use, 130 interrupted. Errors meant for the
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from typing import Annotated
 
@@ -60,6 +61,7 @@ def root(
 
 def main() -> None:
     """Runs the command line."""
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # both save what there is
     try:
         app()
     except VisionLoRAError as e:

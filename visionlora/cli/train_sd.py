@@ -40,6 +40,7 @@ def command(
     skip_broken: Annotated[
         Optional[bool], typer.Option("--skip-broken", help="Leave out pictures that cannot be used.")  # noqa: UP045
     ] = None,
+    resume: Annotated[Optional[str], typer.Option(help="Run folder to go on with.")] = None,  # noqa: UP045
     config: Annotated[
         Optional[list[str]], typer.Option(help="A YAML file or the name of a recipe; repeat for more.")  # noqa: UP045
     ] = None,
@@ -47,6 +48,8 @@ def command(
     """Train a LoRA on a folder of pictures: `visionlora train-sd --images ./dog`."""
     flags = {k: v for k, v in locals().items() if k not in ("settings", "config") and v is not None}
     files = [read_yaml(name) for name in config or []]
+    if resume is not None:
+        flags.setdefault("images", resume)  # the run knows its own pictures
     resolved = build(TrainSDConfig, *files, parse_words(settings or []), flags)
     with ConsoleListener() as listener:
         from visionlora.pipelines.train_sd import train_sd

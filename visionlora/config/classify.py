@@ -9,7 +9,7 @@ from typing import Literal
 from visionlora.config.training import Rule, TrainingConfig
 from visionlora.errors import nearest
 
-AUGMENTS = ("none", "light", "trivial", "rand")
+AUGMENTS = ("none", "light", "affine", "trivial", "rand")
 SELECTED_BY = ("top1", "macro_f1", "balanced_accuracy", "loss", "map", "micro_f1")
 BASELINES = ("probe", "full", "none")
 
@@ -51,7 +51,7 @@ class ClassifyConfig(TrainingConfig):
     weight_decay: float = 0.05
     """Of AdamW."""
     augment: str = "light"
-    """none, light (crops and colours), trivial (TrivialAugment) or rand (RandAugment)."""
+    """none, light (crops and colours), affine (for what fills the picture), trivial (TrivialAugment) or rand (RandAugment)."""
     flip: bool = True
     """Mirror half of the pictures; not for letters, digits and signs."""
     erasing: float = 0.0
@@ -68,8 +68,6 @@ class ClassifyConfig(TrainingConfig):
     """auto (rare classes count more) or class: weight."""
     balanced_sampling: bool = False
     """Draw classes, not pictures, evenly."""
-    ema_decay: float | None = None
-    """Keep a running average of what trains, and use it; 0.99 to 0.9999."""
     evaluations: int = 10
     """How often the validation pictures are looked at."""
     select_by: str | None = None
@@ -78,8 +76,6 @@ class ClassifyConfig(TrainingConfig):
     """Stop after so many evaluations without a better one."""
     baselines: tuple[str, ...] = ("probe",)
     """What is trained beside it for comparison: probe, full, or none."""
-    resume: str | None = None
-    """Run folder to go on with."""
     cache: bool = True
     """Keep the decoded pictures on disk between runs."""
 
@@ -114,7 +110,6 @@ class ClassifyConfig(TrainingConfig):
                 not isinstance(self.class_weights, str) or self.class_weights == "auto",
                 "write auto, or a mapping from class to weight: class_weights={cat: 2, dog: 1}",
             ),
-            ("ema_decay", self.ema_decay is None or 0 <= self.ema_decay < 1, "it must be at least 0 and below 1"),
             ("evaluations", self.evaluations >= 1, "it must be at least 1"),
             (
                 "select_by",

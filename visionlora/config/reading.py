@@ -89,14 +89,16 @@ def convert(value: Any, hint: Any) -> Any:
         try:
             number = float(value)
         except (TypeError, ValueError):
-            raise ValueError("expected a number") from None
+            raise ValueError("expected a whole number" if hint is int else "expected a number") from None
         if hint is int:
             if not number.is_integer():
                 raise ValueError("expected a whole number")
             return int(number)
         return number
-    if hint is str and isinstance(value, str | int | float) and not isinstance(value, bool):
-        return str(value)
+    if hint is str:
+        if isinstance(value, str | int | float) and not isinstance(value, bool):
+            return str(value)
+        raise ValueError("expected a word")
     raise ValueError(f"expected {getattr(hint, '__name__', hint)}")
 
 

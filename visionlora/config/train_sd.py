@@ -25,6 +25,8 @@ class TrainSDConfig(TrainingConfig):
     """Prompts of the sample grid; by default some captions of the pictures."""
     sample_columns: int = 3
     """Columns of the grid beside the base: the adapter at so many moments of training."""
+    checkpoints: int = 10
+    """How often the state is saved, from which `resume` goes on."""
     sample_steps: int = 20
     """Denoising steps per sample picture."""
     guidance_scale: float | None = None
@@ -41,6 +43,7 @@ class TrainSDConfig(TrainingConfig):
                 len(self.timestep_range) == 2 and 0 <= self.timestep_range[0] < self.timestep_range[1] <= 1000,
                 "it must be two whole numbers, the first below the second, in 0 … 1000",
             ),
+            ("checkpoints", self.checkpoints >= 1, "it must be at least 1"),
             ("sample_columns", self.sample_columns >= 1, "it must be at least 1"),
             ("sample_steps", self.sample_steps >= 1, "it must be at least 1"),
             (

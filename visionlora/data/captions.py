@@ -15,7 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from visionlora.data.images import IMAGE_SUFFIXES, printable
+from visionlora.data.files import Unusable, numbered_lines, read_text
+from visionlora.data.images import printable
+from visionlora.data.wording import ENDINGS, quoted
 
 METADATA_FILES = ("metadata.jsonl", "metadata.csv")
 """In order of precedence."""
@@ -76,10 +78,6 @@ class _Findings:
             self.sources[source] += 1
 
 
-class _Unusable(Exception):
-    """A row or a file that cannot be used; the text goes after its name."""
-
-
 def read_captions(root: Path, pictures: Iterable[str], others: Iterable[str]) -> Captions:
     """Captions of `pictures`, each from the first place that has one.
 
@@ -112,13 +110,13 @@ def _read_metadata(found: _Findings, file: str) -> None:
     found.sources[file] = 0
     lines: dict[str, int] = {}
     try:
-        text = _read_text(found.root / file)
-        for line, row in _csv_rows(text) if file.endswith(".csv") else _json_lines(text):
+        text = read_text(found.root / file)
+        for line, row in _csv_rows(text) if file.endswith(".csv") else numbered_lines(text):
             try:
                 _take_row(found, file, line, _parse(row) if isinstance(row, str) else row, lines)
-            except _Unusable as error:
+            except Unusable as error:
                 found.problems.append(f"{printable(file)} line {line} {error}")
-    except _Unusable as error:
+    except Unusable as error:
         found.problems.append(f"{printable(file)} {error}")
 
 
@@ -126,19 +124,19 @@ def _take_row(found: _Findings, file: str, line: int, row: dict[str, Any], lines
     """Puts the caption of one row into `found`; `lines` are those of the pictures this file has named so far."""
     name = row.get("file_name")
     if not isinstance(name, str) or not name.strip():
-        raise _Unusable(f'names no picture (it has {_quoted(row)}); add a "file_name"')
+        raise Unusable(f'names no picture (it has {quoted(row)}); add a "file_name"')
     picture = _picture_of(found, PurePosixPath(file).parent, name.strip())
     if picture in lines:
-        raise _Unusable(f"captions {printable(name)} again, after line {lines[picture]}; keep one of the two")
+        raise Unusable(f"captions {printable(name)} again, after line {lines[picture]}; keep one of the two")
     lines[picture] = line
     found.blamed.add(picture)  # for what may be raised below; a picture with a caption is taken out in the end
     key = next((key for key in TEXT_KEYS if row.get(key) is not None), None)
     if key is None:
-        raise _Unusable(f'has no caption (it has {_quoted(row)}); add a "text"')
+        raise Unusable(f'has no caption (it has {quoted(row)}); add a "text"')
     if not isinstance(row[key], str):
-        raise _Unusable(f'has a "{key}" that is no text; put the caption in quotes')
+        raise Unusable(f'has a "{key}" that is no text; put the caption in quotes')
     if not row[key].strip():
-        raise _Unusable(f'has an empty "{key}" for {printable(name)}; write a caption, or remove the line')
+        raise Unusable(f'has an empty "{key}" for {printable(name)}; write a caption, or remove the line')
     found.take(picture, _one_line(row[key]), file)
 
 
@@ -147,20 +145,20 @@ def _picture_of(found: _Findings, folder: PurePosixPath, name: str) -> str:
     shown = printable(name)
     path = PurePosixPath(name.replace("\\", "/"))  # as Windows programs write it
     if path.is_absolute() or PureWindowsPath(name).anchor or ".." in path.parts:
-        raise _Unusable(f"names {shown}, which leaves the folder; use a path inside it, relative to the metadata file")
+        raise Unusable(f"names {shown}, which leaves the folder; use a path inside it, relative to the metadata file")
     for picture in ((folder / name).as_posix(), (folder / path).as_posix()):
         if picture in found.pictures:
             if not _is_inside(found.root, found.root / picture):
-                raise _Unusable(f"names {shown}, a link to a file outside the folder; copy the file into the folder")
+                raise Unusable(f"names {shown}, a link to a file outside the folder; copy the file into the folder")
             return picture
     wanted = (folder / path).as_posix()
     if wanted in found.others:
-        raise _Unusable(f"names {shown}, which is no picture; pictures end in {', '.join(IMAGE_SUFFIXES)}")
+        raise Unusable(f"names {shown}, which is no picture; {ENDINGS}")
     meant = closest(wanted, found.pictures)
     if meant and folder.parts:
         meant = meant.removeprefix(f"{folder}/")
     hint = f"did you mean {printable(meant)}?" if meant else "add the picture, or remove the line"
-    raise _Unusable(f"names {shown}, which is not there; {hint}")
+    raise Unusable(f"names {shown}, which is not there; {hint}")
 
 
 def _read_sidecars(found: _Findings, suffix: str) -> None:
@@ -181,7 +179,7 @@ def _read_sidecars(found: _Findings, suffix: str) -> None:
                 continue
             found.blamed.update(owned[file])  # for what may be raised below
             caption = _sidecar_text(found.root, file)
-        except _Unusable as error:
+        except Unusable as error:
             found.problems.append(f"{printable(file)} {error}")
             continue
         for picture in owned[file]:
@@ -191,10 +189,10 @@ def _read_sidecars(found: _Findings, suffix: str) -> None:
 def _sidecar_text(root: Path, file: str) -> str:
     # Whatever the file says ends up in the run folder and perhaps in a published model card.
     if not _is_inside(root, root / file):
-        raise _Unusable("is a link to a file outside the folder; copy the file into the folder")
-    caption = _one_line(_read_text(root / file))
+        raise Unusable("is a link to a file outside the folder; copy the file into the folder")
+    caption = _one_line(read_text(root / file))
     if not caption:
-        raise _Unusable("is empty; write a caption in it, or pass --prompt for all pictures")
+        raise Unusable("is empty; write a caption in it, or pass --prompt for all pictures")
     return caption
 
 
@@ -208,23 +206,18 @@ def _check_orphan(file: str, stems: Iterable[str], in_use: bool) -> None:
     if meant is None and not in_use:
         return
     hint = f"did you mean {printable(meant)}{PurePosixPath(file).suffix}?" if meant else "add the picture, or remove it"
-    raise _Unusable(f"is a caption, but no picture has its name; {hint}")
-
-
-def _json_lines(text: str) -> Iterator[tuple[int, str | dict[str, Any]]]:
-    # Not splitlines: that would also break at the line separators that JSON allows inside a string.
-    return ((number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
+    raise Unusable(f"is a caption, but no picture has its name; {hint}")
 
 
 def _parse(line: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        raise _Unusable(f"is not JSON ({error.msg} at character {error.colno}); put one object on each line") from None
+        raise Unusable(f"is not JSON ({error.msg} at character {error.colno}); put one object on each line") from None
     except (ValueError, RecursionError):  # a number of too many digits, too many brackets
-        raise _Unusable("is not JSON that can be read; put one object on each line") from None
+        raise Unusable("is not JSON that can be read; put one object on each line") from None
     if not isinstance(row, dict):
-        raise _Unusable('is not an object; write it like {"file_name": "dog.png", "text": "a photo of a dog"}')
+        raise Unusable('is not an object; write it like {"file_name": "dog.png", "text": "a photo of a dog"}')
     return row
 
 
@@ -233,22 +226,13 @@ def _csv_rows(text: str) -> Iterator[tuple[int, str | dict[str, Any]]]:
     try:
         columns = list(reader.fieldnames or ())
         if "file_name" not in columns or not set(TEXT_KEYS) & set(columns):
-            raise _Unusable(
-                f'needs the columns "file_name" and "text" (it has {_quoted(columns)}); name them in its first line'
+            raise Unusable(
+                f'needs the columns "file_name" and "text" (it has {quoted(columns)}); name them in its first line'
             )
         for row in reader:
             yield reader.line_num, {key: value for key, value in row.items() if key is not None}
     except csv.Error as error:
-        raise _Unusable(f"breaks off after line {reader.line_num} ({error}); save it as plain CSV") from None
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise _Unusable(f"cannot be read ({error.strerror}); check that it is there and readable") from None
-    except UnicodeDecodeError as error:
-        raise _Unusable(f"is not UTF-8 text (at byte {error.start}); save it as UTF-8") from None
+        raise Unusable(f"breaks off after line {reader.line_num} ({error}); save it as plain CSV") from None
 
 
 def _is_inside(root: Path, path: Path) -> bool:
@@ -261,8 +245,3 @@ def _stem(file: str) -> str:
 
 def _one_line(text: str) -> str:
     return " ".join(text.split())
-
-
-def _quoted(keys: Iterable[str]) -> str:
-    names = [f'"{printable(key)}"' for key in keys]
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "") or "nothing"

@@ -8,25 +8,34 @@ on the command line.
 
 from __future__ import annotations
 
-import csv
 import difflib
-import io
-import json
-import math
-import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from visionlora.data.captions import METADATA_FILES, SIDECAR_SUFFIXES
+from visionlora.data.files import Listing, Unusable, is_hidden, list_folder, suffix_of
 from visionlora.data.images import IMAGE_SUFFIXES, printable
-from visionlora.errors import ConfigError, DataError, nearest
+from visionlora.data.tables import TABLE_SUFFIXES, Table, read_table, text_of, truth_of
+from visionlora.data.wording import (
+    ENDINGS,
+    MAX_LINES,
+    count_of,
+    first_names,
+    left_out,
+    missing,
+    no_pictures,
+    other_pictures,
+    problem_report,
+    quoted,
+    remedy,
+)
+from visionlora.errors import ConfigError, DataError
 
-TABLE_SUFFIXES = (".csv", ".jsonl", ".parquet")
 PATH_COLUMNS = ("path", "file_name", "filename", "file", "image", "image_path")
 """Names by which the column of picture paths is found, in order of precedence."""
 LABEL_COLUMNS = ("label", "class", "category", "target", "label_name")
@@ -44,10 +53,6 @@ SPLIT_NAMES: Mapping[str, str] = {
 }
 """How a split may be spelled, in any case -> what it is."""
 
-_TRUTH = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False, "1.0": True, "0.0": False}
-_OTHER_PICTURES = frozenset((".arw", ".cr2", ".cr3", ".dng", ".heic", ".heif", ".jxl", ".nef", ".psd", ".svg"))
-_MAX_LINES = 20
-_MAX_NAMES = 10
 _MAX_COMPARED = 2000  # difflib compares letter by letter
 
 
@@ -78,6 +83,11 @@ class LabelledData:
     source: str
     """One line: where the labels came from."""
 
+    def name_of(self, i: int) -> str:
+        """How messages name the picture at position `i`: by its path relative to the root, where it lies there."""
+        path = self.items[i].path
+        return (path.relative_to(self.root) if path.is_relative_to(self.root) else path).as_posix()
+
 
 @dataclass(frozen=True)
 class _Wanted:
@@ -101,18 +111,6 @@ class _Wanted:
 
 
 @dataclass(frozen=True)
-class _Listing:
-    """What lies in a folder; posix paths relative to it, sorted, hidden ones left out."""
-
-    pictures: list[str]
-    others: list[str]
-    folders: list[str]
-    links: list[str]
-    """Linked folders. They are not entered: they may lead in circles."""
-    problems: list[str]
-
-
-@dataclass(frozen=True)
 class _Row:
     name: str
     """Posix path relative to the root."""
@@ -133,10 +131,6 @@ class _Found:
     notes: list[str] = field(default_factory=list)
     multi_label: bool = False
     source: str = ""
-
-
-class _Unusable(Exception):
-    """A row or a file that cannot be used; the text goes after its name."""
 
 
 def read_labelled(
@@ -188,113 +182,24 @@ def natural(name: str) -> tuple[tuple[str | int, ...], str]:
     return tuple(int(part) if i % 2 else part for i, part in enumerate(parts)), name
 
 
-def count_of(number: int, thing: str, things: str | None = None) -> str:
-    """A number and its noun.
-
-    >>> count_of(1, "class", "classes"), count_of(2000, "picture")
-    ('1 class', '2,000 pictures')
-    """
-    return f"{number:,} {thing}" if number == 1 else f"{number:,} {things or thing + 's'}"
-
-
-def first_names(names: Iterable[str], most: int = _MAX_NAMES) -> str:
-    """The first few names, safe to print, and how many more there are."""
-    shown = [printable(name) for name in names]
-    return ", ".join(shown[:most]) + (f" and {len(shown) - most:,} more" if len(shown) > most else "")
-
-
-def problem_report(root: Path, problems: Sequence[str], ending: str) -> str:
-    """One message for all problems of a data set: at most 20 of them, then what to do."""
-    lines = [f"{printable(root)} has {count_of(len(problems), 'problem')}:"]
-    lines += [f"  {problem}" for problem in problems[:_MAX_LINES]]
-    if len(problems) > _MAX_LINES:
-        lines.append(f"  and {len(problems) - _MAX_LINES:,} more")
-    return "\n".join([*lines, ending])
-
-
-def left_out(problems: Sequence[str]) -> list[str]:
-    """Notes on what was left out: at most 20, then one on the rest."""
-    notes = [f"left out: {problem}" for problem in problems[:_MAX_LINES]]
-    return notes + ([f"left out: {len(problems) - _MAX_LINES:,} more"] if len(problems) > _MAX_LINES else [])
-
-
-# From places to what lies there.
+# From places to labels.
 
 
 def _places(path: Path, table: Path | None) -> tuple[Path, Path | None]:
     """The folder of the pictures, and the table if one was named."""
     if path.is_dir():
         if table is not None and not table.is_file():
-            raise DataError(_missing(table, "table"))
+            raise DataError(missing(table, "table", TABLE_SUFFIXES))
         return path, table
     shown = printable(path)
     if not path.exists():
-        raise DataError(_missing(path, "table" if path.suffix.lower() in TABLE_SUFFIXES else "folder"))
+        named_table = path.suffix.lower() in TABLE_SUFFIXES
+        raise DataError(missing(path, "table", TABLE_SUFFIXES) if named_table else missing(path))
     if table is not None:
         raise ConfigError(f"{shown} is a file; with --table, pass the folder that its paths are relative to.")
     if path.suffix.lower() in IMAGE_SUFFIXES:
         raise DataError(f"{shown} is one picture; pass the folder that holds the classes.")
     return path.parent, path
-
-
-def _missing(path: Path, kind: str) -> str:
-    missing = path  # the first part of the path that is not there
-    while not missing.parent.exists():
-        missing = missing.parent
-    parent = missing.parent
-    siblings = []
-    if parent.is_dir():
-        entries = (e for e in parent.iterdir() if not e.name.startswith("."))
-        siblings = sorted(e.name for e in entries if e.is_dir() or (kind == "table" and e.suffix in TABLE_SUFFIXES))
-    close = difflib.get_close_matches(missing.name, siblings, n=1)
-    if close:
-        hint = f"did you mean {printable(parent / close[0])}?"
-    elif siblings:
-        hint = f"{printable(parent.resolve())} has {first_names(siblings)}."
-    else:
-        hint = f"{printable(parent.resolve())} has none."
-    return f"There is no {kind} {printable(path)}; {hint}"
-
-
-def _scan(root: Path, tops: Collection[str] | None = None) -> _Listing:
-    """Lists a folder and all below.
-
-    Args:
-        root: the folder.
-        tops: the only folders in it to enter; all when not given.
-    """
-    listing = _Listing([], [], [], [], [])
-    stack = [""]
-    while stack:
-        prefix = stack.pop()
-        try:
-            with os.scandir(root / prefix) as entries:
-                for entry in entries:
-                    if _is_hidden(entry.name) or (not prefix and tops is not None and entry.name not in tops):
-                        continue
-                    name = prefix + entry.name
-                    if entry.is_dir(follow_symlinks=False):
-                        listing.folders.append(name)
-                        stack.append(f"{name}/")
-                    elif entry.is_dir():
-                        listing.links.append(name)
-                    elif entry.is_file() or entry.is_symlink():  # a link to nothing is reported when it is opened
-                        kind = listing.pictures if _suffix(name) in IMAGE_SUFFIXES else listing.others
-                        kind.append(name)
-        except OSError as error:
-            name = printable(prefix.rstrip("/") or ".")
-            listing.problems.append(f"{name} cannot be opened ({error.strerror}); check its permissions")
-    for names in (listing.pictures, listing.others, listing.folders, listing.links):
-        names.sort()
-    return listing
-
-
-def _is_hidden(name: str) -> bool:
-    return name.startswith(".") or name == "__MACOSX"  # what macOS adds to archives
-
-
-def _suffix(name: str) -> str:
-    return os.path.splitext(name)[1].lower()  # noqa: PTH122 - a Path for each of 50,000 names takes longer than the scan
 
 
 def _top(name: str) -> str:
@@ -316,7 +221,7 @@ def _split_folders(names: Iterable[str]) -> dict[str, str] | None:
 
 
 def _from_folder(root: Path, wanted: _Wanted) -> _Found:
-    listing = _scan(root)
+    listing = list_folder(root)
     tables, unlabelled = _metadata(root, listing, wanted)
     if tables:
         found = _from_tables(root, tables, wanted, listing)
@@ -330,34 +235,36 @@ def _from_folder(root: Path, wanted: _Wanted) -> _Found:
     found.skippable[:0] = listing.problems
     if listing.links:
         found.notes.append(f"left out, linked folders are not entered: {first_names(listing.links)}")
-    others = [name for name in listing.others if _suffix(name) in _OTHER_PICTURES]
-    if others:
-        found.notes.append(f"left out, export as JPEG or PNG to use: {first_names(others)}")
+    found.notes += other_pictures(listing)
     return found
 
 
-def _metadata(root: Path, listing: _Listing, wanted: _Wanted) -> tuple[list[_Table], dict[str, list[str]]]:
-    """The metadata files that hold labels, of the folder or of its splits; and the columns of those that hold none."""
+def _metadata(root: Path, listing: Listing, wanted: _Wanted) -> tuple[dict[str, Table], dict[str, list[str]]]:
+    """The metadata files that hold labels, by their place; and the columns of those that hold none.
+
+    A place is what their paths are relative to: "" for the root, or a split's folder in it with a slash at its end.
+    """
     present = set(listing.others)
     places = ["", *(f"{name}/" for name in listing.folders if "/" not in name and _split_of(name))]
-    tables: list[_Table] = []
+    tables: dict[str, Table] = {}
     unlabelled: dict[str, list[str]] = {}
     for place in places:
-        if place and tables and not tables[0].place:
+        if "" in tables:
             break  # there is one for all
         for name in (place + file for file in METADATA_FILES if place + file in present):
-            table = _open(root / name, name, place)
-            if wanted.options() or _guess(LABEL_COLUMNS, table.columns):
-                tables.append(table)
+            table = read_table(root / name, name)
+            if wanted.options() or table.guess(LABEL_COLUMNS):
+                tables[place] = table
                 break
             unlabelled[name] = table.columns
     return tables, unlabelled
 
 
-def _from_class_folders(root: Path, listing: _Listing, unlabelled: dict[str, list[str]]) -> _Found:
+def _from_class_folders(root: Path, listing: Listing, unlabelled: dict[str, list[str]]) -> _Found:
     pictures = listing.pictures
     if not pictures:
-        raise DataError(_no_pictures(root, listing))
+        empty = f"holds no pictures; put those of each class into a folder of its name ({ENDINGS})."
+        raise DataError(no_pictures(root, listing, empty))
     splits = _split_folders(pictures) or {}
     depth = 2 if splits else 1
     found = _Found(root)
@@ -384,7 +291,7 @@ def _from_class_folders(root: Path, listing: _Listing, unlabelled: dict[str, lis
             "each into the folder of its class"
         )
     for name, columns in unlabelled.items():
-        found.notes.append(f"{printable(name)} is not used: none of its columns is a label (it has {_quoted(columns)})")
+        found.notes.append(f"{printable(name)} is not used: none of its columns is a label (it has {quoted(columns)})")
     found.source = "labels from the class folders"
     if splits:
         found.source += f", splits from the folders {first_names(sorted(splits))}"
@@ -399,19 +306,7 @@ def _inner_folder(root: Path, pictures: list[str]) -> Path | None:
     return None
 
 
-def _no_pictures(root: Path, listing: _Listing) -> str:
-    shown, accepted = printable(root), f"pictures end in {', '.join(IMAGE_SUFFIXES)}"
-    if listing.problems:
-        return f"{shown} holds no pictures that can be reached: {listing.problems[0]}."
-    if listing.links and not listing.others:
-        return f"{shown} holds only linked folders, which are not entered: {first_names(listing.links)}; copy them."
-    if not listing.others:
-        return f"{shown} holds no pictures; put those of each class into a folder of its name ({accepted})."
-    counts = Counter(_suffix(name) or "without ending" for name in listing.others).most_common(5)
-    return f"{shown} holds no pictures: found {', '.join(f'{n} {suffix}' for suffix, n in counts)}, but {accepted}."
-
-
-def _no_class_folders(root: Path, strays: list[str], listing: _Listing, unlabelled: dict[str, list[str]]) -> str:
+def _no_class_folders(root: Path, strays: list[str], listing: Listing, unlabelled: dict[str, list[str]]) -> str:
     shown, where = printable(root), PurePosixPath(strays[0]).parent
     text = (
         f"{shown} holds {count_of(len(strays), 'picture')} but no class folders; put the pictures of each class into a "
@@ -419,8 +314,8 @@ def _no_class_folders(root: Path, strays: list[str], listing: _Listing, unlabell
         "labels with --table."
     )
     for name, columns in unlabelled.items():
-        text += f" {printable(name)} has no column of labels (it has {_quoted(columns)})."
-    if unlabelled or any(_suffix(name) in SIDECAR_SUFFIXES for name in listing.others):
+        text += f" {printable(name)} has no column of labels (it has {quoted(columns)})."
+    if unlabelled or any(suffix_of(name) in SIDECAR_SUFFIXES for name in listing.others):
         text += " Pictures with captions are for `visionlora train-sd`."
     return text
 
@@ -428,69 +323,53 @@ def _no_class_folders(root: Path, strays: list[str], listing: _Listing, unlabell
 # Labels from tables.
 
 
-@dataclass(frozen=True)
-class _Table:
-    shown: str
-    """How messages name it."""
-    place: str
-    """What its paths are relative to: "" for the root, else a folder in it with a slash at its end."""
-    columns: list[str]
-    rows: list[tuple[int, dict[str, Any]]]
-    """Line and cells."""
-    problems: list[str]
-    embedded: list[str]
-    """Columns of a parquet table that hold no plain values."""
-
-
 def _from_table(root: Path, path: Path, wanted: _Wanted, *, everything: bool) -> _Found:
-    table = _open(path, printable(path), "")
+    table = read_table(path)
     if everything:
-        return _from_tables(root, [table], wanted, _scan(root))
+        return _from_tables(root, {"": table}, wanted, list_folder(root))
     # A table may lie in a large folder next to the one that it is about: only what it names is listed.
     column = _path_column(table, wanted)
     names = [row[column].replace("\\", "/") for _, row in table.rows if isinstance(row.get(column), str)]
     tops = {PurePosixPath(_relative(root, name)).parts[:1] for name in names}
-    return _from_tables(root, [table], wanted, _scan(root, {top for parts in tops for top in parts}))
+    return _from_tables(root, {"": table}, wanted, list_folder(root, {top for parts in tops for top in parts}))
 
 
-def _from_tables(root: Path, tables: list[_Table], wanted: _Wanted, listing: _Listing) -> _Found:
+def _from_tables(root: Path, tables: Mapping[str, Table], wanted: _Wanted, listing: Listing) -> _Found:
     found = _Found(root, multi_label=bool(wanted.labels))
     pictures, others = frozenset(listing.pictures), frozenset(listing.others)
-    missing: list[tuple[str, str]] = []
+    absent: list[tuple[str, str]] = []
     seen: dict[str, tuple[str, _Row]] = {}
     doubles: list[str] = []
     sources, split_sources = [], []
-    for table in tables:
+    for place, table in tables.items():
         found.skippable += table.problems
         path_column = _path_column(table, wanted)
         label_columns = _label_columns(table, wanted)
-        group_column = _given(wanted.group, table, "group_column") if wanted.group else None
+        group_column = table.given(wanted.group, "group_column") if wanted.group else None
         split_column = _split_column(table, wanted, found)
         if split_column:
             split_sources.append(f'the column "{printable(split_column)}"')
         if wanted.labels:
             found.classes |= dict.fromkeys(label_columns)
-        sources.append(
-            f"{'columns' if len(label_columns) > 1 else 'column'} {_quoted(label_columns)} of {printable(table.shown)}"
-        )
+        sources.append(f"{'columns' if len(label_columns) > 1 else 'column'} {quoted(label_columns)} of {table.shown}")
         if not table.rows:
-            found.fatal.append(f"{printable(table.shown)} has no rows; add one line for each picture")
+            found.fatal.append(f"{table.shown} has no rows; add one line for each picture")
         for line, cells in table.rows:
-            where = f"{printable(table.shown)} line {line}"
+            where = f"{table.shown} line {line}"
             try:
                 labels = _labels(cells, label_columns, multi=found.multi_label)
                 if not found.multi_label:
                     found.classes[labels[0]] = None
                 split = _split(cells, split_column) if split_column else None
-                group = _text(cells.get(group_column), group_column) or None if group_column else None
-                name = _name(cells.get(path_column), path_column, root, table.place)
+                group = text_of(cells.get(group_column), group_column) or None if group_column else None
+                name = _name(cells.get(path_column), path_column, root, place)
                 if name in others:
-                    raise _Unusable(f"names {printable(name)}, which is no picture; {_accepted()}")
-            except _Unusable as error:
+                    raise Unusable(f"names {printable(name)}, which is no picture; {ENDINGS}")
+            except Unusable as error:
                 found.skippable.append(f"{where} {error}")
                 continue
             if name not in pictures:
-                missing.append((where, name))
+                absent.append((where, name))
                 continue
             row = _Row(name, labels, split, group)
             if name not in seen:
@@ -500,13 +379,14 @@ def _from_tables(root: Path, tables: list[_Table], wanted: _Wanted, listing: _Li
             else:
                 found.fatal.append(_contradiction(row, where, *seen[name]))
     # Only problems that are shown get a hint: each is compared with many names.
-    hints = _hints([name for _, name in missing[:_MAX_LINES]], listing.pictures)
-    if missing and not seen:
+    hints = _hints([name for _, name in absent[:MAX_LINES]], listing.pictures)
+    if absent and not seen:
+        place, table = next(iter(tables.items()))
         raise DataError(
-            f"None of the {count_of(len(missing), 'picture')} that {printable(tables[0].shown)} names is there; the first "
-            f"is {printable(missing[0][1])}, and paths are relative to {printable(root / tables[0].place)}{hints[0]}"
+            f"None of the {count_of(len(absent), 'picture')} that {table.shown} names is there; the first is "
+            f"{printable(absent[0][1])}, and paths are relative to {printable(root / place)}{hints[0]}"
         )
-    for i, (where, name) in enumerate(missing):
+    for i, (where, name) in enumerate(absent):
         hint = hints[i] if i < len(hints) else ""
         found.skippable.append(f"{where} names {printable(name)}, which is not there{hint}")
     found.rows = [row for _, row in seen.values()]
@@ -537,60 +417,40 @@ def _from_tables(root: Path, tables: list[_Table], wanted: _Wanted, listing: _Li
 def _labels(cells: Mapping[str, Any], columns: Sequence[str], *, multi: bool) -> tuple[str, ...]:
     """The names of the classes that a row gives to its picture."""
     if multi:
-        return tuple(column for column in columns if _truth(cells.get(column), column))
+        return tuple(column for column in columns if truth_of(cells.get(column), column))
     value = cells.get(columns[0])
     if isinstance(value, (list, tuple)):
-        raise _Unusable(
+        raise Unusable(
             f'has several values in "{printable(columns[0])}"; make a column of 0 and 1 for each class and name them with '
             "label_columns=[A,B]"
         )
-    text = _text(value, columns[0])
+    text = text_of(value, columns[0])
     if not text.strip():
-        raise _Unusable(f'has an empty "{printable(columns[0])}"; write the class there, or remove the row')
+        raise Unusable(f'has an empty "{printable(columns[0])}"; write the class there, or remove the row')
     return (text,)
 
 
-def _truth(value: Any, column: str) -> bool:
-    text = _text(value, column).strip()
-    answer = _TRUTH.get(text.casefold())
-    if answer is None:
-        given = f'"{printable(text)}"' if text else "nothing"
-        raise _Unusable(f'has {given} in "{printable(column)}"; write 1 or 0 (or true, false, yes, no)')
-    return answer
-
-
-def _text(value: Any, column: str | None) -> str:
-    """A cell as text; whole numbers lose their point, as a column of ids with a gap becomes fractional in pandas."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return ""
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))
-    if isinstance(value, (str, int, float)):
-        return str(value)
-    raise _Unusable(f'has a "{printable(column or "")}" that is neither text nor a number; write it in quotes')
-
-
 def _split(cells: Mapping[str, Any], column: str) -> str:
-    text = _text(cells.get(column), column)
+    text = text_of(cells.get(column), column)
     split = _split_of(text)
     if split is None:
         given = f'"{printable(text)}"' if text.strip() else "nothing"
-        raise _Unusable(f'has {given} in "{printable(column)}"; allowed are train, val and test')
+        raise Unusable(f'has {given} in "{printable(column)}"; allowed are train, val and test')
     return split
 
 
 def _name(value: Any, column: str, root: Path, place: str) -> str:
     """The picture that a row means, as a posix path relative to the root."""
     if not isinstance(value, str) or not value.strip():
-        raise _Unusable(f'names no picture in "{printable(column)}"; write its path there, or remove the row')
+        raise Unusable(f'names no picture in "{printable(column)}"; write its path there, or remove the row')
     text = value.strip()
     given = text.replace("\\", "/")  # as Windows programs write it
     name = _relative(root, given)
     path = PurePosixPath(name)
     if path.is_absolute() or PureWindowsPath(name).anchor or ".." in path.parts:
-        raise _Unusable(f"names {printable(text)}, which leaves {printable(root)}; use a path inside it")
-    if any(_is_hidden(part) for part in path.parts):
-        raise _Unusable(f"names {printable(text)}, which is hidden; rename it to use it")
+        raise Unusable(f"names {printable(text)}, which leaves {printable(root)}; use a path inside it")
+    if any(is_hidden(part) for part in path.parts):
+        raise Unusable(f"names {printable(text)}, which is hidden; rename it to use it")
     return path.as_posix() if name != given else (PurePosixPath(place) / path).as_posix()
 
 
@@ -608,7 +468,7 @@ def _relative(root: Path, name: str) -> str:
 def _contradiction(row: _Row, where: str, before_where: str, before: _Row) -> str:
     line = before_where.rsplit(" ", 1)[-1]
     if row.labels != before.labels:
-        what = f"labels {printable(row.name)} {_quoted(row.labels)}, after {_quoted(before.labels)} in line {line}"
+        what = f"labels {printable(row.name)} {quoted(row.labels)}, after {quoted(before.labels)} in line {line}"
     else:
         kind, now, then = next(
             (kind, now, then)
@@ -638,49 +498,36 @@ def _hints(names: Iterable[str], pictures: list[str]) -> list[str]:
 # Columns.
 
 
-def _given(name: str, table: _Table, option: str) -> str:
-    if name not in table.columns:
-        raise ConfigError(
-            f'{option}: {printable(table.shown)} has no column "{printable(name)}". {nearest(name, table.columns)}'
-        )
-    return name
-
-
-def _guess(names: Iterable[str], columns: Sequence[str]) -> str | None:
-    by_name = {column.casefold(): column for column in reversed(columns)}
-    return next((by_name[name] for name in names if name in by_name), None)
-
-
-def _path_column(table: _Table, wanted: _Wanted) -> str:
+def _path_column(table: Table, wanted: _Wanted) -> str:
     if wanted.path is not None:
-        return _given(wanted.path, table, "path_column")
-    if (column := _guess(PATH_COLUMNS, table.columns)) is None:
-        text = f"{printable(table.shown)} has no column of picture paths (it has {_quoted(table.columns)}); "
+        return table.given(wanted.path, "path_column")
+    if (column := table.guess(PATH_COLUMNS)) is None:
+        text = f"{table.shown} has no column of picture paths (it has {quoted(table.columns)}); "
         if table.embedded:
-            text += f"{_quoted(table.embedded)} cannot be used: save the pictures as files and write their paths; "
+            text += f"{quoted(table.embedded)} cannot be used: save the pictures as files and write their paths; "
         raise DataError(f'{text}name it with path_column=NAME, or call it "path".')
     return column
 
 
-def _label_columns(table: _Table, wanted: _Wanted) -> list[str]:
+def _label_columns(table: Table, wanted: _Wanted) -> list[str]:
     if wanted.labels:
         if len(set(wanted.labels)) < len(wanted.labels):
             raise ConfigError(f"label_columns names a column twice: {first_names(wanted.labels)}.")
-        return [_given(name, table, "label_columns") for name in wanted.labels]
+        return [table.given(name, "label_columns") for name in wanted.labels]
     if wanted.label is not None:
-        return [_given(wanted.label, table, "label_column")]
-    if (column := _guess(LABEL_COLUMNS, table.columns)) is None:
+        return [table.given(wanted.label, "label_column")]
+    if (column := table.guess(LABEL_COLUMNS)) is None:
         raise DataError(
-            f"{printable(table.shown)} has no column of labels (it has {_quoted(table.columns)}); name it with "
+            f"{table.shown} has no column of labels (it has {quoted(table.columns)}); name it with "
             'label_column=NAME, or call it "label"; for one column of 0 and 1 a class, name them with label_columns=[A,B].'
         )
     return [column]
 
 
-def _split_column(table: _Table, wanted: _Wanted, found: _Found) -> str | None:
+def _split_column(table: Table, wanted: _Wanted, found: _Found) -> str | None:
     if wanted.split is not None:
-        column: str | None = _given(wanted.split, table, "split_column")
-    elif (column := _guess(SPLIT_COLUMNS, table.columns)) is None:
+        column: str | None = table.given(wanted.split, "split_column")
+    elif (column := table.guess(SPLIT_COLUMNS)) is None:
         return None
     values = {value if isinstance(value := cells.get(column or ""), str) else "" for _, cells in table.rows}
     splits = {_split_of(value) for value in values}
@@ -693,113 +540,6 @@ def _split_column(table: _Table, wanted: _Wanted, found: _Found) -> str | None:
             f'no row is in train by the column "{printable(column or "")}"; allowed are train, val, test'
         )
     return column
-
-
-def _quoted(names: Iterable[str]) -> str:
-    shown = [f'"{printable(name)}"' for name in names]
-    return ", ".join(shown[:8]) + (f" and {len(shown) - 8} more" if len(shown) > 8 else "") or "nothing"
-
-
-def _accepted() -> str:
-    return f"pictures end in {', '.join(IMAGE_SUFFIXES)}"
-
-
-# Files of tables.
-
-
-def _open(path: Path, shown: str, place: str) -> _Table:
-    suffix = path.suffix.lower()
-    if suffix not in TABLE_SUFFIXES:
-        raise DataError(f"{printable(path)} is no table that can be read; tables end in {', '.join(TABLE_SUFFIXES)}.")
-    problems: list[str] = []
-    embedded: list[str] = []
-    try:
-        if suffix == ".parquet":
-            columns, rows, embedded = _parquet(path)
-        elif suffix == ".csv":
-            columns, rows = _csv(_read_text(path), printable(shown), problems)
-        else:
-            columns, rows = _json_lines(_read_text(path), printable(shown), problems)
-    except _Unusable as error:
-        raise DataError(f"{printable(path)} {error}.") from None
-    return _Table(shown, place, columns, rows, problems, embedded)
-
-
-def _csv(text: str, shown: str, problems: list[str]) -> tuple[list[str], list[tuple[int, dict[str, Any]]]]:
-    head = text.split("\n", 1)[0]
-    # Spreadsheets write semicolons where the comma is the decimal point.
-    delimiter = max(",;\t", key=head.count)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    rows: list[tuple[int, dict[str, Any]]] = []
-    try:
-        columns = [cell.strip() for cell in next(reader, [])]
-        if doubled := [name for name, count in Counter(columns).items() if count > 1 and name]:
-            raise _Unusable(f"has two columns of the name {_quoted(doubled)}; rename one")
-        for cells in reader:
-            if not any(cell.strip() for cell in cells):
-                continue
-            if len(cells) != len(columns):
-                number = f"{count_of(len(cells), 'cell')} for {count_of(len(columns), 'column')}"
-                problems.append(f"{shown} line {reader.line_num} has {number}; put cells with commas in quotes")
-                continue
-            rows.append((reader.line_num, dict(zip(columns, cells, strict=True))))
-    except csv.Error as error:
-        raise _Unusable(f"breaks off in line {reader.line_num} ({error}); save it as plain CSV") from None
-    return [name for name in columns if name], rows
-
-
-def _json_lines(text: str, shown: str, problems: list[str]) -> tuple[list[str], list[tuple[int, dict[str, Any]]]]:
-    rows: list[tuple[int, dict[str, Any]]] = []
-    columns: dict[str, None] = {}
-    # Not splitlines: that would also break at the line separators that JSON allows inside a string.
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):  # besides bad JSON: a number of too many digits, too many brackets
-            row = None
-        if isinstance(row, dict):
-            columns |= dict.fromkeys(row)
-            rows.append((number, row))
-        else:
-            problems.append(
-                f'{shown} line {number} is no JSON object; write it like {{"file_name": "a.png", "label": "cat"}}'
-            )
-    return list(columns), rows
-
-
-def _parquet(path: Path) -> tuple[list[str], list[tuple[int, dict[str, Any]]], list[str]]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise ConfigError(
-            f"{printable(path)} is a parquet table, which needs pyarrow: pip install pyarrow, or save it as CSV."
-        ) from None
-    try:
-        schema = pyarrow.parquet.read_schema(path)
-        embedded = [f.name for f in schema if pyarrow.types.is_nested(f.type) or pyarrow.types.is_binary(f.type)]
-        columns = [name for name in schema.names if name not in embedded]
-        rows = pyarrow.parquet.read_table(path, columns=columns).to_pylist()
-    except (OSError, ValueError, pyarrow.ArrowException) as error:
-        raise _Unusable(
-            f"cannot be read as parquet ({printable(' '.join(str(error).split()))}); save it anew"
-        ) from None
-    return columns, list(enumerate(rows, 1)), embedded
-
-
-def _read_text(path: Path) -> str:
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise _Unusable(f"cannot be read ({error.strerror}); check that it is there and readable") from None
-    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise _Unusable("is UTF-16 text; save it as UTF-8")
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise _Unusable(f"is not UTF-8 text (at byte {error.start}); save it as UTF-8") from None
 
 
 # From what was found to the result.
@@ -821,11 +561,12 @@ def _finished(found: _Found, skip_broken: bool) -> LabelledData:
         fatal.append("no picture has any label")
     if found.multi_label and (always := [c for c in counts if counts[c] == len(found.rows)]):
         if len(found.classes) == 1:
-            fatal.append(f"all pictures have the only label, {_quoted(always)}; add pictures that do not")
+            fatal.append(f"all pictures have the only label, {quoted(always)}; add pictures that do not")
         else:
-            notes.append(f"every picture has the label {_quoted(always)}")
+            notes.append(f"every picture has the label {quoted(always)}")
     if not found.rows or fatal or (skippable and not skip_broken):
-        raise DataError(problem_report(found.root, fatal + skippable, _ending(found, fatal, skippable)))
+        ending = remedy(len(found.rows), fatal=bool(fatal), skippable=bool(skippable))
+        raise DataError(problem_report(found.root, fatal + skippable, ending))
     place = {name: i for i, name in enumerate(classes)}
     items = tuple(
         LabelledItem(found.root / row.name, tuple(sorted(place[_clean(n)] for n in row.labels)), row.split, row.group)
@@ -839,15 +580,6 @@ def _finished(found: _Found, skip_broken: bool) -> LabelledData:
         )
     notes += left_out(skippable)
     return LabelledData(found.root, tuple(classes), items, found.multi_label, tuple(notes), found.source)
-
-
-def _ending(found: _Found, fatal: Sequence[str], skippable: Sequence[str]) -> str:
-    if not found.rows:
-        return "Fix this first: no usable picture is left."
-    if fatal:
-        return "Fix this first." + (" --skip-broken passes over some of it, but not all." if skippable else "")
-    usable = count_of(len(found.rows), "picture")
-    return f"Fix this, or pass --skip-broken to leave out what cannot be used and go on with {usable}."
 
 
 def _clean(name: str) -> str:
@@ -867,10 +599,10 @@ def _name_clashes(names: Iterable[str]) -> Iterator[str]:
         if other == name:
             continue
         if _clean(other) != clean:
-            pair, reason = (_quoted([other]), _quoted([name])), "case"
+            pair, reason = (quoted([other]), quoted([name])), "case"
         elif other.strip() != name.strip():
             # Both would look the same.
             pair, reason = (ascii(other), ascii(name)), "how accents are encoded (Unicode normal form)"
         else:
-            pair, reason = (_quoted([other]), _quoted([name])), "the spaces around them"
+            pair, reason = (quoted([other]), quoted([name])), "the spaces around them"
         yield f"the class names {pair[0]} and {pair[1]} differ only in {reason}; give both the same name"

@@ -12,15 +12,16 @@ Letters in shapes: n pictures, s side of a stored picture.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import json
 import os
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import IO
 from zipfile import BadZipFile
 
 import numpy as np
@@ -30,10 +31,15 @@ from PIL import Image
 
 from visionlora.atomic import replace_file
 from visionlora.data.cache import key_of
-from visionlora.data.classes import LabelledData, count_of, first_names, left_out, problem_report
+from visionlora.data.classes import LabelledData
+from visionlora.data.files import sha256_of
 from visionlora.data.images import decode_again, decode_noted, printable
 from visionlora.data.preprocess import Preprocessing
+from visionlora.data.wording import count_of, first_names, left_out, problem_report, remedy
 from visionlora.errors import DataError
+
+if sys.platform != "win32":
+    import fcntl
 
 THUMBNAIL = 16
 """Side of a thumbnail, px."""
@@ -135,6 +141,8 @@ def check_pictures(
     Raises:
         DataError: pictures that cannot be decoded, a class that has none left, or pictures that are in two classes.
     """
+    if cache is not None:
+        _remove_leftovers(cache)
     keeper, why_not = _keeper(len(data.items), preprocessing, cache, cache_limit)
     facts_file = cache / f"facts-{key_of(_VERSION, str(data.root.resolve()))}.npz" if cache else None
     known = _read_facts(facts_file) if facts_file else {}
@@ -144,22 +152,9 @@ def check_pictures(
         fact = known.get(place)
         if fact is not None and (fact.size, fact.mtime_ns) == _stamp(item.path):
             facts[i] = fact
-    unknown = [i for i in range(len(places)) if i not in facts]
-    problems: list[str] = []
     try:
-        for done, i in enumerate(unknown, 1):
-            path = data.items[i].path
-            try:
-                facts[i], image = _look(path, _shown(data, i))
-            except DataError as error:
-                problems.append(str(error))
-            else:
-                keeper.add(i, preprocessing.stored(image))
-            if progress is not None:
-                progress(done, len(unknown))
+        problems = _look_at_all(data, places, facts, keeper, facts_file, progress)
         good = sorted(facts)
-        if facts_file and unknown:
-            _write_facts(facts_file, {places[i]: facts[i] for i in good})
         notes = _judged(data, facts, problems, skip_broken)
         checked = replace(data, items=tuple(data.items[i] for i in good))
         key = key_of(
@@ -210,17 +205,41 @@ def _small(image: Image.Image, width: int, height: int) -> Image.Image:
     return image.resize((width, height), Image.Resampling.BILINEAR, reducing_gap=3.0)
 
 
+def _look_at_all(
+    data: LabelledData,
+    places: Sequence[str],
+    facts: dict[int, _Facts],
+    keeper: _Keeper,
+    facts_file: Path | None,
+    progress: Callable[[int, int], None] | None,
+) -> list[str]:
+    """Adds what is missing to `facts` and its pixels to the keeper; returns the problems of the other pictures."""
+    unknown = [i for i in range(len(places)) if i not in facts]
+    problems: list[str] = []
+    try:
+        for done, i in enumerate(unknown, 1):
+            try:
+                facts[i], image = _look(data.items[i].path, data.name_of(i))
+            except DataError as error:
+                problems.append(str(error))
+            else:
+                keeper.add(i, keeper.preprocessing.stored(image))
+            if progress is not None:
+                progress(done, len(unknown))
+    finally:  # what was found so far is worth keeping when a person interrupts
+        if facts_file and unknown:
+            _write_facts(facts_file, {places[i]: facts[i] for i in sorted(facts)})
+    return problems
+
+
 def _look(path: Path, shown: str) -> tuple[_Facts, Image.Image]:
     """Reads a file: what is to be known of it, and the picture."""
     stamp = _stamp(path)
     decoded = decode_noted(path, shown=shown)
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
+    sha256 = sha256_of(path)
     _check_unchanged(path, printable(shown), stamp)
     image = decoded.image
-    return _Facts(*stamp, digest.hexdigest(), perceptual_hash(image), thumbnail(image), decoded.note or ""), image
+    return _Facts(*stamp, sha256, perceptual_hash(image), thumbnail(image), decoded.note or ""), image
 
 
 def _check_unchanged(path: Path, shown: str, stamp: tuple[int, int]) -> None:
@@ -251,26 +270,18 @@ def _judged(data: LabelledData, facts: Mapping[int, _Facts], broken: Sequence[st
         for other in positions[1:]:
             if data.items[other].labels == data.items[first].labels:
                 continue
-            pair = [f"{_shown(data, i)} ({_classes(data, i)})" for i in (first, other)]
+            pair = [f"{data.name_of(i)} ({_classes(data, i)})" for i in (first, other)]
             if data.multi_label:
                 notes.append(f"the same picture with different labels: {first_names(pair)}")
             else:
                 fatal.append(f"{first_names([pair[0]])} and {first_names([pair[1]])} are the same picture; remove one")
     if fatal or (broken and not skip_broken) or not facts:
-        if not facts:
-            ending = "Fix this first: no usable picture is left."
-        elif fatal:
-            ending = "Fix this first." + (" --skip-broken passes over some of it, but not all." if broken else "")
-        else:
-            ending = (
-                "Fix this, or pass --skip-broken to leave out what cannot be used and go on with "
-                f"{count_of(len(facts), 'picture')}."
-            )
+        ending = remedy(len(facts), fatal=bool(fatal), skippable=bool(broken))
         raise DataError(problem_report(data.root, [*broken, *fatal], ending))
     converted: dict[str, list[str]] = {}
     for i in sorted(facts):
         if facts[i].note:
-            converted.setdefault(facts[i].note, []).append(_shown(data, i))
+            converted.setdefault(facts[i].note, []).append(data.name_of(i))
     notes = [f"{note}: {first_names(names)}" for note, names in converted.items()] + notes
     if copies:
         notes.append(
@@ -278,11 +289,6 @@ def _judged(data: LabelledData, facts: Mapping[int, _Facts], broken: Sequence[st
             "one side of a split"
         )
     return notes + left_out(broken)
-
-
-def _shown(data: LabelledData, i: int) -> str:
-    path = data.items[i].path
-    return (path.relative_to(data.root) if path.is_relative_to(data.root) else path).as_posix()
 
 
 def _classes(data: LabelledData, i: int) -> str:
@@ -464,6 +470,25 @@ class _Keeper:
         self.close()
 
 
+def _remove_leftovers(folder: Path) -> None:
+    """Removes the files of writers that were killed, which may be large; a living one holds a lock on its file."""
+    for path in folder.glob(".pictures.*.tmp"):
+        with contextlib.suppress(OSError):
+            with path.open("r+b") as file:
+                _lock(file)
+            path.unlink()
+
+
+def _lock(file: IO[bytes]) -> None:
+    """Locks a file until it is closed or the process ends.
+
+    Raises:
+        OSError: when another has locked it, or the disk knows no locks.
+    """
+    if sys.platform != "win32":  # there a file that is open cannot be removed anyway
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
 class _Writer:
     """A .npy file that grows picture by picture; its length is filled in at the end."""
 
@@ -472,6 +497,8 @@ class _Writer:
         self.path = folder / f".pictures.{name}.{os.getpid()}.{id(self):x}.tmp"
         self.side, self.n = side, 0
         self.file = self.path.open("w+b", buffering=1 << 20)
+        with contextlib.suppress(OSError):
+            _lock(self.file)  # see _remove_leftovers
         self._head()
 
     def add(self, square: npt.NDArray[np.uint8]) -> None:

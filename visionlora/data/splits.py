@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from visionlora.data.classes import LabelledData, count_of, first_names, problem_report
+from visionlora.data.classes import LabelledData
+from visionlora.data.wording import count_of, first_names, problem_report
 from visionlora.errors import ConfigError, DataError
 
 HASH_BITS = 3
@@ -392,7 +393,7 @@ def _leaks(data: LabelledData, order: Sequence[int], sides: Sequence[str], compo
         pairs += [(first, i) for i in bundle if sides[i] != sides[first]]
     if pairs:
         shown = [
-            f"{first_names([_relative(data, i)])} ({sides[i]}) and {first_names([_relative(data, j)])} ({sides[j]})"
+            f"{first_names([data.name_of(i)])} ({sides[i]}) and {first_names([data.name_of(j)])} ({sides[j]})"
             for i, j in pairs[:_MAX_PAIRS]
         ]
         more = f" and {len(pairs) - _MAX_PAIRS:,} more" if len(pairs) > _MAX_PAIRS else ""
@@ -400,8 +401,3 @@ def _leaks(data: LabelledData, order: Sequence[int], sides: Sequence[str], compo
             f"{count_of(len(pairs), 'picture is', 'pictures are')} linked with one of another split (near duplicates, or "
             f"the same group), so that scores may be too good: {', '.join(shown)}{more}"
         )
-
-
-def _relative(data: LabelledData, i: int) -> str:
-    path = data.items[i].path
-    return (path.relative_to(data.root) if path.is_relative_to(data.root) else path).as_posix()

@@ -113,6 +113,7 @@ def _draw_line(axes: Axes, points: Points, colour: str) -> Points:
 def _label_ends(axes: Axes, ends: Sequence[tuple[str, float, str]]) -> None:
     """Write each name right of the end of its line, moved up where two would touch."""
     line_height = 0.055
+    axes.autoscale_view()  # limits are otherwise settled only when drawing, and the heights depend on them
     to_axes = axes.transAxes.inverted()
     placed = -math.inf
     heights = [

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from PIL import Image
 
 from visionlora.diffusion.sampling import SamplingConfig, draw
+from visionlora.errors import RunFolderError
 from visionlora.lora.inject import Handle
 from visionlora.models.base import BaseModel
 from visionlora.report.grid import draw_grid
@@ -51,9 +53,32 @@ class SampleSheet:
         pictures = draw(self.base, self.prompts, self.size, self.settings, count)
         self.handle.model.train()
         self.handle.set_scale(1.0)
-        for i, picture in enumerate(pictures):
-            self.run.write_picture(f"{self.run.samples.name}/{label.replace(' ', '-')}_{i:02d}.png", picture)
+        for (_, place), picture in zip(self.places(label), pictures, strict=True):
+            self.run.write_picture(place, picture)
         self.columns.append((label, pictures))
+
+    def places(self, label: str) -> list[tuple[str, str]]:
+        """Pairs of prompt and picture path of a column, relative to the run folder."""
+        folder = self.run.samples.name
+        return [(p, f"{folder}/{label.replace(' ', '-')}_{i:02d}.png") for i, p in enumerate(self.prompts)]
+
+    def read_columns(self, labels: Sequence[str]) -> None:
+        """The columns that a run drew before it was cut off.
+
+        Raises:
+            RunFolderError: when a picture is gone.
+        """
+        for label in labels:
+            pictures = []
+            for _, place in self.places(label):
+                try:
+                    with Image.open(self.run.path / place) as file:
+                        pictures.append(file.convert("RGB"))
+                except OSError:
+                    raise RunFolderError(
+                        f"{self.run.path / place} is missing, so the run cannot go on. Start a new one."
+                    ) from None
+            self.columns.append((label, pictures))
 
     def grid(self, title: str) -> Image.Image:
         """Rows: prompts; columns: base, then the adapter as it learned."""
@@ -64,5 +89,4 @@ class SampleSheet:
 
     def last_samples(self) -> list[tuple[str, str]]:
         """Pairs of prompt and picture path of the newest column, relative to the run folder."""
-        label = self.columns[-1][0].replace(" ", "-")
-        return [(prompt, f"samples/{label}_{i:02d}.png") for i, prompt in enumerate(self.prompts)]
+        return self.places(self.columns[-1][0])

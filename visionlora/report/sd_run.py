@@ -82,8 +82,9 @@ def trigger(folder: ImageFolder) -> str | None:
 
 
 def public_metadata(
-    config: TrainSDConfig, adapter: AdapterConfig, loop: LoopConfig, base: BaseModel, folder: ImageFolder, size: int
-) -> dict[str, str]:
+    config: TrainSDConfig, adapter: AdapterConfig, loop: LoopConfig, base: BaseModel, folder: ImageFolder, size: int,
+    started: float,
+) -> dict[str, str]:  # fmt: skip
     """`ss_*` and `modelspec.*` entries that A1111, ComfyUI and Civitai show (modelspec 1.0.1)."""
     family = "stable-diffusion-v2-512" if base.pipe.unet.config.cross_attention_dim == 1024 else "stable-diffusion-v1"
     return {
@@ -103,7 +104,7 @@ def public_metadata(
         "modelspec.implementation": "visionlora",
         "modelspec.title": Path(config.images).resolve().name,
         "modelspec.resolution": f"{size}x{size}",
-        "modelspec.date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "modelspec.date": datetime.fromtimestamp(started, timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "modelspec.prediction_type": {"v_prediction": "v"}.get(base.prediction_type, base.prediction_type),
         **({"modelspec.trigger_phrase": word} if (word := trigger(folder)) else {}),
     }

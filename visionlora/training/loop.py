@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -194,6 +195,10 @@ class Fit:
         if self.ema is not None:
             self.ema.update(self.trained)
         return mean, float(norm)
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """The running average stands in for the parameters meanwhile, where there is one."""
+        return nullcontext() if self.ema is None else self.ema.in_place_of(self.trained)
 
     # -------------------------------------------------------------------------------------------------- checkpoints
 

@@ -17,6 +17,8 @@ from visionlora.data.preprocess import Preprocessing
 
 SMALLEST_CROP = 0.6
 """Share of the area that a random crop keeps at least."""
+LARGEST_TURN, LARGEST_SLANT, LARGEST_SHIFT, LARGEST_ZOOM = 12.0, 8.0, 0.1, 1.2
+"""Of affine: degrees, degrees, share of the side, factor."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,8 @@ class Augmentation:
 
     preprocessing: Preprocessing
     kind: str = "light"
-    """none, light (crops, brightness and contrast), trivial (arXiv 2103.10158) or rand (arXiv 1909.13719)."""
+    """none, light (crops, brightness and contrast), affine (small turns and shifts that cut nothing off, for letters, digits
+    and other things that fill the picture), trivial (arXiv 2103.10158) or rand (arXiv 1909.13719)."""
     flip: bool = True
     """Mirror half of the pictures."""
     erasing: float = 0.0
@@ -38,13 +41,13 @@ class Augmentation:
 
         size = self.preprocessing.size
         parts: list[Any] = []
-        if self.kind == "none":
+        if self.kind in ("none", "affine"):
             parts.append(v2.CenterCrop(size))
         else:
             parts.append(v2.RandomResizedCrop(size, (SMALLEST_CROP, 1.0), (0.85, 1.18), antialias=True))
         if self.flip:
             parts.append(v2.RandomHorizontalFlip())
-        if self.kind == "light":
+        if self.kind in ("light", "affine"):
             parts.append(v2.ColorJitter(brightness=0.2, contrast=0.2))
         elif self.kind == "trivial":
             parts.append(v2.TrivialAugmentWide())
@@ -59,6 +62,27 @@ class Augmentation:
 
         return v2.RandomErasing(self.erasing) if self.erasing else None
 
+    def moved(self, picture: Tensor) -> Tensor:
+        """Turned, stretched and shifted a little, uint8 (3, h, w); what comes in from outside has the colour of the border."""
+        from torchvision.transforms import v2
+        from torchvision.transforms.v2 import functional
+
+        edges = torch.cat([picture[:, 0], picture[:, -1], picture[:, :, 0], picture[:, :, -1]], 1).float()
+        angle, right, down, zoom, slant = (torch.rand(5) * 2 - 1).tolist()
+        shift = [round(LARGEST_SHIFT * side * by) for side, by in zip(picture.shape[:0:-1], (right, down), strict=True)]
+        ground = edges.median(1).values.view(3, 1, 1)
+        # Around zero, so that what comes in from outside is blended with the ground and not with black.
+        moved = functional.affine(
+            picture.float() - ground,
+            LARGEST_TURN * angle,
+            shift,
+            LARGEST_ZOOM**zoom,
+            [LARGEST_SLANT * slant, 0.0],
+            v2.InterpolationMode.BILINEAR,
+        )
+        whole: Tensor = (moved + ground).round().clamp(0, 255).to(torch.uint8)
+        return whole
+
     def __call__(self, stored: Tensor, seeds: Sequence[int]) -> Tensor:
         """Each picture depends on its own seed alone, whatever stands beside it in the batch.
 
@@ -70,6 +94,8 @@ class Augmentation:
         with torch.random.fork_rng(devices=[]):
             for picture, seed in zip(stored, seeds, strict=True):
                 torch.manual_seed(seed)
+                if self.kind == "affine":
+                    picture = self.moved(picture)
                 x = self.preprocessing.normalised(self.on_pixels(picture))
                 changed.append(x if self.on_values is None else self.on_values(x))
         return torch.stack(changed)

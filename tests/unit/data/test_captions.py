@@ -182,10 +182,11 @@ def test_short_csv_row(tmp_path: Path) -> None:
 
 
 def test_not_utf8(tmp_path: Path) -> None:
-    found = read(tmp_path, {"metadata.csv": b"file_name\xff", "a.txt": "\u00e9".encode("utf-16")})
+    found = read(tmp_path, {"metadata.csv": b"file_name\xff", "a.txt": "\u00e9".encode("utf-16"), "b.txt": b"\xe9"})
     assert found.problems == (
         "metadata.csv is not UTF-8 text (at byte 9); save it as UTF-8",
-        "a.txt is not UTF-8 text (at byte 0); save it as UTF-8",
+        "a.txt is UTF-16 text; save it as UTF-8",
+        "b.txt is not UTF-8 text (at byte 0); save it as UTF-8",
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import sys
 import unicodedata
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from visionlora.data.classes import LabelledData, first_names, left_out, natural, problem_report, read_labelled
+from visionlora.data.classes import LabelledData, natural, read_labelled
 from visionlora.errors import ConfigError, DataError
 
 
@@ -217,8 +216,8 @@ def test_no_pictures(tmp_path: Path) -> None:
 def test_places_that_are_not_there(pets: Path) -> None:
     parent = pets.parent
     assert said(parent / "pet") == f"There is no folder {parent}/pet; did you mean {pets}?"
-    assert said(parent / "zzzz") == f"There is no folder {parent}/zzzz; {parent} has pets."
-    assert said(pets / "cat" / "x") == f"There is no folder {pets}/cat/x; {pets}/cat has none."
+    assert said(parent / "zzzz") == f"There is no folder {parent}/zzzz; the folders in {parent} are pets."
+    assert said(pets / "cat" / "x") == f"There is no folder {pets}/cat/x; {pets}/cat has no folders."
     table(parent, "", "labels.csv")
     assert said(parent / "label.csv") == f"There is no table {parent}/label.csv; did you mean {parent}/labels.csv?"
     assert said(pets, table=parent / "label.csv").startswith("There is no table")
@@ -281,9 +280,8 @@ def test_columns_without_a_table(pets: Path) -> None:
 # Tables.
 
 
-@pytest.mark.parametrize("text", [FOUR, FOUR.replace(",", ";"), FOUR.replace(",", "\t"), "\ufeff" + FOUR + "\n,\n"])
-def test_a_table(flat: Path, text: str) -> None:
-    path = table(flat, text)
+def test_a_table(flat: Path) -> None:
+    path = table(flat, FOUR)
     data = read_labelled(path)
     assert labelled(data) == {"0.png": "cat", "1.png": "dog", "2.png": "cat", "3.png": "dog"}
     assert data.root == flat
@@ -419,7 +417,6 @@ def test_rows_of_json(flat: Path) -> None:
         '{"path": "0.png", "label": ["a", "b"]}',
         '{"path": "1.png", "label": {"a": 1}}',
         "[1]",
-        '{"path": "2.png"',
         '{"path": "0.png", "label": null}',
         '{"path": "0.png", "label": "a"}',
         '{"path": "1.png", "label": "b"}',
@@ -427,27 +424,11 @@ def test_rows_of_json(flat: Path) -> None:
     path = table(flat, "\n".join(lines), "labels.jsonl")
     assert problems(flat, table=path) == [
         f'{path} line 3 is no JSON object; write it like {{"file_name": "a.png", "label": "cat"}}',
-        f'{path} line 4 is no JSON object; write it like {{"file_name": "a.png", "label": "cat"}}',
         f'{path} line 1 has several values in "label"; make a column of 0 and 1 for each class and name them with '
         "label_columns=[A,B]",
         f'{path} line 2 has a "label" that is neither text nor a number; write it in quotes',
-        f'{path} line 5 has an empty "label"; write the class there, or remove the row',
+        f'{path} line 4 has an empty "label"; write the class there, or remove the row',
     ]
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("a.csv", b"path,label\n\xe9.png,cat\n", "is not UTF-8 text (at byte 11); save it as UTF-8."),
-        ("a.csv", "path,label\n".encode("utf-16"), "is UTF-16 text; save it as UTF-8."),
-        ("a.csv", b"path,path\n", 'has two columns of the name "path"; rename one.'),
-        ("a.csv", b'path,label\n"0.png,cat\n', "breaks off in line 2 (unexpected end of data); save it as plain CSV."),
-        ("a.xlsx", b"PK", "is no table that can be read; tables end in .csv, .jsonl, .parquet."),
-    ],
-)
-def test_tables_that_cannot_be_read(flat: Path, name: str, content: bytes, message: str) -> None:
-    (flat / name).write_bytes(content)
-    assert said(flat / name) == f"{flat / name} {message}"
 
 
 def test_a_table_without_rows(flat: Path) -> None:
@@ -455,6 +436,22 @@ def test_a_table_without_rows(flat: Path) -> None:
     assert said(path) == (
         f"{flat} has 1 problem:\n  {path} has no rows; add one line for each picture\n"
         "Fix this first: no usable picture is left."
+    )
+
+
+@pytest.mark.skipif(importlib.util.find_spec("pyarrow") is None, reason="reads with pyarrow")
+def test_pictures_within_a_parquet_table(flat: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    path = flat / "labels.parquet"
+    columns = {"label": [1, 2], "image": [{"bytes": b"x"}] * 2}
+    pyarrow.parquet.write_table(pyarrow.table({**columns, "path": ["0.png", "1.png"]}), path)
+    assert labelled(read_labelled(path)) == {"0.png": "1", "1.png": "2"}
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    assert said(path) == (
+        f'{path} has no column of picture paths (it has "label"); "image" cannot be used: save the pictures as files and '
+        'write their paths; name it with path_column=NAME, or call it "path".'
     )
 
 
@@ -488,43 +485,3 @@ def test_a_label_of_all_pictures(flat: Path) -> None:
     assert read_labelled(path, label_columns=("cat",)).classes == ("cat",)
     path = table(flat, "path,cat\n0.png,0\n")
     assert problems(flat, table=path, label_columns=("cat",))[0] == "no picture has any label"
-
-
-# Parquet.
-
-
-def test_parquet_needs_pyarrow(flat: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    path = files(flat, "labels.parquet") / "labels.parquet"
-    assert said(path, ConfigError) == (
-        f"{path} is a parquet table, which needs pyarrow: pip install pyarrow, or save it as CSV."
-    )
-
-
-@pytest.mark.skipif(importlib.util.find_spec("pyarrow") is None, reason="reads with pyarrow")
-def test_parquet(flat: Path) -> None:
-    import pyarrow
-    import pyarrow.parquet
-
-    path = flat / "labels.parquet"
-    columns = {"path": ["0.png", "1.png"], "label": [1, 2], "image": [{"bytes": b"x"}] * 2}
-    pyarrow.parquet.write_table(pyarrow.table(columns), path)
-    assert labelled(read_labelled(path)) == {"0.png": "1", "1.png": "2"}
-    pyarrow.parquet.write_table(pyarrow.table({"image": columns["image"], "label": [1, 2]}), path)
-    assert said(path) == (
-        f'{path} has no column of picture paths (it has "label"); "image" cannot be used: save the pictures as files and '
-        'write their paths; name it with path_column=NAME, or call it "path".'
-    )
-    path.write_bytes(b"PAR1")
-    assert said(path).startswith(f"{path} cannot be read as parquet (")
-
-
-# What messages are made of.
-
-
-def test_long_lists_are_cut() -> None:
-    names = [str(i) for i in range(25)]
-    assert first_names(names) == "0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 15 more"
-    report = problem_report(Path("x"), names, "end").splitlines()
-    assert (report[0], report[1], report[20:]) == ("x has 25 problems:", "  0", ["  19", "  and 5 more", "end"])
-    assert left_out(names)[19:] == ["left out: 19", "left out: 5 more"]

@@ -198,6 +198,41 @@ def test_a_full_disk(pets: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -
     assert [p.suffix for p in cache.iterdir()] == [".npz"]
 
 
+def test_what_a_killed_pass_left_is_removed(pets: Path, cache: Path) -> None:
+    cache.mkdir()
+    left, other = cache / ".pictures.new.1.7f.tmp", cache / ".else.tmp"
+    for file in (left, other):
+        file.write_bytes(b"half")
+    living = decoded._Writer(cache, "new", 8)
+    check_content(checked(pets, cache))
+    assert (left.exists(), other.exists(), living.path.exists()) == (False, True, True)
+    living.remove()
+    assert sorted(p.suffix for p in cache.iterdir()) == [".npy", ".npz", ".tmp"]
+
+
+@pytest.mark.parametrize("limit", [1, 4 << 30])
+def test_an_interrupted_pass_keeps_what_it_has_found(
+    pets: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, limit: int
+) -> None:
+    def interrupt(done: int, total: int) -> None:
+        if done == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        checked(pets, cache, cache_limit=limit, progress=interrupt)
+    assert [p.suffix for p in cache.iterdir()] == [".npz"]
+    looked: list[str] = []
+
+    def noted(path: Path, shown: str) -> Any:
+        looked.append(shown)
+        return look(path, shown)
+
+    look = decoded._look
+    monkeypatch.setattr(decoded, "_look", noted)
+    check_content(checked(pets, cache, cache_limit=limit))
+    assert looked == ["dog/3.png", "dog/5.png"]
+
+
 def test_broken_pictures(pets: Path, cache: Path, opened: list[str]) -> None:
     (pets / "cat" / "x.png").write_text("my notes")
     (pets / "dog" / "y.png").touch()

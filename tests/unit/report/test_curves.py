@@ -71,3 +71,10 @@ def test_the_average_stays_within_the_values(values: list[float]) -> None:
     slack = 1e-9 * max(1.0, *(abs(value) for value in values))
     assert smoothed[0] == pytest.approx(values[0])
     assert min(values) - slack <= min(smoothed) and max(smoothed) <= max(values) + slack
+
+
+def test_names_stand_at_the_ends_of_their_lines_also_above_one(tmp_path: Path) -> None:
+    # Warnings are errors: with the limits of an empty picture the names stood far outside, and the axes collapsed.
+    draw_curves(tmp_path / "a.png", {"a": [(1, 7.0)], "b": [(0, 9.0), (1, 6.0)]}, xlabel="x", ylabel="y")
+    with Image.open(tmp_path / "a.png") as picture:
+        assert picture.size == (900, 525)

@@ -15,7 +15,7 @@ def pictures(n: int) -> torch.Tensor:
     return torch.randint(0, 256, (n, 3, 20, 20), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("kind", ["none", "light", "trivial", "rand"])
+@pytest.mark.parametrize("kind", ["none", "light", "affine", "trivial", "rand"])
 def test_a_picture_depends_on_its_own_seed_alone(kind: str) -> None:
     augment, x = Augmentation(PREPROCESSING, kind, flip=True, erasing=0.5), pictures(4)
     whole = augment(x, [5, 6, 7, 8])
@@ -63,3 +63,15 @@ def test_beta_has_its_mean_and_spread() -> None:
     draws = torch.tensor([beta(0.5, generator) for _ in range(4000)])
     assert draws.mean().item() == pytest.approx(0.5, abs=0.02)
     assert draws.var().item() == pytest.approx(0.125, abs=0.01)  # 1 / (4 (2a + 1))
+
+
+def test_affine_keeps_a_plain_picture_and_puts_its_ground_around_a_shape() -> None:
+    plain = torch.full((1, 3, 20, 20), 200, dtype=torch.uint8)
+    shape = plain.clone()
+    shape[..., 5:15, 5:15] = 10
+    augment = Augmentation(PREPROCESSING, "affine", flip=False)
+    for seed in range(20):
+        torch.manual_seed(seed)
+        assert torch.equal(augment.moved(plain[0]), plain[0])
+        moved = augment.moved(shape[0])
+        assert (moved[:, [0, 0, -1, -1], [0, -1, 0, -1]] == 200).all() and moved.min() < 30

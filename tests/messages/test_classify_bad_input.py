@@ -1,0 +1,195 @@
+"""Bad input to classify, predict and export: what a person reads, and that nothing was written."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from visionlora.pipelines.export import export
+from visionlora.pipelines.predict import predict
+
+import visionlora as vl
+from visionlora.config import ClassifyConfig
+from visionlora.errors import VisionLoRAError
+
+
+def check_refused(call, folder: Path, *words: str) -> None:
+    """One message for a wrong use with all the words, and the folder is as before."""
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(VisionLoRAError) as caught:
+        call()
+    assert caught.value.exit_code == 2
+    for word in words:
+        assert word in str(caught.value), f"{word!r} is not in:\n{caught.value}"
+    assert sorted(folder.rglob("*")) == before
+
+
+@pytest.fixture
+def own(shapes: Path, tmp_path: Path) -> Path:
+    """A copy of the shapes that a test may spoil."""
+    return Path(shutil.copytree(shapes, tmp_path / "own"))
+
+
+@pytest.fixture
+def classify(own: Path, tiny_vit: Path, tmp_path: Path):
+    """Runs it on the copy; keyword arguments become settings."""
+
+    def run(**settings: object) -> None:
+        vl.classify(
+            ClassifyConfig(
+                **{"images": str(own), "model": str(tiny_vit), "steps": 1, "output": str(tmp_path / "run"), **settings}
+            )
+        )
+
+    return run
+
+
+def one_class(own: Path) -> None:
+    shutil.rmtree(own / "cross"), shutil.rmtree(own / "square")
+
+
+def empty_class(own: Path) -> None:
+    (own / "triangle").mkdir()
+
+
+def broken_picture(own: Path) -> None:
+    (own / "cross" / "00.png").write_bytes(b"no picture")
+
+
+def in_two_classes(own: Path) -> None:
+    shutil.copy(own / "cross" / "00.png", own / "square" / "copy.png")
+
+
+def names_alike(own: Path) -> None:
+    (own / "Cross").mkdir()
+    Image.new("RGB", (8, 8)).save(own / "Cross" / "a.png")
+
+
+def no_pictures(own: Path) -> None:
+    shutil.rmtree(own)
+    own.mkdir()
+
+
+def no_classes(own: Path) -> None:
+    for picture in list(own.glob("*/*.png")):
+        picture.rename(own / f"{picture.parent.name}-{picture.name}")
+    for folder in list(own.iterdir()):
+        if folder.is_dir():
+            folder.rmdir()
+
+
+SPOILED = {
+    one_class: ["one class", "circle"],
+    empty_class: ["triangle"],
+    broken_picture: ["cross/00.png", "is not a picture", "--skip-broken"],
+    in_two_classes: ["cross/00.png", "square/copy.png"],
+    names_alike: ["cross", "Cross"],
+    no_pictures: ["no pictures"],
+    no_classes: ["class"],
+}
+
+
+@pytest.mark.parametrize("spoil", SPOILED, ids=lambda spoil: spoil.__name__)
+def test_pictures_that_cannot_be_used(spoil, classify, own: Path, tmp_path: Path) -> None:
+    spoil(own)
+    check_refused(classify, tmp_path, *SPOILED[spoil])
+
+
+SETTINGS = {
+    "no images": ({"images": ""}, ["images is ''"]),
+    "no such folder": ({"images": "nowhere"}, ["nowhere"]),
+    "no such model": ({"model": "vit_smal_patch16_224"}, ["Did you mean 'vit_small_patch16_224'?"]),
+    "steps and epochs": ({"epochs": 2.0}, ["give epochs or steps, not both"]),
+    "shares": ({"val_share": 0.7, "test_share": 0.5}, ["with val_share it must stay below 1"]),
+    "no validation": ({"val_share": 0.0}, ["no validation pictures"]),
+    "augment": ({"augment": "trivail"}, ["Did you mean 'trivial'?"]),
+    "select": ({"select_by": "top2"}, ["Did you mean 'top1'?"]),
+    "select for several labels": ({"select_by": "map"}, ["'map' does not apply to pictures with one label each"]),
+    "baseline": ({"baselines": ("prob",)}, ["Did you mean 'probe'?"]),
+    "weights of a class": ({"class_weights": {"circel": 2.0}}, ["no class", "Did you mean 'circle'?"]),
+    "weight": ({"class_weights": {"circle": -1.0}}, ["it must be positive"]),
+    "weights": ({"class_weights": "atuo"}, ["write auto, or a mapping"]),
+    "targets": ({"targets": "atn.q"}, ["Did you mean 'attn.q'?"]),
+    "rank": ({"rank": 500}, ["Rank 500 is larger than layer"]),
+    "two rates": ({"find_rate": True, "learning_rate": 1.0}, ["leave one of them out"]),
+    "no such table": ({"table": "nowhere.csv"}, ["nowhere.csv"]),
+}
+
+
+@pytest.mark.parametrize("case", SETTINGS)
+def test_settings_that_cannot_be(case: str, classify, tmp_path: Path) -> None:
+    settings, words = SETTINGS[case]
+    check_refused(lambda: classify(**settings), tmp_path, *words)
+
+
+def test_broken_pictures_are_left_out_on_request(classify, own: Path, tmp_path: Path) -> None:
+    broken_picture(own)
+    classify(skip_broken=True, baselines=("none",))
+    assert "cross/00.png" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_a_used_output_folder_is_refused(classify, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "mine.txt").write_text("mine")
+    check_refused(classify, tmp_path, "is not empty", "run-2")
+
+
+@pytest.fixture(scope="module")
+def finished(shapes: Path, tiny_vit: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one step, on a copy of the backbone that can go away."""
+    root = tmp_path_factory.mktemp("finished")
+    shutil.copytree(tiny_vit, root / "vit")
+    vl.classify(
+        ClassifyConfig(
+            images=str(shapes), model=str(root / "vit"), steps=1, output=str(root / "run"), baselines=("none",)
+        )
+    )
+    return root
+
+
+def test_predict_explains_what_it_cannot_do(finished: Path, shapes: Path, tmp_path: Path) -> None:
+    run = finished / "run"
+    (tmp_path / "none").mkdir()
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    (tmp_path / "there.csv").write_text("mine")
+    good = shapes / "cross" / "00.png"
+    check_refused(lambda: predict(run, []), tmp_path, "no pictures")
+    check_refused(lambda: predict(run, [tmp_path / "none"]), tmp_path, "no pictures")
+    check_refused(lambda: predict(run, [shapes / "cros"]), tmp_path, "There is nothing at", "Did you mean 'cross'?")
+    check_refused(lambda: predict(run, [good], tmp_path / "p.txt"), tmp_path, ".csv, .json, .parquet")
+    check_refused(lambda: predict(run, [good], tmp_path / "there.csv"), tmp_path, "exists already", "--overwrite")
+    check_refused(
+        lambda: predict(run, [good, tmp_path / "bad.png"], tmp_path / "p.csv"),
+        tmp_path,
+        "1 of 2 pictures",
+        "--skip-broken",
+    )
+    check_refused(lambda: predict(run / "nowhere", [good]), tmp_path, "nowhere")
+    left = predict(run, [good, tmp_path / "bad.png"], tmp_path / "p.csv", skip_broken=True)
+    assert len(left) == 1 and (tmp_path / "p.csv").exists()
+
+
+def test_a_wrong_or_missing_backbone_is_refused(finished: Path, shapes: Path, tmp_path: Path) -> None:
+    good = shapes / "cross" / "00.png"
+    check_refused(lambda: predict(finished / "run", [good], model="emoji-vit"), tmp_path, "another architecture")
+    moved = finished / "vit"
+    moved.rename(finished / "moved")
+    try:
+        check_refused(lambda: predict(finished / "run", [good]), tmp_path, "There is no backbone", str(moved))
+        assert predict(finished / "run", [good], model=str(finished / "moved"))
+    finally:
+        (finished / "moved").rename(moved)
+
+
+def test_export_explains_what_it_cannot_do(finished: Path, tmp_path: Path) -> None:
+    run = finished / "run"
+    check_refused(lambda: export(run, tmp_path / "m", "onx"), tmp_path, "Did you mean 'onnx'?")
+    check_refused(
+        lambda: export(run, tmp_path / "m", "transformers"), tmp_path, "is a model of timm", "Export it to timm"
+    )
+
+
+def test_the_command_line_ends_with_code_2_and_no_traceback(cli, own: Path, tiny_vit: Path) -> None:
+    one_class(own)
+    code, out, err = cli("classify", "--images", own, "--model", tiny_vit, "--steps", 1)
+    assert code == 2 and err.startswith("Error: ") and "Traceback" not in out + err

@@ -1,0 +1,123 @@
+"""The files of a data set: which lie in a folder, what their bytes hash to, what their text is.
+
+In: a folder or a file. Out: names, a hash, a text. No picture is opened and no table is understood here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from visionlora.data.images import IMAGE_SUFFIXES, printable
+
+OTHER_SUFFIXES = (".arw", ".cr2", ".cr3", ".dng", ".heic", ".heif", ".jxl", ".nef", ".psd", ".svg")
+"""Pictures too, but of kinds that Pillow cannot read; they are mentioned, not ignored."""
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What lies in a folder and below; posix paths relative to it, sorted, hidden ones left out."""
+
+    pictures: list[str] = field(default_factory=list)
+    """Linked files count."""
+    others: list[str] = field(default_factory=list)
+    folders: list[str] = field(default_factory=list)
+    links: list[str] = field(default_factory=list)
+    """Linked folders. They are not entered: they may lead in circles."""
+    problems: list[str] = field(default_factory=list)
+    """One line for each folder that cannot be opened."""
+
+    def other_pictures(self) -> list[str]:
+        """The pictures among the other files."""
+        return [name for name in self.others if suffix_of(name) in OTHER_SUFFIXES]
+
+
+class Unusable(Exception):
+    """A row or a file that cannot be used; the text goes after its name in a message."""
+
+
+def list_folder(root: Path, tops: Collection[str] | None = None) -> Listing:
+    """Lists a folder and all below.
+
+    Args:
+        root: the folder.
+        tops: the only names in it to list; all when not given.
+    """
+    listing = Listing()
+    stack = [""]
+    while stack:
+        prefix = stack.pop()
+        try:
+            with os.scandir(root / prefix) as entries:
+                for entry in entries:
+                    if is_hidden(entry.name) or (not prefix and tops is not None and entry.name not in tops):
+                        continue
+                    name = prefix + entry.name
+                    if entry.is_dir(follow_symlinks=False):
+                        listing.folders.append(name)
+                        stack.append(f"{name}/")
+                    elif entry.is_dir():
+                        listing.links.append(name)
+                    elif entry.is_file() or entry.is_symlink():  # a link to nothing is reported when it is opened
+                        kind = listing.pictures if suffix_of(name) in IMAGE_SUFFIXES else listing.others
+                        kind.append(name)
+        except OSError as error:
+            name = printable(prefix.rstrip("/") or ".")
+            listing.problems.append(f"{name} cannot be opened ({error.strerror}); check its permissions")
+    for names in (listing.pictures, listing.others, listing.folders, listing.links):
+        names.sort()
+    return listing
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder of this name is passed over."""
+    return name.startswith(".") or name == "__MACOSX"  # what macOS adds to archives
+
+
+def suffix_of(name: str) -> str:
+    """The ending of a file name, in lower case.
+
+    >>> suffix_of("cats/Tom.JPG"), suffix_of("LICENSE")
+    ('.jpg', '')
+    """
+    return os.path.splitext(name)[1].lower()  # noqa: PTH122 - a Path for each of 50,000 names takes longer than the scan
+
+
+def sha256_of(path: Path) -> str:
+    """The hash of a file's bytes, in hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def read_text(path: Path) -> str:
+    """The text of a file in UTF-8, without a byte order mark.
+
+    Raises:
+        Unusable: when it cannot be read or is in another encoding.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise Unusable(f"cannot be read ({error.strerror}); check that it is there and readable") from None
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise Unusable("is UTF-16 text; save it as UTF-8")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise Unusable(f"is not UTF-8 text (at byte {error.start}); save it as UTF-8") from None
+
+
+def numbered_lines(text: str) -> Iterator[tuple[int, str]]:
+    r"""The lines of a JSONL text that are not empty, with their numbers from 1.
+
+    >>> list(numbered_lines("a\n\nb\n"))
+    [(1, 'a'), (3, 'b')]
+    """
+    # Not splitlines: that would also break at the line separators that JSON allows inside a string.
+    return ((number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip())

@@ -1,0 +1,180 @@
+"""Files of tables: CSV, JSONL and parquet to rows of named cells.
+
+In: a file. Out: a `Table`, with every row that cannot be read as one line for a person; and its cells as text or as yes
+and no. What the columns mean is not known here.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from visionlora.data.files import Unusable, numbered_lines, read_text
+from visionlora.data.images import printable
+from visionlora.data.wording import count_of, quoted
+from visionlora.errors import ConfigError, DataError, nearest
+
+TABLE_SUFFIXES = (".csv", ".jsonl", ".parquet")
+
+_TRUTH = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False, "1.0": True, "0.0": False}
+
+
+@dataclass(frozen=True)
+class Table:
+    """The rows of a file."""
+
+    shown: str
+    """How messages name it; safe to print."""
+    columns: list[str]
+    rows: list[tuple[int, dict[str, Any]]]
+    """Number of the line, and its cells by column."""
+    problems: list[str] = field(default_factory=list)
+    """One line for each row that cannot be read."""
+    embedded: list[str] = field(default_factory=list)
+    """Columns of a parquet table that hold no plain values; they are not among the others."""
+
+    def given(self, name: str, option: str) -> str:
+        """The column that a person has named.
+
+        Args:
+            name: of the column.
+            option: the setting by which it was named.
+
+        Raises:
+            ConfigError: when there is none of this name.
+        """
+        if name not in self.columns:
+            raise ConfigError(
+                f'{option}: {self.shown} has no column "{printable(name)}". {nearest(name, self.columns)}'
+            )
+        return name
+
+    def guess(self, names: Iterable[str]) -> str | None:
+        """The column of the first of these names, which are in lower case, that there is in any case."""
+        by_name = {column.casefold(): column for column in reversed(self.columns)}
+        return next((by_name[name] for name in names if name in by_name), None)
+
+
+def read_table(path: Path, shown: str | Path | None = None) -> Table:
+    """Reads a table whole.
+
+    Args:
+        path: the file; its ending says what it is.
+        shown: how messages name it; the path when not given.
+
+    Raises:
+        ConfigError: for a parquet table without pyarrow.
+        DataError: when the file as a whole cannot be read.
+    """
+    suffix, name = path.suffix.lower(), printable(path if shown is None else shown)
+    if suffix not in TABLE_SUFFIXES:
+        raise DataError(f"{printable(path)} is no table that can be read; tables end in {', '.join(TABLE_SUFFIXES)}.")
+    try:
+        if suffix == ".parquet":
+            return _parquet(path, name)
+        return _csv(read_text(path), name) if suffix == ".csv" else _json_lines(read_text(path), name)
+    except Unusable as error:
+        raise DataError(f"{printable(path)} {error}.") from None
+
+
+def text_of(value: Any, column: str) -> str:
+    """A cell as text; whole numbers lose their point, as a column of ids with a gap becomes fractional in pandas.
+
+    >>> text_of("cat", "label"), text_of(2.0, "label"), text_of(None, "label")
+    ('cat', '2', '')
+
+    Raises:
+        Unusable: for a list or an object.
+    """
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    if isinstance(value, (str, int, float)):
+        return str(value)
+    raise Unusable(f'has a "{printable(column)}" that is neither text nor a number; write it in quotes')
+
+
+def truth_of(value: Any, column: str) -> bool:
+    """A cell as yes or no.
+
+    >>> truth_of(1, "cat"), truth_of("No", "cat")
+    (True, False)
+
+    Raises:
+        Unusable: for all else.
+    """
+    text = text_of(value, column).strip()
+    answer = _TRUTH.get(text.casefold())
+    if answer is None:
+        given = f'"{printable(text)}"' if text else "nothing"
+        raise Unusable(f'has {given} in "{printable(column)}"; write 1 or 0 (or true, false, yes, no)')
+    return answer
+
+
+def _csv(text: str, shown: str) -> Table:
+    head = text.split("\n", 1)[0]
+    # Spreadsheets write semicolons where the comma is the decimal point.
+    delimiter = max(",;\t", key=head.count)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    rows: list[tuple[int, dict[str, Any]]] = []
+    problems: list[str] = []
+    try:
+        columns = [cell.strip() for cell in next(reader, [])]
+        if doubled := [name for name, count in Counter(columns).items() if count > 1 and name]:
+            raise Unusable(f"has two columns of the name {quoted(doubled)}; rename one")
+        for cells in reader:
+            if not any(cell.strip() for cell in cells):
+                continue
+            if len(cells) != len(columns):
+                number = f"{count_of(len(cells), 'cell')} for {count_of(len(columns), 'column')}"
+                problems.append(f"{shown} line {reader.line_num} has {number}; put cells with commas in quotes")
+                continue
+            rows.append((reader.line_num, dict(zip(columns, cells, strict=True))))
+    except csv.Error as error:
+        raise Unusable(f"breaks off in line {reader.line_num} ({error}); save it as plain CSV") from None
+    return Table(shown, [name for name in columns if name], rows, problems)
+
+
+def _json_lines(text: str, shown: str) -> Table:
+    rows: list[tuple[int, dict[str, Any]]] = []
+    columns: dict[str, None] = {}
+    problems: list[str] = []
+    for number, line in numbered_lines(text):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):  # besides bad JSON: a number of too many digits, too many brackets
+            row = None
+        if isinstance(row, dict):
+            columns |= dict.fromkeys(row)
+            rows.append((number, row))
+        else:
+            problems.append(
+                f'{shown} line {number} is no JSON object; write it like {{"file_name": "a.png", "label": "cat"}}'
+            )
+    return Table(shown, list(columns), rows, problems)
+
+
+def _parquet(path: Path, shown: str) -> Table:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise ConfigError(
+            f"{printable(path)} is a parquet table, which needs pyarrow: pip install pyarrow, or save it as CSV."
+        ) from None
+    try:
+        schema = pyarrow.parquet.read_schema(path)
+        embedded = [f.name for f in schema if pyarrow.types.is_nested(f.type) or pyarrow.types.is_binary(f.type)]
+        columns = [name for name in schema.names if name not in embedded]
+        rows = pyarrow.parquet.read_table(path, columns=columns).to_pylist()
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
+        raise Unusable(f"cannot be read as parquet ({printable(' '.join(str(error).split()))}); save it anew") from None
+    return Table(shown, columns, list(enumerate(rows, 1)), embedded=embedded)
