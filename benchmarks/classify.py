@@ -41,7 +41,8 @@ from visionlora.models.vision import as_logits, open_backbone
 
 SEEDS = (0, 1, 2)
 STYLES = Path(__file__).parents[1] / "assets" / "styles"
-LORA: dict[str, Any] = {"method": "lora", "rank": 8, "targets": "attn,mlp"}
+LORA: dict[str, Any] = {"method": "lora", "rank": 6, "targets": "attn,mlp", "learning_rate": 0.012}
+DIGITS: dict[str, Any] = {"flip": False, "augment": "affine", "warmup_steps": 60, "precision": "bf16"}
 FILES = 50_000
 
 
@@ -102,13 +103,13 @@ def compared(images: Path, work: Path, **settings: Any) -> dict[str, Any]:
 def measure_digits() -> dict[str, Any]:
     """The digits."""
     with tempfile.TemporaryDirectory() as folder:
-        return compared(digits_folder(Path(folder) / "digits"), Path(folder), flip=False, epochs=30.0)
+        return compared(digits_folder(Path(folder) / "digits"), Path(folder), **DIGITS, epochs=40.0)
 
 
 def measure_styles() -> dict[str, Any]:
     """The styles."""
     with tempfile.TemporaryDirectory() as folder:
-        return compared(styles_folder(Path(folder) / "styles"), Path(folder), epochs=4.0)
+        return compared(styles_folder(Path(folder) / "styles"), Path(folder), epochs=4.0, precision="bf16")
 
 
 def measure_rank() -> dict[str, Any]:
@@ -120,8 +121,8 @@ def measure_rank() -> dict[str, Any]:
             row: dict[str, Any] = {"seed": seed}
             for rank in (2, "auto"):
                 config = ClassifyConfig(
-                    images=str(images), output=str(Path(folder) / f"{seed}-{rank}"), seed=seed, flip=False, epochs=20.0,
-                    rank=rank, rank_budget="2", targets="attn,mlp", baselines=("none",),
+                    images=str(images), output=str(Path(folder) / f"{seed}-{rank}"), seed=seed, epochs=20.0, learning_rate=0.012,
+                    rank=rank, rank_budget="2", targets="attn,mlp", baselines=("none",), **DIGITS,
                 )  # fmt: skip
                 contender = classify(config).contenders[0]
                 test = contender.test.to_dict() if contender.test is not None else {}

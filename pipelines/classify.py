@@ -38,8 +38,8 @@ from visionlora.training.learner import LayeredLearner, rates_by_depth
 from visionlora.training.loop import Fit, Progress, StopTraining, resolve_precision
 from visionlora.training.rate import find_rate
 from visionlora.training.settings import adapter_config, automatic_ranks, loop_config
-from visionlora.vision.material import AnyMetrics, Material, class_weights, logits_of, targets_of
-from visionlora.vision.metrics import fit_temperature
+from visionlora.vision.material import Material, class_weights, logits_of, targets_of
+from visionlora.vision.metrics import AnyMetrics, fit_temperature
 from visionlora.vision.probe import Probe, fit_probe
 from visionlora.vision.task import Objective
 
@@ -167,14 +167,12 @@ def resolved(material: Material) -> ClassifyConfig:
     """Every default filled in that depends on the backbone or the pictures."""
     config, small = material.config, material.backbone.small
     suits: dict[str, Any] = (
-        {"epochs": 30.0, "learning_rate": 2e-3, "head_learning_rate": 2e-3, "batch_size": 32}
+        {"epochs": 30.0, "learning_rate": 1e-2, "head_learning_rate": 1e-3, "batch_size": 32}
         if small
         else {"epochs": 10.0, "learning_rate": 1e-3, "head_learning_rate": 1e-3, "batch_size": 32}
     )
     if config.method == "full":
         suits["learning_rate"] = suits["head_learning_rate"] = SMALL_FULL_RATE if small else FULL_RATE
-    if config.learning_rate is not None:
-        suits["head_learning_rate"] = config.learning_rate
     if config.find_rate:
         del suits["learning_rate"], suits["head_learning_rate"]
     filled = {k: v for k, v in suits.items() if getattr(config, k) is None}
@@ -297,8 +295,8 @@ class Fitting:
     history: list[Progress] = field(default_factory=list)
     evaluations: list[tuple[int, float, float]] = field(default_factory=list)
     """(step, score, loss) on the validation pictures."""
-    best: tuple[int, float, dict[str, torch.Tensor]] | None = None
-    """Step, score and values at the best moment."""
+    best: tuple[int, tuple[float, float], dict[str, torch.Tensor]] | None = None
+    """Step, (score, negative loss) and values at the best moment: of equal scores the lower loss counts."""
 
     def __post_init__(self) -> None:
         config = self.material.config
@@ -338,12 +336,12 @@ class Fitting:
             self.run.write_text("config.yaml", to_yaml(dataclasses.replace(config, output=None, resume=None)))
 
     def evaluate(self, step: int) -> None:
-        """Looks at the validation pictures; the best moment so far is kept, the first one among equals."""
+        """Looks at the validation pictures; the best moment so far is kept."""
         material = self.material
         with self.fit.averaged():
             found = material.measured(logits_of(material, material.chosen_by, self.accelerator), material.chosen_by)
-            value = material.selected(found)
-            self.evaluations.append((step, value, found.loss))
+            value = material.selected(found), -found.loss
+            self.evaluations.append((step, value[0], found.loss))
             # What AdaLoRA has not pruned yet does not count.
             early = material.config.method == "adalora" and step < self.fit.config.steps
             if self.best is None or value > self.best[1] or (early and step > self.best[0]):
@@ -401,7 +399,7 @@ class Fitting:
             "fit": self.fit.state(),
             "history": [dataclasses.asdict(p) for p in self.history],
             "evaluations": [list(e) for e in self.evaluations],
-            "best": {"step": step, "value": value, "state": state},
+            "best": {"step": step, "value": list(value), "state": state},
             "data": self.material.data_hash,
         }
         write_state(self.run.checkpoints / STATE_FILE, kept)
@@ -421,7 +419,7 @@ class Fitting:
         self.history = [Progress(**p) for p in kept["history"]]
         self.evaluations = [(int(s), float(v), float(loss)) for s, v, loss in kept["evaluations"]]
         best = kept["best"]
-        self.best = (int(best["step"]), float(best["value"]), dict(best["state"]))
+        self.best = (int(best["step"]), (float(best["value"][0]), float(best["value"][1])), dict(best["state"]))
         self.tell.say(f"Going on at step {self.fit.step} of {self.fit.config.steps}.")
         if self.main and self.run is not None:
             self.run.write_jsonl("metrics.jsonl", [dataclasses.asdict(p) for p in self.history])
@@ -442,7 +440,7 @@ class Fitting:
         else:
             self.evaluate(0)
         assert self.best is not None
-        step, value, state = self.best
+        step, (value, _), state = self.best
         self.handle.load_training_state(state)
         material = self.material
         val = logits_of(material, material.chosen_by, self.accelerator)

@@ -8,17 +8,16 @@ from typing import Annotated, Optional
 
 import typer
 
+from visionlora.cli import options
 from visionlora.cli.console import ConsoleListener, duration
-from visionlora.config import PRECISIONS, ClassifyConfig, build, parse_words, read_yaml
+from visionlora.config import ClassifyConfig
 
 SHOWN = 20
 """Predictions printed when they are not written to a file."""
 
 
 def command(
-    settings: Annotated[
-        Optional[list[str]], typer.Argument(help="Any setting as key=value, for instance mixup=0.2.")  # noqa: UP045
-    ] = None,
+    settings: options.Settings = None,
     images: Annotated[
         Optional[str], typer.Option(help="Folder of class folders, or a table (CSV, JSON lines, parquet).")  # noqa: UP045
     ] = None,
@@ -28,21 +27,21 @@ def command(
         typer.Option(help="auto, emoji-vit, a timm name, a folder, torchvision/NAME or a Hub id."),
     ] = None,
     weights: Annotated[Optional[str], typer.Option(help="A state dict to start from, or random.")] = None,  # noqa: UP045
-    output: Annotated[Optional[str], typer.Option(help="Run folder to create.")] = None,  # noqa: UP045
+    output: options.Output = None,
     epochs: Annotated[Optional[float], typer.Option(help="Passes over the training pictures.")] = None,  # noqa: UP045
-    steps: Annotated[Optional[int], typer.Option(help="Optimizer steps, instead of epochs.")] = None,  # noqa: UP045
+    steps: options.Steps = None,
     method: Annotated[
         Optional[str], typer.Option(help="lora, dora, vera, ia3 …, full or linear-probe.")  # noqa: UP045
     ] = None,
-    rank: Annotated[Optional[str], typer.Option(help="Rank of each layer's change, or auto.")] = None,  # noqa: UP045
+    rank: options.Rank = None,
     targets: Annotated[
         Optional[str], typer.Option(help="Roles (attn.qv, attn, mlp, all), names or re:regex, by commas.")  # noqa: UP045
     ] = None,
-    learning_rate: Annotated[Optional[float], typer.Option(help="Learning rate of AdamW.")] = None,  # noqa: UP045
+    learning_rate: options.LearningRate = None,
     find_rate: Annotated[
         Optional[bool], typer.Option("--find-rate", help="Find the learning rate first.")  # noqa: UP045
     ] = None,
-    batch_size: Annotated[Optional[int], typer.Option(help="Pictures per forward pass.")] = None,  # noqa: UP045
+    batch_size: options.BatchSize = None,
     augment: Annotated[Optional[str], typer.Option(help="none, light, affine, trivial or rand.")] = None,  # noqa: UP045
     flip: Annotated[
         Optional[bool], typer.Option("--flip/--no-flip", help="Mirror pictures; not for letters and digits.")  # noqa: UP045
@@ -53,23 +52,17 @@ def command(
     baselines: Annotated[
         Optional[list[str]], typer.Option(help="probe, full or none; repeat for more.")  # noqa: UP045
     ] = None,
-    precision: Annotated[Optional[str], typer.Option(help=f"One of {', '.join(PRECISIONS)}.")] = None,  # noqa: UP045
-    seed: Annotated[Optional[int], typer.Option(help="Of everything random.")] = None,  # noqa: UP045
-    skip_broken: Annotated[
-        Optional[bool], typer.Option("--skip-broken", help="Leave out pictures that cannot be used.")  # noqa: UP045
-    ] = None,
-    resume: Annotated[Optional[str], typer.Option(help="Run folder to go on with.")] = None,  # noqa: UP045
-    config: Annotated[
-        Optional[list[str]], typer.Option(help="A YAML file or the name of a recipe; repeat for more.")  # noqa: UP045
-    ] = None,
+    precision: options.Precision = None,
+    seed: options.Seed = None,
+    skip_broken: options.SkipBroken = None,
+    resume: options.Resume = None,
+    config: options.Config = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result for programs.")] = False,
 ) -> None:
     """Fine-tune a vision transformer on class folders: `visionlora classify --images ./pets`."""
-    flags = {k: v for k, v in locals().items() if k not in ("settings", "config", "as_json") and v is not None}
-    files = [read_yaml(name) for name in config or []]
-    if resume is not None:
-        flags.setdefault("images", resume)  # the run knows its own pictures
-    resolved = build(ClassifyConfig, *files, parse_words(settings or []), flags)
+    given = locals()
+    del given["as_json"]
+    resolved = options.resolved(ClassifyConfig, given)
     with ConsoleListener(quiet=as_json) as listener:
         from visionlora.pipelines.classify import classify
 

@@ -6,51 +6,42 @@ from typing import Annotated, Optional
 
 import typer
 
+from visionlora.cli import options
 from visionlora.cli.console import ConsoleListener, duration
-from visionlora.config import PRECISIONS, TrainSDConfig, build, parse_words, read_yaml
+from visionlora.config import TrainSDConfig
 
 
 def command(
-    settings: Annotated[
-        Optional[list[str]], typer.Argument(help="Any setting as key=value, for instance warmup_steps=50.")  # noqa: UP045
-    ] = None,
+    settings: options.Settings = None,
     images: Annotated[Optional[str], typer.Option(help="Folder of pictures to learn from.")] = None,  # noqa: UP045
     prompt: Annotated[Optional[str], typer.Option(help="One caption for every picture.")] = None,  # noqa: UP045
     model: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(help="auto, emoji-64, a diffusers folder, a .safetensors checkpoint or a Hub id."),
     ] = None,
-    output: Annotated[Optional[str], typer.Option(help="Run folder to create.")] = None,  # noqa: UP045
-    steps: Annotated[Optional[int], typer.Option(help="Optimizer steps.")] = None,  # noqa: UP045
+    output: options.Output = None,
+    steps: options.Steps = None,
     method: Annotated[Optional[str], typer.Option(help="lora, dora, vera, ia3 …; see the README.")] = None,  # noqa: UP045
-    rank: Annotated[Optional[str], typer.Option(help="Rank of each layer's change, or auto.")] = None,  # noqa: UP045
-    alpha: Annotated[Optional[float], typer.Option(help="Scaling numerator; the rank by default.")] = None,  # noqa: UP045
+    rank: options.Rank = None,
+    alpha: options.Alpha = None,
     targets: Annotated[
         Optional[str], typer.Option(help="Roles (attn, attn.q, mlp, conv, all), names or re:regex, by commas.")  # noqa: UP045
     ] = None,
-    learning_rate: Annotated[Optional[float], typer.Option(help="Learning rate of AdamW.")] = None,  # noqa: UP045
-    batch_size: Annotated[Optional[int], typer.Option(help="Pictures per forward pass.")] = None,  # noqa: UP045
-    gradient_accumulation: Annotated[Optional[int], typer.Option(help="Forward passes per step.")] = None,  # noqa: UP045
+    learning_rate: options.LearningRate = None,
+    batch_size: options.BatchSize = None,
+    gradient_accumulation: options.Accumulation = None,
     resolution: Annotated[Optional[int], typer.Option(help="Width and height in px.")] = None,  # noqa: UP045
-    precision: Annotated[Optional[str], typer.Option(help=f"One of {', '.join(PRECISIONS)}.")] = None,  # noqa: UP045
-    seed: Annotated[Optional[int], typer.Option(help="Of everything random.")] = None,  # noqa: UP045
+    precision: options.Precision = None,
+    seed: options.Seed = None,
     sample_prompts: Annotated[
         Optional[list[str]], typer.Option(help="A prompt of the sample grid; repeat for more.")  # noqa: UP045
     ] = None,
-    skip_broken: Annotated[
-        Optional[bool], typer.Option("--skip-broken", help="Leave out pictures that cannot be used.")  # noqa: UP045
-    ] = None,
-    resume: Annotated[Optional[str], typer.Option(help="Run folder to go on with.")] = None,  # noqa: UP045
-    config: Annotated[
-        Optional[list[str]], typer.Option(help="A YAML file or the name of a recipe; repeat for more.")  # noqa: UP045
-    ] = None,
+    skip_broken: options.SkipBroken = None,
+    resume: options.Resume = None,
+    config: options.Config = None,
 ) -> None:
     """Train a LoRA on a folder of pictures: `visionlora train-sd --images ./dog`."""
-    flags = {k: v for k, v in locals().items() if k not in ("settings", "config") and v is not None}
-    files = [read_yaml(name) for name in config or []]
-    if resume is not None:
-        flags.setdefault("images", resume)  # the run knows its own pictures
-    resolved = build(TrainSDConfig, *files, parse_words(settings or []), flags)
+    resolved = options.resolved(TrainSDConfig, locals())
     with ConsoleListener() as listener:
         from visionlora.pipelines.train_sd import train_sd
 

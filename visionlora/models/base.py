@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import import_module, resources
 from pathlib import Path
@@ -91,19 +91,32 @@ def embedded_folder() -> Iterator[Path]:
         yield folder
 
 
-def choose(model: str) -> tuple[str, str]:
-    """Resolves `auto`: (model, one line that says which was taken, why, and how to choose)."""
+def choose(what: str, model: str, embedded: str, on_gpu: str, fetch: Callable[[], object]) -> tuple[str, str]:
+    """Resolves `auto`: (model, one line that says which was taken, why, and how to choose).
+
+    Args:
+        what: is chosen, for the line.
+        model: as the user gave it.
+        embedded: the model that comes with visionlora.
+        on_gpu: the one that is taken where there is a GPU.
+        fetch: raises when `on_gpu` cannot be had.
+    """
     if model != "auto":
-        return model, f"Base model: {model} (chosen with --model)."
+        return model, f"{what}: {model} (chosen with --model)."
     if not torch.cuda.is_available():
-        return EMBEDDED, f"Base model: {EMBEDDED}, the embedded one, as there is no GPU. Choose with --model."
+        return embedded, f"{what}: {embedded}, the embedded one, as there is no GPU. Choose with --model."
+    with contextlib.suppress(Exception):  # any failure means: cannot be had, take the embedded one
+        fetch()
+        return on_gpu, f"{what}: {on_gpu}, as there is a GPU. Choose with --model."
+    why = f"{what}: {embedded}, the embedded one, as {on_gpu} is neither cached nor reachable."
+    return embedded, why + " Choose with --model."
+
+
+def fetch_default() -> None:
+    """Raises when the default model for a GPU is neither cached nor reachable."""
     from huggingface_hub import snapshot_download
 
-    with contextlib.suppress(Exception):  # any failure means: cannot be had, take the embedded one
-        snapshot_download(DEFAULT_ON_GPU, allow_patterns=["model_index.json"])
-        return DEFAULT_ON_GPU, f"Base model: {DEFAULT_ON_GPU}, as there is a GPU. Choose with --model."
-    why = f"Base model: {EMBEDDED}, the embedded one, as {DEFAULT_ON_GPU} is neither cached nor reachable."
-    return EMBEDDED, why + " Choose with --model."
+    snapshot_download(DEFAULT_ON_GPU, allow_patterns=["model_index.json"])
 
 
 def open_base(model: str = "auto", dtype: torch.dtype = torch.float32) -> BaseModel:
@@ -116,7 +129,7 @@ def open_base(model: str = "auto", dtype: torch.dtype = torch.float32) -> BaseMo
     Raises:
         ModelError: when there is no such model, or it is not a text-to-image Stable Diffusion with one text encoder.
     """
-    chosen, why = choose(model)
+    chosen, why = choose("Base model", model, EMBEDDED, DEFAULT_ON_GPU, fetch_default)
     if chosen == EMBEDDED:
         with embedded_folder() as folder:
             if not (folder / "model_index.json").is_file():

@@ -6,7 +6,6 @@ Whatever the library, a backbone is one module that ends in features: the place 
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 from visionlora.data.preprocess import INTERPOLATIONS, Preprocessing
 from visionlora.errors import AdapterFileError, ModelError, nearest
-from visionlora.models.base import quiet
+from visionlora.models.base import choose, quiet
 from visionlora.models.fingerprint import architecture_fingerprint, weights_fingerprint
 
 EMBEDDED = "emoji-vit"
@@ -100,19 +99,11 @@ def as_logits(output: Any) -> Tensor:
     return found
 
 
-def choose(model: str) -> tuple[str, str]:
-    """Resolves `auto`: (model, one line that says which was taken, why, and how to choose)."""
-    if model != "auto":
-        return model, f"Backbone: {model} (chosen with --model)."
-    if not torch.cuda.is_available():
-        return EMBEDDED, f"Backbone: {EMBEDDED}, the embedded one, as there is no GPU. Choose with --model."
-    with contextlib.suppress(Exception):  # any failure means: cannot be had, take the embedded one
-        import timm
+def fetch_default() -> None:
+    """Raises when the default model for a GPU is neither cached nor reachable."""
+    import timm
 
-        timm.create_model(DEFAULT_ON_GPU, pretrained=True)
-        return DEFAULT_ON_GPU, f"Backbone: {DEFAULT_ON_GPU}, as there is a GPU. Choose with --model."
-    why = f"Backbone: {EMBEDDED}, the embedded one, as {DEFAULT_ON_GPU} is neither cached nor reachable."
-    return EMBEDDED, why + " Choose with --model."
+    timm.create_model(DEFAULT_ON_GPU, pretrained=True)
 
 
 def open_backbone(model: str = "auto", weights: str | None = None) -> VisionModel:
@@ -126,7 +117,7 @@ def open_backbone(model: str = "auto", weights: str | None = None) -> VisionMode
     Raises:
         ModelError: when there is no such model, it cannot be had, or the state dict does not fit.
     """
-    chosen, why = choose(model)
+    chosen, why = choose("Backbone", model, EMBEDDED, DEFAULT_ON_GPU, fetch_default)
     if chosen == EMBEDDED:
         with resources.as_file(resources.files("visionlora.assets") / EMBEDDED) as folder:
             if not (folder / "config.json").is_file():

@@ -15,9 +15,7 @@ from dataclasses import dataclass, field
 
 from visionlora.data.images import printable
 from visionlora.report.curves import COLOURS, INK, SOFT
-from visionlora.vision.metrics import Bin, Metrics, MultiLabelMetrics
-
-AnyMetrics = Metrics | MultiLabelMetrics
+from visionlora.vision.metrics import AnyMetrics, Bin, Metrics
 
 PICTURES = ("curves", "confusion", "reliability", "mistakes", "overlays")
 """What a report can show, by name."""

@@ -26,8 +26,8 @@ from visionlora.report.listener import Listener
 from visionlora.report.runfolder import RunFolder
 from visionlora.training.loop import Progress
 from visionlora.vision.explain import attention_rollout, grad_cam, overlay, supports
-from visionlora.vision.material import AnyMetrics, Material
-from visionlora.vision.metrics import Bin, Metrics, expected_calibration_error, reliability
+from visionlora.vision.material import Material
+from visionlora.vision.metrics import AnyMetrics, Bin, Metrics, expected_calibration_error, reliability
 
 SHOWN = 12
 """Pictures on a sheet at most."""

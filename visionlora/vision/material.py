@@ -22,10 +22,9 @@ from visionlora.data.splits import Splits
 from visionlora.errors import ConfigError, nearest
 from visionlora.models.vision import VisionModel, as_logits
 from visionlora.vision.augment import Augmentation
-from visionlora.vision.metrics import Metrics, MultiLabelMetrics, evaluate, evaluate_multi_label, score
+from visionlora.vision.metrics import AnyMetrics, evaluate, evaluate_multi_label, score
 from visionlora.vision.task import ClassificationTask, Objective
 
-AnyMetrics = Metrics | MultiLabelMetrics
 EVALUATED_AT_ONCE = 64
 
 

@@ -118,6 +118,9 @@ class MultiLabelMetrics:
         return asdict(self) | {"per_class": [asdict(row) for row in self.per_class]}
 
 
+AnyMetrics = Metrics | MultiLabelMetrics
+
+
 @dataclass(frozen=True)
 class Bin:
     """Pictures whose likeliest class has a probability in (low, high]."""

@@ -8,7 +8,7 @@ import torch
 from visionlora.errors import ModelError
 from visionlora.lora.config import AdapterConfig
 from visionlora.lora.inject import inject
-from visionlora.models.base import choose, open_base
+from visionlora.models.base import DEFAULT_ON_GPU, choose, fetch_default, open_base
 from visionlora.models.fingerprint import architecture_fingerprint, weights_fingerprint
 
 
@@ -22,14 +22,14 @@ def test_a_folder_opens_frozen(tiny_model: Path) -> None:
 
 def test_auto_takes_the_embedded_model_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    model, why = choose("auto")
+    model, why = choose("Base model", "auto", "emoji-64", DEFAULT_ON_GPU, fetch_default)
     assert model == "emoji-64"
     assert why == "Base model: emoji-64, the embedded one, as there is no GPU. Choose with --model."
 
 
 def test_auto_with_a_gpu_but_no_network_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    model, why = choose("auto")
+    model, why = choose("Base model", "auto", "emoji-64", DEFAULT_ON_GPU, fetch_default)
     assert model == "emoji-64"
     assert "is neither cached nor reachable" in why
 
