@@ -94,8 +94,6 @@ def compared(images: Path, work: Path, **settings: Any) -> dict[str, Any]:
             "spread": statistics.stdev(scores),
             "trained_share": contender.trained_parameters / contender.base_parameters,
             "file_bytes": contender.file_bytes,
-            "seconds": statistics.median(r.contenders[k].seconds for r in runs),
-            "ece": statistics.mean(float(r.contenders[k].test.to_dict()["ece"]) for r in runs),
         }
     return found
 
@@ -121,8 +119,8 @@ def measure_rank() -> dict[str, Any]:
             row: dict[str, Any] = {"seed": seed}
             for rank in (2, "auto"):
                 config = ClassifyConfig(
-                    images=str(images), output=str(Path(folder) / f"{seed}-{rank}"), seed=seed, epochs=20.0, learning_rate=0.012,
-                    rank=rank, rank_budget="2", targets="attn,mlp", baselines=("none",), **DIGITS,
+                    images=str(images), output=str(Path(folder) / f"{seed}-{rank}"), seed=seed, epochs=20.0,
+                    learning_rate=0.012, rank=rank, rank_budget="2", targets="attn,mlp", baselines=("none",), **DIGITS,
                 )  # fmt: skip
                 contender = classify(config).contenders[0]
                 test = contender.test.to_dict() if contender.test is not None else {}

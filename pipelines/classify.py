@@ -43,7 +43,7 @@ from visionlora.vision.metrics import AnyMetrics, fit_temperature
 from visionlora.vision.probe import Probe, fit_probe
 from visionlora.vision.task import Objective
 
-SMALL_FULL_RATE, FULL_RATE = 5e-4, 3e-5
+SMALL_FULL_RATE, FULL_RATE = 1e-3, 3e-5
 """Learning rates of full fine-tuning, for small and for large backbones."""
 
 

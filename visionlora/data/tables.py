@@ -168,7 +168,7 @@ def _parquet(path: Path, shown: str) -> Table:
         import pyarrow.parquet
     except ImportError:
         raise ConfigError(
-            f"{printable(path)} is a parquet table, which needs pyarrow: pip install pyarrow, or save it as CSV."
+            f"{printable(path)} is a parquet table, which needs pyarrow: pip install 'visionlora[tables]', or save it as CSV."
         ) from None
     try:
         schema = pyarrow.parquet.read_schema(path)

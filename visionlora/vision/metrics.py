@@ -284,8 +284,10 @@ def expected_calibration_error(
 def fit_temperature(logits: npt.ArrayLike, labels: npt.ArrayLike, multi_label: bool = False) -> float:
     """The temperature T with the smallest negative log-likelihood of logits / T (arXiv 1706.04599, section 4.2).
 
-    In 1 / T it is convex, so the minimum is where its derivative is 0: Newton's steps find it, and a bracket around it is
-    halved where they would leave it.
+    Each label counts as certain to (n + 1) / (n + 2) alone, as in Platt's scaling (1999): n pictures that are all right do
+    not show that the model never errs, and without this T would fall to nothing. In 1 / T the likelihood is convex, so the
+    minimum is where its derivative is 0: Newton's steps find it, and a bracket around it is halved where they would leave
+    it.
 
     Args:
         logits: (n, c) of the validation pictures.
@@ -293,13 +295,17 @@ def fit_temperature(logits: npt.ArrayLike, labels: npt.ArrayLike, multi_label: b
         multi_label: pictures have several labels, and probabilities come from a sigmoid.
 
     Returns:
-        T between 0.05 and 20. Its likelihood is never worse than that of T = 1.
+        T between 0.05 and 20. The likelihood of such labels is never worse than that of T = 1.
     """
     if multi_label:
         scores, given = _multi(logits, labels)
-        return _best(lambda t: _binary_nll(scores, given, t), lambda beta: _binary_slopes(scores, given, beta))
+        doubt = 1 / (len(scores) + 2)
+        return _best(
+            lambda t: _doubtful_binary(scores, given, t, doubt), lambda b: _binary_slopes(scores, given, b, doubt)
+        )
     scores, truth = _single(logits, labels)
-    return _best(lambda t: _nll(scores, truth, t), lambda beta: _slopes(scores, truth, beta))
+    doubt = 1 / (len(scores) + 2)
+    return _best(lambda t: _doubtful(scores, truth, t, doubt), lambda beta: _slopes(scores, truth, beta, doubt))
 
 
 def wilson(successes: int, total: int, z: float = Z_95) -> tuple[float, float]:
@@ -337,19 +343,36 @@ def _binary_nll(scores: Floats, truth: npt.NDArray[np.bool_], temperature: float
     return float(np.logaddexp(0.0, np.where(truth, -scores, scores) / temperature).mean())
 
 
-def _slopes(scores: Floats, truth: Ints, beta: float) -> tuple[float, float]:
-    """First and second derivative of the likelihood by beta = 1 / T: mean and variance of the logits under softmax."""
+def _others(scores: Floats, truth: Ints) -> Floats:
+    """Mean distance of the other classes' scores from that of the true class, (n, 1)."""
+    own = np.take_along_axis(scores, truth[:, None], axis=1)
+    return np.asarray((scores - own).sum(axis=1, keepdims=True) / max(1, scores.shape[1] - 1))
+
+
+def _doubtful(scores: Floats, truth: Ints, temperature: float, doubt: float) -> float:
+    """The loss when a share `doubt` of each label belongs to the other classes."""
+    return _nll(scores, truth, temperature) - doubt * float(_others(scores, truth).mean()) / temperature
+
+
+def _doubtful_binary(scores: Floats, truth: npt.NDArray[np.bool_], temperature: float, doubt: float) -> float:
+    """The loss when each label is wrong with probability `doubt`."""
+    return (1 - doubt) * _binary_nll(scores, truth, temperature) + doubt * _binary_nll(scores, ~truth, temperature)
+
+
+def _slopes(scores: Floats, truth: Ints, beta: float, doubt: float) -> tuple[float, float]:
+    """First and second derivative of the loss by beta = 1 / T: mean and variance of the logits under softmax."""
     p = np.exp(_log_softmax(scores * beta))
     own = np.take_along_axis(scores, truth[:, None], axis=1)
     apart = scores - own  # from the true class, so that a sure picture has a slope near 0 without cancellation
     mean = (p * apart).sum(axis=1, keepdims=True)
-    return float(mean.mean()), float((p * (apart - mean) ** 2).sum(axis=1).mean())
+    slope = mean - doubt * _others(scores, truth)
+    return float(slope.mean()), float((p * (apart - mean) ** 2).sum(axis=1).mean())
 
 
-def _binary_slopes(scores: Floats, truth: npt.NDArray[np.bool_], beta: float) -> tuple[float, float]:
+def _binary_slopes(scores: Floats, truth: npt.NDArray[np.bool_], beta: float, doubt: float) -> tuple[float, float]:
     towards = np.where(truth, -scores, scores)
     wrong = np.exp(-np.logaddexp(0.0, -towards * beta))  # probability of the wrong side
-    return float((wrong * towards).mean()), float((wrong * (1 - wrong) * towards**2).mean())
+    return float(((wrong - doubt) * towards).mean()), float((wrong * (1 - wrong) * towards**2).mean())
 
 
 def _best(loss: Callable[[float], float], slopes: Callable[[float], tuple[float, float]]) -> float:

@@ -94,7 +94,7 @@ def test_parquet_needs_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     path = tmp_path / "labels.parquet"
     assert said(path, ConfigError) == (
-        f"{path} is a parquet table, which needs pyarrow: pip install pyarrow, or save it as CSV."
+        f"{path} is a parquet table, which needs pyarrow: pip install 'visionlora[tables]', or save it as CSV."
     )
 
 

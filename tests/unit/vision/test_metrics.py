@@ -174,15 +174,27 @@ def test_calibration_error_of_a_known_case() -> None:
     assert found == pytest.approx(0.32, abs=1e-9)
 
 
+def doubtful_loss(logits: Floats, truth: Ints, temperature: float, multi_label: bool) -> float:
+    """Cross-entropy with targets of (n + 1) / (n + 2), the rest shared by the other classes."""
+    doubt, c = 1 / (len(logits) + 2), logits.shape[1]
+    if multi_label:
+        right, wrong = (evaluate_multi_label(logits, t, list("abcd"), temperature).loss for t in (truth, 1 - truth))
+        return (1 - doubt) * right + doubt * wrong
+    scaled = logits / temperature
+    logs = scaled - np.logaddexp.reduce(scaled, axis=1, keepdims=True)
+    targets = np.full_like(logs, doubt / (c - 1))
+    targets[np.arange(len(truth)), truth] = 1 - doubt
+    return float(-(targets * logs).sum(1).mean())
+
+
 @given(SEEDS, st.floats(0.05, 30), st.booleans())
 def test_the_fitted_temperature_is_the_best_of_its_range(seed: int, sharpness: float, multi_label: bool) -> None:
     logits, truth = targets_of(seed) if multi_label else drawn(seed)
     logits = logits * sharpness
-    measure = evaluate_multi_label if multi_label else evaluate
     found = fit_temperature(logits, truth, multi_label)
     assert COLDEST <= found <= HOTTEST
-    losses = {t: measure(logits, truth, list("abcd"), t).loss for t in (found, 1.0, *np.geomspace(0.05, 20, 25))}
-    assert losses[found] <= losses[1.0]
+    losses = {t: doubtful_loss(logits, truth, t, multi_label) for t in (found, 1.0, *np.geomspace(0.05, 20, 25))}
+    assert losses[found] <= losses[1.0] + 1e-12
     assert losses[found] <= min(losses.values()) + 1e-12
 
 
@@ -193,13 +205,20 @@ def test_the_temperature_undoes_a_scale() -> None:
     assert fit_temperature(logits * 4, labels) == pytest.approx(4 * plain, rel=1e-9)
 
 
+def test_pictures_that_are_all_right_make_it_no_surer_than_their_number_allows() -> None:
+    """Of n sure and right pictures the fit says (n + 1) / (n + 2), not 1."""
+    n = 50
+    logits, labels = np.eye(2)[np.arange(n) % 2] * 3.0, np.arange(n) % 2
+    found = softmax(logits, fit_temperature(logits, labels)).max(1)
+    assert found == pytest.approx(np.full(n, (n + 1) / (n + 2)))
+
+
 @pytest.mark.parametrize(
     ("logits", "labels", "expected"),
     [
-        ([[2.0, 0.0], [0.0, 2.0]], [0, 1], COLDEST),  # all right: never sure enough
         ([[2.0, 0.0], [0.0, 2.0]], [1, 0], HOTTEST),  # all wrong: never unsure enough
         ([[1.0, 1.0], [3.0, 3.0]], [0, 1], 1.0),  # nothing to choose
-        ([[1e6, 0.0], [0.0, 1e6]], [0, 1], 1.0),  # nothing to gain
+        ([[1e6, 0.0], [0.0, 1e6]], [0, 1], HOTTEST),  # far surer than two pictures allow
     ],
 )
 def test_temperatures_at_the_ends(logits: list[list[float]], labels: list[int], expected: float) -> None:
