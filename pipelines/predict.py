@@ -182,5 +182,7 @@ def parquet() -> Any:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise ConfigError("Parquet files need pyarrow: pip install 'visionlora[tables]'. Or write .csv or .json.") from None
+        raise ConfigError(
+            "Parquet files need pyarrow: pip install 'visionlora[tables]'. Or write .csv or .json."
+        ) from None
     return pyarrow

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from visionlora.config import TrainSDConfig, to_yaml
-from visionlora.data.folder import ImageFolder, read_image_folder
+from visionlora.data.folder import ImageFolder, ImageItem, read_image_folder
 from visionlora.diffusion.encode import cut_captions, encode_dataset
 from visionlora.diffusion.sampling import SamplingConfig
 from visionlora.diffusion.task import DenoisingTask
-from visionlora.errors import ConfigError
+from visionlora.diffusion.validation import Evaluation, Validation, hold_out, verdict
+from visionlora.errors import ConfigError, DataError
 from visionlora.formats import native
 from visionlora.lora.adapter import Adapter
 from visionlora.lora.inject import Handle, check_targets, inject
@@ -29,7 +30,7 @@ from visionlora.report.runfolder import RunFolder, check_run_folder, default_run
 from visionlora.report.samples import SampleSheet, sample_moments
 from visionlora.report.sd_run import data_hash, header, public_metadata, recent_loss, report
 from visionlora.training.checkpoint import STATE_FILE, read_state, write_state
-from visionlora.training.loop import Fit, Progress, resolve_precision
+from visionlora.training.loop import Fit, Progress, StopTraining, resolve_precision
 from visionlora.training.settings import adapter_config, automatic_ranks, loop_config
 
 
@@ -73,6 +74,9 @@ def train_sd(config: TrainSDConfig, listener: Listener | None = None) -> RunResu
     for note in folder.notes:
         tell.say(note)
     tell.say(folder.caption_source)
+    folder, apart = held_out(folder, config)
+    if apart:
+        tell.say(f"{len(folder.items)} pictures to train on, {len(apart)} apart to see whether it learned.")
 
     # Base model and adapter
     base = open_base(config.model)
@@ -93,6 +97,10 @@ def train_sd(config: TrainSDConfig, listener: Listener | None = None) -> RunResu
 
     # Latents and text, from here on the run leaves files
     data = encode_dataset(base, folder.items, size, config.flip, progress=tell.progress)
+    validation = None
+    if apart:
+        kept = encode_dataset(base, apart, size, flip=False, progress=tell.progress)
+        validation = Validation(kept, base.pipe.scheduler, config.seed)
     task = DenoisingTask(data, base.pipe.scheduler, config.caption_dropout, config.timestep_range)
     if config.rank == "auto":
         choice = automatic_ranks(
@@ -121,6 +129,7 @@ def train_sd(config: TrainSDConfig, listener: Listener | None = None) -> RunResu
         tell,
         lambda step: header(config, adapter, loop, base, fingerprints, folder, size, step),
         data_hash(folder),
+        validation,
     )
     if config.resume is not None:
         fitting.restore(read_state(run.path / "checkpoints" / STATE_FILE))
@@ -135,7 +144,10 @@ def train_sd(config: TrainSDConfig, listener: Listener | None = None) -> RunResu
                 adapter_path,
                 public_metadata(config, adapter, loop, base, folder, size, fitting.started),
             )
-        report(run, config, loop, base, folder, handle, sheet, history, time.monotonic() - started)
+        seconds = time.monotonic() - started
+        report(run, config, loop, base, folder, handle, sheet, history, fitting.evaluations, seconds)
+        if fitting.evaluations:
+            tell.say(verdict(fitting.evaluations))
     seconds = time.monotonic() - started
     return RunResult(run.path, adapter_path, run.path / "grid.png", history[0].loss, recent_loss(history), seconds)
 
@@ -154,7 +166,11 @@ class Fitting:
     """From a step to what the adapter file says about itself."""
     data: str
     """Tells the pictures and captions."""
+    validation: Validation | None = None
+    """Pictures that are not trained on."""
     history: list[Progress] = field(default_factory=list)
+    evaluations: list[Evaluation] = field(default_factory=list)
+    """On the validation pictures."""
     started: float = field(default_factory=lambda: float(os.environ.get("SOURCE_DATE_EPOCH", time.time())))
     """When the run began, seconds since 1970; in reproducible builds what they say."""
 
@@ -182,6 +198,7 @@ class Fitting:
         state = {
             "fit": self.fit.state(),
             "history": [dataclasses.asdict(p) for p in self.history],
+            "evaluations": [dataclasses.asdict(e) for e in self.evaluations],
             "columns": [label for label, _ in self.sheet.columns],
             "started": self.started,
             "data": self.data,
@@ -201,11 +218,36 @@ class Fitting:
             )
         self.fit.restore(kept["fit"])
         self.history = [Progress(**p) for p in kept["history"]]
+        self.evaluations = [Evaluation(**e) for e in kept["evaluations"]]
         self.started = float(kept["started"])
         self.tell.say(f"Going on at step {self.fit.step} of {self.fit.config.steps}.")
         if self.main:
             self.sheet.read_columns([str(label) for label in kept["columns"]])
             self.run.write_jsonl("metrics.jsonl", [dataclasses.asdict(p) for p in self.history])
+
+    def evaluate(self, step: int) -> None:
+        """Looks at the validation pictures; the best adapter so far is kept beside the last. All processes see the same."""
+        if self.validation is None:
+            return
+        with self.fit.averaged():
+            found = self.validation.evaluate(self.handle.model, step)
+            best = not self.evaluations or found.loss < min(e.loss for e in self.evaluations)
+            self.evaluations.append(found)
+            if self.main:
+                self.run.write_jsonl("validation.jsonl", [dataclasses.asdict(e) for e in self.evaluations])
+                if best:
+                    native.write(self.adapter(step), self.run.checkpoints / "best.safetensors")
+
+    def stop_when_no_better(self) -> None:
+        """Raises StopTraining when patience is at its end."""
+        if self.config.patience is None or not self.evaluations:
+            return
+        best = min(self.evaluations, key=lambda e: e.loss)
+        if sum(e.step > best.step for e in self.evaluations) >= self.config.patience:
+            self.tell.say(
+                f"Stopped at step {self.fit.step}: no better on the validation pictures since step {best.step}."
+            )
+            raise StopTraining
 
     def train(self, task: DenoisingTask) -> list[Progress]:
         """Runs the loop; returns the state after each step."""
@@ -213,10 +255,15 @@ class Fitting:
         drawn, saved = (set(sample_moments(steps, n)) for n in (self.config.sample_columns, self.config.checkpoints))
         if self.main and not self.sheet.columns:
             self.sheet.draw_column("base", scale=0.0)
+        if not self.evaluations:
+            self.evaluate(0)
 
         def on_step(progress: Progress) -> None:
             self.history.append(progress)
+            if progress.step in saved:
+                self.evaluate(progress.step)
             if not self.main:
+                self.stop_when_no_better()
                 return
             self.run.append_jsonl("metrics.jsonl", dataclasses.asdict(progress))
             detail = f"loss {recent_loss(self.history):.4f}  {progress.images_per_second:.1f} images/s"
@@ -227,6 +274,7 @@ class Fitting:
                     self.sheet.draw_column(f"step {progress.step}", scale=1.0)
             if progress.step in drawn | saved:
                 self.checkpoint()
+            self.stop_when_no_better()
 
         try:
             self.fit.run(task, on_step)
@@ -240,6 +288,22 @@ class Fitting:
                 )
             raise
         return self.history
+
+
+def held_out(folder: ImageFolder, config: TrainSDConfig) -> tuple[ImageFolder, tuple[ImageItem, ...]]:
+    """The pictures to train on, and those that are kept apart."""
+    if config.val_share:
+        return hold_out(folder, config.val_share, config.seed)
+    if config.validation is None:
+        return folder, ()
+    apart = read_image_folder(Path(config.validation), config.prompt, skip_broken=config.skip_broken)
+    known = {item.sha256: item.path for item in folder.items}
+    if doubles := [item.path.name for item in apart.items if item.sha256 in known]:
+        raise DataError(
+            f"{len(doubles)} pictures of {config.validation} are also among those to train on (first {doubles[0]}), so they "
+            "cannot tell whether it learned. Take them out of one folder."
+        )
+    return folder, apart.items
 
 
 def default_prompts(folder: ImageFolder) -> tuple[str, ...]:

@@ -18,8 +18,8 @@ from visionlora.report.listener import Listener
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of diffusers' schedulers
 
 SETTINGS = {"rank": 2, "steps": 12, "batch_size": 2, "checkpoints": 6, "sample_columns": 2, "sample_steps": 1,
-            "dropout": 0.1, "ema_decay": 0.9, "learning_rate": 0.01}  # fmt: skip
-FILES = ("adapter.safetensors", "grid.png", "config.yaml")
+            "dropout": 0.1, "ema_decay": 0.9, "learning_rate": 0.01, "val_share": 0.3}  # fmt: skip
+FILES = ("adapter.safetensors", "grid.png", "config.yaml", "validation.jsonl", "checkpoints/best.safetensors")
 
 
 class Killed(BaseException):

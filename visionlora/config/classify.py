@@ -72,8 +72,6 @@ class ClassifyConfig(TrainingConfig):
     """How often the validation pictures are looked at."""
     select_by: str | None = None
     """What the best moment is chosen by: top1, macro_f1, balanced_accuracy, loss; map, micro_f1 with several labels."""
-    patience: int | None = None
-    """Stop after so many evaluations without a better one."""
     baselines: tuple[str, ...] = ("probe",)
     """What is trained beside it for comparison: probe, full, or none."""
     cache: bool = True
@@ -116,7 +114,6 @@ class ClassifyConfig(TrainingConfig):
                 self.select_by is None or self.select_by in SELECTED_BY,
                 nearest(self.select_by or "", SELECTED_BY),
             ),
-            ("patience", self.patience is None or self.patience >= 1, "it must be at least 1"),
             (
                 "baselines",
                 all(b in BASELINES for b in self.baselines),

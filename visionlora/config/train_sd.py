@@ -25,8 +25,12 @@ class TrainSDConfig(TrainingConfig):
     """Prompts of the sample grid; by default some captions of the pictures."""
     sample_columns: int = 3
     """Columns of the grid beside the base: the adapter at so many moments of training."""
+    validation: str | None = None
+    """Folder of pictures that are not trained on, by which one sees whether it learned."""
+    val_share: float = 0.0
+    """Share of the pictures that is kept apart for that, instead of `validation`."""
     checkpoints: int = 10
-    """How often the state is saved, from which `resume` goes on."""
+    """How often the state is saved, from which `resume` goes on, and the validation pictures are looked at."""
     sample_steps: int = 20
     """Denoising steps per sample picture."""
     guidance_scale: float | None = None
@@ -42,6 +46,17 @@ class TrainSDConfig(TrainingConfig):
                 "timestep_range",
                 len(self.timestep_range) == 2 and 0 <= self.timestep_range[0] < self.timestep_range[1] <= 1000,
                 "it must be two whole numbers, the first below the second, in 0 … 1000",
+            ),
+            ("val_share", 0 <= self.val_share < 1, "it must be at least 0 and below 1"),
+            (
+                "val_share",
+                not (self.val_share and self.validation),
+                "a validation folder is given: leave one of them out",
+            ),
+            (
+                "patience",
+                self.patience is None or bool(self.val_share or self.validation),
+                "it needs pictures that are not trained on: give val_share or validation",
             ),
             ("checkpoints", self.checkpoints >= 1, "it must be at least 1"),
             ("sample_columns", self.sample_columns >= 1, "it must be at least 1"),

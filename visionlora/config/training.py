@@ -64,6 +64,8 @@ class TrainingConfig:
     """fp32, bf16, fp16, or auto: bf16 on a GPU that has it, fp32 on a CPU."""
     seed: int = 0
     """Of everything random."""
+    patience: int | None = None
+    """Stop after so many evaluations without a better one."""
     ema_decay: float | None = None
     """Keep a running average of what trains, and use it; 0.99 to 0.9999."""
     resume: str | None = None
@@ -93,6 +95,7 @@ class TrainingConfig:
             ("batch_size", self.batch_size is None or self.batch_size >= 1, "it must be at least 1"),
             ("gradient_accumulation", self.gradient_accumulation >= 1, "it must be at least 1"),
             ("dropout", 0 <= self.dropout < 1, "it must be at least 0 and below 1"),
+            ("patience", self.patience is None or self.patience >= 1, "it must be at least 1"),
             ("ema_decay", self.ema_decay is None or 0 <= self.ema_decay < 1, "it must be at least 0 and below 1"),
             ("precision", self.precision in PRECISIONS, nearest(self.precision, PRECISIONS)),
         ]

@@ -11,6 +11,7 @@ from typing import Any
 from visionlora import __version__
 from visionlora.config import TrainSDConfig
 from visionlora.data.folder import ImageFolder
+from visionlora.diffusion.validation import Evaluation
 from visionlora.lora.config import AdapterConfig
 from visionlora.lora.inject import Handle
 from visionlora.models.base import EMBEDDED, BaseModel
@@ -119,6 +120,7 @@ def report(
     handle: Handle,
     sheet: SampleSheet,
     history: list[Progress],
+    evaluations: Sequence[Evaluation],
     seconds: float,
 ) -> None:
     """grid.png, loss.png, README.md and run.json."""
@@ -126,7 +128,8 @@ def report(
     run.write_picture("grid.png", sheet.grid(f"{name}: {loop.steps} steps, rank {config.rank}"))
     draw_curves(
         run.path / "loss.png",
-        {"loss": [(p.step, p.loss) for p in history]},
+        {"training" if evaluations else "loss": [(p.step, p.loss) for p in history]}
+        | ({"validation": [(e.step, e.loss) for e in evaluations]} if evaluations else {}),
         xlabel="step",
         ylabel="denoising loss",
         title=f"Training on {name}",

@@ -1,0 +1,120 @@
+"""Pictures kept apart: which, what they say, and what a run does with it."""
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from visionlora.pipelines.train_sd import train_sd
+
+import visionlora as vl
+from visionlora.data.folder import ImageFolder, ImageItem
+from visionlora.diffusion.validation import Evaluation, hold_out, verdict
+from visionlora.errors import ConfigError, DataError
+from visionlora.loaders import load_adapter
+from visionlora.report.listener import Listener
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of diffusers' schedulers
+
+
+def folder_of(count: int) -> ImageFolder:
+    items = tuple(ImageItem(Path(f"{i}.png"), "a", f"{i * 7919 % 1009:04d}") for i in range(count))
+    return ImageFolder(Path(), items, (), "")
+
+
+@given(st.integers(2, 60), st.floats(0.01, 0.9), st.integers(0, 100))
+def test_every_picture_is_on_one_side_whatever_the_order(count: int, share: float, seed: int) -> None:
+    whole = folder_of(count)
+    if max(1, round(share * count)) >= count:
+        with pytest.raises(DataError, match="leaves none to train on"):
+            hold_out(whole, share, seed)
+        return
+    kept, apart = hold_out(whole, share, seed)
+    assert len(apart) == max(1, round(share * count))
+    assert set(kept.items) | set(apart) == set(whole.items) and not set(kept.items) & set(apart)
+    shuffled = list(whole.items)
+    random.Random(seed).shuffle(shuffled)
+    assert set(hold_out(ImageFolder(Path(), tuple(shuffled), (), ""), share, seed)[1]) == set(apart)
+
+
+def test_the_verdict_names_what_happened() -> None:
+    def said(*losses: float) -> str:
+        return verdict([Evaluation(10 * i, loss, {}) for i, loss in enumerate(losses)])
+
+    assert said(1.0, 0.8, 0.6).endswith("0.6000 at the end.")
+    assert "by heart" in said(1.0, 0.6, 0.9) and "step 10" in said(1.0, 0.6, 0.9)
+    assert "never got better" in said(1.0, 1.1, 1.2)
+
+
+class Ears(Listener):
+    """Keeps what is said."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, line: str) -> None:
+        self.lines.append(line)
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """Ten plain pictures of different colours, which a model can learn in common."""
+    folder = tmp_path / "plain"
+    folder.mkdir()
+    for i in range(10):
+        Image.fromarray(np.full((32, 32, 3), (25 * i, 90, 255 - 25 * i), np.uint8)).save(folder / f"{i}.png")
+    return folder
+
+
+def run(tiny_model: Path, images: Path, output: Path, **settings: object) -> tuple[list[str], Path]:
+    fixed = {"rank": 2, "steps": 20, "batch_size": 4, "sample_columns": 1, "sample_steps": 1, "learning_rate": 0.01}
+    config = vl.TrainSDConfig(images=str(images), model=str(tiny_model), output=str(output), **{**fixed, **settings})
+    ears = Ears()
+    return ears.lines, train_sd(config, ears).folder
+
+
+def test_a_run_looks_at_them_and_keeps_the_best(tiny_model: Path, pictures: Path, tmp_path: Path) -> None:
+    lines, folder = run(tiny_model, pictures, tmp_path / "run", val_share=0.2, checkpoints=4)
+    assert "8 pictures to train on, 2 apart to see whether it learned." in lines
+    found = [json.loads(line) for line in (folder / "validation.jsonl").read_text().splitlines()]
+    assert [e["step"] for e in found] == [0, 5, 10, 15, 20]
+    assert list(found[0]["by_level"]) == ["100", "300", "500", "700", "900"]
+    best = min(found, key=lambda e: e["loss"])
+    assert best["step"] > 0, "it learned something that holds for pictures it never saw"
+    assert load_adapter(folder / "checkpoints" / "best.safetensors").info["training"]["steps"] == best["step"]
+    assert any(line.startswith("Validation loss:") for line in lines)
+    _, other = run(tiny_model, pictures, tmp_path / "other", val_share=0.2, checkpoints=4, rank=1)
+    again = [json.loads(line) for line in (other / "validation.jsonl").read_text().splitlines()]
+    assert again[0] == found[0], "before training, all runs see the same loss"
+
+
+def test_patience_ends_a_run_that_gets_no_better(tiny_model: Path, pictures: Path, tmp_path: Path) -> None:
+    lines, folder = run(
+        tiny_model, pictures, tmp_path / "run", val_share=0.2, checkpoints=20, learning_rate=3.0, patience=3
+    )
+    steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert len(steps) < 20 and any("no better on the validation pictures since step" in line for line in lines)
+    assert (folder / "adapter.safetensors").exists() and (folder / "grid.png").exists()
+
+
+def test_a_folder_of_its_own_must_not_hold_what_is_trained_on(tiny_model: Path, pictures: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    Image.new("RGB", (32, 32), "red").save(other / "a.png")
+    lines, _ = run(tiny_model, pictures, tmp_path / "run", validation=str(other), steps=2)
+    assert "10 pictures to train on, 1 apart to see whether it learned." in lines
+    (other / "b.png").write_bytes((pictures / "3.png").read_bytes())
+    with pytest.raises(DataError, match=r"1 pictures of .* are also among those to train on \(first b.png\)"):
+        run(tiny_model, pictures, tmp_path / "run2", validation=str(other), steps=2)
+    assert not (tmp_path / "run2").exists()
+
+
+def test_settings_that_contradict_each_other() -> None:
+    with pytest.raises(ConfigError, match="it needs pictures that are not trained on"):
+        vl.TrainSDConfig(images="x", patience=2)
+    with pytest.raises(ConfigError, match="a validation folder is given"):
+        vl.TrainSDConfig(images="x", val_share=0.1, validation="y")

@@ -1,0 +1,101 @@
+"""Whether a denoiser learned what it can use elsewhere: the loss on pictures kept apart, at fixed noise levels and noise.
+
+Nothing in it is random, so the curve of one run can be compared with that of another.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from visionlora.data.folder import ImageFolder, ImageItem
+from visionlora.diffusion.encode import Encoded
+from visionlora.diffusion.objective import fixed_losses
+from visionlora.errors import DataError
+
+LEVELS = (100, 300, 500, 700, 900)
+"""Noise levels, in thousandths of the model's own."""
+MOST = 64
+"""Pictures that are looked at; more would cost time and tell little more."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What validation found at one moment."""
+
+    step: int
+    loss: float
+    by_level: dict[str, float]
+    """By noise level, in thousandths."""
+
+
+@dataclass(frozen=True)
+class Validation:
+    """The pictures that are not trained on."""
+
+    data: Encoded
+    noise_scheduler: Any
+    seed: int
+
+    @torch.no_grad()
+    def evaluate(self, unet: nn.Module, step: int) -> Evaluation:
+        """The loss as the model is now."""
+        training = unet.training
+        unet.eval()
+        device = next(unet.parameters()).device
+        trained = self.noise_scheduler.config.num_train_timesteps
+        latents = (self.data.mean[:MOST, 0] * self.data.scaling_factor).to(device)
+        timesteps = tuple(level * trained // 1000 for level in LEVELS)
+        text = self.data.text[:MOST].to(device)
+        losses = fixed_losses(unet, self.noise_scheduler, latents, text, timesteps, self.seed).mean(0).tolist()
+        unet.train(training)
+        return Evaluation(step, sum(losses) / len(losses), dict(zip(map(str, LEVELS), losses, strict=True)))
+
+
+def hold_out(folder: ImageFolder, share: float, seed: int) -> tuple[ImageFolder, tuple[ImageItem, ...]]:
+    """Keeps a share of the pictures apart, at least one; the same ones whatever the order of the files.
+
+    Raises:
+        DataError: when nothing would be left to train on.
+    """
+    count = max(1, round(share * len(folder.items)))
+    if count >= len(folder.items):
+        raise DataError(
+            f"val_share {share:g} of {len(folder.items)} pictures leaves none to train on: give more pictures or a "
+            "smaller share."
+        )
+    by_content = sorted(range(len(folder.items)), key=lambda i: folder.items[i].sha256)
+    order = torch.randperm(len(by_content), generator=torch.Generator().manual_seed(seed)).tolist()
+    apart = {by_content[i] for i in order[:count]}
+    kept = tuple(item for i, item in enumerate(folder.items) if i not in apart)
+    return dataclasses.replace(folder, items=kept), tuple(folder.items[i] for i in sorted(apart))
+
+
+def verdict(evaluations: Sequence[Evaluation]) -> str:
+    """What the curve says, in one line.
+
+    >>> print(verdict([Evaluation(0, 1.0, {}), Evaluation(5, 0.5, {}), Evaluation(9, 0.8, {})]))
+    Validation loss: 1.0000 untrained, 0.5000 at best (step 5), 0.8000 at the end. From step 5 on it learned the training \
+pictures by heart: use checkpoints/best.safetensors, or fewer steps, more pictures, or a lower rank.
+    """
+    first, last = evaluations[0], evaluations[-1]
+    best = min(evaluations, key=lambda e: e.loss)
+    line = (
+        f"Validation loss: {first.loss:.4f} untrained, {best.loss:.4f} at best (step {best.step}), {last.loss:.4f} at the "
+        "end."
+    )
+    if best is first:
+        return (
+            line + " It never got better: a lower learning rate, or pictures and captions that fit together, may help."
+        )
+    if last.loss > 1.02 * best.loss:
+        line += (
+            f" From step {best.step} on it learned the training pictures by heart: use checkpoints/best.safetensors, or fewer "
+            "steps, more pictures, or a lower rank."
+        )
+    return line
