@@ -366,11 +366,10 @@ class Fitting:
             if progress.step in moments:
                 self.evaluate(progress.step)
                 self.checkpoint()
-            recent = self.history[-50:]
-            _, value, _ = self.evaluations[-1]
-            detail = (
-                f"loss {sum(p.loss for p in recent) / len(recent):.3f}  {self.material.config.select_by} {value:.3f}"
-            )
+            if not math.isfinite(progress.loss):
+                self.tell.say(f"Step {progress.step} was skipped: its loss or gradient was not finite.")
+            value = abs(self.evaluations[-1][1])  # a loss counts negative
+            detail = f"loss {recent_loss(self.history):.3f}  {self.material.config.select_by} {value:.3f}"
             self.tell.progress(f"Training {self.material.config.method}", progress.step, steps, detail)
             since = sum(step > self.best[0] for step, _, _ in self.evaluations) if self.best is not None else 0
             if patience is not None and self.best is not None and since >= patience:

@@ -6,6 +6,7 @@ The whole of `visionlora train-sd`, one stage after the other; each stage hands 
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import time
 from collections.abc import Callable
@@ -28,9 +29,9 @@ from visionlora.report.listener import Listener, bars
 from visionlora.report.resume import resumed_config
 from visionlora.report.runfolder import RunFolder, check_run_folder, default_run_folder, open_run_folder
 from visionlora.report.samples import SampleSheet, sample_moments
-from visionlora.report.sd_run import data_hash, header, public_metadata, recent_loss, report
+from visionlora.report.sd_run import data_hash, header, public_metadata, report
 from visionlora.training.checkpoint import STATE_FILE, read_state, write_state
-from visionlora.training.loop import Fit, Progress, StopTraining, resolve_precision
+from visionlora.training.loop import Fit, Progress, StopTraining, recent_loss, resolve_precision
 from visionlora.training.settings import adapter_config, automatic_ranks, loop_config
 
 
@@ -266,6 +267,8 @@ class Fitting:
                 self.stop_when_no_better()
                 return
             self.run.append_jsonl("metrics.jsonl", dataclasses.asdict(progress))
+            if not math.isfinite(progress.loss):
+                self.tell.say(f"Step {progress.step} was skipped: its loss or gradient was not finite.")
             detail = f"loss {recent_loss(self.history):.4f}  {progress.images_per_second:.1f} images/s"
             self.tell.progress("Training", progress.step, steps, detail)
             if progress.step in drawn:

@@ -20,11 +20,8 @@ from visionlora.report.curves import draw_curves
 from visionlora.report.environment import environment
 from visionlora.report.runfolder import RunFolder
 from visionlora.report.samples import SampleSheet
-from visionlora.training.loop import LoopConfig, Progress
+from visionlora.training.loop import LoopConfig, Progress, recent_loss
 from visionlora.training.settings import adapter_config
-
-RECENT = 50
-"""Steps over which a loss is averaged before it is told."""
 
 
 def ranks_of(config: TrainSDConfig, handle: Handle) -> str:
@@ -33,12 +30,6 @@ def ranks_of(config: TrainSDConfig, handle: Handle) -> str:
         return f"rank {config.rank}"
     ranks = list(handle.report.ranks.values())
     return f"ranks {min(ranks)} to {max(ranks)} on {len(ranks)} layers (auto)"
-
-
-def recent_loss(history: Sequence[Progress]) -> float:
-    """Mean loss over the last steps."""
-    last = history[-RECENT:]
-    return sum(p.loss for p in last) / max(1, len(last))
 
 
 def data_hash(folder: ImageFolder) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -103,6 +103,29 @@ def rate_at(step: int, config: LoopConfig) -> float:
     return config.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
 
 
+class NotFinite(TrainingError):
+    """A loss or gradient that is NaN or infinite; the weights are as before the step."""
+
+    def __init__(self, what: str, value: float, step: int, rate: float) -> None:
+        super().__init__(
+            f"The {what} became {value} at step {step}. The usual causes: a learning rate that is too high (now {rate:g}; try "
+            "a third of it), fp16 (try --precision bf16), or a picture that is not like the others."
+        )
+        self.value = value
+
+
+MOST_SKIPPED = 3
+"""Steps in a row that may be lost to values that are not finite."""
+RECENT = 50
+"""Steps over which a loss is averaged before it is told."""
+
+
+def recent_loss(history: Sequence[Progress]) -> float:
+    """Mean loss over the last steps, without those that were skipped."""
+    last = [p.loss for p in history[-RECENT:] if math.isfinite(p.loss)]
+    return sum(last) / len(last) if last else math.nan
+
+
 class StopTraining(Exception):
     """Raised by `on_step` when enough was learned: the run ends as if its steps were done."""
 
@@ -128,6 +151,8 @@ class Fit:
         self.ema = EMA(self.trained, ema_decay) if ema_decay is not None else None
         self.step = 0
         """Steps done."""
+        self.skipped = 0
+        """Steps in a row, up to now, that were lost."""
 
     @property
     def images_per_step(self) -> int:
@@ -139,16 +164,26 @@ class Fit:
         """Runs the steps that are left; `on_step` is called after each, and an exception it raises ends the run.
 
         Each step sees batch_size x gradient_accumulation pictures on every process; all processes draw the random numbers
-        of the whole step and take their share, so the curve is the same on one process and on several.
+        of the whole step and take their share, so the curve is the same on one process and on several. A step whose loss
+        or gradient is NaN or infinite changes nothing; its `Progress` has such a loss.
 
         Raises:
-            TrainingError: when the loss is NaN or infinite; the weights are those of the last good step.
+            TrainingError: when three steps in a row are so; the weights are those of the last good one.
         """
         self.model.train()
         first, spent = self.step, 0.0
         while self.step < self.config.steps:
             start = time.monotonic()
-            loss, norm = self.advance(task, rate_at(self.step, self.config))
+            try:
+                loss, norm = self.advance(task, rate_at(self.step, self.config))
+                self.skipped = 0
+            except NotFinite as e:
+                self.skipped += 1
+                if self.skipped == MOST_SKIPPED:
+                    raise
+                self.optimizer.zero_grad()
+                self.step += 1
+                loss, norm = e.value, math.nan
             spent += time.monotonic() - start  # what `on_step` draws and writes is not training
             seen = self.step * self.images_per_step
             speed = (self.step - first) * self.images_per_step / max(1e-9, spent)
@@ -183,11 +218,10 @@ class Fit:
             total += loss.detach().float()
         mean = float(accelerator.reduce(total, "mean"))
         if not math.isfinite(mean):
-            raise TrainingError(
-                f"The loss became {mean} at step {self.step + 1}. The usual causes: a learning rate that is too "
-                f"high (now {rate:g}; try a third of it) or fp16 (try --precision bf16)."
-            )
+            raise NotFinite("loss", mean, self.step + 1, rate)
         norm = accelerator.clip_grad_norm_(self.trained, config.max_grad_norm)
+        if accelerator.scaler is None and not math.isfinite(norm):  # a scaler of fp16 skips such steps by itself
+            raise NotFinite("gradient", float(norm), self.step + 1, rate)
         self.optimizer.step()
         self.step += 1
         self.learner.after_step(self.step, config.steps)
@@ -207,6 +241,7 @@ class Fit:
         scaler = self.accelerator.scaler
         return {
             "step": self.step,
+            "skipped": self.skipped,
             "learner": dict(self.learner.training_state()),
             "optimizer": self.optimizer.state_dict(),
             "ema": None if self.ema is None else self.ema.state(),
@@ -225,7 +260,7 @@ class Fit:
             self.ema.restore(state["ema"])
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.step = int(state["step"])
+        self.step, self.skipped = int(state["step"]), int(state["skipped"])
 
 
 def train(

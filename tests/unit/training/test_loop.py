@@ -1,5 +1,6 @@
 """The loop on a problem small enough to check by hand."""
 
+import math
 from itertools import pairwise
 
 import pytest
@@ -86,13 +87,44 @@ def test_a_short_run_is_not_all_warm_up() -> None:
     assert rate_at(1, replace(CONFIG, steps=10, warmup_steps=500)) == pytest.approx(0.1, rel=0.05)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_at_the_last_good_weights() -> None:
-    class Broken(Regression):
-        def losses(self, model: nn.Module, index: Tensor, generator: torch.Generator, part: slice) -> Tensor:
-            return super().losses(model, index, generator, part) * float("nan")
+class Broken(Regression):
+    """Its losses are not finite at some calls, counted from 0; or its gradients."""
 
-    with pytest.raises(TrainingError, match="The loss became nan at step 1"):
-        run(CONFIG, Broken())
+    def __init__(self, calls: tuple[int, ...], factor: float = float("nan")) -> None:
+        self.calls, self.factor, self.count = calls, factor, 0
+
+    def losses(self, model: nn.Module, index: Tensor, generator: torch.Generator, part: slice) -> Tensor:
+        found, self.count = super().losses(model, index, generator, part), self.count + 1
+        if self.count - 1 not in self.calls:
+            return found
+        if self.factor == 0:  # sqrt at zero: the value is fine, its gradient is not
+            return found + (model.weight.sum() * 0).sqrt()
+        return found * self.factor
+
+
+@pytest.mark.parametrize("factor", [float("nan"), float("inf"), 0.0])
+def test_a_step_that_is_not_finite_changes_nothing_and_training_goes_on(factor: float) -> None:
+    torch.manual_seed(0)
+    learner, weights, losses = Learner(nn.Linear(1, 1, bias=False)), [], []
+
+    def on_step(progress: Progress) -> None:
+        weights.append(learner.model.weight.item())
+        losses.append(progress.loss)
+
+    train(Accelerator(cpu=True), learner, Broken((3, 4, 9), factor), CONFIG, on_step)
+    assert weights[2] == weights[3] == weights[4] != weights[5] and weights[8] == weights[9] != weights[10]
+    assert len(losses) == CONFIG.steps
+    if factor:
+        assert [i for i, loss in enumerate(losses) if not math.isfinite(loss)] == [3, 4, 9]
+
+
+def test_three_in_a_row_stop_the_run_at_the_last_good_weights() -> None:
+    torch.manual_seed(0)
+    learner, weights = Learner(nn.Linear(1, 1, bias=False)), []
+    with pytest.raises(TrainingError, match=r"The loss became nan at step 8\. The usual causes: a learning rate"):
+        train(Accelerator(cpu=True), learner, Broken((5, 6, 7)), CONFIG,
+              lambda _: weights.append(learner.model.weight.item()))  # fmt: skip
+    assert learner.model.weight.item() == weights[4]
 
 
 def test_groups_keep_their_ratio_to_the_schedule_and_the_penalty_counts() -> None:
