@@ -7,6 +7,7 @@ Letters in shapes: n pictures, c classes.
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -35,7 +36,7 @@ from visionlora.report.resume import resumed_config
 from visionlora.report.runfolder import RunFolder, check_run_folder, default_run_folder, open_run_folder
 from visionlora.training.checkpoint import STATE_FILE, read_state, write_state
 from visionlora.training.learner import LayeredLearner, rates_by_depth
-from visionlora.training.loop import Fit, Progress, StopTraining, resolve_precision
+from visionlora.training.loop import Fit, Progress, StopTraining, recent_loss, resolve_precision
 from visionlora.training.rate import find_rate
 from visionlora.training.settings import adapter_config, automatic_ranks, loop_config
 from visionlora.vision.material import Material, class_weights, logits_of, targets_of
