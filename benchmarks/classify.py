@@ -43,6 +43,7 @@ SEEDS = (0, 1, 2)
 STYLES = Path(__file__).parents[1] / "assets" / "styles"
 LORA: dict[str, Any] = {"method": "lora", "rank": 6, "targets": "attn,mlp", "learning_rate": 0.012}
 DIGITS: dict[str, Any] = {"flip": False, "augment": "affine", "warmup_steps": 60, "precision": "bf16"}
+STYLE: dict[str, Any] = {"augment": "affine", "learning_rate": 0.006, "warmup_steps": 60, "precision": "bf16"}
 FILES = 50_000
 
 
@@ -107,7 +108,7 @@ def measure_digits() -> dict[str, Any]:
 def measure_styles() -> dict[str, Any]:
     """The styles."""
     with tempfile.TemporaryDirectory() as folder:
-        return compared(styles_folder(Path(folder) / "styles"), Path(folder), epochs=4.0, precision="bf16")
+        return compared(styles_folder(Path(folder) / "styles"), Path(folder), **STYLE, epochs=12.0)
 
 
 def measure_rank() -> dict[str, Any]:

@@ -22,7 +22,7 @@ from visionlora.formats.inspection import weights_file
 from visionlora.loaders import add_tokens, check_base, load_adapter
 from visionlora.lora.adapter import Adapter
 from visionlora.mixing.mix import Mix, attach
-from visionlora.mixing.scales import Scale
+from visionlora.mixing.scales import scale_from
 from visionlora.models.base import BaseModel, open_base
 
 Progress = Callable[[int, int], None]
@@ -244,7 +244,7 @@ def mixed(pipe: Any, recipe: Recipe, adapters: dict[str, Adapter], allow_partial
         pipe,
         {use.name: adapters[use.path] for use in recipe.loras},
         allow_partial=allow_partial,
-        scales={use.name: Scale(use.scale, dict(use.blocks)) for use in recipe.loras},
+        scales={use.name: scale_from(use.scale, use.blocks) for use in recipe.loras},
         compose=recipe.compose,
         **recipe.compose_options,
     )

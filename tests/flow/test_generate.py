@@ -45,6 +45,12 @@ CASES = {
         "--lora",
         "{loras}/ink.safetensors:0.4",
     ),
+    "by step": (
+        "--lora",
+        "{loras}/dog.safetensors:0.7@start=0.5,up=2",
+        "--lora",
+        "{loras}/ink.safetensors@first=1,last=0.2",
+    ),
     "switch": ("--lora", "{loras}/dog.safetensors", "--lora", "{loras}/ink.safetensors", "--compose", "switch:tau=1"),
     "composite": ("--lora", "{loras}/dog.safetensors", "--lora", "{loras}/ink.safetensors", "--compose", "composite"),
     "regions": (

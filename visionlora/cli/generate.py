@@ -24,7 +24,10 @@ Prompt = Annotated[
 ]
 Lora = Annotated[
     Optional[list[str]],  # noqa: UP045
-    typer.Option(help="An adapter, path[:scale][@block=factor,…] such as dog:0.8@up=1.2,mid=0; repeat for more."),
+    typer.Option(
+        help="An adapter, path[:scale][@block=factor,…] such as dog:0.8@up=1.2,mid=0; start=0.3 (and end=0.9) acts from there "
+        "on alone, first=1,last=0 fades; repeat for more."
+    ),
 ]
 LoraFolder = Annotated[Path, typer.Option(help="Where <lora:name> looks for files.")]
 Model = Annotated[str, typer.Option(help="Base model; auto takes the one that the first adapter names.")]

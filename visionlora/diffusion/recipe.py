@@ -43,6 +43,7 @@ class LoraUse:
     path: str
     scale: float = 1.0
     blocks: Mapping[str, float] = field(default_factory=dict)
+    """Factors by block, and over the steps; see `visionlora.mixing.scales.scale_from`."""
     hash: str = ""
     """AutoV3 of the file: SHA-256 of its tensors."""
 

@@ -113,6 +113,34 @@ class Scale:
         return self.strength * factor
 
 
+def scale_from(strength: float, words: Mapping[str, float]) -> Scale:
+    """A scale from `name=number` words: factors of blocks, and over the steps either `start` and `end` (full strength from one
+    moment to another, 0 to 1 of the sampling) or `first` and `last` (from one factor to another, evenly).
+
+    Raises:
+        ConfigError: when both are given, or the moments are not in order.
+
+    >>> scale_from(0.8, {"up": 1.2, "start": 0.5}).steps
+    Window(start=0.5, end=1.0)
+    """
+    window = {k: float(words[k]) for k in ("start", "end") if k in words}
+    ramp = {k: float(words[k]) for k in ("first", "last") if k in words}
+    if window and ramp:
+        raise ConfigError("start and end cut the steps, first and last ramp over them: give one of both.")
+    blocks = {k: v for k, v in words.items() if k not in (*window, *ramp)}
+    steps: Window | Ramp | None = None
+    if window:
+        steps = Window(**window)
+        if not 0 <= steps.start <= steps.end <= 1:
+            raise ConfigError(
+                f"An adapter acts from {steps.start:g} to {steps.end:g} of the sampling; both must be between 0 and 1, and the "
+                "first the smaller."
+            )
+    elif ramp:
+        steps = Ramp(ramp.get("first", 1.0), ramp.get("last", 1.0))
+    return Scale(strength, blocks, steps)
+
+
 def as_scale(value: Any) -> Scale:
     """A number, factors by block, an A1111 list or a `Scale` as a `Scale`."""
     if isinstance(value, Scale):
