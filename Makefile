@@ -61,7 +61,7 @@ assets: $(STAMP)  ## rebuild the picture sets and the embedded model (needs npm;
 	$(BIN)/python -m visionlora.assets.build_emoji_vit train --pictures build/pictures.npz --work build
 	$(BIN)/python benchmarks/prompt_fidelity.py
 	$(BIN)/python benchmarks/style_transfer.py --save
-	$(BIN)/visionlora classify --images assets/styles --config emoji_vit_classes --epochs 6 --output build/style-classifier
+	$(BIN)/visionlora classify --images assets/styles --method linear-probe --steps 1 --baselines none --output build/style-classifier
 	mkdir -p assets/adapters/style-classifier
 	cp build/style-classifier/adapter.safetensors build/style-classifier/README.md assets/adapters/style-classifier/
 	$(BIN)/python benchmarks/write_tables.py

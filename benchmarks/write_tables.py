@@ -232,6 +232,9 @@ def classify_text() -> str:
     p, i, rank = r["predict"], r["index"], r["rank"]
     lines += [
         "",
+        "The best moment is chosen on validation pictures, and the untrained start (the linear probe) is one of the moments: "
+        "where neither adapter nor full fine-tuning gets better on them, all three are the probe, as for the styles.",
+        "",
         f"- `predict`, adapter merged: {p['one_over_bare']:.2f} x the time of the bare timm model with one adapter attached, "
         f"{p['eight_over_bare']:.2f} x with eight; a batch of {p['batch']} pictures that asks for all eight "
         f"{p['mixed_batch_over_bare']:.2f} x; switching tasks {p['switch_ms']:.1f} ms.",
