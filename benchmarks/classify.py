@@ -4,6 +4,7 @@
     python benchmarks/classify.py digits predict    some of it
 
     digits    scikit-learn's digits, 1,797 scans that nobody here made; half of them, the same for every seed, are the test
+    digits-auto  the digits with rank auto, at the same number of parameters
     styles    in which of four styles an emoji is drawn; the test holds concepts that were never seen in any style
     rank      rank auto against one rank everywhere at equal parameters, on the digits
     retrieval how often the nearest picture of the base style is that of the same emoji, for concepts never seen
@@ -76,12 +77,14 @@ def styles_folder(root: Path) -> Path:
     return root
 
 
-def compared(images: Path, work: Path, **settings: Any) -> dict[str, Any]:
+def compared(
+    images: Path, work: Path, baselines: tuple[str, ...] = ("probe", "full"), **settings: Any
+) -> dict[str, Any]:
     """Adapter, linear probe and full fine-tuning for every seed."""
     runs: list[ClassifyResult] = []
     for seed in SEEDS:
         config = ClassifyConfig(
-            images=str(images), output=str(work / f"seed-{seed}"), seed=seed, baselines=("probe", "full"),
+            images=str(images), output=str(work / f"seed-{seed}"), seed=seed, baselines=baselines,
             **{**LORA, **settings},
         )  # fmt: skip
         runs.append(classify(config))
@@ -105,6 +108,15 @@ def measure_digits() -> dict[str, Any]:
     """The digits."""
     with tempfile.TemporaryDirectory() as folder:
         return compared(digits_folder(Path(folder) / "digits"), Path(folder), **DIGITS, epochs=40.0)
+
+
+def measure_digits_auto() -> dict[str, Any]:
+    """The digits with ranks measured on them, at the parameters of the uniform rank."""
+    with tempfile.TemporaryDirectory() as folder:
+        return compared(
+            digits_folder(Path(folder) / "digits"), Path(folder), ("none",), **DIGITS, epochs=40.0, rank="auto",
+            rank_budget=str(LORA["rank"]),
+        )  # fmt: skip
 
 
 def measure_styles() -> dict[str, Any]:
@@ -231,6 +243,7 @@ def measure_index() -> dict[str, Any]:
 
 PARTS: dict[str, Callable[[], dict[str, Any]]] = {
     "digits": measure_digits,
+    "digits-auto": measure_digits_auto,
     "styles": measure_styles,
     "rank": measure_rank,
     "retrieval": measure_retrieval,

@@ -191,11 +191,13 @@ def formats_text() -> str:
     )
 
 
-def classify_row(title: str, r: dict[str, Any]) -> str:
-    """One data set: adapter, probe and full fine-tuning."""
+def classify_row(title: str, r: dict[str, Any], automatic: dict[str, Any] | None = None) -> str:
+    """One data set: adapter, with ranks measured, probe and full fine-tuning."""
     cells = [title, f"{r['test_pictures']:,}"]
-    for name in ("lora", "linear-probe", "full"):
-        e = r[name]
+    for e in (r["lora"], automatic and automatic["lora"], r["linear-probe"], r["full"]):
+        if e is None:
+            cells.append("–")
+            continue
         share = "the head" if not e["trained_share"] else percent_of(e["trained_share"])
         cells.append(f"{100 * e['mean']:.1f} ± {100 * e['spread']:.1f} ({share}, {e['file_bytes'] / 2**20:.1f} MiB)")
     return "| " + " | ".join(cells) + " |"
@@ -223,10 +225,10 @@ def classify_text() -> str:
     """The classifier."""
     r = results("classify")
     lines = [
-        "| top-1, mean ± spread of 3 seeds (trained share of the backbone, file) | test pictures | LoRA | linear probe | "
-        "full fine-tuning |",
-        "|---|---|---|---|---|",
-        classify_row("scikit-learn's digits, half of them", r["digits"]),
+        "| top-1, mean ± spread of 3 seeds (trained share of the backbone, file) | test pictures | LoRA | LoRA, rank auto | "
+        "linear probe | full fine-tuning |",
+        "|---|---|---|---|---|---|",
+        classify_row("scikit-learn's digits, half of them", r["digits"], r["digits-auto"]),
         classify_row("style of an emoji (4), concepts never seen", r["styles"]),
     ]
     p, i, rank = r["predict"], r["index"], r["rank"]
