@@ -31,7 +31,7 @@ from visionlora.report.runfolder import RunFolder, check_run_folder, default_run
 from visionlora.report.samples import SampleSheet, sample_moments
 from visionlora.report.sd_run import data_hash, header, public_metadata, report
 from visionlora.training.checkpoint import STATE_FILE, read_state, write_state
-from visionlora.training.loop import Fit, Progress, StopTraining, recent_loss, resolve_precision
+from visionlora.training.loop import Fit, Progress, StopTraining, new_accelerator, recent_loss
 from visionlora.training.settings import adapter_config, automatic_ranks, loop_config
 
 
@@ -55,7 +55,7 @@ def train_sd(config: TrainSDConfig, listener: Listener | None = None) -> RunResu
         KeyboardInterrupt: after adapter and state were saved under `checkpoints/`, from which `resume` goes on.
     """
     started = time.monotonic()
-    from accelerate import Accelerator, PartialState
+    from accelerate import PartialState
 
     tell = (listener or Listener()) if PartialState().is_main_process else Listener()
 
@@ -87,7 +87,7 @@ def train_sd(config: TrainSDConfig, listener: Listener | None = None) -> RunResu
     loop = loop_config(config)
     size = config.resolution or base.resolution
     base.check_resolution(size)
-    accelerator = Accelerator(mixed_precision=resolve_precision(config.precision, PartialState().device))
+    accelerator = new_accelerator(config.precision)
     for part in (base.pipe.unet, base.pipe.vae, base.pipe.text_encoder):
         part.to(accelerator.device)
     fingerprints = base.fingerprints()

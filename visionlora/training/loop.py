@@ -94,6 +94,20 @@ def resolve_precision(precision: str, device: torch.device) -> str:
     return {"fp32": "no"}.get(precision, precision)
 
 
+def new_accelerator(precision: str) -> Any:
+    """An `accelerate.Accelerator`, also when the last run of this process had another precision.
+
+    Raises:
+        ConfigError: see `resolve_precision`.
+    """
+    from accelerate import Accelerator, PartialState
+    from accelerate.state import AcceleratorState
+
+    mixed_precision = resolve_precision(precision, PartialState().device)
+    AcceleratorState._reset_state()  # it remembers the first precision; the processes' own state is left alone
+    return Accelerator(mixed_precision=mixed_precision)
+
+
 def rate_at(step: int, config: LoopConfig) -> float:
     """Learning rate of a step (counted from 0): linear warm-up, then a cosine to zero."""
     warmup = min(config.warmup_steps, max(1, config.steps // 10))

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from visionlora.errors import ConfigError, TrainingError
-from visionlora.training.loop import LoopConfig, Progress, rate_at, resolve_precision, train
+from visionlora.training.loop import LoopConfig, Progress, new_accelerator, rate_at, resolve_precision, train
 
 CONFIG = LoopConfig(steps=20, batch_size=2, gradient_accumulation=1, learning_rate=0.1, warmup_steps=2,
                     weight_decay=0.0, max_grad_norm=1.0, seed=0)  # fmt: skip
@@ -154,3 +154,8 @@ def test_precision_on_a_cpu(given: str, expected: str) -> None:
 def test_fp16_on_a_cpu_is_refused() -> None:
     with pytest.raises(ConfigError, match="precision is 'fp16', but training runs on the CPU"):
         resolve_precision("fp16", torch.device("cpu"))
+
+
+def test_one_process_may_train_in_one_precision_after_another() -> None:
+    kinds = [new_accelerator(precision).mixed_precision for precision in ("fp32", "bf16", "fp32")]
+    assert kinds == ["no", "bf16", "no"]
