@@ -337,7 +337,9 @@ def write_card(run: RunFolder, material: Material, finished: Sequence[Finished],
         "Classes": f"{len(material.data.classes)}: {', '.join(material.data.classes[:20])}"
         + (" …" if len(material.data.classes) > 20 else ""),
         "Pictures": ", ".join(f"{len(getattr(material.splits, side))} {side}" for side in SIDES),
-        "Method": f"{config.method}, rank {config.rank}, targets {config.targets}",
+        "Method": f"{config.method}, rank {config.rank}, targets {config.targets}"
+        if config.method not in ("full", "linear-probe")
+        else config.method,
         "Trained parameters": f"{own.contender.trained_parameters:,} and the head",
         "Best moment": f"step {own.step} of {config.steps}",
         **{f"{key} ({material.looked_at_side})": f"{value:.4f}" for key, value in figures.items()},
