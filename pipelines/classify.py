@@ -36,7 +36,7 @@ from visionlora.report.resume import resumed_config
 from visionlora.report.runfolder import RunFolder, check_run_folder, default_run_folder, open_run_folder
 from visionlora.training.checkpoint import STATE_FILE, read_state, write_state
 from visionlora.training.learner import LayeredLearner, rates_by_depth
-from visionlora.training.loop import Fit, Progress, StopTraining, new_accelerator, recent_loss
+from visionlora.training.loop import Fit, Progress, StopTraining, new_accelerator, process_state, recent_loss
 from visionlora.training.rate import find_rate
 from visionlora.training.settings import adapter_config, automatic_ranks, loop_config
 from visionlora.vision.material import Material, class_weights, logits_of, targets_of
@@ -75,9 +75,7 @@ def classify(config: ClassifyConfig, listener: Listener | None = None) -> Classi
         KeyboardInterrupt: after a checkpoint was saved, from which `resume` goes on.
     """
     started = time.monotonic()
-    from accelerate import PartialState
-
-    main = PartialState().is_main_process
+    main = process_state().is_main_process
     tell = (listener or Listener()) if main else Listener()
     target = target_of(config)
     if config.resume is None:

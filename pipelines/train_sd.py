@@ -31,7 +31,7 @@ from visionlora.report.runfolder import RunFolder, check_run_folder, default_run
 from visionlora.report.samples import SampleSheet, sample_moments
 from visionlora.report.sd_run import data_hash, header, public_metadata, report
 from visionlora.training.checkpoint import STATE_FILE, read_state, write_state
-from visionlora.training.loop import Fit, Progress, StopTraining, new_accelerator, recent_loss
+from visionlora.training.loop import Fit, Progress, StopTraining, new_accelerator, process_state, recent_loss
 from visionlora.training.settings import adapter_config, automatic_ranks, loop_config
 
 
@@ -55,9 +55,7 @@ def train_sd(config: TrainSDConfig, listener: Listener | None = None) -> RunResu
         KeyboardInterrupt: after adapter and state were saved under `checkpoints/`, from which `resume` goes on.
     """
     started = time.monotonic()
-    from accelerate import PartialState
-
-    tell = (listener or Listener()) if PartialState().is_main_process else Listener()
+    tell = (listener or Listener()) if process_state().is_main_process else Listener()
 
     # Pictures and output folder
     if config.resume is None:

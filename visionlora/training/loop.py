@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -94,16 +95,27 @@ def resolve_precision(precision: str, device: torch.device) -> str:
     return {"fp32": "no"}.get(precision, precision)
 
 
+def process_state() -> Any:
+    """What this process is among those of a run: an `accelerate.PartialState`.
+
+    On a machine without a GPU accelerate must be told so, or several processes each take themselves for the only one.
+    """
+    from accelerate import PartialState
+
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return PartialState(cpu=several and not torch.cuda.is_available())
+
+
 def new_accelerator(precision: str) -> Any:
     """An `accelerate.Accelerator`, also when the last run of this process had another precision.
 
     Raises:
         ConfigError: see `resolve_precision`.
     """
-    from accelerate import Accelerator, PartialState
+    from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
-    mixed_precision = resolve_precision(precision, PartialState().device)
+    mixed_precision = resolve_precision(precision, process_state().device)
     AcceleratorState._reset_state()  # it remembers the first precision; the processes' own state is left alone
     return Accelerator(mixed_precision=mixed_precision)
 
