@@ -232,10 +232,12 @@ def classify_text() -> str:
         classify_row("style of an emoji (4), concepts never seen", r["styles"]),
     ]
     p, i, rank = r["predict"], r["index"], r["rank"]
+    styles = [r["styles"][name] for name in ("lora", "linear-probe", "full")]
     lines += [
         "",
         "The best moment is chosen on validation pictures, and the untrained start (the linear probe) is one of the moments: "
-        "where neither adapter nor full fine-tuning gets better on them, all three are the probe, as for the styles.",
+        "where neither adapter nor full fine-tuning gets better on them, all three are the probe"
+        + (", as for the styles." if len({tuple(e["top1"]) for e in styles}) == 1 else "."),
         "",
         f"- `predict`, adapter merged: {p['one_over_bare']:.2f} x the time of the bare timm model with one adapter attached, "
         f"{p['eight_over_bare']:.2f} x with eight; a batch of {p['batch']} pictures that asks for all eight "

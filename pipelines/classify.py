@@ -22,7 +22,7 @@ from visionlora.data.cache import default_cache_folder
 from visionlora.data.classes import read_labelled
 from visionlora.data.decoded import check_pictures
 from visionlora.data.splits import linked, split
-from visionlora.errors import ConfigError, DataError
+from visionlora.errors import DataError
 from visionlora.formats import native
 from visionlora.lora.adapter import Adapter
 from visionlora.lora.config import AdapterConfig
@@ -32,11 +32,12 @@ from visionlora.report.classify_page import Contender
 from visionlora.report.classify_run import Finished, header, overlay_sheet, report
 from visionlora.report.curves import draw_curves
 from visionlora.report.listener import Listener, bars
+from visionlora.report.logbook import Logbook
 from visionlora.report.resume import resumed_config
 from visionlora.report.runfolder import RunFolder, check_run_folder, default_run_folder, open_run_folder
-from visionlora.training.checkpoint import STATE_FILE, read_state, write_state
+from visionlora.training.checkpoint import STATE_FILE, read_state
 from visionlora.training.learner import LayeredLearner, rates_by_depth
-from visionlora.training.loop import Fit, Progress, StopTraining, new_accelerator, process_state, recent_loss
+from visionlora.training.loop import Fit, Progress, StopTraining, new_accelerator, process_state
 from visionlora.training.rate import find_rate
 from visionlora.training.settings import adapter_config, automatic_ranks, loop_config
 from visionlora.vision.material import Material, class_weights, logits_of, targets_of
@@ -136,7 +137,9 @@ def classify(config: ClassifyConfig, listener: Listener | None = None) -> Classi
         new_head(material, probe)
         head = inject(backbone.model, alone)
         fixed = Fitting(material, head, accelerator, None, tell, about(alone))
-        finished.append(fixed.finished(run.path / "baselines" / "probe.safetensors", steps=0, before=probe_seconds))
+        finished.append(
+            fixed.finished(run.path / "baselines" / "probe.safetensors", trained=False, before=probe_seconds)
+        )
         head.eject()
     if "full" in config.baselines and config.method != "full":
         finished.append(full_fine_tuning(material, start, accelerator, run, tell, about))
@@ -241,12 +244,10 @@ def linear_probe(material: Material) -> tuple[Probe, float]:
     """A head fitted to the features of the untouched backbone, and the seconds it took."""
     started = time.monotonic()
     material.backbone.set_head(nn.Identity())
-    features = logits_of(material, material.every)
-    objective = dataclasses.replace(material.objective, focal_gamma=0.0)
-    train, chosen_by = list(material.splits.train), list(material.chosen_by)
+    train, val = (logits_of(material, side) for side in (material.splits.train, material.chosen_by))
     probe = fit_probe(
-        features[train], material.targets[train], objective,
-        lambda logits: material.selected(material.measured(logits(features[chosen_by]), material.chosen_by)),
+        train, material.targets[list(material.splits.train)], dataclasses.replace(material.objective, focal_gamma=0.0),
+        lambda logits: material.selected(material.measured(logits(val), material.chosen_by)),
     )  # fmt: skip
     return probe, time.monotonic() - started
 
@@ -291,13 +292,16 @@ class Fitting:
     """Where metrics and checkpoints go; a baseline keeps none."""
     tell: Listener
     header: Header
-    history: list[Progress] = field(default_factory=list)
     evaluations: list[tuple[int, float, float]] = field(default_factory=list)
     """(step, score, loss) on the validation pictures."""
     best: tuple[int, tuple[float, float], dict[str, torch.Tensor]] | None = None
     """Step, (score, negative loss) and values at the best moment: of equal scores the lower loss counts."""
 
     def __post_init__(self) -> None:
+        self.prepare()
+
+    def prepare(self) -> None:
+        """The loop with the settings as they are now."""
         config = self.material.config
         if config.learning_rate is None:  # the search for one starts from any
             config = dataclasses.replace(config, find_rate=False, learning_rate=1.0, head_learning_rate=1.0)
@@ -308,14 +312,15 @@ class Fitting:
             backbone.depth_of, max(depths, default=-1) + 1, config.layer_decay, backbone.head, head / rate
         )
         self.fit = Fit(self.accelerator, LayeredLearner(self.handle, rate_of), loop_config(config), config.ema_decay)
+        self.log = Logbook(self.fit, self.written, self.tell, self.material.data_hash)
 
     @property
-    def main(self) -> bool:
-        """Whether this process writes."""
-        return bool(self.accelerator.is_main_process) and self.run is not None
+    def written(self) -> RunFolder | None:
+        """The run folder, for the process that writes."""
+        return self.run if self.accelerator.is_main_process else None
 
     def find_rate(self) -> None:
-        """Sweeps the learning rate and takes what it finds; the head keeps its proportion."""
+        """Sweeps the learning rate and takes what it finds; the head learns at the same."""
         sweep = find_rate(
             self.fit, self.material.task,
             on_step=lambda done, total: self.tell.progress("Finding the rate", done, total),
@@ -325,14 +330,14 @@ class Fitting:
             self.material.config, learning_rate=sweep.rate, head_learning_rate=sweep.rate, find_rate=False
         )
         self.material = dataclasses.replace(self.material, config=config)
-        self.__post_init__()
-        if self.main and self.run is not None:
-            points = [(torch.tensor(r).log10().item(), loss) for r, loss in sweep.points]
+        self.prepare()
+        if (run := self.written) is not None:
+            points = [(math.log10(rate), loss) for rate, loss in sweep.points]
             draw_curves(
-                self.run.path / "rate.png", {"loss": points}, xlabel="learning rate, power of ten", ylabel="loss",
+                run.path / "rate.png", {"loss": points}, xlabel="learning rate, power of ten", ylabel="loss",
                 title=f"Taken: {sweep.rate:.1e}",
             )  # fmt: skip
-            self.run.write_text("config.yaml", to_yaml(dataclasses.replace(config, output=None, resume=None)))
+            run.write_text("config.yaml", to_yaml(dataclasses.replace(config, output=None, resume=None)))
 
     def evaluate(self, step: int) -> None:
         """Looks at the validation pictures; the best moment so far is kept."""
@@ -341,66 +346,66 @@ class Fitting:
             found = material.measured(logits_of(material, material.chosen_by, self.accelerator), material.chosen_by)
             value = material.selected(found), -found.loss
             self.evaluations.append((step, value[0], found.loss))
-            # What AdaLoRA has not pruned yet does not count.
-            early = material.config.method == "adalora" and step < self.fit.config.steps
-            if self.best is None or value > self.best[1] or (early and step > self.best[0]):
-                state = {n: t.clone() for n, t in self.handle.training_state().items()}
-                self.best = (step, value, state)
+            latest = material.config.method == "adalora"  # pruned to its budget in the end alone
+            if self.best is None or latest or value > self.best[1]:
+                self.best = (step, value, {n: t.clone() for n, t in self.handle.training_state().items()})
 
     def moments(self) -> set[int]:
         """Steps after which the validation pictures are looked at."""
         steps, count = self.fit.config.steps, min(self.material.config.evaluations, self.fit.config.steps)
         return {round(steps * (k + 1) / count) for k in range(count)}
 
+    @property
+    def enough(self) -> bool:
+        """Whether patience is at its end."""
+        patience = self.material.config.patience
+        if patience is None or self.best is None:
+            return False
+        return sum(step > self.best[0] for step, _, _ in self.evaluations) >= patience
+
     def train(self) -> None:
         """Runs the loop to its end, or until nothing gets better."""
-        steps, moments, patience = self.fit.config.steps, self.moments(), self.material.config.patience
+        moments, select = self.moments(), self.material.config.select_by
         if not self.evaluations:
             self.evaluate(0)
+            self.checkpoint()
 
         def on_step(progress: Progress) -> None:
-            self.history.append(progress)
-            if self.main and self.run is not None:
-                self.run.append_jsonl("metrics.jsonl", dataclasses.asdict(progress))
             if progress.step in moments:
                 self.evaluate(progress.step)
+            score = abs(self.evaluations[-1][1])  # a loss counts negative
+            self.log.add(progress, f"Training {self.material.config.method}", f"{select} {score:.3f}")
+            if progress.step in moments:
                 self.checkpoint()
-            if not math.isfinite(progress.loss):
-                self.tell.say(f"Step {progress.step} was skipped: its loss or gradient was not finite.")
-            value = abs(self.evaluations[-1][1])  # a loss counts negative
-            detail = f"loss {recent_loss(self.history):.3f}  {self.material.config.select_by} {value:.3f}"
-            self.tell.progress(f"Training {self.material.config.method}", progress.step, steps, detail)
-            since = sum(step > self.best[0] for step, _, _ in self.evaluations) if self.best is not None else 0
-            if patience is not None and self.best is not None and since >= patience:
-                self.tell.say(f"Stopped at step {progress.step}: no better since step {self.best[0]}.")
+            if self.enough:
                 raise StopTraining
 
         try:
-            self.fit.run(self.material.task, on_step)
+            if not self.enough:  # a run that was cut off after it had stopped
+                self.fit.run(self.material.task, on_step)
         except KeyboardInterrupt:
-            if self.main and self.history and self.run is not None:
+            if self.log.history and (run := self.written) is not None:
                 self.checkpoint()
                 self.tell.say(
-                    f"Interrupted at step {self.fit.step} of {steps}. Go on with: "
-                    f"visionlora classify --resume {self.run.path}"
+                    f"Interrupted at step {self.fit.step} of {self.fit.config.steps}. Go on with: "
+                    f"visionlora classify --resume {run.path}"
                 )
             raise
+        if self.enough and self.best is not None:
+            self.tell.say(f"Stopped at step {self.fit.step}: no better since step {self.best[0]}.")
 
     # -------------------------------------------------------------------------------------------------- checkpoints
 
     def checkpoint(self) -> None:
         """Writes all that the run needs to go on."""
-        if not self.main or self.run is None or self.best is None:
-            return
+        assert self.best is not None
         step, value, state = self.best
-        kept = {
-            "fit": self.fit.state(),
-            "history": [dataclasses.asdict(p) for p in self.history],
-            "evaluations": [list(e) for e in self.evaluations],
-            "best": {"step": step, "value": list(value), "state": state},
-            "data": self.material.data_hash,
-        }
-        write_state(self.run.checkpoints / STATE_FILE, kept)
+        self.log.checkpoint(
+            {
+                "evaluations": [list(e) for e in self.evaluations],
+                "best": {"step": step, "value": list(value), "state": state},
+            }
+        )
 
     def restore(self, kept: dict[str, Any]) -> None:
         """Goes on from a checkpoint.
@@ -408,36 +413,27 @@ class Fitting:
         Raises:
             ConfigError: when the pictures are not those of the run.
         """
-        if kept["data"] != self.material.data_hash:
-            raise ConfigError(
-                "The pictures have changed since this run was cut off, so it cannot go on with them. Restore them, or start "
-                "a new run."
-            )
-        self.fit.restore(kept["fit"])
-        self.history = [Progress(**p) for p in kept["history"]]
+        self.log.restore(kept)
         self.evaluations = [(int(s), float(v), float(loss)) for s, v, loss in kept["evaluations"]]
         best = kept["best"]
         self.best = (int(best["step"]), (float(best["value"][0]), float(best["value"][1])), dict(best["state"]))
-        self.tell.say(f"Going on at step {self.fit.step} of {self.fit.config.steps}.")
-        if self.main and self.run is not None:
-            self.run.write_jsonl("metrics.jsonl", [dataclasses.asdict(p) for p in self.history])
 
     # ---------------------------------------------------------------------------------------------------------- end
 
-    def finished(self, path: Path, steps: int | None = None, before: float = 0.0) -> Finished:
-        """Trains (unless `steps` is 0), goes back to the best moment, calibrates, tests once and writes the adapter.
+    def finished(self, path: Path, trained: bool = True, before: float = 0.0) -> Finished:
+        """Trains, goes back to the best moment, calibrates, tests once and writes the adapter.
 
         Args:
             path: of the adapter file.
-            steps: 0 for a head that is fitted already.
+            trained: False for a head that is fitted already.
             before: seconds that were spent on it already.
         """
         started = time.monotonic()
-        if steps is None:
+        if trained:
             self.train()
         else:
             self.evaluate(0)
-        assert self.best is not None
+        assert self.best is not None and self.handle.config is not None
         step, (value, _), state = self.best
         self.handle.load_training_state(state)
         material = self.material
@@ -447,12 +443,12 @@ class Fitting:
         logits = logits_of(material, material.looked_at, self.accelerator)
         if self.accelerator.is_main_process:
             path.parent.mkdir(parents=True, exist_ok=True)
-            native.write(Adapter(self.handle.modules("model"), self.header(self.material, step, temperature)), path)
-        explained = overlay_sheet(material, logits) if self.main else None
+            native.write(Adapter(self.handle.modules("model"), self.header(material, step, temperature)), path)
+        explained = overlay_sheet(material, logits) if self.written is not None else None
         self.accelerator.wait_for_everyone()
         head = sum(p.numel() for n, p in material.backbone.model.named_parameters() if n in self.head_names)
         contender = Contender(
-            material.config.method if steps is None else "linear-probe",
+            self.handle.config.method,
             self.handle.report.trained_parameters - head,
             material.backbone.parameters,
             value,
@@ -461,7 +457,7 @@ class Fitting:
             path.stat().st_size if path.is_file() else None,
         )
         return Finished(
-            contender, path, logits, temperature, step, tuple(self.history), tuple(self.evaluations), explained
+            contender, path, logits, temperature, step, tuple(self.log.history), tuple(self.evaluations), explained
         )
 
     @property

@@ -6,7 +6,6 @@ Each is opened again after it was written, and its answers are compared with tho
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,8 @@ from visionlora.lora.merge import bake
 from visionlora.models.vision import VisionModel, as_logits, open_backbone
 
 TARGETS = ("timm", "transformers", "state-dict", "peft", "onnx")
+FOLDERS = ("timm", "transformers", "peft")
+"""Those of them that are folders, in which other files are left alone."""
 CHECKED = 4
 """Pictures of noise on which answers are compared."""
 TOLERANCE = 1e-3
@@ -67,6 +68,9 @@ def export(
         raise ConfigError(f"There is no export to {to!r}. {nearest(to, TARGETS)}")
     path = Path(output).expanduser()
     check_new(path, overwrite)
+    if path.exists() and path.is_dir() != (to in FOLDERS):
+        there, needed = ("folder", "file") if path.is_dir() else ("file", "folder")
+        raise ConfigError(f"{path} is a {there}, and {to} is written to a {needed}: name another output.")
     loaded = load_adapter(adapter)
     base = loaded.info.get("base", {})
     backbone = open_backbone(model or str(base.get("id", "auto")), base.get("weights") if model is None else None)
@@ -130,13 +134,6 @@ def difference(model: nn.Module, x: Tensor, wanted: Tensor) -> float:
     return float((as_logits(model.eval()(x)) - wanted).abs().max())
 
 
-def fresh_folder(path: Path) -> None:
-    """An empty folder in place of what is there."""
-    if path.is_dir():
-        shutil.rmtree(path)
-    path.mkdir(parents=True)
-
-
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
     """Every parameter and buffer, each in memory of its own."""
     return {n: t.detach().clone().contiguous() for n, t in model.state_dict().items()}
@@ -146,7 +143,7 @@ def to_timm(backbone: VisionModel, task: ClassTask, path: Path, x: Tensor, wante
     """A folder for `timm.create_model("local-dir:…", pretrained=True)`."""
     import timm
 
-    fresh_folder(path)
+    path.mkdir(parents=True, exist_ok=True)
     replace_file(path / "model.safetensors", save_tensors(weights_of(backbone.model), {"format": "pt"}))
     model, p = cast(Any, backbone.model), task.preprocessing
     given = dict(model.pretrained_cfg)
@@ -164,7 +161,7 @@ def to_timm(backbone: VisionModel, task: ClassTask, path: Path, x: Tensor, wante
     }  # fmt: skip
     if arguments := model_arguments(backbone):
         config["model_args"] = arguments
-    (path / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    replace_file(path / "config.json", (json.dumps(config, indent=2) + "\n").encode())
     again = timm.create_model(f"local-dir:{path}", pretrained=True)
     return Exported(path, difference(again, x, wanted), f'timm.create_model("local-dir:{path}", pretrained=True)')
 
@@ -181,7 +178,7 @@ def to_transformers(backbone: VisionModel, task: ClassTask, path: Path, x: Tenso
     """A folder for `AutoModelForImageClassification.from_pretrained`, with an image processor."""
     from transformers import AutoModelForImageClassification, ViTImageProcessor
 
-    fresh_folder(path)
+    path.mkdir(parents=True, exist_ok=True)
     model, p = cast(Any, backbone.model), task.preprocessing
     names = dict(enumerate(task.classes))
     model.config.id2label, model.config.label2id = names, {n: i for i, n in names.items()}

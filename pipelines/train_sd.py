@@ -6,7 +6,6 @@ The whole of `visionlora train-sd`, one stage after the other; each stage hands 
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 import time
 from collections.abc import Callable
@@ -20,17 +19,18 @@ from visionlora.diffusion.encode import cut_captions, encode_dataset
 from visionlora.diffusion.sampling import SamplingConfig
 from visionlora.diffusion.task import DenoisingTask
 from visionlora.diffusion.validation import Evaluation, Validation, hold_out, verdict
-from visionlora.errors import ConfigError, DataError
+from visionlora.errors import DataError
 from visionlora.formats import native
 from visionlora.lora.adapter import Adapter
 from visionlora.lora.inject import Handle, check_targets, inject
 from visionlora.models.base import open_base
 from visionlora.report.listener import Listener, bars
+from visionlora.report.logbook import Logbook
 from visionlora.report.resume import resumed_config
 from visionlora.report.runfolder import RunFolder, check_run_folder, default_run_folder, open_run_folder
 from visionlora.report.samples import SampleSheet, sample_moments
 from visionlora.report.sd_run import data_hash, header, public_metadata, report
-from visionlora.training.checkpoint import STATE_FILE, read_state, write_state
+from visionlora.training.checkpoint import STATE_FILE, read_state
 from visionlora.training.loop import Fit, Progress, StopTraining, new_accelerator, process_state, recent_loss
 from visionlora.training.settings import adapter_config, automatic_ranks, loop_config
 
@@ -167,7 +167,6 @@ class Fitting:
     """Tells the pictures and captions."""
     validation: Validation | None = None
     """Pictures that are not trained on."""
-    history: list[Progress] = field(default_factory=list)
     evaluations: list[Evaluation] = field(default_factory=list)
     """On the validation pictures."""
     started: float = field(default_factory=lambda: float(os.environ.get("SOURCE_DATE_EPOCH", time.time())))
@@ -175,6 +174,7 @@ class Fitting:
 
     def __post_init__(self) -> None:
         self.fit = Fit(self.accelerator, self.handle, loop_config(self.config), self.config.ema_decay)
+        self.log = Logbook(self.fit, self.run if self.main else None, self.tell, self.data, "The pictures or captions")
 
     @property
     def main(self) -> bool:
@@ -194,15 +194,13 @@ class Fitting:
 
     def checkpoint(self) -> None:
         """Writes all that the run needs to go on."""
-        state = {
-            "fit": self.fit.state(),
-            "history": [dataclasses.asdict(p) for p in self.history],
-            "evaluations": [dataclasses.asdict(e) for e in self.evaluations],
-            "columns": [label for label, _ in self.sheet.columns],
-            "started": self.started,
-            "data": self.data,
-        }
-        write_state(self.run.checkpoints / STATE_FILE, state)
+        self.log.checkpoint(
+            {
+                "evaluations": [dataclasses.asdict(e) for e in self.evaluations],
+                "columns": [label for label, _ in self.sheet.columns],
+                "started": self.started,
+            }
+        )
 
     def restore(self, kept: dict[str, Any]) -> None:
         """Goes on from a checkpoint.
@@ -210,19 +208,11 @@ class Fitting:
         Raises:
             ConfigError: when the pictures or captions are not those of the run.
         """
-        if kept["data"] != self.data:
-            raise ConfigError(
-                "The pictures or captions have changed since this run was cut off, so it cannot go on with them. Restore them, "
-                "or start a new run."
-            )
-        self.fit.restore(kept["fit"])
-        self.history = [Progress(**p) for p in kept["history"]]
+        self.log.restore(kept)
         self.evaluations = [Evaluation(**e) for e in kept["evaluations"]]
         self.started = float(kept["started"])
-        self.tell.say(f"Going on at step {self.fit.step} of {self.fit.config.steps}.")
         if self.main:
             self.sheet.read_columns([str(label) for label in kept["columns"]])
-            self.run.write_jsonl("metrics.jsonl", [dataclasses.asdict(p) for p in self.history])
 
     def evaluate(self, step: int) -> None:
         """Looks at the validation pictures; the best adapter so far is kept beside the last. All processes see the same."""
@@ -237,16 +227,13 @@ class Fitting:
                 if best:
                     native.write(self.adapter(step), self.run.checkpoints / "best.safetensors")
 
-    def stop_when_no_better(self) -> None:
-        """Raises StopTraining when patience is at its end."""
+    @property
+    def enough(self) -> bool:
+        """Whether patience is at its end."""
         if self.config.patience is None or not self.evaluations:
-            return
+            return False
         best = min(self.evaluations, key=lambda e: e.loss)
-        if sum(e.step > best.step for e in self.evaluations) >= self.config.patience:
-            self.tell.say(
-                f"Stopped at step {self.fit.step}: no better on the validation pictures since step {best.step}."
-            )
-            raise StopTraining
+        return sum(e.step > best.step for e in self.evaluations) >= self.config.patience
 
     def train(self, task: DenoisingTask) -> list[Progress]:
         """Runs the loop; returns the state after each step."""
@@ -256,31 +243,27 @@ class Fitting:
             self.sheet.draw_column("base", scale=0.0)
         if not self.evaluations:
             self.evaluate(0)
+        if not self.log.history:
+            self.checkpoint()
 
         def on_step(progress: Progress) -> None:
-            self.history.append(progress)
             if progress.step in saved:
                 self.evaluate(progress.step)
-            if not self.main:
-                self.stop_when_no_better()
-                return
-            self.run.append_jsonl("metrics.jsonl", dataclasses.asdict(progress))
-            if not math.isfinite(progress.loss):
-                self.tell.say(f"Step {progress.step} was skipped: its loss or gradient was not finite.")
-            detail = f"loss {recent_loss(self.history):.4f}  {progress.images_per_second:.1f} images/s"
-            self.tell.progress("Training", progress.step, steps, detail)
-            if progress.step in drawn:
+            self.log.add(progress, "Training", f"{progress.images_per_second:.1f} images/s")
+            if progress.step in drawn and self.main:
                 self.keep_adapter(progress.step)
                 with self.fit.averaged():
                     self.sheet.draw_column(f"step {progress.step}", scale=1.0)
             if progress.step in drawn | saved:
                 self.checkpoint()
-            self.stop_when_no_better()
+            if self.enough:
+                raise StopTraining
 
         try:
-            self.fit.run(task, on_step)
+            if not self.enough:  # a run that was cut off after it had stopped
+                self.fit.run(task, on_step)
         except KeyboardInterrupt:
-            if self.history and self.main:
+            if self.log.history and self.main:
                 kept = self.keep_adapter(self.fit.step)
                 self.checkpoint()
                 self.tell.say(
@@ -288,7 +271,12 @@ class Fitting:
                     f"Go on with: visionlora train-sd --resume {self.run.path}"
                 )
             raise
-        return self.history
+        if self.enough:
+            best = min(self.evaluations, key=lambda e: e.loss)
+            self.tell.say(
+                f"Stopped at step {self.fit.step}: no better on the validation pictures since step {best.step}."
+            )
+        return self.log.history
 
 
 def held_out(folder: ImageFolder, config: TrainSDConfig) -> tuple[ImageFolder, tuple[ImageItem, ...]]:

@@ -14,7 +14,8 @@ Letters in shapes: n pictures, d features, c classes of a task.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,7 @@ class Classifier:
         self.tasks: dict[str, ClassTask] = {}
         self.handles: dict[str, Handle | None] = {}
         """None for a head alone."""
+        self._numbers = itertools.count()
         self._ready: str | None = None
         """The task whose ΔW is in the weights."""
 
@@ -164,7 +166,7 @@ class Classifier:
         rest = {n: m for n, m in loaded.modules.items() if not n.startswith(f"{COMPONENT}.{head}.")}
         self._release()
         body = Adapter(rest, loaded.info)
-        handle = attach(self.model, body, COMPONENT, f"task{len(self.handles)}") if rest else None
+        handle = attach(self.model, body, COMPONENT, f"task{next(self._numbers)}") if rest else None
         if handle is not None:
             handle.set_scale(0.0)
         self.handles[name], self.tasks[name] = handle, task.on(self.device)
@@ -293,23 +295,19 @@ class Classifier:
             ConfigError: see `names_of`.
         """
         given: list[Any] = [images] if isinstance(images, (str, Path, Image.Image, np.ndarray)) else list(images)
-        return [p for _, p in self.stream(given, tasks, top_k, batch_size)]
-
-    def stream(
-        self, images: Sequence[Picture], tasks: Sequence[str] | str | None, top_k: int, batch_size: int
-    ) -> Iterator[tuple[int, Prediction]]:
-        """Predictions as they come, with the position of their picture."""
-        if not len(images):
+        if not given:
             raise DataError("There are no pictures to predict.")
         if top_k < 1 or batch_size < 1:
             raise ConfigError(f"top_k is {top_k} and batch_size {batch_size}; both must be at least 1.")
-        names = self.names_of(tasks, len(images))
-        for start in range(0, len(images), batch_size):
+        names = self.names_of(tasks, len(given))
+        found: list[Prediction] = []
+        for start in range(0, len(given), batch_size):
             own = names[start : start + batch_size]
-            x = torch.cat([self.prepared(p, n) for p, n in zip(images[start : start + batch_size], own, strict=True)])
-            for i, (row, name) in enumerate(zip(self.logits(x, own), own, strict=True)):
+            x = torch.cat([self.prepared(p, n) for p, n in zip(given[start : start + batch_size], own, strict=True)])
+            for row, name in zip(self.logits(x, own), own, strict=True):
                 task = self.tasks[name]
-                yield start + i, task.prediction(task.probabilities(row).cpu(), top_k, name)
+                found.append(task.prediction(task.probabilities(row).cpu(), top_k, name))
+        return found
 
     def prepared(self, picture: Picture, name: str) -> Tensor:
         """One picture as its task wants it, (1, 3, h, w)."""

@@ -100,8 +100,10 @@ def test_sigterm_saves_and_says_how_to_go_on(tiny_model: Path, dogs: Path, tmp_p
     process = subprocess.Popen(
         [*map(str, command), *words], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
-    state, deadline = tmp_path / "cut" / "checkpoints" / "state.pt", time.monotonic() + 60
-    while not state.exists() and process.poll() is None and time.monotonic() < deadline:
+    lines, deadline = tmp_path / "cut" / "metrics.jsonl", time.monotonic() + 60
+    while process.poll() is None and time.monotonic() < deadline:
+        if lines.exists() and len(lines.read_bytes().splitlines()) > 2:
+            break
         time.sleep(0.005)
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=60)
@@ -123,3 +125,35 @@ def test_what_cannot_be_resumed(tiny_model: Path, dogs: Path, tmp_path: Path, wh
     next(dogs.glob("*.png")).unlink()
     with pytest.raises(ConfigError, match="pictures or captions have changed"):
         train_sd(resumed(folder))
+
+
+def test_cut_off_before_the_first_step(tiny_model: Path, dogs: Path, tmp_path: Path, whole: Path) -> None:
+    folder = tmp_path / "cut"
+
+    class AtTheFirstStep(Listener):
+        def progress(self, what: str, done: int, total: int, detail: str = "") -> None:
+            if what == "Training":
+                raise Killed
+
+    with pytest.raises(Killed):
+        train_sd(config(tiny_model, dogs, folder), AtTheFirstStep())
+    assert train_sd(resumed(folder)).folder == folder
+    assert (folder / "adapter.safetensors").read_bytes() == (whole / "adapter.safetensors").read_bytes()
+
+
+def test_cut_off_after_it_had_stopped_by_itself(tiny_model: Path, dogs: Path, tmp_path: Path) -> None:
+    settings = {"learning_rate": 100.0, "patience": 2, "steps": 12, "checkpoints": 12}
+    runs = [tmp_path / "whole", tmp_path / "cut"]
+    train_sd(config(tiny_model, dogs, runs[0], **settings))
+
+    class AtTheEnd(Listener):
+        def say(self, line: str) -> None:
+            if line.startswith("Stopped at step"):
+                raise Killed
+
+    with pytest.raises(Killed):
+        train_sd(config(tiny_model, dogs, runs[1], **settings), AtTheEnd())
+    train_sd(resumed(runs[1]))
+    lines = [(f / "metrics.jsonl").read_text().splitlines() for f in runs]
+    assert len(lines[0]) == len(lines[1]) < 12
+    assert (runs[0] / "adapter.safetensors").read_bytes() == (runs[1] / "adapter.safetensors").read_bytes()

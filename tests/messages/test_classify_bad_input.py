@@ -189,6 +189,22 @@ def test_export_explains_what_it_cannot_do(finished: Path, tmp_path: Path) -> No
     )
 
 
+def test_an_export_does_not_take_a_folder_for_a_file(finished: Path, tmp_path: Path) -> None:
+    run = finished / "run"
+    (tmp_path / "file").write_text("mine")
+    check_refused(lambda: export(run, tmp_path / "file", "timm", overwrite=True), tmp_path, "is a file", "to a folder")
+    check_refused(lambda: export(run, tmp_path, "onnx", overwrite=True), tmp_path, "is a folder", "to a file")
+
+
+def test_replacing_an_export_leaves_other_files_alone(finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "mine.txt").write_text("mine")
+    check_refused(lambda: export(finished / "run", folder, "timm"), tmp_path, "exists already")
+    export(finished / "run", folder, "timm", overwrite=True)
+    assert (folder / "mine.txt").read_text() == "mine" and (folder / "model.safetensors").exists()
+
+
 def test_the_command_line_ends_with_code_2_and_no_traceback(cli, own: Path, tiny_vit: Path) -> None:
     one_class(own)
     code, out, err = cli("classify", "--images", own, "--model", tiny_vit, "--steps", 1)

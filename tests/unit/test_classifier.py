@@ -117,6 +117,16 @@ def test_removing_every_task_leaves_the_base_bit_for_bit(several: Classifier) ->
     assert after.keys() == untouched.keys() and all(torch.equal(t, after[n]) for n, t in untouched.items())
 
 
+def test_tasks_come_and_go(several: Classifier, tiny_vit: Path) -> None:
+    x, before = torch.randn(2, 3, 32, 32), {n: several.logits(torch.ones(1, 3, 32, 32), n)[0] for n in several.names}
+    several.remove("pets")
+    several.add("pets", adapter_of(tiny_vit, TASKS["pets"], 0))
+    several.add("more", adapter_of(tiny_vit, ("a", "b"), 7))
+    assert [len(row) for row in several.logits(x, ["more", "pets"])] == [2, 3]
+    for name, row in before.items():
+        assert torch.allclose(several.logits(torch.ones(1, 3, 32, 32), name)[0], row, atol=1e-5)
+
+
 def test_several_labels_are_those_above_one_half(tiny_vit: Path) -> None:
     classifier = load_classifier(adapter_of(tiny_vit, TASKS["digits"], 1, multi_label=True))
     task = classifier.tasks["default"]

@@ -1,7 +1,7 @@
 """Opens a vision backbone: the embedded one, a timm name or folder, a transformers classifier, or a torchvision model.
 
 Whatever the library, a backbone is one module that ends in features: the place of its head holds `nn.Identity`, where
-`VisionModel.with_head` puts a head for any number of classes. Base names stay as the library has them.
+`VisionModel.new_head` puts a head for any number of classes. Base names stay as the library has them.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ TORCHVISION = "torchvision/"
 SMALL = 20_000_000
 """Parameters below which a backbone learns at a higher rate and full fine-tuning is cheap."""
 HEAD_STD = 0.02
+USUAL_SIZE = 224
+"""Side of the input, px, of a model that does not say."""
 
 
 @dataclass(frozen=True)
@@ -63,13 +65,14 @@ class VisionModel:
 
     def fingerprints(self) -> dict[str, dict[str, str]]:
         """Architecture and weights fingerprint, without the head."""
+        head = self.model.get_submodule(self.head)
         self.set_head(nn.Identity())
-        return {
-            "model": {
-                "architecture": architecture_fingerprint(self.model),
-                "weights": weights_fingerprint(self.model),
-            }
+        found = {
+            "architecture": architecture_fingerprint(self.model),
+            "weights": weights_fingerprint(self.model),
         }
+        self.set_head(head)
+        return {"model": found}
 
     def set_head(self, head: nn.Module) -> None:
         """Puts a module in the place of the head."""
@@ -229,9 +232,10 @@ def from_transformers(id: str, weights: str | None) -> VisionModel:
         raise cannot_be_had(id, e) from None
     names = {2: "bilinear", 3: "bicubic", 0: "nearest", 1: "lanczos"}
     wanted = processor.get("size") or {}
-    size = cast(Any, model).config.image_size
+    short = wanted.get("shortest_edge") or wanted.get("height")
+    size = getattr(cast(Any, model).config, "image_size", None) or short or USUAL_SIZE  # convolutions take any size
     size = int(size if isinstance(size, int) else size[0])
-    short = int(wanted.get("shortest_edge") or wanted.get("height") or size)
+    short = int(short or size)
     preprocessing = Preprocessing(
         size,
         tuple(processor.get("image_mean") or (0.5, 0.5, 0.5)),
@@ -240,7 +244,8 @@ def from_transformers(id: str, weights: str | None) -> VisionModel:
         min(1.0, size / short),
         "squash" if "height" in wanted else "center",
     )
-    return measured(id, "transformers", model, "classifier", preprocessing)
+    linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.split(".")[0] == "classifier"]
+    return measured(id, "transformers", model, linear[-1] if linear else "classifier", preprocessing)
 
 
 def from_torchvision(id: str, weights: str | None) -> VisionModel:

@@ -217,7 +217,6 @@ class Fit:
                 on_step(Progress(self.step, loss, rate_at(self.step - 1, self.config), norm, seen, speed))
             except StopTraining:
                 return
-            self.model.train()
 
     def advance(self, task: Task, rate: float) -> tuple[float, float]:
         """One step at this learning rate: (loss, norm of the gradient)."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -46,11 +47,6 @@ class Material:
         return self.checked.data
 
     @property
-    def every(self) -> tuple[int, ...]:
-        """Positions of all pictures."""
-        return tuple(range(len(self.data.items)))
-
-    @property
     def chosen_by(self) -> tuple[int, ...]:
         """The pictures that choose the best moment and the temperature."""
         return self.splits.val
@@ -75,7 +71,7 @@ class Material:
             config.cutmix, config.balanced_sampling,
         )  # fmt: skip
 
-    @property
+    @cached_property
     def data_hash(self) -> str:
         """SHA-256 over the pictures, their labels and their sides."""
         sides = {i: side for side in ("train", "val", "test") for i in getattr(self.splits, side)}
@@ -141,7 +137,7 @@ def logits_of(material: Material, side: Sequence[int], accelerator: Any = None) 
     Args:
         material: with the model as it is now.
         side: positions of the pictures.
-        accelerator: processes take turns, and each gets the whole.
+        accelerator: its processes share the pictures, and each gets the logits of all.
     """
     model, preprocessing = material.backbone.model, material.backbone.preprocessing
     processes = accelerator.num_processes if accelerator is not None else 1

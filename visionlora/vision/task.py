@@ -6,6 +6,7 @@ Letters in shapes: n pictures of a step, m of them in one forward pass, c classe
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -83,7 +84,7 @@ class ClassificationTask:
 
     def losses(self, model: nn.Module, index: Tensor, generator: torch.Generator, part: slice) -> Tensor:
         """Random numbers are drawn for the whole step and cut to `part`, so that every process draws the same."""
-        chosen = torch.tensor(self.train)[index] if not self.balanced else self.drawn_evenly(len(index), generator)
+        chosen = self.drawn_evenly(len(index), generator) if self.balanced else self.positions[index]
         seeds = torch.randint(2**62, (len(index),), generator=generator)
         own, targets = chosen[part].tolist(), self.targets[chosen[part]]
         stored = torch.from_numpy(self.pictures.stored(own)).permute(0, 3, 1, 2)
@@ -95,7 +96,16 @@ class ClassificationTask:
 
     def drawn_evenly(self, count: int, generator: torch.Generator) -> Tensor:
         """Positions of pictures, every class as likely as any other."""
-        own = self.targets[list(self.train)]
+        return self.positions[torch.multinomial(self.chances, count, replacement=True, generator=generator)]
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """`train` as a tensor."""
+        return torch.tensor(self.train)
+
+    @cached_property
+    def chances(self) -> Tensor:
+        """Of each training picture to be drawn when classes are drawn evenly, not scaled."""
+        own = self.targets[self.positions]
         weights = (own / own.sum(0).clamp(min=1)).sum(1)
-        weights = torch.where(weights > 0, weights, weights.mean())  # a picture without any label
-        return torch.tensor(self.train)[torch.multinomial(weights, count, replacement=True, generator=generator)]
+        return torch.where(weights > 0, weights, weights.mean())  # a picture without any label

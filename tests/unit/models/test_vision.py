@@ -76,6 +76,18 @@ def test_preprocessing_comes_from_the_folder(tmp_path: Path) -> None:
     assert (two.mean, two.std, two.interpolation, two.crop_mode) == ((0.4,) * 3, (0.3,) * 3, "bicubic", "squash")
 
 
+def test_a_convolutional_classifier_of_transformers(tmp_path: Path) -> None:
+    """Its config names no size, and its head is the last layer of several."""
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
+    ResNetForImageClassification(config).save_pretrained(tmp_path / "model")
+    opened = open_backbone(str(tmp_path / "model"))
+    assert (opened.head, opened.features, opened.preprocessing.size) == ("classifier.1", 16, 224)
+    opened.new_head(5, 0)
+    assert as_logits(opened.model(torch.zeros(2, 3, 64, 64))).shape == (2, 5)
+
+
 def test_torchvision_by_name_without_weights() -> None:
     opened = open_backbone("torchvision/vit_b_16", weights="random")
     assert (opened.head, opened.features, opened.library) == ("heads.head", 768, "torchvision")
@@ -85,8 +97,9 @@ def test_torchvision_by_name_without_weights() -> None:
 def test_the_fingerprint_does_not_depend_on_the_head(tmp_path: Path) -> None:
     opened = open_backbone(str(timm_folder(tmp_path / "a")))
     before = opened.fingerprints()
-    opened.new_head(3, 0)
+    head = opened.new_head(3, 0)
     assert opened.fingerprints() == before
+    assert opened.model.get_submodule("head") is head, "asking leaves the model as it is"
     deeper = open_backbone(str(timm_folder(tmp_path / "b", depth=3)))
     assert deeper.fingerprints()["model"]["architecture"] != before["model"]["architecture"]
 
