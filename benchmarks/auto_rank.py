@@ -20,7 +20,7 @@ from visionlora.pipelines.train_sd import train_sd
 from visionlora.config import TrainSDConfig, build, read_yaml
 from visionlora.data.folder import read_image_folder
 from visionlora.diffusion.encode import encode_dataset
-from visionlora.diffusion.objective import fixed_losses
+from visionlora.diffusion.validation import Validation
 from visionlora.loaders import apply, load_adapter
 from visionlora.models.base import open_base
 
@@ -28,16 +28,15 @@ STYLES = Path(__file__).parents[1] / "assets" / "styles"
 LEARNED = ("fluent-emoji-flat", "fluent-emoji-high-contrast", "fxemoji")
 SEEDS = (0, 1, 2)
 STEPS, RANK, TARGETS = 100, 4, "attn,mlp,proj"
-TIMESTEPS = (100, 300, 500, 700, 900)
 
 
-def held_out_loss(style: str, adapter: Path) -> float:
-    """Mean loss on the held-out concepts."""
+def held_out_loss(style: str, adapter: Path | None) -> float:
+    """Mean loss on the held-out concepts; of the base alone where there is no adapter."""
     base = open_base("emoji-64")
     data = encode_dataset(base, read_image_folder(STYLES / style / "heldout").items, base.resolution)
-    apply(base, load_adapter(adapter))
-    latents = data.mean[:, 0] * data.scaling_factor
-    return float(fixed_losses(base.pipe.unet, base.pipe.scheduler, latents, data.text, TIMESTEPS, seed=0).mean())
+    if adapter is not None:
+        apply(base, load_adapter(adapter))
+    return Validation(data, base.pipe.scheduler, seed=0).evaluate(base.pipe.unet, 0).loss
 
 
 def trained(style: str, seed: int, rank: int | str, folder: Path) -> tuple[float, int]:

@@ -48,15 +48,32 @@ def record(name: str, results: Mapping[str, Any]) -> Path:
     return path
 
 
-def run_parts(name: str, parts: Mapping[str, Callable[[], dict[str, Any]]], about: str | None) -> None:
-    """Measures the parts that the command line names, or all; prints and records each as it is done."""
+Parts = Mapping[str, Callable[[], dict[str, Any]]]
+"""What a benchmark measures, by name."""
+
+
+def run_parts(name: str, parts: Parts, about: str | None, trial: Callable[[int], Parts] | None = None) -> None:
+    """Measures the parts that the command line names, or all; prints and records each as it is done.
+
+    Args:
+        name: of the results.
+        parts: what can be measured.
+        about: the help.
+        trial: gives the same parts with another number of steps; then `--steps` tries them, and nothing is recorded.
+    """
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", help=", ".join(parts))
+    if trial is not None:
+        parser.add_argument("--steps", type=int, help="try the parts with so many steps and record nothing")
+    args = parser.parse_args()
+    steps = getattr(args, "steps", None)
+    measured = parts if trial is None or steps is None else trial(steps)
     known = results(name)
-    for part in parser.parse_args().parts or parts:
-        known[part] = parts[part]()
+    for part in args.parts or parts:
+        known[part] = measured[part]()
         print(part, known[part], flush=True)
-        print("recorded:", record(name, {k: v for k, v in known.items() if k in parts}))
+        if measured is parts:
+            print("recorded:", record(name, {k: v for k, v in known.items() if k in parts}))
         gc.collect()
 
 

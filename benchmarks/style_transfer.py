@@ -32,8 +32,8 @@ from visionlora.pipelines.train_sd import train_sd
 from visionlora.config import TrainSDConfig, build, parse_words, read_yaml
 from visionlora.data.folder import read_image_folder
 from visionlora.diffusion.encode import encode_dataset
-from visionlora.diffusion.objective import fixed_losses
 from visionlora.diffusion.sampling import SamplingConfig, draw
+from visionlora.diffusion.validation import LEVELS, losses_at
 from visionlora.loaders import apply, load_adapter
 from visionlora.models.base import open_base
 from visionlora.report.grid import draw_grid
@@ -41,7 +41,6 @@ from visionlora.report.grid import draw_grid
 ASSETS = Path(__file__).parents[1] / "assets"
 LEARNED = ("fluent-emoji-flat", "fluent-emoji-high-contrast", "fxemoji")
 SCALES = (0.0, 0.5, 1.0)
-TIMESTEPS = (100, 300, 500, 700, 900)
 
 
 class StyleClassifier(nn.Sequential):
@@ -119,7 +118,6 @@ def measure(
     base = open_base("emoji-64")
     folder = read_image_folder(ASSETS / "styles" / style / "heldout")
     data = encode_dataset(base, folder.items, base.resolution)
-    latents = data.mean[:, 0] * data.scaling_factor
     captions = [item.caption for item in folder.items]
     real = [read_split(style, split) for split in ("train", "heldout")]
     real_captions = [c for _, part in real for c in part]
@@ -128,7 +126,7 @@ def measure(
     base_features = np.stack([thumbnail(Image.fromarray(p)) for p in base_pictures])
 
     def loss() -> Tensor:
-        return fixed_losses(base.pipe.unet, base.pipe.scheduler, latents, data.text, TIMESTEPS, seed=0)
+        return losses_at(base.pipe.unet, base.noise_scheduler, data, LEVELS, seed=0)
 
     before = loss()
     (handle,) = apply(base, load_adapter(adapter))
@@ -139,7 +137,7 @@ def measure(
         "loss_adapter": float(after.mean()),
         "loss_reduction": float(1 - after.mean() / before.mean()),
         "loss_reduction_by_timestep": dict(
-            zip(map(str, TIMESTEPS), (1 - after.mean(0) / before.mean(0)).tolist(), strict=True)
+            zip(map(str, LEVELS), (1 - after.mean(0) / before.mean(0)).tolist(), strict=True)
         ),
     }
     columns = []
@@ -179,7 +177,7 @@ def main() -> None:
     args = parser.parse_args()
     classifier, real = train_classifier()
     print("style classifier on real held-out pictures:", real)
-    results: dict[str, object] = {"real_seen_as": real, "timesteps": TIMESTEPS}
+    results: dict[str, object] = {"real_seen_as": real, "timesteps": LEVELS}
     with tempfile.TemporaryDirectory() as temporary:
         for style in args.styles:
             adapter = ASSETS / "adapters" / style / "adapter.safetensors"

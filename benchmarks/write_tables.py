@@ -255,6 +255,60 @@ def classify_text() -> str:
     return "\n".join(lines)
 
 
+def train_sd_rows() -> list[str]:
+    """Whole runs of train-sd beside diffusers' loop, one line for each that was measured."""
+    rows = []
+    for part, where in (
+        ("sd15-fp32", "SD 1.5's shapes, fp32"), ("sd15-bf16", "SD 1.5's shapes, bf16"), ("emoji-64", "`emoji-64`, fp32")
+    ):  # fmt: skip
+        r = results("train_sd").get(part, {})
+        if "seconds" not in r:
+            continue
+        s, m, ratio = r["seconds"], r["peak_mib"], r["ours_over_peer"]
+        rows.append(
+            f"| {where}, {r['resolution']} px, batch {r['batch_size']}, {r['steps']} steps | {s['ours']:.0f} s, "
+            f"{m['ours']:,.0f} MiB | {s['peer']:.0f} s, {m['peer']:,.0f} MiB | {ratio['seconds']:.2f} | {ratio['peak']:.2f} |"
+        )
+    return rows
+
+
+def train_sd_notes() -> list[str]:
+    """What the table of whole runs means, and the losses."""
+    found, notes = results("train_sd"), []
+    for part, r in found.items():
+        if "left_out" in r:
+            notes.append(f"- `{part}` was not measured: {r['left_out']}.")
+    if (q := found.get("quality")) is not None:
+        best = ", ".join(f"{style} {q[style]['best']['rate']:g} {q[style]['best']['schedule']}" for style in LEARNED)
+        notes.append(
+            f"- Held-out loss of train-sd's defaults after {q['steps']['ours']} steps over that of the peer after "
+            f"{q['steps']['peer']}, {q['compared']} runs (three styles of `emoji-64`, three seeds): {q['ours_over_peer']:.2f} "
+            f"with the rate of the example, 1e-4 (not higher in {q['ours_lower_than_peer_in']}); "
+            f"{q['ours_over_best_peer']:.2f} with the best of {len(q[LEARNED[0]]['sweep'])} rates and schedules, chosen on the "
+            f"held-out pictures ({best}; not higher in {q['ours_lower_than_best_peer_in']})."
+        )
+    return notes
+
+
+def train_sd_text() -> str:
+    """Whole runs of train-sd; empty when none was measured."""
+    if not results("train_sd"):
+        return ""
+    lines = [
+        "| from 8 pictures to an adapter file | visionlora | diffusers + PEFT | time, ours / theirs | peak memory |",
+        "|---|---|---|---|---|",
+        *train_sd_rows(),
+        "",
+        "Whole processes, in turns, medians; ours with an empty cache. Both get the same pictures, captions, steps, batch, "
+        "rank 8 on q, k, v, out, rate, precision and threads, and neither draws samples. The peer is the loop that diffusers "
+        "documents for `train_text_to_image_lora`. SD 1.5's weights are random.",
+        "",
+        *train_sd_notes(),
+        "- `benchmarks/train_sd.py`. " + machine_text("train_sd"),
+    ]
+    return "\n".join(lines)
+
+
 def machine_text(name: str) -> str:
     """Where a result was measured."""
     m = results(name)["machine"]
@@ -267,8 +321,11 @@ def machine_text(name: str) -> str:
 def documents() -> dict[Path, str]:
     """What each document should say between its markers."""
     both = f"{style_table()}\n\n{fidelity_text()}\n{auto_rank_text()}\n\n{machine_text('style_transfer')}"
+    training = train_sd_text()
+    in_readme = "\n\n".join(filter(None, [training, classify_text()]))
     parts = [
         both,
+        *(["## Training, end to end", training] if training else []),
         "## The core",
         core_table(),
         "## Several adapters at once",
@@ -279,7 +336,7 @@ def documents() -> dict[Path, str]:
         formats_text(),
     ]
     return {
-        ROOT / "README.md": both.replace("\n\nMeasured on", f"\n\n{classify_text()}\n\nMeasured on"),
+        ROOT / "README.md": both.replace("\n\nMeasured on", f"\n\n{in_readme}\n\nMeasured on"),
         ROOT / "assets" / "emoji-vit" / "README.md": f"{retrieval_text()}\n\n{machine_text('classify')}",
         ROOT / "benchmarks" / "RESULTS.md": "\n\n".join(parts),
         ROOT / "assets" / "emoji-64" / "README.md": f"{fidelity_text()}\n\n{machine_text('prompt_fidelity')}",

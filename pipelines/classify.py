@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,11 @@ import torch
 from torch import nn
 
 from visionlora.config import ClassifyConfig, to_yaml
+from visionlora.data.alike import linked
 from visionlora.data.cache import default_cache_folder
 from visionlora.data.classes import read_labelled
 from visionlora.data.decoded import check_pictures
-from visionlora.data.splits import linked, split
+from visionlora.data.splits import split
 from visionlora.errors import DataError
 from visionlora.formats import native
 from visionlora.lora.adapter import Adapter
@@ -29,17 +30,16 @@ from visionlora.lora.config import AdapterConfig
 from visionlora.lora.inject import Handle, check_targets, inject
 from visionlora.models.vision import VisionModel, open_backbone
 from visionlora.report.classify_page import Contender
-from visionlora.report.classify_run import Finished, header, overlay_sheet, report
+from visionlora.report.classify_run import Finished, header, learned_from, overlay_sheet, report
 from visionlora.report.curves import draw_curves
 from visionlora.report.listener import Listener, bars
 from visionlora.report.logbook import Logbook
-from visionlora.report.resume import resumed_config
-from visionlora.report.runfolder import RunFolder, check_run_folder, default_run_folder, open_run_folder
-from visionlora.training.checkpoint import STATE_FILE, read_state
+from visionlora.report.resume import Start, begin, holding
+from visionlora.report.runfolder import RunFolder
 from visionlora.training.learner import LayeredLearner, rates_by_depth
 from visionlora.training.loop import Fit, Progress, StopTraining, new_accelerator, process_state
 from visionlora.training.rate import find_rate
-from visionlora.training.settings import adapter_config, automatic_ranks, loop_config
+from visionlora.training.settings import adapter_config, automatic_ranks, loop_config, suited, suited_rate
 from visionlora.vision.material import Material, class_weights, logits_of, targets_of
 from visionlora.vision.metrics import AnyMetrics, fit_temperature
 from visionlora.vision.probe import Probe, fit_probe
@@ -68,6 +68,7 @@ class ClassifyResult:
     seconds: float
 
 
+@holding
 def classify(config: ClassifyConfig, listener: Listener | None = None) -> ClassifyResult:
     """Trains one classifier adapter and leaves a run folder. Everything is checked before anything is written.
 
@@ -78,20 +79,17 @@ def classify(config: ClassifyConfig, listener: Listener | None = None) -> Classi
     started = time.monotonic()
     main = process_state().is_main_process
     tell = (listener or Listener()) if main else Listener()
-    target = target_of(config)
-    if config.resume is None:
-        check_run_folder(target)
-    else:
-        config = resumed_config(target, config)
+    start = begin(config, "classify", tell)
+    config = start.config
 
     # Backbone, pictures, split
     backbone = open_backbone(config.model, config.weights)
     tell.say(backbone.why)
-    accelerator = new_accelerator(config.precision)
+    accelerator = new_accelerator(config.precision, config.trackers, start.folder)
     backbone.model.to(accelerator.device)
     fingerprints = backbone.fingerprints()
     material = prepare(config, backbone, tell)
-    config = resolved(material)
+    config = resolved(material, tell)
     material = dataclasses.replace(material, config=config)
 
     # The linear probe: a baseline, and where the head starts
@@ -100,8 +98,8 @@ def classify(config: ClassifyConfig, listener: Listener | None = None) -> Classi
     tell.progress("Linear probe", 1, 1)
 
     # Adapter, from here on the run leaves files
-    start = probe if config.head_init == "probe" else None
-    new_head(material, start)
+    first = probe if config.head_init == "probe" else None
+    new_head(material, first)
     adapter = adapter_config(config, train=backbone.head)
     if config.method != "linear-probe":
         check_targets(backbone.model, adapter)
@@ -114,19 +112,16 @@ def classify(config: ClassifyConfig, listener: Listener | None = None) -> Classi
         adapter = choice.config
     handle = inject(backbone.model, adapter, seed=config.seed)
     tell.say(f"Adapter: {handle.report}.")
-    run = RunFolder(target)
-    if main and config.resume is None:
-        run = open_run_folder(target)
-        run.write_text("config.yaml", to_yaml(dataclasses.replace(config, output=None, resume=None)))
+    run = start.open(config) if main else RunFolder(start.folder)
     accelerator.wait_for_everyone()
 
     def about(method: AdapterConfig) -> Header:
         return lambda own, step, temperature: header(own, method, fingerprints, step, temperature)
 
     # Training and baselines
-    fitting = Fitting(material, handle, accelerator, run, tell, about(adapter))
-    if config.resume is not None:
-        fitting.restore(read_state(run.path / "checkpoints" / STATE_FILE))
+    fitting = Fitting(material, handle, accelerator, run, tell, about(adapter), start)
+    if start.state is not None:
+        fitting.restore(start.state)
     elif config.find_rate:
         fitting.find_rate()
         material = fitting.material
@@ -136,18 +131,18 @@ def classify(config: ClassifyConfig, listener: Listener | None = None) -> Classi
         alone = AdapterConfig(method="linear-probe", train=backbone.head)
         new_head(material, probe)
         head = inject(backbone.model, alone)
-        fixed = Fitting(material, head, accelerator, None, tell, about(alone))
+        fixed = Fitting(material, head, accelerator, None, tell, about(alone), start)
         finished.append(
             fixed.finished(run.path / "baselines" / "probe.safetensors", trained=False, before=probe_seconds)
         )
         head.eject()
     if "full" in config.baselines and config.method != "full":
-        finished.append(full_fine_tuning(material, start, accelerator, run, tell, about))
+        finished.append(full_fine_tuning(material, first, accelerator, run, tell, about, start))
 
     # Report
     seconds = time.monotonic() - started
     if main:
-        report(run, material, finished, seconds, tell)
+        report(run, material, finished, seconds, tell, fitting.log.changes)
     accelerator.wait_for_everyone()
     return ClassifyResult(
         run.path, run.path / "adapter.safetensors", run.path / "report.html", material.data.classes,
@@ -158,14 +153,7 @@ def classify(config: ClassifyConfig, listener: Listener | None = None) -> Classi
 # ----------------------------------------------------------------------------------------------------------- settings
 
 
-def target_of(config: ClassifyConfig) -> Path:
-    """The run folder."""
-    if config.resume is not None:
-        return Path(config.resume)
-    return Path(config.output) if config.output else default_run_folder("classify", Path(config.images).resolve().name)
-
-
-def resolved(material: Material) -> ClassifyConfig:
+def resolved(material: Material, tell: Listener) -> ClassifyConfig:
     """Every default filled in that depends on the backbone or the pictures."""
     config, small = material.config, material.backbone.small
     suits: dict[str, Any] = (
@@ -177,10 +165,11 @@ def resolved(material: Material) -> ClassifyConfig:
         suits["learning_rate"] = suits["head_learning_rate"] = SMALL_FULL_RATE if small else FULL_RATE
     if config.find_rate:
         del suits["learning_rate"], suits["head_learning_rate"]
-    filled = {k: v for k, v in suits.items() if getattr(config, k) is None}
     if config.steps is not None:
-        filled.pop("epochs", None)
-    config = dataclasses.replace(config, **filled)
+        del suits["epochs"]
+    config, notes = suited(config, suits)
+    for note in notes:
+        tell.say(note)
     if config.epochs is not None:
         per_step = (config.batch_size or 1) * config.gradient_accumulation
         config = dataclasses.replace(
@@ -263,16 +252,16 @@ def new_head(material: Material, probe: Probe | None) -> None:
 
 def full_fine_tuning(
     material: Material, probe: Probe | None, accelerator: Any, run: RunFolder, tell: Listener,
-    about: Callable[[AdapterConfig], Header],
+    about: Callable[[AdapterConfig], Header], start: Start[ClassifyConfig],
 ) -> Finished:  # fmt: skip
     """The baseline in which everything trains."""
-    rate = SMALL_FULL_RATE if material.backbone.small else FULL_RATE
+    rate = suited_rate(SMALL_FULL_RATE if material.backbone.small else FULL_RATE, material.config.optimizer)
     config = dataclasses.replace(material.config, method="full", learning_rate=rate, head_learning_rate=rate)
     own = dataclasses.replace(material, config=config)
     adapter = adapter_config(config, train=material.backbone.head)
     new_head(material, probe)
     handle = inject(material.backbone.model, adapter)
-    fitting = Fitting(own, handle, accelerator, None, tell, about(adapter))
+    fitting = Fitting(own, handle, accelerator, None, tell, about(adapter), start)
     found = fitting.finished(run.path / "baselines" / "full.safetensors")
     handle.eject()
     return found
@@ -292,6 +281,8 @@ class Fitting:
     """Where metrics and checkpoints go; a baseline keeps none."""
     tell: Listener
     header: Header
+    start: Start[ClassifyConfig]
+    """Where the run began."""
     evaluations: list[tuple[int, float, float]] = field(default_factory=list)
     """(step, score, loss) on the validation pictures."""
     best: tuple[int, tuple[float, float], dict[str, torch.Tensor]] | None = None
@@ -312,7 +303,7 @@ class Fitting:
             backbone.depth_of, max(depths, default=-1) + 1, config.layer_decay, backbone.head, head / rate
         )
         self.fit = Fit(self.accelerator, LayeredLearner(self.handle, rate_of), loop_config(config), config.ema_decay)
-        self.log = Logbook(self.fit, self.written, self.tell, self.material.data_hash)
+        self.log = Logbook(self.fit, self.written, self.tell, learned_from(self.material), self.material.config, self.start)
 
     @property
     def written(self) -> RunFolder | None:
@@ -337,7 +328,7 @@ class Fitting:
                 run.path / "rate.png", {"loss": points}, xlabel="learning rate, power of ten", ylabel="loss",
                 title=f"Taken: {sweep.rate:.1e}",
             )  # fmt: skip
-            run.write_text("config.yaml", to_yaml(dataclasses.replace(config, output=None, resume=None)))
+            run.write_text("config.yaml", to_yaml(config))
 
     def evaluate(self, step: int) -> None:
         """Looks at the validation pictures; the best moment so far is kept."""
@@ -346,6 +337,7 @@ class Fitting:
             found = material.measured(logits_of(material, material.chosen_by, self.accelerator), material.chosen_by)
             value = material.selected(found), -found.loss
             self.evaluations.append((step, value[0], found.loss))
+            self.log.measured(step, validation_loss=found.loss)
             latest = material.config.method == "adalora"  # pruned to its budget in the end alone
             if self.best is None or latest or value > self.best[1]:
                 self.best = (step, value, {n: t.clone() for n, t in self.handle.training_state().items()})
@@ -393,6 +385,7 @@ class Fitting:
             raise
         if self.enough and self.best is not None:
             self.tell.say(f"Stopped at step {self.fit.step}: no better since step {self.best[0]}.")
+        self.log.end()
 
     # -------------------------------------------------------------------------------------------------- checkpoints
 
@@ -407,16 +400,18 @@ class Fitting:
             }
         )
 
-    def restore(self, kept: dict[str, Any]) -> None:
+    def restore(self, kept: Mapping[str, Any]) -> None:
         """Goes on from a checkpoint.
 
         Raises:
-            ConfigError: when the pictures are not those of the run.
+            ConfigError: when the pictures are not those of the run, and it was not said to go on with others.
         """
-        self.log.restore(kept)
+        changed = self.log.restore(kept)
         self.evaluations = [(int(s), float(v), float(loss)) for s, v, loss in kept["evaluations"]]
         best = kept["best"]
         self.best = (int(best["step"]), (float(best["value"][0]), float(best["value"][1])), dict(best["state"]))
+        if changed:
+            self.checkpoint()
 
     # ---------------------------------------------------------------------------------------------------------- end
 

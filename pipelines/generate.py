@@ -16,6 +16,7 @@ from PIL import Image
 from visionlora.atomic import replace_file
 from visionlora.diffusion.prompts import prompt_arguments
 from visionlora.diffusion.recipe import SCHEDULERS, LoraUse, Recipe, png_bytes, take_tags
+from visionlora.diffusion.sampling import pictures_of
 from visionlora.errors import AdapterFileError, ConfigError, DataError, nearest
 from visionlora.formats.container import file_hashes
 from visionlora.formats.inspection import weights_file
@@ -229,9 +230,11 @@ def pipeline_for(base: BaseModel, from_picture: bool) -> Any:
     """The base's pipeline, or one of the same parts that starts from a picture."""
     if not from_picture:
         return base.pipe
-    from diffusers import StableDiffusionImg2ImgPipeline
+    from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionXLImg2ImgPipeline
 
-    pipe = StableDiffusionImg2ImgPipeline(**base.pipe.components, requires_safety_checker=False)
+    plain = {} if base.is_xl else {"requires_safety_checker": False}
+    kind = StableDiffusionXLImg2ImgPipeline if base.is_xl else StableDiffusionImg2ImgPipeline
+    pipe = kind(**base.pipe.components, **plain)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -266,15 +269,17 @@ def draw_one(pipe: Any, recipe: Recipe, start: Image.Image | None) -> Image.Imag
         }
     try:
         with torch.no_grad():
-            picture: Image.Image = pipe(
+            latents = pipe(
                 **prompt_arguments(pipe, take_tags(recipe.prompt)[0], recipe.negative_prompt),
                 num_inference_steps=recipe.steps,
                 guidance_scale=recipe.guidance_scale,
                 generator=torch.Generator().manual_seed(recipe.seed),
+                output_type="latent",
                 **size,
-            ).images[0]
+            ).images
     finally:
         pipe.scheduler = original
+    (picture,) = pictures_of(pipe, latents)
     return picture
 
 

@@ -1,38 +1,50 @@
-"""Image folder -> checked pictures -> latents and text -> training -> adapter file -> sample grid -> run folder.
+"""Pictures -> checked items -> latents and text -> training -> adapter file -> sample grid -> run folder.
 
 The whole of `visionlora train-sd`, one stage after the other; each stage hands a small frozen object to the next.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import os
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from visionlora.config import TrainSDConfig, to_yaml
-from visionlora.data.folder import ImageFolder, ImageItem, read_image_folder
-from visionlora.diffusion.encode import cut_captions, encode_dataset
+from visionlora.config import TrainSDConfig
+from visionlora.data.buckets import described
+from visionlora.data.cache import Share
+from visionlora.data.folder import ImageFolder, ImageItem, read_image_folder, read_pictures
+from visionlora.diffusion.denoiser import Denoiser, LearnedWord, Tokens
+from visionlora.diffusion.encode import Encoded, cut_captions, encode_dataset
+from visionlora.diffusion.prior import check_class_folder, class_pictures, draw_missing
 from visionlora.diffusion.sampling import SamplingConfig
-from visionlora.diffusion.task import DenoisingTask
-from visionlora.diffusion.validation import Evaluation, Validation, hold_out, verdict
-from visionlora.errors import DataError
+from visionlora.diffusion.settings import (
+    attention_kernel,
+    captions_of,
+    noise_scheduler_of,
+    objective_of,
+    plan_of,
+    prepare_model,
+    release,
+    validation_plan,
+)
+from visionlora.diffusion.task import DenoisingTask, Preservation
+from visionlora.diffusion.validation import Validation, hold_out, verdict
+from visionlora.errors import ConfigError, DataError
 from visionlora.formats import native
 from visionlora.lora.adapter import Adapter
+from visionlora.lora.config import AdapterConfig
 from visionlora.lora.inject import Handle, check_targets, inject
-from visionlora.models.base import open_base
+from visionlora.models.base import BaseModel, open_base
 from visionlora.report.listener import Listener, bars
-from visionlora.report.logbook import Logbook
-from visionlora.report.resume import resumed_config
-from visionlora.report.runfolder import RunFolder, check_run_folder, default_run_folder, open_run_folder
-from visionlora.report.samples import SampleSheet, sample_moments
-from visionlora.report.sd_run import data_hash, header, public_metadata, report
-from visionlora.training.checkpoint import STATE_FILE, read_state
-from visionlora.training.loop import Fit, Progress, StopTraining, new_accelerator, process_state, recent_loss
-from visionlora.training.settings import adapter_config, automatic_ranks, loop_config
+from visionlora.report.resume import Start, begin, holding
+from visionlora.report.runfolder import RunFolder
+from visionlora.report.samples import SampleSheet
+from visionlora.report.sd_fitting import Fitting
+from visionlora.report.sd_run import header, learned_from, public_metadata, report
+from visionlora.training.learner import JointLearner, Part
+from visionlora.training.loop import new_accelerator, process_state, recent_loss
+from visionlora.training.settings import adapter_config, automatic_ranks, loop_config, suited, text_adapter_config
 
 
 @dataclass(frozen=True)
@@ -41,12 +53,14 @@ class RunResult:
 
     folder: Path
     adapter: Path
-    grid: Path
+    grid: Path | None
+    """None when no samples were asked for."""
     first_loss: float
     last_loss: float
     seconds: float
 
 
+@holding
 def train_sd(config: TrainSDConfig, listener: Listener | None = None) -> RunResult:
     """Trains one adapter and leaves a run folder. Everything is checked before anything is written.
 
@@ -56,83 +70,42 @@ def train_sd(config: TrainSDConfig, listener: Listener | None = None) -> RunResu
     """
     started = time.monotonic()
     tell = (listener or Listener()) if process_state().is_main_process else Listener()
-
-    # Pictures and output folder
-    if config.resume is None:
-        target = Path(config.output) if config.output else default_run_folder("sd", Path(config.images).resolve().name)
-        check_run_folder(target)
-    else:
-        target = Path(config.resume)
-        config = resumed_config(target, config)
-    folder = read_image_folder(
-        Path(config.images),
-        config.prompt,
-        skip_broken=config.skip_broken,
-        progress=lambda done, total: tell.progress("Checking pictures", done, total),
-    )
-    for note in folder.notes:
-        tell.say(note)
-    tell.say(folder.caption_source)
-    folder, apart = held_out(folder, config)
-    if apart:
-        tell.say(f"{len(folder.items)} pictures to train on, {len(apart)} apart to see whether it learned.")
-
-    # Base model and adapter
-    base = open_base(config.model)
-    tell.say(base.why)
-    chosen_for_user = {k: v for k, v in base.suggested.items() if getattr(config, k) is None}
-    config = dataclasses.replace(config, **chosen_for_user)
+    start = begin(config, "sd", tell)
+    ready = prepare(start, tell)
+    config, base, accelerator = ready.config, ready.base, ready.accelerator
     loop = loop_config(config)
-    size = config.resolution or base.resolution
-    base.check_resolution(size)
-    accelerator = new_accelerator(config.precision)
-    for part in (base.pipe.unet, base.pipe.vae, base.pipe.text_encoder):
-        part.to(accelerator.device)
-    fingerprints = base.fingerprints()
-    adapter = adapter_config(config)
-    check_targets(base.pipe.unet, adapter)
-    for caption, lost in cut_captions(base, [item.caption for item in folder.items]):
-        tell.say(f"The caption {caption!r} is longer than the model reads; it never sees: {lost}")
 
-    # Latents and text, from here on the run leaves files
-    data = encode_dataset(base, folder.items, size, config.flip, progress=tell.progress)
-    validation = None
-    if apart:
-        kept = encode_dataset(base, apart, size, flip=False, progress=tell.progress)
-        validation = Validation(kept, base.pipe.scheduler, config.seed)
-    task = DenoisingTask(data, base.pipe.scheduler, config.caption_dropout, config.timestep_range)
-    if config.rank == "auto":
-        choice = automatic_ranks(
-            base.pipe.unet, adapter, task, config, lambda done, total: tell.progress("Measuring layers", done, total)
-        )
-        tell.say("Mean rank by block:\n" + bars(choice.by_block()))
-        adapter = choice.config
-    handle = inject(base.pipe.unet, adapter, seed=config.seed)
-    tell.say(f"Adapter: {handle.report}.")
-    run = RunFolder(target)
-    if accelerator.is_main_process and config.resume is None:
-        run = open_run_folder(target)
-        run.write_text("config.yaml", to_yaml(dataclasses.replace(config, output=None, resume=None)))
+    # Latents and text, adapter; from here on the run leaves files
+    material = encode(ready, tell)
+    learning = new_adapter(ready, material, tell)
+    run = start.open(config) if accelerator.is_main_process else RunFolder(start.folder)
     accelerator.wait_for_everyone()
 
     # Training
-    prompts = config.sample_prompts or default_prompts(folder)
+    prompts = config.sample_prompts or default_prompts(ready.folder)
     settings = SamplingConfig(config.sample_steps, config.guidance_scale or 1.0, config.seed)
-    sheet = SampleSheet(base, handle, prompts, size, settings, run, tell)
+    sheet = SampleSheet(base, learning.learner, prompts, ready.size, settings, run, tell)
     fitting = Fitting(
         config,
-        handle,
+        learning.learner,
+        learning.export,
         accelerator,
         run,
         sheet,
         tell,
-        lambda step: header(config, adapter, loop, base, fingerprints, folder, size, step),
-        data_hash(folder),
-        validation,
+        lambda step: header(config, learning.config, loop, base, ready.fingerprints, ready.folder, ready.size, step),
+        learned_from(ready.folder, ready.apart),
+        start,
+        material.validation,
     )
-    if config.resume is not None:
-        fitting.restore(read_state(run.path / "checkpoints" / STATE_FILE))
-    history = fitting.train(task)
+    if start.state is not None:
+        fitting.restore(start.state)
+    if not config.sample_columns:
+        release(base, text_is_cached=material.tokens is None)
+    if config.compile:
+        base.pipe.unet.compile()
+    with attention_kernel(config.attention):
+        history = fitting.train(material.task(learning.learner))
 
     # Adapter, grid and report
     adapter_path = run.path / "adapter.safetensors"
@@ -141,142 +114,241 @@ def train_sd(config: TrainSDConfig, listener: Listener | None = None) -> RunResu
             native.write(
                 fitting.adapter(history[-1].step),
                 adapter_path,
-                public_metadata(config, adapter, loop, base, folder, size, fitting.started),
+                public_metadata(config, learning.config, loop, base, ready.folder, ready.size, fitting.started),
             )
         seconds = time.monotonic() - started
-        report(run, config, loop, base, folder, handle, sheet, history, fitting.evaluations, seconds)
+        report(
+            run, config, loop, base, ready.folder, learning.handle, sheet, history, fitting.evaluations, seconds,
+            fitting.log.changes, material.data,
+        )  # fmt: skip
         if fitting.evaluations:
             tell.say(verdict(fitting.evaluations))
     seconds = time.monotonic() - started
-    return RunResult(run.path, adapter_path, run.path / "grid.png", history[0].loss, recent_loss(history), seconds)
+    grid = run.path / "grid.png" if config.sample_columns else None
+    return RunResult(run.path, adapter_path, grid, history[0].loss, recent_loss(history), seconds)
 
 
-@dataclass
-class Fitting:
-    """The training stage: metrics after each step, samples and checkpoints now and then, nothing lost on Ctrl-C."""
+# ----------------------------------------------------------------------------------------------------- what is there
+
+
+@dataclass(frozen=True)
+class Ready:
+    """Pictures and base model, checked; nothing has been computed or written."""
 
     config: TrainSDConfig
-    handle: Handle
+    """With every default filled in."""
+    folder: ImageFolder
+    """The pictures to train on."""
+    apart: tuple[ImageItem, ...]
+    """Those by which one sees whether it learned."""
+    base: BaseModel
+    fingerprints: dict[str, dict[str, str]]
+    noise_scheduler: Any
+    size: int
+    """Resolution, px."""
+    adapter: AdapterConfig
+    """Of the UNet."""
+    text_adapters: dict[str, AdapterConfig]
+    """Of the text encoders that are adapted."""
+    word: LearnedWord | None
     accelerator: Any
-    run: RunFolder
-    sheet: SampleSheet
-    tell: Listener
-    header: Callable[[int], dict[str, Any]]
-    """From a step to what the adapter file says about itself."""
-    data: str
-    """Tells the pictures and captions."""
-    validation: Validation | None = None
-    """Pictures that are not trained on."""
-    evaluations: list[Evaluation] = field(default_factory=list)
-    """On the validation pictures."""
-    started: float = field(default_factory=lambda: float(os.environ.get("SOURCE_DATE_EPOCH", time.time())))
-    """When the run began, seconds since 1970; in reproducible builds what they say."""
 
-    def __post_init__(self) -> None:
-        self.fit = Fit(self.accelerator, self.handle, loop_config(self.config), self.config.ema_decay)
-        self.log = Logbook(self.fit, self.run if self.main else None, self.tell, self.data, "The pictures or captions")
 
-    @property
-    def main(self) -> bool:
-        """Whether this process draws and writes."""
-        return bool(self.accelerator.is_main_process)
+def prepare(start: Start[TrainSDConfig], tell: Listener) -> Ready:
+    """Reads the pictures, opens the model, and checks all settings against both."""
+    config = start.config
+    folder = read_pictures(config, progress=lambda done, total: tell.progress("Checking pictures", done, total))
+    for note in folder.notes:
+        tell.say(note)
+    tell.say(folder.caption_source)
+    folder, apart = held_out(folder, config)
+    if apart:
+        tell.say(f"{len(folder.items)} pictures to train on, {len(apart)} apart to see whether it learned.")
+    if config.prior_images is not None:
+        check_class_folder(Path(config.prior_images), Path(config.images) if config.images else None)
 
-    def adapter(self, step: int) -> Adapter:
-        """The adapter as it is now."""
-        return Adapter(self.handle.modules("unet"), self.header(step))
+    base = open_base(config.model)
+    tell.say(base.why)
+    config, notes = suited(config, base.suggested)
+    for note in notes:
+        tell.say(note)
+    size = config.resolution or base.resolution
+    base.check_resolution(size)
+    plan_of(config, base, size)
+    fingerprints = base.fingerprints()
+    noise_scheduler = noise_scheduler_of(config, base)
+    adapter = adapter_config(config)
+    check_targets(base.pipe.unet, adapter)
+    text_adapters = {}
+    if config.train_text_encoder:
+        parts = base.components()
+        text_adapters = {
+            name: text_adapter_config(config, parts[name], last_is_read=not base.is_xl or name == "text_encoder_2")
+            for name, _, _ in base.text_parts()
+        }
+        for name, own in text_adapters.items():
+            check_targets(parts[name], own)
+    for caption, lost in cut_captions(base, [item.caption for item in folder.items]):
+        tell.say(f"The caption {caption!r} is longer than the model reads; it never sees: {lost}")
+    accelerator = new_accelerator(config.precision, config.trackers, start.folder)
+    prepare_model(base, config, accelerator.device, accelerator.mixed_precision)
+    word = None
+    if config.token is not None:
+        if not any(config.token in item.caption for item in folder.items):
+            example = folder.items[0].caption
+            raise ConfigError(
+                f"token is {config.token!r}, but no caption has it, so it could not be learned. Write it into the captions, or "
+                f"give one for all: --prompt 'a photo of {config.token}' (a caption now: {example!r})."
+            )
+        word = LearnedWord(base, config.token, config.token_vectors, config.token_initializer)
+    return Ready(
+        config, folder, apart, base, fingerprints, noise_scheduler, size, adapter, text_adapters, word, accelerator
+    )
 
-    def keep_adapter(self, step: int) -> Path:
-        """Writes the adapter as it is now beside the others of the run."""
-        path = self.run.checkpoints / f"step-{step:06d}.safetensors"
-        with self.fit.averaged():
-            native.write(self.adapter(step), path)
-        return path
 
-    def checkpoint(self) -> None:
-        """Writes all that the run needs to go on."""
-        self.log.checkpoint(
-            {
-                "evaluations": [dataclasses.asdict(e) for e in self.evaluations],
-                "columns": [label for label, _ in self.sheet.columns],
-                "started": self.started,
-            }
+# ----------------------------------------------------------------------------------------------------------- material
+
+
+@dataclass(frozen=True)
+class Material:
+    """Latents and text."""
+
+    ready: Ready
+    data: Encoded
+    tokens: Tokens | None
+    """The captions as token ids, where text encoders or a word learn too."""
+    validation: Validation | None
+    class_caption: int | None
+    """Position of the class's caption, where the base's predictions keep the class."""
+
+    def task(self, learner: JointLearner | None) -> DenoisingTask:
+        """What is trained; without a learner what is learned on the UNet alone, for measuring."""
+        config, kept = self.ready.config, None
+        if learner is not None and config.prior_prompt is not None:
+            kept = Preservation(config.prior_weight, self.class_caption, learner)
+        return DenoisingTask(
+            self.data,
+            self.ready.noise_scheduler,
+            config.caption_dropout,
+            objective_of(config),
+            config.unmasked_weight,
+            kept,
+            None if learner is None else self.tokens,
         )
 
-    def restore(self, kept: dict[str, Any]) -> None:
-        """Goes on from a checkpoint.
 
-        Raises:
-            ConfigError: when the pictures or captions are not those of the run.
-        """
-        self.log.restore(kept)
-        self.evaluations = [Evaluation(**e) for e in kept["evaluations"]]
-        self.started = float(kept["started"])
-        if self.main:
-            self.sheet.read_columns([str(label) for label in kept["columns"]])
+def encode(ready: Ready, tell: Listener) -> Material:
+    """Pictures and captions as the UNet sees them, from the cache where it has them."""
+    config, base, accelerator = ready.config, ready.base, ready.accelerator
+    plan = plan_of(config, base, ready.size)
+    share = None
+    if accelerator.num_processes > 1:
+        share = Share(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone)
+    class_items: tuple[ImageItem, ...] = ()
+    if config.prior_images is not None and config.prior_prompt is not None:
+        where = Path(config.prior_images)
+        if accelerator.is_main_process:
+            drawn = draw_missing(
+                base, where, config.prior_prompt, config.prior_count, ready.size, config.guidance_scale or 1.0, config.seed,
+                lambda done, total: tell.progress("Drawing class pictures", done, total),
+            )  # fmt: skip
+            if drawn:
+                tell.say(f"{drawn} pictures of {config.prior_prompt!r} were drawn to {where}.")
+        accelerator.wait_for_everyone()
+        class_items = class_pictures(where, config.prior_prompt, config.skip_broken)
+    captions = captions_of(config, ready.folder.items)
+    salt = "" if ready.word is None else f"{config.token} {config.token_vectors} {config.token_initializer}"
+    data = encode_dataset(
+        base, ready.folder.items, plan, None, tell.progress, captions=captions, class_items=class_items, share=share,
+        more_captions=[config.prior_prompt] if config.prior_prompt is not None and not class_items else [], salt=salt,
+    )  # fmt: skip
+    for line in described(
+        [(item.name or item.path.name, f) for item, f in zip(data.items, data.framings, strict=True)]
+    ):
+        tell.say(line)
+    if alone := lonely(data, config.batch_size or 1):
+        tell.say(alone)
+    kept = None
+    if ready.apart:
+        kept = encode_dataset(base, ready.apart, validation_plan(plan), None, tell.progress, share=share, salt=salt)
+    return material_of(ready, data, kept)
 
-    def evaluate(self, step: int) -> None:
-        """Looks at the validation pictures; the best adapter so far is kept beside the last. All processes see the same."""
-        if self.validation is None:
-            return
-        with self.fit.averaged():
-            found = self.validation.evaluate(self.handle.model, step)
-            best = not self.evaluations or found.loss < min(e.loss for e in self.evaluations)
-            self.evaluations.append(found)
-            if self.main:
-                self.run.write_jsonl("validation.jsonl", [dataclasses.asdict(e) for e in self.evaluations])
-                if best:
-                    native.write(self.adapter(step), self.run.checkpoints / "best.safetensors")
 
-    @property
-    def enough(self) -> bool:
-        """Whether patience is at its end."""
-        if self.config.patience is None or not self.evaluations:
-            return False
-        best = min(self.evaluations, key=lambda e: e.loss)
-        return sum(e.step > best.step for e in self.evaluations) >= self.config.patience
+def material_of(ready: Ready, data: Encoded, kept: Encoded | None) -> Material:
+    """What was encoded, to train on and to judge by, with its captions in the form that the model reads."""
+    config, base = ready.config, ready.base
+    learns_text = ready.word is not None or bool(ready.text_adapters)
+    validation = None
+    if kept is not None:
+        own_tokens = Tokens.of(base, kept) if learns_text else None
+        validation = Validation(kept, ready.noise_scheduler, config.seed, own_tokens)
+    held = config.prior_prompt is not None and config.prior_images is None
+    class_caption = data.captions.index(config.prior_prompt) if held and config.prior_prompt else None
+    return Material(ready, data, Tokens.of(base, data) if learns_text else None, validation, class_caption)
 
-    def train(self, task: DenoisingTask) -> list[Progress]:
-        """Runs the loop; returns the state after each step."""
-        steps = self.fit.config.steps
-        drawn, saved = (set(sample_moments(steps, n)) for n in (self.config.sample_columns, self.config.checkpoints))
-        if self.main and not self.sheet.columns:
-            self.sheet.draw_column("base", scale=0.0)
-        if not self.evaluations:
-            self.evaluate(0)
-        if not self.log.history:
-            self.checkpoint()
 
-        def on_step(progress: Progress) -> None:
-            if progress.step in saved:
-                self.evaluate(progress.step)
-            self.log.add(progress, "Training", f"{progress.images_per_second:.1f} images/s")
-            if progress.step in drawn and self.main:
-                self.keep_adapter(progress.step)
-                with self.fit.averaged():
-                    self.sheet.draw_column(f"step {progress.step}", scale=1.0)
-            if progress.step in drawn | saved:
-                self.checkpoint()
-            if self.enough:
-                raise StopTraining
+def lonely(data: Encoded, batch_size: int) -> str:
+    """A line about sizes with fewer pictures than a batch: each is then several times in one batch."""
+    few = [group for group in data.groups if len(set(group.positions)) < batch_size]
+    if not few or len(data.groups) == 1:
+        return ""
+    count = sum(len(set(group.positions)) for group in few)
+    return (
+        f"{count} pictures are of sizes that have fewer pictures than a batch ({batch_size}), so a batch repeats them. "
+        "A larger bucket_step puts more pictures together; buckets=false cuts all to one size."
+    )
 
-        try:
-            if not self.enough:  # a run that was cut off after it had stopped
-                self.fit.run(task, on_step)
-        except KeyboardInterrupt:
-            if self.log.history and self.main:
-                kept = self.keep_adapter(self.fit.step)
-                self.checkpoint()
-                self.tell.say(
-                    f"Interrupted at step {self.fit.step} of {steps}; the adapter so far is in {kept}.\n"
-                    f"Go on with: visionlora train-sd --resume {self.run.path}"
-                )
-            raise
-        if self.enough:
-            best = min(self.evaluations, key=lambda e: e.loss)
-            self.tell.say(
-                f"Stopped at step {self.fit.step}: no better on the validation pictures since step {best.step}."
-            )
-        return self.log.history
+
+# ------------------------------------------------------------------------------------------------------------ adapter
+
+
+@dataclass(frozen=True)
+class Learning:
+    """What is trained."""
+
+    learner: JointLearner
+    handle: Handle
+    """Of the UNet."""
+    others: dict[str, Handle]
+    """Of the text encoders."""
+    word: LearnedWord | None
+    config: AdapterConfig
+    """Of the UNet, with the ranks that were chosen."""
+
+    def export(self) -> Adapter:
+        """As it is now, for a file."""
+        modules = self.handle.modules("unet")
+        for name, handle in self.others.items():
+            modules |= handle.modules(name)
+        return Adapter(modules, embeddings={} if self.word is None else self.word.embeddings())
+
+
+def new_adapter(ready: Ready, material: Material, tell: Listener) -> Learning:
+    """The adapters on their parts of the model, untrained."""
+    config, base, adapter = ready.config, ready.base, ready.adapter
+    if config.rank == "auto":
+        choice = automatic_ranks(
+            base.pipe.unet, adapter, material.task(None), config,
+            lambda done, total: tell.progress("Measuring layers", done, total),
+        )  # fmt: skip
+        tell.say("Mean rank by block:\n" + bars(choice.by_block()))
+        adapter = choice.config
+    handle = inject(base.pipe.unet, adapter, seed=config.seed)
+    tell.say(f"Adapter: {handle.report}.")
+    rate = config.learning_rate or 1.0
+    parts, others, components = [Part("unet", handle)], {}, base.components()
+    for name, own in ready.text_adapters.items():
+        others[name] = inject(components[name], own, seed=config.seed)
+        tell.say(f"Adapter of {name}: {others[name].report}.")
+        factor = (config.text_encoder_learning_rate or rate / 2) / rate
+        parts.append(Part(name, others[name], factor, config.text_encoder_stop))
+    if ready.word is not None:
+        parts.append(Part("token", ready.word, (config.token_learning_rate or 5 * rate) / rate))
+    model = base.pipe.unet if material.tokens is None else Denoiser(base, ready.word)
+    return Learning(JointLearner(model, parts), handle, others, ready.word, adapter)
+
+
+# ----------------------------------------------------------------------------------------------------------- pictures
 
 
 def held_out(folder: ImageFolder, config: TrainSDConfig) -> tuple[ImageFolder, tuple[ImageItem, ...]]:

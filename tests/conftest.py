@@ -40,49 +40,93 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
     monkeypatch.setenv("VISIONLORA_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
-@pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A diffusers folder with the parts of Stable Diffusion 1.x, small and random: 32 px pictures, 8x8 latents."""
+def save_tiny_model(folder: Path, family: str) -> Path:
+    """A diffusers folder with the parts of a family of Stable Diffusion, small and random: 32 px pictures, 8x8 latents.
+
+    Args:
+        folder: an empty one.
+        family: sd1; sd2 (predicts the velocity, linear projections); or sdxl (two text encoders, told sizes).
+    """
     import json
     import warnings
 
     import torch
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+        from diffusers import (
+            AutoencoderKL,
+            DDIMScheduler,
+            EulerDiscreteScheduler,
+            StableDiffusionPipeline,
+            StableDiffusionXLPipeline,
+            UNet2DConditionModel,
+        )
 
-        folder = tmp_path_factory.mktemp("tiny")
         letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
         words = ["<|startoftext|>", "<|endoftext|>", *letters, *(c + "</w>" for c in letters)]
         (folder / "vocab.json").write_text(json.dumps({w: i for i, w in enumerate(words)}))
         (folder / "merges.txt").write_text("#version: 0.2\n")
-        tokenizer = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=16)
+
+        def tokenizer() -> CLIPTokenizer:
+            return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=16)
+
+        def text(width: int) -> CLIPTextConfig:
+            return CLIPTextConfig(
+                vocab_size=len(words), hidden_size=width, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+                max_position_embeddings=16, bos_token_id=0, eos_token_id=1, pad_token_id=1, projection_dim=width,
+            )  # fmt: skip
+
         torch.manual_seed(0)
-        text = CLIPTextConfig(
-            vocab_size=len(words), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-            max_position_embeddings=16, bos_token_id=0, eos_token_id=1, pad_token_id=1,
-        )  # fmt: skip
+        added = {
+            "addition_embed_type": "text_time", "addition_time_embed_dim": 8, "transformer_layers_per_block": (2, 1),
+            "projection_class_embeddings_input_dim": 24 + 6 * 8,
+        } if family == "sdxl" else {}  # fmt: skip
         unet = UNet2DConditionModel(
-            sample_size=8, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8, cross_attention_dim=16,
-            attention_head_dim=2, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            sample_size=8, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8,
+            cross_attention_dim=40 if family == "sdxl" else 16, attention_head_dim=2,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            use_linear_projection=family != "sd1", **added,
         )  # fmt: skip
         vae = AutoencoderKL(
             block_out_channels=(8, 8, 8), norm_num_groups=4, sample_size=32, mid_block_add_attention=False,
             down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
         )  # fmt: skip
-        schedule = DDIMScheduler(
-            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
-            set_alpha_to_one=False, steps_offset=1,
-        )  # fmt: skip
-        pipe = StableDiffusionPipeline(
-            vae=vae, text_encoder=CLIPTextModel(text), tokenizer=tokenizer, unet=unet, scheduler=schedule,
-            safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-        )  # fmt: skip
+        noise = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+        if family == "sdxl":
+            pipe = StableDiffusionXLPipeline(
+                vae=vae, unet=unet, scheduler=EulerDiscreteScheduler(**noise), tokenizer=tokenizer(), tokenizer_2=tokenizer(),
+                text_encoder=CLIPTextModel(text(16)), text_encoder_2=CLIPTextModelWithProjection(text(24)),
+                add_watermarker=False,
+            )  # fmt: skip
+        else:
+            kind = "v_prediction" if family == "sd2" else "epsilon"
+            schedule = DDIMScheduler(clip_sample=False, set_alpha_to_one=False, prediction_type=kind, **noise)
+            pipe = StableDiffusionPipeline(
+                vae=vae, text_encoder=CLIPTextModel(text(16)), tokenizer=tokenizer(), unet=unet, scheduler=schedule,
+                safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+            )  # fmt: skip
         pipe.save_pretrained(folder / "model")
     return folder / "model"
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Stable Diffusion 1.x, small and random."""
+    return save_tiny_model(tmp_path_factory.mktemp("tiny"), "sd1")
+
+
+@pytest.fixture(scope="session")
+def tiny_sd2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Stable Diffusion 2.x, small and random."""
+    return save_tiny_model(tmp_path_factory.mktemp("tiny2"), "sd2")
+
+
+@pytest.fixture(scope="session")
+def tiny_xl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Stable Diffusion XL, small and random."""
+    return save_tiny_model(tmp_path_factory.mktemp("tinyxl"), "sdxl")
 
 
 @pytest.fixture

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
+import re
+import sys
 from pathlib import Path
 
 from visionlora.errors import ConfigError
 
 
-def replace_file(path: Path, content: bytes) -> None:
+def replace_file(path: Path, content: bytes, previous: Path | None = None) -> None:
     """Writes under a temporary name, flushes to disk, then renames to `path`.
+
+    Args:
+        path: of the file.
+        content: of the file.
+        previous: where the content before is kept, when there was some; at every moment one of the two files is whole.
 
     Raises:
         OSError: when the file cannot be written; an older file of that name is left as it was.
@@ -20,9 +29,76 @@ def replace_file(path: Path, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
+        if previous is not None and path.exists():
+            _keep(path, previous)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def is_full(error: OSError) -> bool:
+    """Whether a disk failed and not a person: it is full, a limit is reached, or it is broken."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+
+
+def _keep(path: Path, previous: Path) -> None:
+    """Gives a file a second name in place of what had it; where the disk knows no links, the name alone moves."""
+    second = previous.with_name(f".{previous.name}.{os.getpid()}.tmp")
+    try:
+        second.unlink(missing_ok=True)
+        second.hardlink_to(path)
+    except (OSError, NotImplementedError):
+        path.replace(previous)
+    else:
+        second.replace(previous)
+
+
+def sweep(*folders: Path) -> None:
+    """Removes what `replace_file` leaves in folders when its process is killed in the middle; it may be large."""
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            for path in folder.iterdir():
+                if re.fullmatch(r"\..+\.\d+\.tmp", path.name) and path.is_file():
+                    path.unlink(missing_ok=True)
+
+
+_held: dict[Path, int] = {}
+"""Folders that this process holds, with the descriptor that does."""
+
+
+def hold(folder: Path) -> bool:
+    """Takes a folder for this process alone, until `let_go` or the end of the process, however sudden.
+
+    Returns:
+        False when another living process has it. Where the system or disk knows no such locks, everyone gets it.
+    """
+    if sys.platform == "win32":
+        return True
+    import fcntl
+
+    place = folder.resolve()
+    if place in _held:
+        return True
+    try:
+        descriptor = os.open(place, os.O_RDONLY)
+    except OSError:
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return False
+    except OSError:
+        os.close(descriptor)
+        return True
+    _held[place] = descriptor
+    return True
+
+
+def let_go() -> None:
+    """Gives back every folder that this process holds."""
+    while _held:
+        os.close(_held.popitem()[1])
 
 
 def check_new(path: Path, overwrite: bool = False) -> None:

@@ -7,6 +7,8 @@
     ├── TargetError (ValueError)         targets that match nothing, or what must not be adapted
     ├── AdapterFileError (ValueError)    an adapter file that is broken or belongs to another base
     ├── RunFolderError (ValueError)      an output folder that cannot be used
+    │   ├── RunFinished                  a run that has nothing left to do
+    │   └── WriteError                   a file of a run that cannot be written, for instance on a full disk
     └── TrainingError (RuntimeError)     training that cannot go on
 
 Every message says what was given, what is allowed, the nearest valid choice and what to do next.
@@ -47,6 +49,16 @@ class AdapterFileError(VisionLoRAError, ValueError):
 
 class RunFolderError(VisionLoRAError, ValueError):
     """An output folder that cannot be used."""
+
+
+class RunFinished(RunFolderError):
+    """A run that was to be resumed has nothing left to do."""
+
+
+class WriteError(RunFolderError):
+    """A file of a run that cannot be written, for instance on a full disk; what was written before is whole."""
+
+    exit_code = 1
 
 
 class TrainingError(VisionLoRAError, RuntimeError):

@@ -168,10 +168,11 @@ def add_tokens(base: BaseModel, adapter: Adapter) -> None:
     Raises:
         AdapterFileError: when the vectors have another width than the text encoder's, or a token is there already.
     """
+    tokenizers = {name: tokenizer for name, tokenizer, _ in base.text_parts()}
     for token, parts in adapter.embeddings.items():
         for component, vectors in parts.items():
             encoder = base.components().get(component)
-            if encoder is None:
+            if encoder is None or component not in tokenizers:
                 raise AdapterFileError(
                     f"The adapter has vectors of {token!r} for {component!r}, which {base.id} has not."
                 )
@@ -182,7 +183,9 @@ def add_tokens(base: BaseModel, adapter: Adapter) -> None:
                     "made for another family."
                 )
             try:
-                base.pipe.load_textual_inversion(vectors, token=token, text_encoder=encoder)
+                base.pipe.load_textual_inversion(
+                    vectors, token=token, text_encoder=encoder, tokenizer=tokenizers[component]
+                )
             except ValueError as e:
                 raise AdapterFileError(f"The token {token!r} cannot be added: {e}") from None
 

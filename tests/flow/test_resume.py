@@ -1,7 +1,12 @@
 """train-sd killed at any moment and resumed ends in the bytes of a run that was never cut off."""
 
+import contextlib
+import errno
 import json
+import math
+import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,10 +14,11 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 from visionlora.pipelines.train_sd import train_sd
 
 import visionlora as vl
-from visionlora.errors import ConfigError, RunFolderError
+from visionlora.errors import ConfigError, RunFinished, RunFolderError, VisionLoRAError
 from visionlora.report.listener import Listener
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of diffusers' schedulers
@@ -120,11 +126,14 @@ def test_what_cannot_be_resumed(tiny_model: Path, dogs: Path, tmp_path: Path, wh
     folder = tmp_path / "cut"
     with pytest.raises(Killed):
         train_sd(config(tiny_model, dogs, folder), Killer(15))
-    with pytest.raises(ConfigError, match="A resumed run keeps its settings, but rank is 4 here and was 2"):
+    with pytest.raises(ConfigError, match="- rank: 2 -> 4"):
         train_sd(resumed(folder, rank=4))
-    next(dogs.glob("*.png")).unlink()
-    with pytest.raises(ConfigError, match="pictures or captions have changed"):
+    before = (folder / "checkpoints" / "state.pt").read_bytes()
+    for picture in dogs.glob("*.png"):
+        picture.with_suffix(".txt").write_text("a spotted dog")
+    with pytest.raises(ConfigError, match=r"changed .*0 added, 0 removed, 3 with other captions.*go on with them by --force"):
         train_sd(resumed(folder))
+    assert (folder / "checkpoints" / "state.pt").read_bytes() == before
 
 
 def test_cut_off_before_the_first_step(tiny_model: Path, dogs: Path, tmp_path: Path, whole: Path) -> None:
@@ -157,3 +166,262 @@ def test_cut_off_after_it_had_stopped_by_itself(tiny_model: Path, dogs: Path, tm
     lines = [(f / "metrics.jsonl").read_text().splitlines() for f in runs]
     assert len(lines[0]) == len(lines[1]) < 12
     assert (runs[0] / "adapter.safetensors").read_bytes() == (runs[1] / "adapter.safetensors").read_bytes()
+
+
+# ---------------------------------------------------------------------------------------------------------------- auto
+
+
+def test_auto_goes_on_until_the_end_and_then_is_success(
+    tiny_model: Path, dogs: Path, tmp_path: Path, whole: Path, cli
+) -> None:
+    def auto(killer: Listener) -> None:
+        train_sd(config(tiny_model, dogs, tmp_path / "cut", resume="auto"), killer)
+
+    for words in (11, 9, 7):
+        with pytest.raises(Killed):
+            auto(Killer(words))
+    auto(Listener())
+    for name in FILES:
+        assert (tmp_path / "cut" / name).read_bytes() == (whole / name).read_bytes(), name
+    with pytest.raises(RunFinished):
+        auto(Listener())
+    code, out, err = cli("train-sd", "--images", dogs, "--output", "cut", "--resume", "auto", "rank=2")
+    assert (code, out, err) == (0, "The run in cut is finished; nothing is left to do.\n", "")
+
+
+def test_pictures_need_not_be_named_again(tiny_model: Path, dogs: Path, tmp_path: Path, cli) -> None:
+    with pytest.raises(Killed):
+        train_sd(config(tiny_model, dogs, tmp_path / "cut"), Killer(15))
+    code, out, err = cli("train-sd", "--output", "cut", "--resume", "auto")
+    assert code == 0 and out.startswith("Resuming the run in cut.\n"), err
+
+
+def test_pictures_may_have_moved(tiny_model: Path, dogs: Path, tmp_path: Path, whole: Path, cli) -> None:
+    folder = tmp_path / "cut"
+    with pytest.raises(Killed):
+        train_sd(config(tiny_model, dogs, folder), Killer(15))
+    (tmp_path / "album").mkdir()
+    dogs.rename(tmp_path / "album" / "dog")
+    code, _, err = cli("train-sd", "--images", "album/dog", "--resume", "cut")
+    assert code == 0, err
+    assert (folder / "adapter.safetensors").read_bytes() == (whole / "adapter.safetensors").read_bytes()
+
+
+# --------------------------------------------------------------------------------------------------------------- force
+
+
+def test_force_changes_settings_and_pictures_and_notes_it(tiny_model: Path, dogs: Path, tmp_path: Path) -> None:
+    folder, settings = tmp_path / "cut", {"val_share": 0.0}
+    with pytest.raises(Killed):
+        train_sd(config(tiny_model, dogs, folder, **settings), Killer(15))
+    (dogs / "0.png").unlink()
+    shutil.copy(dogs / "1.png", dogs / "new.png")
+    with (dogs / "new.png").open("ab") as file:  # the same picture in other bytes
+        file.write(b"more")
+    changes = {"steps": 15, "sample_steps": 2, "batch_size": 1, "weight_decay": 0.5}
+    train_sd(resumed(folder, **changes, force=True))
+    kept, told = yaml.safe_load((folder / "config.yaml").read_text()), json.loads((folder / "run.json").read_text())
+    assert {name: kept[name] for name in changes} == changes and kept["force"] is False
+    (change,) = told["changes"]
+    assert change["what"][:2] == ["steps: 12 -> 15", "weight_decay: 0.01 -> 0.5"]
+    assert change["what"][-1] == "pictures: 1 added, 1 removed, 0 with other captions"
+    assert f"Changed on the way | at step {change['step']}, steps: 12 → 15" in (folder / "README.md").read_text()
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 15
+
+
+def test_a_forced_change_is_kept_and_noted_once(tiny_model: Path, dogs: Path, tmp_path: Path) -> None:
+    """Cut off right after it was changed, the run goes on with the change without being told again."""
+    folder = tmp_path / "cut"
+    with pytest.raises(Killed):
+        train_sd(config(tiny_model, dogs, folder), Killer(15))
+
+    class AtOnce(Listener):
+        def say(self, line: str) -> None:
+            if line.startswith("Going on at step"):
+                raise Killed
+
+    class AtTheNextStep(Listener):
+        def progress(self, what: str, done: int, total: int, detail: str = "") -> None:
+            if what == "Training":
+                raise Killed
+
+    for killer in (AtOnce(), AtTheNextStep()):
+        with pytest.raises(Killed):
+            train_sd(resumed(folder, steps=14, force=True), killer)
+    train_sd(resumed(folder))
+    (change,) = json.loads((folder / "run.json").read_text())["changes"]
+    assert change["what"] == ["steps: 12 -> 14"]
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 14
+
+
+def test_pictures_to_learn_from_never_become_those_that_judge(tiny_model: Path, dogs: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "cut"
+    (apart := tmp_path / "apart").mkdir()
+    shutil.move(dogs / "0.png", apart / "0.png")
+    settings = {"val_share": 0.0, "validation": str(apart)}
+    with pytest.raises(Killed):
+        train_sd(config(tiny_model, dogs, folder, **settings), Killer(16))
+    shutil.move(dogs / "1.png", apart / "1.png")
+    with pytest.raises(ConfigError, match="1 pictures that this run has learned from would now be those that judge it"):
+        train_sd(resumed(folder, force=True))
+
+
+# ----------------------------------------------------------------------------------------------------------- retention
+
+
+@pytest.mark.parametrize(("keep", "left"), [(None, [6, 12]), (1, [12]), (0, [])])
+def test_so_many_adapters_on_the_way_stay(
+    tiny_model: Path, dogs: Path, tmp_path: Path, keep: int | None, left: list[int]
+) -> None:
+    folder = train_sd(config(tiny_model, dogs, tmp_path / "r", keep_checkpoints=keep)).folder / "checkpoints"
+    assert sorted(p.name for p in folder.glob("step-*")) == [f"step-{step:06d}.safetensors" for step in left]
+    assert {"state.pt", "state-previous.pt", "best.safetensors"} <= {p.name for p in folder.iterdir()}
+
+
+def test_a_state_that_cannot_be_read_costs_one_checkpoint(
+    tiny_model: Path, dogs: Path, tmp_path: Path, whole: Path
+) -> None:
+    folder = tmp_path / "cut"
+    with pytest.raises(Killed):
+        train_sd(config(tiny_model, dogs, folder), Killer(17))
+    state = folder / "checkpoints" / "state.pt"
+    state.write_bytes(state.read_bytes()[:-100])
+    said: list[str] = []
+
+    class Hearing(Listener):
+        def say(self, line: str) -> None:
+            said.append(line)
+
+    train_sd(resumed(folder), Hearing())
+    assert any("cannot be read" in line and "going on with the one before" in line for line in said)
+    for name in FILES:
+        assert (folder / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+# ----------------------------------------------------------------------------------------------------------- full disk
+
+
+@pytest.mark.parametrize("share", [0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95])
+def test_a_disk_that_is_full_at_any_write(
+    tiny_model: Path, dogs: Path, tmp_path: Path, whole: Path, share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run ends with one sentence; what was written before is whole, and from there it ends in the same bytes."""
+    real, writes = os.fsync, 0
+
+    def counted(descriptor: int, last: float = math.inf) -> None:
+        nonlocal writes
+        writes += 1
+        if writes > last:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", counted)
+    train_sd(config(tiny_model, dogs, tmp_path / "counted"))
+    last, writes = int(writes * share), 0
+    monkeypatch.setattr(os, "fsync", lambda descriptor: counted(descriptor, last))
+    with pytest.raises(VisionLoRAError, match="No space left on device") as caught:
+        train_sd(config(tiny_model, dogs, tmp_path / "cut"))
+    assert caught.value.exit_code == 1 and "\n" not in str(caught.value)
+    monkeypatch.setattr(os, "fsync", real)
+    assert not list((tmp_path / "cut").rglob("*.tmp"))
+    train_sd(config(tiny_model, dogs, tmp_path / "cut", resume="auto"))
+    for name in FILES:
+        assert (tmp_path / "cut" / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+@pytest.mark.slow
+def test_a_limit_on_the_size_of_files(tiny_model: Path, dogs: Path, tmp_path: Path, whole: Path, cli) -> None:
+    """The real command under a limit that the first checkpoints keep and a later one does not."""
+    limit = (whole / "checkpoints" / "state.pt").stat().st_size - 1
+    code = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
+    code += "from visionlora.cli.main import main\nmain()"
+    words = [f"{name}={value}" for name, value in SETTINGS.items()]
+    command = [sys.executable, "-c", code, "train-sd", "--images", dogs, "--model", tiny_model, "--output", "cut", *words]
+    done = subprocess.run([*map(str, command)], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("Error:")]
+    assert "state.pt cannot be written (File too large); the last one is still whole" in line
+    code_, _, err = cli("train-sd", "--images", dogs, "--output", "cut", "--resume", "auto")
+    assert code_ == 0, err
+    assert (tmp_path / "cut" / "adapter.safetensors").read_bytes() == (whole / "adapter.safetensors").read_bytes()
+
+
+# ------------------------------------------------------------------------------------------------------- sudden ends
+
+SERVER = """
+import json, os, sys
+import torch
+from visionlora.cli.main import main
+from visionlora.pipelines.train_sd import train_sd
+from diffusers import StableDiffusionPipeline
+from transformers import CLIPTextModel, CLIPTokenizer
+
+for line in sys.stdin:
+    child = os.fork()
+    if child == 0:
+        out = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(out, 1)
+        sys.argv = ["visionlora", *json.loads(line)]
+        try:
+            main()
+        except SystemExit as e:
+            os._exit(e.code or 0)
+        os._exit(0)
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+"""Starts the command in a process of its own for every line of words; what takes long is imported once."""
+KILLS = 24
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments(tiny_model: Path, dogs: Path, tmp_path: Path) -> None:
+    """SIGKILL again and again, wherever the run then is, each time started again with the same words."""
+    settings = {**SETTINGS, "steps": 60, "checkpoints": 30, "sample_columns": 3}
+    words = ["--images", str(dogs), "--model", str(tiny_model), *(f"{k}={v}" for k, v in settings.items())]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    server = subprocess.Popen(
+        [sys.executable, "-c", SERVER], cwd=tmp_path, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        stderr=(tmp_path / "errors.txt").open("w"), text=True,
+    )  # fmt: skip
+    assert server.stdin is not None and server.stdout is not None
+
+    def run(output: str, after: float | None = None) -> int:
+        """Runs the command, and kills it after so many seconds."""
+        server.stdin.write(json.dumps(["train-sd", "--output", output, "--resume", "auto", *words]) + "\n")
+        server.stdin.flush()
+        child = int(server.stdout.readline())
+        if after is not None:
+            time.sleep(after)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
+        code = int(server.stdout.readline())
+        assert code in (0, -signal.SIGKILL), (tmp_path / "errors.txt").read_text()
+        return code
+
+    def check_bytes(output: str) -> None:
+        for name in FILES:
+            assert (tmp_path / output / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), (output, name)
+        lines = [[json.loads(x)["loss"] for x in (tmp_path / f / "metrics.jsonl").read_text().splitlines()]
+                 for f in (output, "whole")]  # fmt: skip
+        assert lines[0] == lines[1] and not list((tmp_path / output).rglob("*.tmp"))
+
+    run("warm")
+    began = time.monotonic()
+    assert run("whole") == 0
+    length = time.monotonic() - began
+    dice, moments, number = random.Random(0), [], 0
+    while len(moments) < KILLS:
+        folder = tmp_path / f"cut{number}"
+        if run(folder.name, dice.uniform(0.0, 0.8) * length) == 0:
+            check_bytes(folder.name)
+            number += 1
+            continue
+        steps = folder / "metrics.jsonl"
+        moments.append(len(steps.read_bytes().splitlines()) if steps.exists() else -1)
+    assert run(folder.name) == 0
+    check_bytes(folder.name)
+    assert len(set(moments)) >= 6, f"the kills fell on too few moments: {moments}"
+    server.stdin.close()
+    server.wait(timeout=60)
+    server.stdout.close()

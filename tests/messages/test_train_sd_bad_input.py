@@ -100,3 +100,25 @@ def test_odd_but_usable_pictures_train_and_are_mentioned(train, dogs: Path, tmp_
         assert word in out, f"{word!r} is not in:\n{out}"
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert len(record["images"]) == 3 + 5
+
+
+FOLDER_CASES = {
+    "a misspelt key": ('folders=[{path: dog, promt: "a dog"}]', "folders[0].promt is not a setting. Did you mean 'prompt'?"),
+    "images too": ("folders=[{path: dog}]", "folders are given too: leave one of them out"),
+    "captions": ("captions=filname", "captions is 'filname'; Did you mean 'filename'?"),
+    "names without words": ("captions=filename", "0.png has no words in its name; rename it after what it shows"),
+    "misspelt masks": ("masks=alhpa", "masks is 'alhpa'; Did you mean 'alpha'?"),
+    "no masks": ("masks=alpha", "0.png has no alpha channel to take a mask from; cut out what is to be learned"),
+    "weight without masks": ("unmasked_weight=0.5", "it needs masks: give masks=alpha or masks=FOLDER"),
+}
+
+
+@pytest.mark.parametrize("case", FOLDER_CASES)
+def test_captions_masks_and_folders(case: str, train, tmp_path: Path) -> None:
+    word, message = FOLDER_CASES[case]
+    check_refused(train(word), message)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_parquet_file_that_is_not_there(train, tmp_path: Path) -> None:
+    check_refused(train(images=tmp_path / "x.parquet"), "There is no parquet file", "x.parquet")

@@ -7,6 +7,7 @@ import yaml
 
 from visionlora.config import (
     ClassifyConfig,
+    FolderConfig,
     TrainSDConfig,
     budget_of,
     build,
@@ -142,3 +143,100 @@ def test_weights_of_classes_are_words_or_a_mapping() -> None:
     assert given("auto") == "auto" and given({"cat": 2, "a, b": "1.5"}) == {"cat": 2.0, "a, b": 1.5}
     with pytest.raises(ConfigError, match=r"class_weights is .*; expected a word or names with values"):
         build(ClassifyConfig, {"images": "x", "class_weights": [3.5]})
+
+
+# Several folders of pictures.
+
+
+def refused(settings: dict[str, object]) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        build(TrainSDConfig, settings)
+    return str(caught.value).splitlines()[1:]
+
+
+def test_folders_are_groups_of_settings() -> None:
+    config = build(
+        TrainSDConfig, {"folders": [{"path": "./dog", "repeats": "10", "prompt": "a sks dog"}, {"path": "b"}]}
+    )
+    assert config.folders == (FolderConfig("./dog", "a sks dog", 10), FolderConfig("b"))
+    assert (
+        build(TrainSDConfig, parse_words(["folders=[{path: a, captions: filename}]"])).folders[0].captions == "filename"
+    )
+
+
+def test_folders_are_written_and_read_again() -> None:
+    config = TrainSDConfig(
+        folders=(FolderConfig("a: b", "x, {y|z}", 3), FolderConfig("c", None, 1, "filename", "alpha")),
+        sample_prompts=("q",),
+    )
+    text = to_yaml(config)
+    assert "tuple" not in text
+    assert build(TrainSDConfig, yaml.safe_load(text)) == config
+
+
+def test_problems_of_folders_are_named_by_their_place() -> None:
+    folders = [
+        {"path": "./dog", "promt": "x"},
+        "./cat",
+        {"repeats": 0},
+        {"path": "a", "repeats": "many", 3: 4},
+        {"path": "a", "captions": "filname", "masks": " ", "prompt": ""},
+        {"path": "a", "captions": "filename", "prompt": "x"},
+    ]
+    assert refused({"folders": folders, "lerning_rate": 1}) == [
+        "- folders[0].promt is not a setting. Did you mean 'prompt'?",
+        "- folders[1] is './cat'; expected names with values (path, prompt, repeats, captions, masks)",
+        "- folders[2].path is ''; name a folder of pictures",
+        "- folders[2].repeats is 0; it must be at least 1",
+        "- folders[3].repeats is 'many'; expected a whole number",
+        "- folders[3].3 is not a setting. Allowed: captions, masks, path, prompt, repeats.",
+        "- folders[4].prompt is ''; write a caption, or leave it out",
+        "- folders[4].captions is 'filname'; Did you mean 'filename'?",
+        "- folders[4].masks is ' '; write alpha or the path of a folder",
+        "- folders[5].captions is 'filename'; a prompt is given: leave one of them out",
+        "- lerning_rate is not a setting. Did you mean 'learning_rate'?",
+    ]
+    assert refused({"folders": 3}) == ["- folders is 3; expected a list"]
+    with pytest.raises(ConfigError, match=r"These settings cannot be used:\n- repeats is -1; it must be at least 1"):
+        FolderConfig("a", repeats=-1)
+
+
+def test_images_or_folders_but_not_both() -> None:
+    one = [{"path": "a"}]
+    assert refused({"images": "b", "folders": one}) == ["- images is 'b'; folders are given too: leave one of them out"]
+    assert refused({}) == ["- images is ''; name the folder of pictures to learn from: --images ./dog"]
+    assert refused({"folders": one, "prompt": "x", "captions": "filename", "masks": "alpha"}) == [
+        "- prompt is 'x'; folders are given: write it into each of them that needs it",
+        "- captions is 'filename'; folders are given: write it into each of them that needs it",
+        "- masks is 'alpha'; folders are given: write it into each of them that needs it",
+        "- captions is 'filename'; a prompt is given: leave one of them out",
+    ]
+
+
+def test_captions_tags_and_masks() -> None:
+    assert refused(
+        {
+            "images": "a",
+            "captions": "name",
+            "keep_tags": -1,
+            "tag_dropout": 1,
+            "caption_variants": 0,
+            "unmasked_weight": 2,
+        }
+    ) == [
+        "- captions is 'name'; Did you mean 'filename'?",
+        "- unmasked_weight is 2.0; it must be between 0 and 1",
+        "- unmasked_weight is 2.0; it needs masks: give masks=alpha or masks=FOLDER",
+        "- keep_tags is -1; it must be 0 or more",
+        "- tag_dropout is 1.0; it must be at least 0 and below 1",
+        "- caption_variants is 0; it must be at least 1",
+    ]
+    folders = [{"path": "a", "masks": "alpha"}, {"path": "b"}]
+    assert build(TrainSDConfig, {"folders": folders, "unmasked_weight": 0.1}).unmasked_weight == 0.1
+
+
+def test_a_run_is_called_after_its_pictures(tmp_path: Path) -> None:
+    (tmp_path / "dog.v2").mkdir()
+    assert TrainSDConfig(images=str(tmp_path / "dog.v2")).title == "dog.v2"
+    assert TrainSDConfig(images="data/train.parquet").title == "train"
+    assert TrainSDConfig(folders=(FolderConfig("cats"), FolderConfig("dogs"))).title == "cats"

@@ -41,6 +41,7 @@ def command(
     find_rate: Annotated[
         Optional[bool], typer.Option("--find-rate", help="Find the learning rate first.")  # noqa: UP045
     ] = None,
+    optimizer: options.Optimizer = None,
     batch_size: options.BatchSize = None,
     augment: Annotated[Optional[str], typer.Option(help="none, light, affine, trivial or rand.")] = None,  # noqa: UP045
     flip: Annotated[
@@ -56,6 +57,7 @@ def command(
     seed: options.Seed = None,
     skip_broken: options.SkipBroken = None,
     resume: options.Resume = None,
+    force: options.Force = None,
     config: options.Config = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result for programs.")] = False,
 ) -> None:
@@ -63,6 +65,14 @@ def command(
     given = locals()
     del given["as_json"]
     resolved = options.resolved(ClassifyConfig, given)
+    if (line := options.finished(resolved)) is not None:
+        typer.echo(line, err=as_json)
+        if as_json:
+            run = Path(resolved.output or "")
+            found = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
+            paths = {"adapter": str(run / "adapter.safetensors"), "report": str(run / "report.html")}
+            typer.echo(json.dumps({**paths, "finished": True, "metrics": found}))
+        return
     with ConsoleListener(quiet=as_json) as listener:
         from visionlora.pipelines.classify import classify
 

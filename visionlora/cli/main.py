@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from visionlora import __version__
+from visionlora.atomic import is_full
 from visionlora.cli import adapters, classify, configs, generate, grid, inspect, overlap, plugins, train_sd
 from visionlora.cli.console import fail
 from visionlora.errors import VisionLoRAError
@@ -42,6 +43,7 @@ app.command("bake")(adapters.bake)
 app.command("overlap")(overlap.command)
 app.command("configs")(configs.list_configs)
 app.command("copy-config")(configs.copy_config)
+app.command("check")(configs.check)
 app.command("plugins")(plugins.command)
 
 
@@ -68,10 +70,14 @@ def main() -> None:
         if os.environ.get("VISIONLORA_DEBUG"):
             raise
         fail(str(e), e.exit_code)
+    except OSError as e:
+        if isinstance(e, BrokenPipeError):
+            sys.exit(1)
+        if not is_full(e):
+            raise
+        fail(f"{e.filename or 'A file'} cannot be written: {e.strerror}. Free some space and try again.", 1)
     except KeyboardInterrupt:
         fail("Interrupted.", 130)
-    except BrokenPipeError:
-        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Optional, TypeVar
 
 import typer
 
-from visionlora.config import PRECISIONS, TrainingConfig, build, parse_words, read_yaml
+from visionlora.config import OPTIMIZERS, PRECISIONS, RESUME_AUTO, TrainingConfig, build, parse_words, read_yaml
 
 C = TypeVar("C", bound=TrainingConfig)
 
@@ -19,7 +20,8 @@ Output = Annotated[Optional[str], typer.Option(help="Run folder to create.")]  #
 Steps = Annotated[Optional[int], typer.Option(help="Optimizer steps.")]  # noqa: UP045
 Rank = Annotated[Optional[str], typer.Option(help="Rank of each layer's change, or auto.")]  # noqa: UP045
 Alpha = Annotated[Optional[float], typer.Option(help="Scaling numerator; the rank by default.")]  # noqa: UP045
-LearningRate = Annotated[Optional[float], typer.Option(help="Learning rate of AdamW.")]  # noqa: UP045
+LearningRate = Annotated[Optional[float], typer.Option(help="Learning rate, after warm-up.")]  # noqa: UP045
+Optimizer = Annotated[Optional[str], typer.Option(help=f"One of {', '.join(OPTIMIZERS)}.")]  # noqa: UP045
 BatchSize = Annotated[Optional[int], typer.Option(help="Pictures per forward pass.")]  # noqa: UP045
 Accumulation = Annotated[Optional[int], typer.Option(help="Forward passes per step.")]  # noqa: UP045
 Precision = Annotated[Optional[str], typer.Option(help=f"One of {', '.join(PRECISIONS)}.")]  # noqa: UP045
@@ -28,7 +30,14 @@ SkipBroken = Annotated[
     Optional[bool],  # noqa: UP045
     typer.Option("--skip-broken", help="Leave out pictures that cannot be used."),
 ]
-Resume = Annotated[Optional[str], typer.Option(help="Run folder to go on with.")]  # noqa: UP045
+Resume = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(help="Run folder to go on with; auto: the last unfinished run of these pictures, or a new one."),
+]
+Force = Annotated[
+    Optional[bool],  # noqa: UP045
+    typer.Option("--force", help="With --resume: go on with other settings or pictures than the run had."),
+]
 Config = Annotated[
     Optional[list[str]],  # noqa: UP045
     typer.Option(help="A YAML file or the name of a recipe; repeat for more."),
@@ -46,7 +55,27 @@ def resolved(kind: type[C], given: Mapping[str, Any]) -> C:
         ConfigError: for what cannot be used.
     """
     flags = {k: v for k, v in given.items() if k not in ("settings", "config") and v is not None}
-    if "resume" in flags:
-        flags.setdefault("images", flags["resume"])  # the run knows its own pictures
     files = [read_yaml(name) for name in given.get("config") or []]
-    return build(kind, *files, parse_words(given.get("settings") or []), flags)
+    words = parse_words(given.get("settings") or [])
+    layers = [*files, words, flags]
+    resume, output = (next((str(x[k]) for x in reversed(layers) if x.get(k)), "") for k in ("resume", "output"))
+    if resume and not any(layer.get(name) for layer in layers for name in ("images", "folders")):
+        layers.insert(0, pictures_of(output if resume == RESUME_AUTO else resume))
+    return build(kind, *layers)
+
+
+def finished(config: TrainingConfig) -> str | None:
+    """What is said instead of training, when `--resume auto` finds nothing left to do at `--output`."""
+    if config.resume != RESUME_AUTO:
+        return None
+    from visionlora.report.resume import finished_run
+
+    return finished_run(config)
+
+
+def pictures_of(folder: str) -> dict[str, Any]:
+    """Where the run in a folder has its pictures: it knows them itself. Nothing when there is no run."""
+    file = Path(folder) / "config.yaml"
+    if not folder or not file.is_file():
+        return {"images": folder} if folder and not Path(folder).is_dir() else {}
+    return {name: value for name, value in read_yaml(str(file)).items() if name in ("images", "folders") and value}

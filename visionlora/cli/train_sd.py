@@ -15,6 +15,10 @@ def command(
     settings: options.Settings = None,
     images: Annotated[Optional[str], typer.Option(help="Folder of pictures to learn from.")] = None,  # noqa: UP045
     prompt: Annotated[Optional[str], typer.Option(help="One caption for every picture.")] = None,  # noqa: UP045
+    captions: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="auto: files of the folder; filename: a picture's name is its caption."),
+    ] = None,
     model: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(help="auto, emoji-64, a diffusers folder, a .safetensors checkpoint or a Hub id."),
@@ -28,6 +32,7 @@ def command(
         Optional[str], typer.Option(help="Roles (attn, attn.q, mlp, conv, all), names or re:regex, by commas.")  # noqa: UP045
     ] = None,
     learning_rate: options.LearningRate = None,
+    optimizer: options.Optimizer = None,
     batch_size: options.BatchSize = None,
     gradient_accumulation: options.Accumulation = None,
     resolution: Annotated[Optional[int], typer.Option(help="Width and height in px.")] = None,  # noqa: UP045
@@ -37,16 +42,32 @@ def command(
         Optional[list[str]], typer.Option(help="A prompt of the sample grid; repeat for more.")  # noqa: UP045
     ] = None,
     skip_broken: options.SkipBroken = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what the run would do, take and need, and end.")
+    ] = False,
     resume: options.Resume = None,
+    force: options.Force = None,
     config: options.Config = None,
 ) -> None:
     """Train a LoRA on a folder of pictures: `visionlora train-sd --images ./dog`."""
-    resolved = options.resolved(TrainSDConfig, locals())
+    given = {name: value for name, value in locals().items() if name != "dry_run"}
+    resolved = options.resolved(TrainSDConfig, given)
+    if dry_run:
+        with ConsoleListener() as listener:
+            from visionlora.pipelines.dry_run import dry_run as estimate
+
+            found = estimate(resolved, listener)
+        typer.echo("\n".join(found.lines()))
+        return
+    if (line := options.finished(resolved)) is not None:
+        typer.echo(line)
+        return
     with ConsoleListener() as listener:
         from visionlora.pipelines.train_sd import train_sd
 
         result = train_sd(resolved, listener)
     typer.echo(f"Done in {duration(result.seconds)}.")
     typer.echo(f"  adapter  {result.adapter}")
-    typer.echo(f"  grid     {result.grid}")
+    if result.grid is not None:
+        typer.echo(f"  grid     {result.grid}")
     typer.echo(f"  run      {result.folder}")

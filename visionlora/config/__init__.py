@@ -1,8 +1,12 @@
 """Run configurations: frozen, checked at construction, read from YAML files, `key=value` words and flags."""
 
+from visionlora.config.choices import OPTIMIZERS, SCHEDULES
 from visionlora.config.classify import ClassifyConfig
+from visionlora.config.folders import FolderConfig
 from visionlora.config.reading import (
     build,
+    config_text,
+    given_names,
     pairs_of,
     parse_composition,
     parse_region,
@@ -12,15 +16,21 @@ from visionlora.config.reading import (
     to_yaml,
 )
 from visionlora.config.train_sd import TrainSDConfig
-from visionlora.config.training import PRECISIONS, TrainingConfig, budget_of
+from visionlora.config.training import PRECISIONS, RESUME_AUTO, TrainingConfig, budget_of
 
 __all__ = [
+    "OPTIMIZERS",
     "PRECISIONS",
+    "RESUME_AUTO",
+    "SCHEDULES",
     "ClassifyConfig",
+    "FolderConfig",
     "TrainSDConfig",
     "TrainingConfig",
     "budget_of",
     "build",
+    "config_text",
+    "given_names",
     "pairs_of",
     "parse_composition",
     "parse_region",

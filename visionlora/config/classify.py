@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from visionlora.config.choices import OPTIMIZERS
 from visionlora.config.training import Rule, TrainingConfig
 from visionlora.errors import nearest
 
@@ -49,7 +50,7 @@ class ClassifyConfig(TrainingConfig):
     layer_decay: float = 1.0
     """Each block learns at this share of the rate of the block above it."""
     weight_decay: float = 0.05
-    """Of AdamW."""
+    """Of the optimizer, times the learning rate."""
     augment: str = "light"
     """none, light (crops and colours), affine (for what fills the picture), trivial (TrivialAugment) or rand (RandAugment)."""
     flip: bool = True
@@ -90,6 +91,11 @@ class ClassifyConfig(TrainingConfig):
                 "find_rate",
                 not self.find_rate or self.learning_rate is None,
                 "a learning_rate is given: leave one of them out",
+            ),
+            (
+                "find_rate",
+                not (self.find_rate and self.optimizer in OPTIMIZERS and OPTIMIZERS[self.optimizer].finds_rate),
+                f"{self.optimizer} finds the rate itself: leave one of them out",
             ),
             (
                 "head_learning_rate",

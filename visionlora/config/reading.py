@@ -19,14 +19,26 @@ from visionlora.errors import ConfigError, nearest
 T = TypeVar("T")
 
 
+class SettingsError(ConfigError):
+    """Settings that cannot be used."""
+
+    def __init__(self, problems: list[str]) -> None:
+        """Takes one line each, which begins with the name of the setting."""
+        super().__init__("These settings cannot be used:\n" + "\n".join(f"- {p}" for p in problems))
+        self.problems = problems
+
+
 def raise_all(problems: list[str]) -> None:
     """Raises one ConfigError for all problems, if there are any."""
     if problems:
-        raise ConfigError("These settings cannot be used:\n" + "\n".join(f"- {p}" for p in problems))
+        raise SettingsError(problems)
 
 
 def build(cls: type[T], *layers: Mapping[str, Any]) -> T:
     """Constructs a configuration from layers of settings, later ones winning.
+
+    Settings may be groups of settings (frozen dataclasses) and lists of them; a problem of one is named by its place,
+    such as `folders[1].promt`.
 
     Raises:
         ConfigError: for unknown keys and values of the wrong type, all in one message.
@@ -34,16 +46,43 @@ def build(cls: type[T], *layers: Mapping[str, Any]) -> T:
     hints, problems, values = get_type_hints(cls), [], {}
     for layer in layers:
         for key, value in layer.items():
-            name = key.replace("-", "_")
+            name = str(key).replace("-", "_")
             if name not in hints:
                 problems.append(f"{key} is not a setting. {nearest(name, hints)}")
                 continue
             try:
                 values[name] = convert(value, hints[name])
+            except _InsideError as e:
+                problems += [f"{key}{problem}" for problem in e.problems]
             except ValueError as e:
                 problems.append(f"{key} is {value!r}; {e}")
     raise_all(problems)
-    return cls(**values)
+    made = cls(**values)
+    made.__dict__[GIVEN] = frozenset(values)
+    return made
+
+
+GIVEN = "_given"
+"""Where a configuration remembers which of its settings were given."""
+
+
+def given_names(config: Any) -> frozenset[str]:
+    """The settings that were given to `build`; of a configuration made by hand, those that are not the default."""
+    if (names := config.__dict__.get(GIVEN)) is not None:
+        return frozenset(names)
+    return frozenset(
+        f.name
+        for f in dataclasses.fields(config)
+        if f.default is dataclasses.MISSING or getattr(config, f.name) != f.default
+    )
+
+
+class _InsideError(ValueError):
+    """Problems within a value; each line begins with the place in it, such as `[1].promt`."""
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__("; ".join(problems))
+        self.problems = problems
 
 
 def convert(value: Any, hint: Any) -> Any:
@@ -52,6 +91,8 @@ def convert(value: Any, hint: Any) -> Any:
     Raises:
         ValueError: saying what was expected.
     """
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return _group(value, hint)
     origin = get_origin(hint)
     if origin in (Union, type(int | None)):
         kinds = get_args(hint)
@@ -62,6 +103,8 @@ def convert(value: Any, hint: Any) -> Any:
         for kind in own:
             try:
                 return convert(value, kind)
+            except _InsideError:
+                raise
             except ValueError as e:
                 wanted.append(str(e).removeprefix("expected "))
         raise ValueError("expected " + " or ".join(wanted))
@@ -69,7 +112,8 @@ def convert(value: Any, hint: Any) -> Any:
         items = [value] if isinstance(value, str) else value
         if not isinstance(items, list | tuple):
             raise ValueError("expected a list")
-        return tuple(convert(item, get_args(hint)[0]) for item in items)
+        kind = get_args(hint)[0]
+        return _groups(items, kind) if dataclasses.is_dataclass(kind) else tuple(convert(item, kind) for item in items)
     if origin is dict:
         if not isinstance(value, Mapping):
             raise ValueError("expected names with values")
@@ -102,10 +146,54 @@ def convert(value: Any, hint: Any) -> Any:
     raise ValueError(f"expected {getattr(hint, '__name__', hint)}")
 
 
+def _group(value: Any, cls: type[T]) -> T:
+    if isinstance(value, cls):
+        return value
+    if not isinstance(value, Mapping):
+        names = ", ".join(field.name for field in dataclasses.fields(cls))  # type: ignore[arg-type]
+        raise ValueError(f"expected names with values ({names})")
+    try:
+        return build(cls, value)
+    except SettingsError as e:
+        raise _InsideError([f".{problem}" for problem in e.problems]) from None
+
+
+def _groups(items: Iterable[Any], cls: Any) -> tuple[Any, ...]:
+    found, problems = [], []
+    for i, item in enumerate(items):
+        try:
+            found.append(_group(item, cls))
+        except _InsideError as e:
+            problems += [f"[{i}]{problem}" for problem in e.problems]
+        except ValueError as e:
+            problems.append(f"[{i}] is {item!r}; {e}")
+    if problems:
+        raise _InsideError(problems)
+    return tuple(found)
+
+
 def recipe_names() -> list[str]:
     """The recipes that are installed with visionlora."""
     folder = resources.files("visionlora.configs")
     return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml"))
+
+
+def config_text(name: str) -> str:
+    """What a config file says, given by path or by the name of an installed recipe.
+
+    Raises:
+        ConfigError: when there is no such file or recipe, or it cannot be read as text.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as e:
+            reason = getattr(e, "strerror", None) or "it is not UTF-8 text"
+            raise ConfigError(f"The config file {name} cannot be read: {reason}.") from None
+    if name in recipe_names():
+        return (resources.files("visionlora.configs") / f"{name}.yaml").read_text(encoding="utf-8")
+    raise ConfigError(f"There is no config file or recipe {name!r}. {nearest(name, recipe_names())}")
 
 
 def read_yaml(name: str) -> dict[str, Any]:
@@ -114,13 +202,7 @@ def read_yaml(name: str) -> dict[str, Any]:
     Raises:
         ConfigError: when there is no such file or recipe, or it is not a YAML mapping.
     """
-    path = Path(name).expanduser()
-    if path.is_file():
-        text = path.read_text(encoding="utf-8")
-    elif name in recipe_names():
-        text = (resources.files("visionlora.configs") / f"{name}.yaml").read_text(encoding="utf-8")
-    else:
-        raise ConfigError(f"There is no config file or recipe {name!r}. {nearest(name, recipe_names())}")
+    text = config_text(name)
     try:
         settings = yaml.safe_load(text)
     except yaml.YAMLError as e:
@@ -155,8 +237,7 @@ def parse_words(words: Iterable[str]) -> dict[str, Any]:
 
 def to_yaml(config: Any) -> str:
     """The resolved configuration; reading the text again gives an equal one."""
-    plain = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config).items()}
-    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
 
 
 def pairs_of(text: str, word: str) -> dict[str, float]:

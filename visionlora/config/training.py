@@ -7,10 +7,14 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+from visionlora.config.choices import OPTIMIZERS, SCHEDULES, TRACKERS, optimizer_problem, tracker_problem
 from visionlora.config.reading import raise_all
 from visionlora.errors import nearest
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+
+RESUME_AUTO = "auto"
+"""As `resume`: whichever run was cut off last."""
 
 Rule = tuple[str, bool, str]
 """A setting, whether its value is fine, and what it must be."""
@@ -43,11 +47,21 @@ class TrainingConfig:
     targets: str = "attn"
     """What to adapt: roles, names or re:regex, separated by commas."""
     learning_rate: float | None = None
-    """Of AdamW, after warm-up; by default what suits the base model."""
+    """Of the optimizer, after warm-up; by default what suits it and the base model (for prodigy 1, a factor)."""
     warmup_steps: int = 20
-    """Steps over which the rate rises linearly; it then falls to zero along a cosine."""
+    """Steps over which the rate rises linearly, at most a tenth of the run; then comes the schedule."""
+    optimizer: str = "adamw"
+    """adamw, adamw8bit, adafactor, prodigy, lion, schedulefree or sgd."""
+    betas: tuple[float, ...] = ()
+    """Of the optimizer, when not its own: two numbers; for sgd the momentum, for adafactor a beta1 that it lacks by default."""
+    schedule: str | None = None
+    """cosine, constant, linear, cosine-restarts or polynomial; by default cosine, for prodigy and schedulefree constant."""
+    schedule_cycles: int = 3
+    """Of cosine-restarts: how often the rate falls to zero."""
+    schedule_power: float = 2.0
+    """Of polynomial: the rate falls as the share of steps that are left to this power."""
     weight_decay: float = 0.01
-    """Of AdamW."""
+    """Of the optimizer, times the learning rate."""
     max_grad_norm: float = 1.0
     """Gradients are clipped to this norm."""
     batch_size: int | None = None
@@ -68,8 +82,12 @@ class TrainingConfig:
     """Stop after so many evaluations without a better one."""
     ema_decay: float | None = None
     """Keep a running average of what trains, and use it; 0.99 to 0.9999."""
+    trackers: tuple[str, ...] = ()
+    """Also log to tensorboard, wandb or trackio, under logs/ of the run folder; metrics.jsonl is always written."""
     resume: str | None = None
-    """Run folder to go on with."""
+    """Run folder to go on with, or `auto`: the newest unfinished run of these pictures, a new one where there is none."""
+    force: bool = False
+    """Go on with other settings or pictures than the run had, where that makes sense."""
     skip_broken: bool = False
     """Leave out pictures that cannot be used instead of stopping."""
 
@@ -90,6 +108,7 @@ class TrainingConfig:
             ("alpha", self.alpha is None or (math.isfinite(self.alpha) and self.alpha > 0), "it must be positive"),
             ("learning_rate", self.learning_rate is None or 0 < self.learning_rate < math.inf, "it must be positive"),
             ("warmup_steps", self.warmup_steps >= 0, "it must be 0 or more"),
+            *self.optimizer_rules(),
             ("weight_decay", self.weight_decay >= 0, "it must be 0 or more"),
             ("max_grad_norm", self.max_grad_norm > 0, "it must be positive"),
             ("batch_size", self.batch_size is None or self.batch_size >= 1, "it must be at least 1"),
@@ -98,6 +117,47 @@ class TrainingConfig:
             ("patience", self.patience is None or self.patience >= 1, "it must be at least 1"),
             ("ema_decay", self.ema_decay is None or 0 <= self.ema_decay < 1, "it must be at least 0 and below 1"),
             ("precision", self.precision in PRECISIONS, nearest(self.precision, PRECISIONS)),
+            *self.tracker_rules(),
+        ]
+
+    def optimizer_rules(self) -> list[Rule]:
+        """What must hold of the optimizer and its schedule, also that it is installed."""
+        schedule = (
+            ("schedule", self.schedule is None or self.schedule in SCHEDULES, nearest(self.schedule or "", SCHEDULES)),
+            ("schedule_cycles", self.schedule_cycles >= 1, "it must be at least 1"),
+            ("schedule_power", 0 < self.schedule_power < math.inf, "it must be positive"),
+        )
+        if self.optimizer not in OPTIMIZERS:
+            return [("optimizer", False, nearest(self.optimizer, OPTIMIZERS)), *schedule]
+        word, problem = OPTIMIZERS[self.optimizer], optimizer_problem(self.optimizer)
+        lowest = 0 if not word.averages else 1e-3  # what it averages is found by a division by the first beta
+        return [
+            ("optimizer", problem is None, problem or ""),
+            (
+                "optimizer",
+                not (self.method == "adalora" and word.averages),
+                "adalora prunes what this one averages; take another optimizer",
+            ),
+            (
+                "betas",
+                len(self.betas) in (0, word.betas) and all(lowest <= beta < 1 for beta in self.betas),
+                f"{self.optimizer} takes {('one number', 'two numbers')[word.betas - 1]}, at least {lowest:g} and below 1",
+            ),
+            (
+                "ema_decay",
+                self.ema_decay is None or not word.averages,
+                f"{self.optimizer} keeps an average of its own: leave ema_decay out",
+            ),
+            *schedule,
+        ]
+
+    def tracker_rules(self) -> list[Rule]:
+        """What must hold of the trackers, also that they are installed."""
+        unknown = next((word for word in self.trackers if word not in TRACKERS), None)
+        problem = tracker_problem(self.trackers)
+        return [
+            ("trackers", unknown is None, nearest(unknown or "", TRACKERS)),
+            ("trackers", problem is None, problem or ""),
         ]
 
 

@@ -10,8 +10,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import overload
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
@@ -57,24 +59,119 @@ class TensorCache:
         self,
         keys: Sequence[str],
         compute: Callable[[list[int]], list[dict[str, Tensor]]],
-        batch: int,
+        batches: int | Callable[[list[int]], Iterable[list[int]]],
         progress: Callable[[int, int], None] | None = None,
-    ) -> tuple[list[dict[str, Tensor]], int]:
-        """Entries for all keys in order, and how many had to be computed.
+        share: Share | None = None,
+    ) -> tuple[Entries, int]:
+        """Entries for all keys in order, and how many this process had to compute.
 
         Args:
             keys: one per item.
-            compute: from positions in `keys` to their entries; called with at most `batch` positions.
-            batch: bounds the memory of computing.
+            compute: from positions in `keys` to their entries.
+            batches: how many are computed at once, which bounds the memory; or a function that cuts positions.
             progress: called with (done, total).
+            share: of the work, where several processes do it.
         """
-        found = {i: entry for i, key in enumerate(keys) if (entry := self.get(key)) is not None}
-        missing = [i for i in range(len(keys)) if i not in found]
-        for start in range(0, len(missing), batch):
-            part = missing[start : start + batch]
+        entries = Entries(self, keys, compute)
+        missing = [i for i, key in enumerate(keys) if not entries.take(i, self.get(key) if entries.room else None)]
+        if share is not None:
+            missing = [i for i in missing if i % share.count == share.index]
+        parts = batches(missing) if callable(batches) else cut(missing, batches)
+        done = 0
+        for part in parts:
             for i, entry in zip(part, compute(part), strict=True):
-                found[i] = entry
                 self.put(keys[i], entry)
+                entries.take(i, entry, new=True)
+            done += len(part)
             if progress is not None:
-                progress(start + len(part), len(missing))
-        return [found[i] for i in range(len(keys))], len(missing)
+                progress(done, len(missing))
+        if share is not None:
+            share.wait()
+        return entries, len(missing)
+
+    def holds(self, key: str) -> bool:
+        """Whether there is an entry."""
+        return (self.folder / f"{key}.safetensors").is_file()
+
+
+def cut(positions: Sequence[int], most: int) -> list[list[int]]:
+    """Parts of at most so many."""
+    return [list(positions[i : i + most]) for i in range(0, len(positions), most)]
+
+
+@dataclass(frozen=True)
+class Share:
+    """The part of some work that one of several processes does."""
+
+    index: int
+    count: int
+    wait: Callable[[], object]
+    """Returns when all have done theirs."""
+
+
+IN_MEMORY = 2**31
+"""Bytes of entries that are kept in memory; the others are read when they are asked for."""
+
+
+class Entries(Sequence[dict[str, Tensor]]):
+    """Entries of a cache in the order of their keys, however many: what memory has no room for stays on disk."""
+
+    def __init__(
+        self, cache: TensorCache, keys: Sequence[str], compute: Callable[[list[int]], list[dict[str, Tensor]]],
+        most: int | None = None,
+    ) -> None:  # fmt: skip
+        """Nothing is read yet.
+
+        Args:
+            cache: where they are.
+            keys: of the entries.
+            compute: what is called for one that is gone or cannot be written.
+            most: bytes to keep in memory; IN_MEMORY when not given.
+        """
+        self.cache, self.keys, self.compute = cache, tuple(keys), compute
+        self.left = IN_MEMORY if most is None else most
+        self.kept: dict[int, dict[str, Tensor]] = {}
+
+    @property
+    def room(self) -> bool:
+        """Whether memory can take more."""
+        return self.left > 0
+
+    def take(self, i: int, entry: dict[str, Tensor] | None, new: bool = False) -> bool:
+        """Keeps an entry while there is room; whether there is such an entry at all.
+
+        Args:
+            i: its position.
+            entry: None when it has not been read.
+            new: it was computed now, so it must be kept if it could not be written.
+        """
+        if entry is None:
+            return not self.room and self.cache.holds(self.keys[i])
+        if self.room or (new and not self.cache.holds(self.keys[i])):
+            self.kept[i] = entry
+            self.left -= sum(t.numel() * t.element_size() for t in entry.values())
+        return True
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @overload
+    def __getitem__(self, i: int) -> dict[str, Tensor]: ...
+
+    @overload
+    def __getitem__(self, i: slice) -> list[dict[str, Tensor]]: ...
+
+    def __getitem__(self, i: int | slice) -> dict[str, Tensor] | list[dict[str, Tensor]]:
+        if isinstance(i, slice):
+            return [self[j] for j in range(*i.indices(len(self)))]
+        if (entry := self.kept.get(i)) is not None:
+            return entry
+        entry = self.cache.get(self.keys[i])
+        if entry is None:
+            (entry,) = self.compute([i])
+            self.cache.put(self.keys[i], entry)
+        self.take(i, entry, new=True)
+        return entry
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        return (self[i] for i in range(len(self)))

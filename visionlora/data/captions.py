@@ -1,7 +1,8 @@
 """The captions of a folder of pictures: `metadata.jsonl`, then `metadata.csv`, then `dog.txt` beside `dog.png`.
 
 In: the folder and the names of its pictures. Out: one caption a picture, and every problem as one line for a person.
-A metadata file may lie in a subfolder too; its `file_name`s are relative to it.
+A metadata file may lie in a subfolder too; its `file_name`s are relative to it. Or, where that is wanted, the names
+themselves (`caption_of_name`).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import csv
 import difflib
 import io
 import json
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -66,6 +68,7 @@ class _Findings:
     root: Path
     pictures: frozenset[str]
     others: frozenset[str]
+    for_all: str
     texts: dict[str, str] = field(default_factory=dict)
     sources: dict[str, int] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
@@ -78,15 +81,18 @@ class _Findings:
             self.sources[source] += 1
 
 
-def read_captions(root: Path, pictures: Iterable[str], others: Iterable[str]) -> Captions:
+def read_captions(
+    root: Path, pictures: Iterable[str], others: Iterable[str], for_all: str = "pass --prompt for all"
+) -> Captions:
     """Captions of `pictures`, each from the first place that has one.
 
     Args:
         root: the folder; nothing outside it is read.
         pictures: posix paths relative to `root`.
         others: all other files of the folder, likewise.
+        for_all: how to give all pictures one caption, for messages.
     """
-    found = _Findings(root, frozenset(pictures), frozenset(others))
+    found = _Findings(root, frozenset(pictures), frozenset(others), for_all)
     for name in METADATA_FILES:
         for file in sorted(f for f in found.others if PurePosixPath(f).name == name):
             _read_metadata(found, file)
@@ -94,6 +100,21 @@ def read_captions(root: Path, pictures: Iterable[str], others: Iterable[str]) ->
         _read_sidecars(found, suffix)
     blamed = frozenset(found.blamed - found.texts.keys())
     return Captions(dict(sorted(found.texts.items())), found.sources, tuple(found.problems), blamed)
+
+
+def caption_of_name(name: str) -> str:
+    """What the name of a file says: without its folder and ending, `-` and `_` as spaces.
+
+    Numbers before it and counters behind it are left out, also several of them: `01_`, `3. `, `_01`, ` (3)`. What is
+    only numbers gives nothing.
+
+    >>> caption_of_name("dogs/a_red-dog (3).png"), caption_of_name("0012 a dog.v2_01.jpg"), caption_of_name("001.png")
+    ('a red dog', 'a dog.v2', '')
+    """
+    text = _one_line(re.sub("[-_]", " ", PurePosixPath(name).stem))
+    text = re.sub(r"^(\d+[.)]? )+", "", text)
+    text = re.sub(r"( \d+| ?\(\d+\))+$", "", text).strip()
+    return "" if re.fullmatch(r"[\d\W]*", text) else text
 
 
 def closest(name: str, existing: Iterable[str]) -> str | None:
@@ -178,7 +199,7 @@ def _read_sidecars(found: _Findings, suffix: str) -> None:
             if all(picture in found.texts for picture in owned[file]):
                 continue
             found.blamed.update(owned[file])  # for what may be raised below
-            caption = _sidecar_text(found.root, file)
+            caption = _sidecar_text(found, file)
         except Unusable as error:
             found.problems.append(f"{printable(file)} {error}")
             continue
@@ -186,13 +207,13 @@ def _read_sidecars(found: _Findings, suffix: str) -> None:
             found.take(picture, caption, source)
 
 
-def _sidecar_text(root: Path, file: str) -> str:
+def _sidecar_text(found: _Findings, file: str) -> str:
     # Whatever the file says ends up in the run folder and perhaps in a published model card.
-    if not _is_inside(root, root / file):
+    if not _is_inside(found.root, found.root / file):
         raise Unusable("is a link to a file outside the folder; copy the file into the folder")
-    caption = _one_line(read_text(root / file))
+    caption = _one_line(read_text(found.root / file))
     if not caption:
-        raise Unusable("is empty; write a caption in it, or pass --prompt for all pictures")
+        raise Unusable(f"is empty; write a caption in it, or {found.for_all} pictures")
     return caption
 
 

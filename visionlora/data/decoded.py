@@ -30,6 +30,7 @@ import PIL
 from PIL import Image
 
 from visionlora.atomic import replace_file
+from visionlora.data.alike import perceptual_hash, thumbnail
 from visionlora.data.cache import key_of
 from visionlora.data.classes import LabelledData
 from visionlora.data.files import sha256_of
@@ -41,11 +42,7 @@ from visionlora.errors import DataError
 if sys.platform != "win32":
     import fcntl
 
-THUMBNAIL = 16
-"""Side of a thumbnail, px."""
-
 _VERSION = "1"  # of what the two files hold; a new number makes old files unused
-_MARGIN = 6  # levels; see perceptual_hash
 _THREADS = 4
 
 
@@ -177,32 +174,6 @@ def check_pictures(
         Pictures([item.path for item in checked.items], preprocessing, kept),
         tuple(notes),
     )
-
-
-def perceptual_hash(image: Image.Image) -> int:
-    """64 bits, of which few change when a picture is saved again or made a little smaller: a difference hash.
-
-    A bit says whether the picture, at 9 x 8 px, gets brighter from one px to the next. It must do so by more than 6 of
-    255 levels: flat areas would else be left to noise.
-
-    Args:
-        image: an RGB picture.
-
-    >>> perceptual_hash(Image.new("RGB", (20, 10), "red"))
-    0
-    """
-    grey = np.asarray(_small(image, 9, 8).convert("L"), dtype=np.int16)
-    return int.from_bytes(np.packbits(grey[:, 1:] > grey[:, :-1] + _MARGIN).tobytes(), "big")
-
-
-def thumbnail(image: Image.Image) -> npt.NDArray[np.uint8]:
-    """The picture pressed into 16 x 16 px, uint8 (16, 16, 3)."""
-    return np.array(_small(image, THUMBNAIL, THUMBNAIL), dtype=np.uint8)
-
-
-def _small(image: Image.Image, width: int, height: int) -> Image.Image:
-    # The gap: large photos are first reduced by a whole factor, at a small part of the cost.
-    return image.resize((width, height), Image.Resampling.BILINEAR, reducing_gap=3.0)
 
 
 def _look_at_all(

@@ -65,6 +65,8 @@ class Decoded:
     """Upright, mode RGB."""
     note: str | None
     """What was converted, e.g. `CMYK, converted to RGB`; None where the file was plain."""
+    alpha: Image.Image | None = None
+    """The alpha channel, upright, mode L; None where the file has none."""
 
 
 class _Unusable(Exception):
@@ -182,12 +184,12 @@ def _decode(path: Path) -> Decoded:
         image.load()
         # After load: only then has a PNG been read to its end, and a TIFF been turned by Pillow itself.
         method = _UPRIGHT.get(_orientation(image))
-        rgb, converted = _to_rgb(image)
+        rgb, alpha, converted = _to_rgb(image)
     notes += converted
     if method is not None:
-        rgb = rgb.transpose(method)
+        rgb, alpha = rgb.transpose(method), alpha and alpha.transpose(method)
         notes.append("turned upright by its EXIF orientation")
-    return Decoded(rgb, "; ".join(notes) or None)
+    return Decoded(rgb, "; ".join(notes) or None, alpha)
 
 
 def _orientation(image: Image.Image) -> int:
@@ -198,7 +200,8 @@ def _orientation(image: Image.Image) -> int:
     return value if isinstance(value, int) else 1
 
 
-def _to_rgb(image: Image.Image) -> tuple[Image.Image, list[str]]:
+def _to_rgb(image: Image.Image) -> tuple[Image.Image, Image.Image | None, list[str]]:
+    """The colours on white, the alpha channel if there is one, and what was converted."""
     mode = image.mode
     if mode == "I" or mode.startswith("I;"):
         return _deep_grey_to_rgb(image)
@@ -207,19 +210,21 @@ def _to_rgb(image: Image.Image) -> tuple[Image.Image, list[str]]:
     if mode == "LAB":
         raise _Unusable("stores Lab colours, which Pillow cannot show; save it as RGB")
     notes = ["palette, converted to RGB"] if mode in ("P", "PA") else []
+    mask = None
     if image.has_transparency_data:
         rgba = np.asarray(image.convert("RGBA")).astype(np.uint16)
         colour, alpha = rgba[..., :3], rgba[..., 3:]
+        mask = Image.fromarray(alpha[..., 0].astype(np.uint8))
         if alpha.min() < 255:
             # Rounded to nearest; the largest sum is 255 * 255 + 127, which a uint16 still holds.
             on_white = (colour * alpha + 255 * (255 - alpha) + 127) // 255
-            return Image.fromarray(on_white.astype(np.uint8)), [*notes, "transparent, put on white"]
+            return Image.fromarray(on_white.astype(np.uint8)), mask, [*notes, "transparent, put on white"]
     if mode == "CMYK":
         notes.append("CMYK, converted to RGB")
-    return image.convert("RGB"), notes
+    return image.convert("RGB"), mask, notes
 
 
-def _deep_grey_to_rgb(image: Image.Image) -> tuple[Image.Image, list[str]]:
+def _deep_grey_to_rgb(image: Image.Image) -> tuple[Image.Image, Image.Image | None, list[str]]:
     """16-bit grey to 8 bits: 65535 becomes 255. Pillow's own conversion would clip all above 255 to white."""
     values = np.asarray(image).astype(np.int64)
     if values.min() < 0 or values.max() > 65535:
@@ -229,11 +234,13 @@ def _deep_grey_to_rgb(image: Image.Image) -> tuple[Image.Image, list[str]]:
         )
     grey = ((values * 255 + 32767) // 65535).astype(np.uint8)
     notes = ["16-bit, reduced to 8"]
-    clear = image.info.get("transparency")
-    if isinstance(clear, int) and (values == clear).any():
-        grey[values == clear] = 255
-        notes.append("transparent, put on white")
-    return Image.fromarray(grey).convert("RGB"), notes
+    clear, mask = image.info.get("transparency"), None
+    if isinstance(clear, int):
+        mask = Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8))
+        if (values == clear).any():
+            grey[values == clear] = 255
+            notes.append("transparent, put on white")
+    return Image.fromarray(grey).convert("RGB"), mask, notes
 
 
 def _too_large(message: str) -> str:

@@ -1,9 +1,7 @@
 """Which pictures train, which choose the best step, and which only test.
 
-In: labelled pictures and what ties them together (equal bytes, near duplicates, a common group). Out: three sides that
-share nothing, each class spread over them by the wanted shares.
-
-Letters in shapes: n pictures.
+In: labelled pictures and what ties them together (see `visionlora.data.alike`). Out: three sides that share nothing,
+each class spread over them by the wanted shares.
 """
 
 from __future__ import annotations
@@ -20,15 +18,7 @@ from visionlora.data.classes import LabelledData
 from visionlora.data.wording import count_of, first_names, problem_report
 from visionlora.errors import ConfigError, DataError
 
-HASH_BITS = 3
-"""Near duplicates differ in at most so many of the 64 bits of their perceptual hashes ..."""
-THUMBNAIL_DIFFERENCE = 6.0
-"""... and, on average, in at most so many of 255 levels of their thumbnails: simple small pictures, such as digits,
-often share a hash."""
-
 _SIDES = ("train", "val", "test")
-_HASHES_AT_ONCE = 1 << 20  # pairs; each takes some tens of bytes
-_THUMBNAILS_AT_ONCE = 1 << 14  # pairs; each takes some thousands of bytes
 _MAX_PAIRS = 5
 
 
@@ -41,43 +31,6 @@ class Splits:
     test: tuple[int, ...]
     notes: tuple[str, ...]
     """What a person should know, one line each."""
-
-
-def linked(
-    hashes: npt.NDArray[np.uint64],
-    thumbnails: npt.NDArray[np.uint8],
-    sha256: Sequence[str],
-    groups: Sequence[str | None],
-) -> npt.NDArray[np.int64]:
-    """Numbers the pictures so that those that must stay together have the same number.
-
-    That are files of equal bytes, near duplicates, and members of the same group; and whatever these chain together.
-
-    Args:
-        hashes: perceptual hashes, (n,).
-        thumbnails: small pictures, (n, 16, 16, 3).
-        sha256: of the files.
-        groups: names, None for no group.
-
-    Returns:
-        Numbers from 0 in order of first appearance, int64 (n,).
-    """
-    n = len(hashes)
-    forest = _Forest(n)
-    for keys in (sha256, groups):
-        first: dict[str, int] = {}
-        for i, key in enumerate(keys):
-            if key is not None:
-                forest.join(i, first.setdefault(key, i))
-    # Equal thumbnails under equal hashes need no comparing: thousands of flat pictures become one.
-    flat = np.concatenate([hashes.astype("<u8").view(np.uint8).reshape(n, 8), thumbnails.reshape(n, 768)], axis=1)
-    _, one, which = np.unique(_rows_as_bytes(flat), return_index=True, return_inverse=True)
-    for i, j in enumerate(one[which]):
-        forest.join(i, int(j))
-    near = _near_duplicates(hashes[one], thumbnails[one])
-    for i, j in enumerate(one[near].tolist()):
-        forest.join(int(one[i]), j)
-    return forest.numbers()
 
 
 def split(
@@ -96,7 +49,7 @@ def split(
 
     Args:
         data: the pictures.
-        components: from `linked`.
+        components: from `alike.linked`.
         val_share: of the pictures that are to be cut, from 0 to below 1.
         test_share: likewise; both together below 1.
         seed: of the drawing.
@@ -128,131 +81,6 @@ def split(
     if named:
         notes += _leaks(data, order, sides, [int(c) for c in components])
     return Splits(train, val, test, tuple(notes))
-
-
-# What is linked.
-
-
-class _Forest:
-    """Union-find: sets of positions that are joined step by step; the root of each is its smallest member."""
-
-    def __init__(self, n: int) -> None:
-        self.parent = np.arange(n)
-
-    def find(self, i: int) -> int:
-        parent = self.parent
-        while parent[i] != i:
-            parent[i] = parent[parent[i]]
-            i = int(parent[i])
-        return i
-
-    def join(self, i: int, j: int) -> None:
-        i, j = self.find(i), self.find(j)
-        self.parent[max(i, j)] = min(i, j)
-
-    def join_all(self, a: npt.NDArray[np.int64], b: npt.NDArray[np.int64]) -> None:
-        """Joins pairs; each parent must be a root, and is one afterwards."""
-        pairs = np.stack([self.parent[a], self.parent[b]], axis=1)
-        pairs = pairs[pairs[:, 0] != pairs[:, 1]]
-        if len(pairs):
-            for i, j in np.unique(pairs, axis=0).tolist():
-                self.join(i, j)
-            self.flatten()
-
-    def flatten(self) -> None:
-        """Makes each parent a root."""
-        while not np.array_equal(above := self.parent[self.parent], self.parent):
-            self.parent = above
-
-    def numbers(self) -> npt.NDArray[np.int64]:
-        """Of the sets, by first appearance: the root of a set is its smallest member."""
-        self.flatten()
-        return np.unique(self.parent, return_inverse=True)[1].astype(np.int64)
-
-
-def _rows_as_bytes(rows: npt.NDArray[np.uint8]) -> npt.NDArray[np.void]:
-    """Rows as single values, which np.unique sorts much faster than rows; the S kinds would drop final zeros."""
-    rows = np.ascontiguousarray(rows)
-    return rows.view(np.dtype((np.void, rows.shape[1]))).reshape(-1)
-
-
-def _near_duplicates(hashes: npt.NDArray[np.uint64], thumbnails: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
-    """For each picture one (the same for all that are linked) of its near duplicates, or itself.
-
-    Thumbnails are compared only where hashes are near. Within each hash the pictures are sorted by mean level: means
-    lie no further apart than levels do on average, so each picture is compared only with a window of the others.
-    """
-    pixels = thumbnails.reshape(len(thumbnails), 768)
-    mean = pixels.mean(axis=1, dtype=np.float64)
-    order = np.lexsort((mean, hashes))
-    pixels, mean = pixels[order], mean[order]
-    # 4 x 4 blocks: their difference is a lower bound too, at a fraction of the cost.
-    blocks = pixels.reshape(-1, 4, 4, 4, 4, 3).mean(axis=(2, 4), dtype=np.float32).reshape(-1, 48)
-    unique, start = np.unique(hashes[order], return_index=True)
-    stop = np.append(start[1:], len(order))
-    group = np.repeat(np.arange(len(unique)), stop - start)
-
-    # One sorted axis for all windows: the hash's number, then the mean; 1024 is more than any two means differ.
-    axis = group * 1024.0 + mean
-    reach = THUMBNAIL_DIFFERENCE + 1e-3  # rounding
-    own = np.arange(len(order))
-    first, second = _near_hashes(unique)
-    size = (stop - start)[first]
-    left = np.repeat(start[first] - np.append(0, np.cumsum(size)[:-1]), size) + np.arange(size.sum())
-    centre = np.repeat(second, size) * 1024.0 + mean[left]
-    item = np.concatenate([own, left])
-    low = np.concatenate([own + 1, np.searchsorted(axis, centre - reach, "left")])
-    high = np.concatenate(
-        [np.searchsorted(axis, axis + reach, "right"), np.searchsorted(axis, centre + reach, "right")]
-    )
-    forest = _Forest(len(order))
-    for a, b in _pairs(item, low, high, _THUMBNAILS_AT_ONCE):
-        roots = forest.parent  # thousands of copies are soon one set, whose pairs need no comparing
-        new = roots[a] != roots[b]
-        a, b = a[new], b[new]
-        near = np.abs(blocks[a] - blocks[b]).mean(axis=1) <= reach
-        a, b = a[near], b[near]
-        near = np.abs(pixels[a].astype(np.int16) - pixels[b]).mean(axis=1) <= THUMBNAIL_DIFFERENCE
-        forest.join_all(a[near], b[near])
-    result = np.empty_like(order)
-    result[order] = order[forest.parent]
-    return result
-
-
-def _near_hashes(hashes: npt.NDArray[np.uint64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Pairs of positions of different hashes that differ in at most `HASH_BITS` bits.
-
-    Of four words of 16 bits at least one is equal in such a pair, so only hashes that share a word are compared.
-    """
-    found = [np.zeros((0, 2), np.int64)]
-    for word in range(4):
-        words = (hashes >> np.uint64(16 * word)) & np.uint64(0xFFFF)
-        order = np.argsort(words, kind="stable")
-        stop = np.searchsorted(words[order], words[order], "right")
-        for a, b in _pairs(np.arange(len(order)), np.arange(len(order)) + 1, stop, _HASHES_AT_ONCE):
-            i, j = order[a], order[b]
-            near = np.bitwise_count(hashes[i] ^ hashes[j]) <= HASH_BITS
-            found.append(np.stack([i[near], j[near]], axis=1))
-    pairs = np.unique(np.sort(np.concatenate(found), axis=1), axis=0)
-    return pairs[:, 0], pairs[:, 1]
-
-
-def _pairs(
-    item: npt.NDArray[np.int64], low: npt.NDArray[np.int64], high: npt.NDArray[np.int64], most: int
-) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
-    """Each item with each position from low up to, not including, high; about `most` pairs at a time."""
-    size = np.maximum(high - low, 0)
-    some = size > 0
-    item, low, size = item[some], low[some], size[some]
-    ends = np.cumsum(size)
-    at = 0
-    while at < len(item):
-        done = ends[at - 1] if at else 0
-        stop = max(at + 1, int(np.searchsorted(ends, done + most, "right")))
-        part = size[at:stop]
-        offset = np.arange(part.sum()) - np.repeat(np.cumsum(part) - part, part)
-        yield np.repeat(item[at:stop], part), np.repeat(low[at:stop], part) + offset
-        at = stop
 
 
 # Who goes where.

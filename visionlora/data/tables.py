@@ -119,6 +119,31 @@ def truth_of(value: Any, column: str) -> bool:
     return answer
 
 
+def pyarrow_for(path: Path, otherwise: str) -> Any:
+    """pyarrow, with its reader of parquet.
+
+    Args:
+        path: what is to be read.
+        otherwise: what else can be done, for the message.
+
+    Raises:
+        ConfigError: when it is not installed.
+    """
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise ConfigError(
+            f"{printable(path)} is a parquet table, which needs pyarrow: pip install 'visionlora[tables]', or {otherwise}."
+        ) from None
+    return pyarrow
+
+
+def not_parquet(error: Exception) -> Unusable:
+    """What to say of a file that pyarrow cannot read."""
+    return Unusable(f"cannot be read as parquet ({printable(' '.join(str(error).split()))}); save it anew")
+
+
 def _csv(text: str, shown: str) -> Table:
     head = text.split("\n", 1)[0]
     # Spreadsheets write semicolons where the comma is the decimal point.
@@ -163,18 +188,12 @@ def _json_lines(text: str, shown: str) -> Table:
 
 
 def _parquet(path: Path, shown: str) -> Table:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise ConfigError(
-            f"{printable(path)} is a parquet table, which needs pyarrow: pip install 'visionlora[tables]', or save it as CSV."
-        ) from None
+    pyarrow = pyarrow_for(path, "save it as CSV")
     try:
         schema = pyarrow.parquet.read_schema(path)
         embedded = [f.name for f in schema if pyarrow.types.is_nested(f.type) or pyarrow.types.is_binary(f.type)]
         columns = [name for name in schema.names if name not in embedded]
         rows = pyarrow.parquet.read_table(path, columns=columns).to_pylist()
     except (OSError, ValueError, pyarrow.ArrowException) as error:
-        raise Unusable(f"cannot be read as parquet ({printable(' '.join(str(error).split()))}); save it anew") from None
+        raise not_parquet(error) from None
     return Table(shown, columns, list(enumerate(rows, 1)), embedded=embedded)

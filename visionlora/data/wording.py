@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from visionlora.data.files import Listing, suffix_of
@@ -58,10 +58,17 @@ def _first(shown: Sequence[str], most: int) -> str:
 
 def problem_report(root: Path, problems: Sequence[str], ending: str) -> str:
     """One message for all problems of a data set: at most 20 of them, then what to do."""
-    lines = [f"{printable(root)} has {count_of(len(problems), 'problem')}:"]
-    lines += [f"  {problem}" for problem in problems[:MAX_LINES]]
-    if len(problems) > MAX_LINES:
-        lines.append(f"  and {len(problems) - MAX_LINES:,} more")
+    return problem_reports({root: problems}, ending)
+
+
+def problem_reports(found: Mapping[Path, Sequence[str]], ending: str) -> str:
+    """One message for all problems of several folders: at most 20 of each, then what to do."""
+    lines = []
+    for root, problems in found.items():
+        lines.append(f"{printable(root)} has {count_of(len(problems), 'problem')}:")
+        lines += [f"  {problem}" for problem in problems[:MAX_LINES]]
+        if len(problems) > MAX_LINES:
+            lines.append(f"  and {len(problems) - MAX_LINES:,} more")
     return "\n".join([*lines, ending])
 
 

@@ -1,47 +1,139 @@
-"""Pictures to latents and captions to text embeddings, once, by the frozen VAE and text encoder."""
+"""Pictures to latents and captions to text embeddings, once, by the frozen VAE and text encoders."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
+from PIL import Image
 from torch import Tensor
 
-from visionlora.data.cache import TensorCache, default_cache_folder, key_of
+from visionlora.data.augment import Variant
+from visionlora.data.buckets import Framing, bucket_of, framing
+from visionlora.data.cache import Entries, Share, TensorCache, cut, default_cache_folder, key_of
 from visionlora.data.folder import ImageItem
-from visionlora.data.images import decode, fit
+from visionlora.data.groups import Group, grouped
+from visionlora.data.images import decode
+from visionlora.diffusion.conditioning import Conditioning, empty_is_zero, text_states, token_ids
 from visionlora.errors import ModelError
 from visionlora.models.base import BaseModel
 from visionlora.models.fingerprint import weights_fingerprint
 
-PICTURES_AT_ONCE = 8
+PIXELS_AT_ONCE = {"cuda": 8 * 512 * 512, "cpu": 512 * 512}
+"""By device: a processor is no faster with more, and needs less memory with fewer."""
+PICTURES_AT_ONCE = 32
 CAPTIONS_AT_ONCE = 64
+
+Told = Callable[[str, int, int], None]
+"""Called with (what, done, total)."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How pictures become training pictures."""
+
+    resolution: int
+    """Side of a square of the wanted area, px."""
+    step: int | None = None
+    """Sides of the buckets are multiples of this, px; None for squares alone."""
+    upscale: bool = False
+    """Whether pictures are enlarged to reach the area."""
+    variants: tuple[Variant, ...] = (Variant(),)
+    """What is made of each picture, one of which is drawn each time."""
+
+    def framing(self, picture: Image.Image) -> Framing:
+        """Of one picture."""
+        if self.step is None:
+            return framing(picture, (self.resolution, self.resolution))
+        w, h = picture.size
+        return framing(picture, bucket_of((h, w), self.resolution, self.step, self.upscale))
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """The training data as the UNet sees it. Letters: n pictures, v variants (1, or 2 with the mirrored one)."""
+    """The training data as the UNet sees it. Letters: n pictures, v variants, c h w channels and size of the latents."""
 
-    mean: Tensor
-    """(n, v, c, h, w), raw, not scaled."""
-    std: Tensor
-    """(n, v, c, h, w)."""
-    text: Tensor
-    """(n, tokens, width)."""
-    empty_text: Tensor
-    """(tokens, width), of the empty caption."""
+    items: tuple[ImageItem, ...]
+    framings: tuple[Framing, ...]
+    latents: Entries
+    """Of each picture `mean` and `std` (v, c, h, w), raw, not scaled; `corner` (v, 2); with a mask also `mask` (v, h, w)."""
+    captions: tuple[str, ...]
+    """Distinct, the empty one first."""
+    caption_of: tuple[tuple[int, ...], ...]
+    """Of each picture the positions of its captions, one of which is drawn each time."""
+    texts: Entries
+    """Of each caption `text` (tokens, width), and `pooled` (width) where the model reads it."""
     scaling_factor: float
+    zero_when_empty: bool
+    """Whether the empty caption is all zeros."""
     computed: int
     """How many latents and captions were not in the cache."""
+    sides: tuple[int, ...]
+    """0 for a picture to learn from, 1 for one of the class it belongs to."""
 
     def __len__(self) -> int:
-        return len(self.mean)
+        return len(self.items)
 
-    def latents(self, index: Tensor, variant: Tensor, noise: Tensor) -> Tensor:
-        """A fresh draw of the latents, (b, c, h, w), scaled as the UNet wants them; noise is standard normal."""
-        return (self.mean[index, variant] + self.std[index, variant] * noise) * self.scaling_factor
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """Pictures that may share a forward pass."""
+        return grouped([f.bucket for f in self.framings], [item.repeats for item in self.items], self.sides)
+
+    def latent(self, i: int, variant: int, noise: Tensor | None = None) -> Tensor:
+        """Of one picture, (c, h, w), scaled as the UNet wants them.
+
+        Args:
+            i: the picture.
+            variant: of it.
+            noise: standard normal, for a fresh draw; the mean when None.
+        """
+        entry = self.latents[i]
+        mean = entry["mean"][variant].float()
+        drawn = mean if noise is None else mean + entry["std"][variant].float() * noise
+        return drawn * self.scaling_factor
+
+    def mask(self, i: int, variant: int) -> Tensor | None:
+        """How much each latent position counts, (h, w) in 0 … 1; None without a mask."""
+        found = self.latents[i].get("mask")
+        return None if found is None else found[variant]
+
+    def shape(self, i: int) -> tuple[int, int, int]:
+        """(c, h, w) of a picture's latents."""
+        c, h, w = self.latents[i]["mean"].shape[1:]
+        return c, h, w
+
+    def variants(self, i: int) -> int:
+        """How many there are of a picture."""
+        return len(self.latents[i]["mean"])
+
+    def conditioning(self, pictures: Sequence[int], captions: Sequence[int], variants: Sequence[int]) -> Conditioning:
+        """What the UNet is told.
+
+        Args:
+            pictures: which, for their sizes.
+            captions: positions in `captions`; 0 is the empty one.
+            variants: of the pictures.
+        """
+        entries = [self.texts[c] for c in captions]
+        text = torch.stack([e["text"].float() for e in entries])
+        if "pooled" not in entries[0]:
+            return Conditioning(text)
+        pooled = torch.stack([e["pooled"].float() for e in entries])
+        if self.zero_when_empty:
+            there = torch.tensor([c != 0 for c in captions], dtype=text.dtype)
+            text, pooled = text * there[:, None, None], pooled * there[:, None]
+        return Conditioning(text, pooled, self.sizes(pictures, variants))
+
+    def sizes(self, pictures: Sequence[int], variants: Sequence[int]) -> Tensor:
+        """Original size, corner of the cut and size in px, (b, 6)."""
+        rows = []
+        for i, v in zip(pictures, variants, strict=True):
+            f = self.framings[i]
+            rows.append([*f.original, *self.latents[i]["corner"][v].tolist(), *f.bucket])
+        return torch.tensor(rows, dtype=torch.float32)
 
 
 def cut_captions(base: BaseModel, captions: Sequence[str]) -> list[tuple[str, str]]:
@@ -55,92 +147,135 @@ def cut_captions(base: BaseModel, captions: Sequence[str]) -> list[tuple[str, st
     return cut
 
 
-def encode_text(base: BaseModel, captions: Sequence[str]) -> Tensor:
-    """Last hidden states, (captions, tokens, width), as `StableDiffusionPipeline` computes them."""
-    tokenizer, encoder = base.pipe.tokenizer, base.pipe.text_encoder
-    ids = tokenizer(
-        list(captions),
-        padding="max_length",
-        truncation=True,
-        max_length=tokenizer.model_max_length,
-        return_tensors="pt",
-    ).input_ids
-    with torch.no_grad():
-        states: Tensor = encoder(ids.to(encoder.device))[0]
-    return states.cpu()
+@torch.no_grad()
+def encode_text(base: BaseModel, captions: Sequence[str]) -> list[dict[str, Tensor]]:
+    """Of each caption `text` (tokens, width) and for SDXL `pooled` (width), as the pipeline computes them."""
+    encoders = [encoder for _, _, encoder in base.text_parts()]
+    ids = token_ids(base, captions)
+    text, pooled = text_states(encoders, [i.to(e.device) for i, e in zip(ids, encoders, strict=True)])
+    rows = [{"text": t} for t in text.cpu()]
+    return rows if pooled is None else [{**row, "pooled": p} for row, p in zip(rows, pooled.cpu(), strict=True)]
 
 
-def encode_pictures(base: BaseModel, pictures: np.ndarray) -> tuple[Tensor, Tensor]:
+@torch.no_grad()
+def encode_pictures(base: BaseModel, pictures: npt.NDArray[np.uint8]) -> tuple[Tensor, Tensor]:
     """uint8 (b, h, w, 3) -> mean and standard deviation of the latents, raw, (b, c, h/f, w/f) in fp32.
 
+    A VAE that gives NaN in half precision (SDXL's does) works in fp32 from then on.
+
     Raises:
-        ModelError: when the VAE gives NaN or infinite latents.
+        ModelError: when it gives NaN or infinite latents in fp32 too.
     """
     vae = base.pipe.vae
     x = torch.from_numpy(pictures).permute(0, 3, 1, 2).to(vae.device, vae.dtype) / 127.5 - 1
-    with torch.no_grad():
-        latent = vae.encode(x).latent_dist
+    latent = vae.encode(x).latent_dist
     mean, std = latent.mean.float().cpu(), latent.std.float().cpu()
-    if not (torch.isfinite(mean).all() and torch.isfinite(std).all()):
-        raise ModelError(f"The VAE of {base.id} gives NaN or infinite latents in {vae.dtype}. Use --precision fp32.")
-    return mean, std
+    if torch.isfinite(mean).all() and torch.isfinite(std).all():
+        return mean, std
+    if vae.dtype == torch.float32:
+        raise ModelError(f"The VAE of {base.id} gives NaN or infinite latents: its weights are damaged.")
+    vae.to(torch.float32)
+    return encode_pictures(base, pictures)
 
 
 def encode_dataset(
     base: BaseModel,
     items: Sequence[ImageItem],
-    size: int,
-    flip: bool = False,
+    plan: Plan | int,
     cache: TensorCache | None = None,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Told | None = None,
+    *,
+    captions: Sequence[Sequence[str]] | None = None,
+    class_items: Sequence[ImageItem] = (),
+    more_captions: Sequence[str] = (),
+    share: Share | None = None,
+    salt: str = "",
 ) -> Encoded:
-    """All pictures and captions, from the cache where it has them.
+    """All pictures and captions, from the cache where it has them. Memory is bounded by what is computed at once.
 
     Args:
-        base: whose VAE and text encoder are used.
+        base: whose VAE and text encoders are used.
         items: the pictures.
-        size: width and height in px.
-        flip: also encode each picture mirrored.
+        plan: their sizes and variants; a number for squares of so many px.
         cache: by default the user's cache folder.
         progress: called with (what, done, total).
+        captions: of each picture those that are drawn from; its own when not given.
+        class_items: pictures of the class that the subject belongs to, put behind the others.
+        more_captions: of no picture; they come right behind the empty one.
+        share: of the work, where several processes do it.
+        salt: what the captions mean beside the model's weights, such as how a new word starts.
     """
+    plan = Plan(plan) if isinstance(plan, int) else plan
     cache = cache or TensorCache(default_cache_folder())
-    vae_id, text_id = weights_fingerprint(base.pipe.vae), weights_fingerprint(base.pipe.text_encoder)
-    variants = ("upright", "mirrored") if flip else ("upright",)
-    wanted = [(item, variant) for item in items for variant in variants]
-
-    def latents_of(positions: list[int]) -> list[dict[str, Tensor]]:
-        pictures = []
-        for i in positions:
-            item, variant = wanted[i]
-            picture = fit(decode(item.path), size)
-            pictures.append(picture[:, ::-1] if variant == "mirrored" else picture)
-        mean, std = encode_pictures(base, np.ascontiguousarray(np.stack(pictures)))
-        return [{"mean": m, "std": s} for m, s in zip(mean, std, strict=True)]
+    everything = (*items, *class_items)
+    framings = tuple(plan.framing(decode(item.path)) for item in everything)
 
     def told(what: str) -> Callable[[int, int], None] | None:
         return None if progress is None else lambda done, total: progress(what, done, total)
 
-    keys = [key_of("latents", vae_id, item.sha256, f"centre-crop lanczos {size} {variant}") for item, variant in wanted]
-    latents, new_latents = cache.fill(keys, latents_of, PICTURES_AT_ONCE, told("Encoding pictures"))
-    captions = ["", *dict.fromkeys(item.caption for item in items)]
+    def latents_of(positions: list[int]) -> list[dict[str, Tensor]]:
+        made = [
+            [variant.make(everything[i], framings[i]) for variant in plan.variants] for i in positions
+        ]  # pictures, each with its variants
+        mean, std = encode_pictures(base, np.stack([v.pixels for variants in made for v in variants]))
+        count, entries = len(plan.variants), []
+        for k, variants in enumerate(made):
+            part = slice(k * count, (k + 1) * count)
+            entry = {
+                "mean": mean[part],
+                "std": std[part],
+                "corner": torch.tensor([v.corner for v in variants], dtype=torch.int32),
+            }
+            masks = [v.mask for v in variants if v.mask is not None]
+            if masks:
+                entry["mask"] = torch.nn.functional.interpolate(
+                    torch.from_numpy(np.stack(masks))[:, None], size=mean.shape[-2:], mode="area"
+                )[:, 0]
+            entries.append(entry)
+        return entries
+
+    def batches(positions: list[int]) -> Iterable[list[int]]:
+        by_bucket: dict[tuple[int, int], list[int]] = {}
+        for i in positions:
+            by_bucket.setdefault(framings[i].bucket, []).append(i)
+        for (h, w), own in by_bucket.items():
+            pixels = PIXELS_AT_ONCE.get(base.pipe.vae.device.type, PIXELS_AT_ONCE["cuda"])
+            most = min(PICTURES_AT_ONCE, pixels // (h * w)) // len(plan.variants)
+            yield from cut(own, max(1, most))
+
+    vae_id = weights_fingerprint(base.pipe.vae)
+    keys = [
+        key_of("latents 2", vae_id, item.content, repr(f), *(variant.key for variant in plan.variants))
+        for item, f in zip(everything, framings, strict=True)
+    ]
+    latents, new_latents = cache.fill(keys, latents_of, batches, told("Encoding pictures"), share)
+
+    own_captions = [tuple(c) for c in captions] if captions is not None else [(item.caption,) for item in items]
+    own_captions += [(item.caption,) for item in class_items]
+    distinct = list(dict.fromkeys(["", *more_captions, *(c for each in own_captions for c in each)]))
+    place = {c: i for i, c in enumerate(distinct)}
     texts, new_texts = cache.fill(
-        [key_of("text", text_id, str(base.pipe.tokenizer.model_max_length), c) for c in captions],
-        lambda part: [{"text": t} for t in encode_text(base, [captions[i] for i in part])],
+        text_keys(base, distinct, salt),
+        lambda part: encode_text(base, [distinct[i] for i in part]),
         CAPTIONS_AT_ONCE,
         told("Encoding captions"),
+        share,
     )
-    by_caption = {c: entry["text"].float() for c, entry in zip(captions, texts, strict=True)}
-
-    def stacked(name: str) -> Tensor:
-        stack = torch.stack([entry[name] for entry in latents])
-        return stack.view(len(items), len(variants), *stack.shape[1:])
-
     return Encoded(
-        mean=stacked("mean"),
-        std=stacked("std"),
-        text=torch.stack([by_caption[item.caption] for item in items]),
-        empty_text=by_caption[""],
+        items=everything,
+        framings=framings,
+        latents=latents,
+        captions=tuple(distinct),
+        caption_of=tuple(tuple(place[c] for c in each) for each in own_captions),
+        texts=texts,
         scaling_factor=float(base.pipe.vae.config.scaling_factor),
+        zero_when_empty=empty_is_zero(base),
         computed=new_latents + new_texts,
+        sides=(0,) * len(items) + (1,) * len(class_items),
     )
+
+
+def text_keys(base: BaseModel, captions: Sequence[str], salt: str = "") -> list[str]:
+    """Where the cache keeps the embeddings of captions."""
+    encoders = [f"{weights_fingerprint(e)} {t.model_max_length}" for _, t, e in base.text_parts()]
+    return [key_of("text 2", *encoders, salt, c) for c in captions]

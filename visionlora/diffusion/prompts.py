@@ -41,7 +41,7 @@ def too_long(pipe: Any, prompt: str) -> bool:
 
 
 def prompt_arguments(pipe: Any, prompt: str, negative: str) -> dict[str, Any]:
-    """What a pipeline of one text encoder is called with: the words, or embeddings where words are not enough.
+    """What a pipeline is called with: the words, or embeddings where words are not enough.
 
     Raises:
         ConfigError: when compel is needed and not installed.
@@ -50,15 +50,26 @@ def prompt_arguments(pipe: Any, prompt: str, negative: str) -> dict[str, Any]:
     if not weighted and not too_long(pipe, prompt) and not too_long(pipe, negative):
         return {"prompt": prompt, "negative_prompt": negative or None}
     try:
-        from compel import Compel, DiffusersTextualInversionManager
+        from compel import Compel, DiffusersTextualInversionManager, ReturnedEmbeddingsType
     except ImportError:
         what = "has weights such as (word:1.2)" if weighted else "is longer than the text encoder reads"
         raise ConfigError(f"The prompt {what}, for which compel is needed: {INSTALL}.") from None
-    reader = Compel(
-        tokenizer=pipe.tokenizer,
-        text_encoder=pipe.text_encoder,
-        textual_inversion_manager=DiffusersTextualInversionManager(pipe),
-        truncate_long_prompts=False,
-    )
-    both = reader.pad_conditioning_tensors_to_same_length([reader(as_compel(prompt)), reader(as_compel(negative))])
-    return {"prompt_embeds": both[0], "negative_prompt_embeds": both[1]}
+    shared = {"textual_inversion_manager": DiffusersTextualInversionManager(pipe), "truncate_long_prompts": False}
+    if getattr(pipe, "text_encoder_2", None) is None:
+        reader = Compel(tokenizer=pipe.tokenizer, text_encoder=pipe.text_encoder, **shared)
+        texts, more = [reader(as_compel(prompt)), reader(as_compel(negative))], {}
+    else:
+        reader = Compel(
+            tokenizer=[pipe.tokenizer, pipe.tokenizer_2],
+            text_encoder=[pipe.text_encoder, pipe.text_encoder_2],
+            returned_embeddings_type=ReturnedEmbeddingsType.PENULTIMATE_HIDDEN_STATES_NON_NORMALIZED,
+            requires_pooled=[False, True],
+            **shared,
+        )
+        (text, pooled), (without, pooled_without) = reader(as_compel(prompt)), reader(as_compel(negative))
+        if not negative and pipe.config.get("force_zeros_for_empty_prompt", False):
+            without, pooled_without = without * 0, pooled_without * 0  # as the pipeline does
+        texts = [text, without]
+        more = {"pooled_prompt_embeds": pooled, "negative_pooled_prompt_embeds": pooled_without}
+    text, without = reader.pad_conditioning_tensors_to_same_length(texts)
+    return {"prompt_embeds": text, "negative_prompt_embeds": without, **more}

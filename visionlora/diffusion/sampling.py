@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torch import Tensor
 
+from visionlora.errors import ModelError
 from visionlora.models.base import BaseModel
 
 
@@ -30,6 +32,31 @@ def sampling_scheduler(scheduler: Any) -> Any:
 
 
 @torch.no_grad()
+def pictures_of(pipe: Any, latents: Tensor) -> list[Image.Image]:
+    """Latents as a pipeline gives them with `output_type="latent"`, (b, c, h, w), as RGB pictures.
+
+    A VAE that gives NaN in half precision (SDXL's does) works in fp32 from then on.
+
+    Raises:
+        ModelError: when it gives NaN in fp32 too, or the latents are NaN.
+    """
+    if not torch.isfinite(latents).all():
+        raise ModelError(
+            "The UNet gives NaN or infinite latents. Use --precision bf16 or fp32, or a lower adapter scale."
+        )
+    vae = pipe.vae
+    scaled = latents.to(vae.device, vae.dtype) / vae.config.scaling_factor
+    pixels = vae.decode(scaled, return_dict=False)[0]
+    if not torch.isfinite(pixels).all():
+        if vae.dtype == torch.float32:
+            raise ModelError("The VAE gives NaN or infinite pixels: its weights are damaged.")
+        vae.to(torch.float32)
+        return pictures_of(pipe, latents)
+    pictures: list[Image.Image] = pipe.image_processor.postprocess(pixels, output_type="pil")
+    return pictures
+
+
+@torch.no_grad()
 def draw(
     base: BaseModel,
     prompts: Sequence[str],
@@ -45,14 +72,16 @@ def draw(
     try:
         for i in range(0, len(prompts), config.batch_size):
             part = list(prompts[i : i + config.batch_size])
-            pictures += pipe(
+            latents = pipe(
                 part,
                 height=size,
                 width=size,
                 num_inference_steps=config.steps,
                 guidance_scale=config.guidance_scale,
                 generator=[torch.Generator().manual_seed(config.seed) for _ in part],
+                output_type="latent",
             ).images
+            pictures += pictures_of(pipe, latents)
             if progress is not None:
                 progress(len(part))
     finally:

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from visionlora.data.folder import ImageFolder, ImageItem
 from visionlora.diffusion.encode import Encoded
 from visionlora.diffusion.objective import fixed_losses
+from visionlora.diffusion.task import Captions
 from visionlora.errors import DataError
 
 LEVELS = (100, 300, 500, 700, 900)
@@ -41,20 +42,49 @@ class Validation:
     data: Encoded
     noise_scheduler: Any
     seed: int
+    tokens: Captions | None = None
+    """The captions as token ids, for a model whose text encoders learn too."""
 
     @torch.no_grad()
     def evaluate(self, unet: nn.Module, step: int) -> Evaluation:
         """The loss as the model is now."""
         training = unet.training
         unet.eval()
-        device = next(unet.parameters()).device
-        trained = self.noise_scheduler.config.num_train_timesteps
-        latents = (self.data.mean[:MOST, 0] * self.data.scaling_factor).to(device)
-        timesteps = tuple(level * trained // 1000 for level in LEVELS)
-        text = self.data.text[:MOST].to(device)
-        losses = fixed_losses(unet, self.noise_scheduler, latents, text, timesteps, self.seed).mean(0).tolist()
+        found = losses_at(unet, self.noise_scheduler, self.data, LEVELS, self.seed, self.tokens, MOST)
         unet.train(training)
+        losses = found.mean(0).tolist()
         return Evaluation(step, sum(losses) / len(losses), dict(zip(map(str, LEVELS), losses, strict=True)))
+
+
+def losses_at(
+    unet: Any, noise_scheduler: Any, data: Encoded, levels: Sequence[int], seed: int,
+    tokens: Captions | None = None, most: int | None = None,
+) -> Tensor:  # fmt: skip
+    """Losses at fixed noise levels and fixed noise, (pictures, levels), size by size.
+
+    Args:
+        unet: the model as it is now.
+        noise_scheduler: of the model.
+        data: the pictures.
+        levels: in thousandths of the model's own.
+        seed: of the noise.
+        tokens: see `Validation.tokens`.
+        most: pictures that are looked at, from the first on; all when None.
+    """
+    count = min(len(data), most or len(data))
+    trained, device = noise_scheduler.config.num_train_timesteps, next(unet.parameters()).device
+    timesteps = tuple(level * trained // 1000 for level in levels)
+    by_size: dict[tuple[int, int], list[int]] = {}
+    for i in range(count):
+        by_size.setdefault(data.framings[i].bucket, []).append(i)
+    found = torch.zeros(count, len(levels))
+    for own in by_size.values():
+        latents = torch.stack([data.latent(i, 0) for i in own]).to(device)
+        conditioning = (
+            (tokens or data).conditioning(own, [data.caption_of[i][0] for i in own], [0] * len(own)).to(device)
+        )
+        found[own] = fixed_losses(unet, noise_scheduler, latents, conditioning, timesteps, seed).cpu()
+    return found
 
 
 def hold_out(folder: ImageFolder, share: float, seed: int) -> tuple[ImageFolder, tuple[ImageItem, ...]]:

@@ -13,8 +13,8 @@ from typing import Any
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from visionlora.atomic import replace_file
-from visionlora.errors import AdapterFileError
+from visionlora.atomic import is_full, replace_file
+from visionlora.errors import AdapterFileError, WriteError
 from visionlora.formats.families import family_of, flat_shapes
 from visionlora.lora.adapter import Adapter, AdapterModule
 
@@ -132,12 +132,15 @@ def write_file(path: Path, data: bytes) -> None:
     """Writes atomically, making the folder.
 
     Raises:
-        AdapterFileError: when the file cannot be written.
+        AdapterFileError: when the file cannot be written there.
+        WriteError: when the disk is full; an older file of that name is left as it was.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(path, data)
     except OSError as e:
+        if is_full(e):
+            raise WriteError(f"The adapter cannot be written to {path}: {e.strerror or e}. Free some space.") from None
         raise AdapterFileError(
             f"The adapter cannot be written to {path}: {e.strerror or e}. Choose another path."
         ) from None

@@ -34,7 +34,12 @@ class BaseModel:
     why: str
     """One line: which model was taken, why, and how to choose another."""
     pipe: Any
-    """The `StableDiffusionPipeline`."""
+    """A `StableDiffusionPipeline` or `StableDiffusionXLPipeline`."""
+
+    @property
+    def is_xl(self) -> bool:
+        """Whether it is Stable Diffusion XL: two text encoders, and a UNet that is told sizes."""
+        return getattr(self.pipe, "text_encoder_2", None) is not None
 
     @property
     def resolution(self) -> int:
@@ -57,15 +62,31 @@ class BaseModel:
         return str(self.pipe.scheduler.config.prediction_type)
 
     @property
+    def noise_scheduler(self) -> Any:
+        """The model's noise levels as training needs them, (b,) timesteps in 0 … num_train_timesteps - 1.
+
+        The pipeline's own scheduler will not do: that of SDXL scales noisy latents otherwise than the UNet was trained with.
+        """
+        from diffusers import DDPMScheduler
+
+        return DDPMScheduler.from_config(self.pipe.scheduler.config)
+
+    @property
     def suggested(self) -> dict[str, Any]:
         """Settings of train-sd that suit the size of the model, used where the user gives none."""
         if sum(p.numel() for p in self.pipe.unet.parameters()) < SMALL_UNET:
             return {"steps": 300, "learning_rate": 2e-3, "batch_size": 8, "guidance_scale": 2.0}
-        return {"steps": 800, "learning_rate": 1e-4, "batch_size": 1, "guidance_scale": 7.5}
+        guidance = 5.0 if self.is_xl else 7.5
+        return {"steps": 800, "learning_rate": 1e-4, "batch_size": 1, "guidance_scale": guidance}
 
     def components(self) -> dict[str, torch.nn.Module]:
         """The parts that can carry adapters, under the names used in adapter files."""
-        return {"unet": self.pipe.unet, "text_encoder": self.pipe.text_encoder}
+        return {"unet": self.pipe.unet, **{name: encoder for name, _, encoder in self.text_parts()}}
+
+    def text_parts(self) -> list[tuple[str, Any, Any]]:
+        """Name, tokenizer and encoder of each text encoder, in the order in which the UNet reads them."""
+        own = [("text_encoder", self.pipe.tokenizer, self.pipe.text_encoder)]
+        return own + ([("text_encoder_2", self.pipe.tokenizer_2, self.pipe.text_encoder_2)] if self.is_xl else [])
 
     def fingerprints(self) -> dict[str, dict[str, str]]:
         """Architecture and weights fingerprint of each part."""
@@ -120,14 +141,14 @@ def fetch_default() -> None:
 
 
 def open_base(model: str = "auto", dtype: torch.dtype = torch.float32) -> BaseModel:
-    """Opens a base model for Stable Diffusion 1.x or 2.x, frozen, on the CPU.
+    """Opens a base model, Stable Diffusion 1.x, 2.x or XL, frozen, on the CPU.
 
     Args:
         model: `auto`, `emoji-64`, a diffusers folder, a single-file checkpoint or a Hub id.
         dtype: of the weights.
 
     Raises:
-        ModelError: when there is no such model, or it is not a text-to-image Stable Diffusion with one text encoder.
+        ModelError: when there is no such model, or it is not a text-to-image Stable Diffusion.
     """
     chosen, why = choose("Base model", model, EMBEDDED, DEFAULT_ON_GPU, fetch_default)
     if chosen == EMBEDDED:
@@ -162,12 +183,9 @@ def load_folder(source: str, dtype: torch.dtype) -> Any:
     """A diffusers folder or Hub id as a pipeline."""
     try:
         with quiet("diffusers", "transformers"):
-            from diffusers import StableDiffusionPipeline
+            from diffusers import DiffusionPipeline
 
-            pipe = StableDiffusionPipeline.from_pretrained(
-                source, safety_checker=None, requires_safety_checker=False, feature_extractor=None
-            )
-            return pipe.to(dtype)
+            return DiffusionPipeline.from_pretrained(source, safety_checker=None, feature_extractor=None).to(dtype)
     except Exception as e:  # the Hub client and diffusers raise many kinds; the user needs one sentence
         text = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         raise ModelError(
@@ -179,12 +197,26 @@ def load_single_file(path: Path, dtype: torch.dtype) -> Any:
     """A single-file checkpoint as a pipeline; the configuration of its family is fetched by diffusers."""
     try:
         with quiet("diffusers", "transformers"):
+            if is_xl_file(path):
+                from diffusers import StableDiffusionXLPipeline
+
+                return StableDiffusionXLPipeline.from_single_file(str(path)).to(dtype)
             from diffusers import StableDiffusionPipeline
 
             return StableDiffusionPipeline.from_single_file(str(path), safety_checker=None).to(dtype)
     except Exception as e:
         text = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         raise ModelError(f"The checkpoint {path} cannot be opened: {text}") from None
+
+
+def is_xl_file(path: Path) -> bool:
+    """Whether a checkpoint is one of SDXL, by the names in its header."""
+    if path.suffix.lower() != ".safetensors":
+        return False
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        return any(key.startswith("conditioner.embedders.1.") for key in file.keys())  # noqa: SIM118
 
 
 @contextlib.contextmanager
@@ -206,14 +238,32 @@ def quiet(*libraries: str) -> Iterator[None]:
 
 def _opened(id: str, source: str, why: str, pipe: Any) -> BaseModel:
     """Checks the parts and freezes them."""
-    if getattr(pipe, "text_encoder_2", None) is not None:
-        raise ModelError(f"{id} has two text encoders (SDXL). train-sd handles Stable Diffusion 1.x and 2.x so far.")
+    kind = type(pipe).__name__
+    if any(getattr(pipe, part, None) is None for part in ("unet", "vae", "text_encoder", "tokenizer")):
+        what = "SDXL's refiner, which only finishes pictures" if hasattr(pipe, "text_encoder_2") else f"a {kind}"
+        raise ModelError(
+            f"{id} is {what}; visionlora opens text-to-image models of Stable Diffusion 1.x, 2.x and XL. "
+            f"Give one of these, or {EMBEDDED}."
+        )
     if pipe.unet.config.in_channels != pipe.vae.config.latent_channels:
         raise ModelError(
             f"{id} is an inpainting or depth model: its UNet takes {pipe.unet.config.in_channels} channels "
             f"where text-to-image takes {pipe.vae.config.latent_channels}. Use the base model it came from."
         )
+    pipe = as_text_to_image(pipe)
     pipe.set_progress_bar_config(disable=True)
-    for part in (pipe.unet, pipe.vae, pipe.text_encoder):
+    base = BaseModel(id, source, why, pipe)
+    for part in (pipe.vae, *base.components().values()):
         part.requires_grad_(False).eval()
-    return BaseModel(id, source, why, pipe)
+    return base
+
+
+def as_text_to_image(pipe: Any) -> Any:
+    """The plain pipeline of the same parts, where a folder was saved as another (img2img, say)."""
+    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+
+    plain = StableDiffusionXLPipeline if hasattr(pipe, "text_encoder_2") else StableDiffusionPipeline
+    if isinstance(pipe, plain):
+        return pipe
+    parts = {name: part for name, part in pipe.components.items() if name in plain._get_signature_keys(plain)[0]}
+    return plain(**parts, **({} if plain is StableDiffusionXLPipeline else {"requires_safety_checker": False}))

@@ -23,6 +23,7 @@ from visionlora.report.curves import draw_curves
 from visionlora.report.environment import environment
 from visionlora.report.grid import draw_grid
 from visionlora.report.listener import Listener
+from visionlora.report.resume import LearnedFrom, changed
 from visionlora.report.runfolder import RunFolder
 from visionlora.training.loop import Progress
 from visionlora.vision.explain import attention_rollout, grad_cam, overlay, supports
@@ -90,6 +91,16 @@ def header(
             "data_sha256": material.data_hash,
         },
     }
+
+
+def learned_from(material: Material) -> LearnedFrom:
+    """What a run learns from, and by which pictures it is judged."""
+    data, sides = material.data, {i: side for side in SIDES for i in getattr(material.splits, side)}
+    pictures = tuple(
+        (digest, sides.get(i, "unused"), " ".join(data.classes[label] for label in item.labels))
+        for i, (digest, item) in enumerate(zip(material.checked.sha256, data.items, strict=True))
+    )
+    return LearnedFrom(material.data_hash, pictures, tuple(data.classes), "classes")
 
 
 # -------------------------------------------------------------------------------------------------------------- sheets
@@ -207,7 +218,10 @@ def warnings_of(material: Material, finished: Sequence[Finished]) -> tuple[str, 
     return tuple(found)
 
 
-def report(run: RunFolder, material: Material, finished: Sequence[Finished], seconds: float, tell: Listener) -> None:
+def report(
+    run: RunFolder, material: Material, finished: Sequence[Finished], seconds: float, tell: Listener,
+    changes: Sequence[Mapping[str, Any]] = (),
+) -> None:  # fmt: skip
     """report.html, metrics.json, the charts, README.md and run.json."""
     own, data, config = finished[0], material.data, material.config
     name = Path(config.images).resolve().name
@@ -256,7 +270,7 @@ def report(run: RunFolder, material: Material, finished: Sequence[Finished], sec
             **own.metrics.to_dict(),
         },
     )
-    write_card(run, material, finished, name)
+    write_card(run, material, finished, name, changes)
     run.write_json(
         "run.json",
         {
@@ -265,6 +279,8 @@ def report(run: RunFolder, material: Material, finished: Sequence[Finished], sec
             "data_sha256": material.data_hash,
             "base": material.backbone.id,
             "seconds": round(seconds, 1),
+            "noise_scale": own.history[-1].noise_scale if own.history else None,
+            "changes": list(changes),
             "splits": {side: [str(data.items[i].path) for i in getattr(material.splits, side)] for side in SIDES},
         },
     )
@@ -324,7 +340,9 @@ def counts_of(material: Material) -> dict[str, dict[str, int]]:
     }
 
 
-def write_card(run: RunFolder, material: Material, finished: Sequence[Finished], name: str) -> None:
+def write_card(
+    run: RunFolder, material: Material, finished: Sequence[Finished], name: str, changes: Sequence[Mapping[str, Any]]
+) -> None:
     """README.md, a model card for the Hub."""
     own, config = finished[0], material.config
     figures = {
@@ -347,6 +365,7 @@ def write_card(run: RunFolder, material: Material, finished: Sequence[Finished],
             f"{f.contender.name}: {config.select_by} ({material.looked_at_side})": f"{abs(material.selected(f.metrics)):.4f}"
             for f in finished[1:]
         },
+        **changed(changes),
     }
     usage = (
         "import visionlora as vl\n\n"

@@ -8,11 +8,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from visionlora.config import TrainingConfig, to_yaml
 from visionlora.errors import ConfigError
 from visionlora.report.listener import Listener
+from visionlora.report.resume import LearnedFrom, Start, plain
 from visionlora.report.runfolder import RunFolder
+from visionlora.report.trackers import Trackers
 from visionlora.training.checkpoint import STATE_FILE, write_state
 from visionlora.training.loop import Fit, Progress, recent_loss
+from visionlora.training.noise import noise_lines
+
+TRACKED = ("loss", "learning_rate", "grad_norm", "images_per_second", "noise_scale")
+"""What trackers are told of a step; what is not known is left out."""
 
 
 @dataclass
@@ -23,11 +30,22 @@ class Logbook:
     run: RunFolder | None
     """Where it is written; None for a process or a baseline that keeps no files."""
     tell: Listener
-    data: str
-    """Tells the data apart: a run goes on with the same alone."""
-    what: str = "The pictures"
-    """What the data is, for the message when it has changed."""
+    data: LearnedFrom
+    """What is learned from: a run goes on with the same, or with another by force."""
+    config: TrainingConfig
+    """The settings with all defaults filled in."""
+    start: Start[Any]
+    """Where the run began."""
     history: list[Progress] = field(default_factory=list)
+    changes: list[dict[str, Any]] = field(default_factory=list)
+    """What was changed by force when the run went on: `step`, and `what` in words."""
+
+    def __post_init__(self) -> None:
+        self.trackers = Trackers(self.fit.accelerator, self.run, self.tell, plain(self.config))
+
+    def measured(self, step: int, **values: float) -> None:
+        """Numbers that are not of every step, such as a loss on the validation pictures: told to the trackers alone."""
+        self.trackers.log(values, step)
 
     def add(self, progress: Progress, what: str, detail: str) -> None:
         """One step: kept, written and told.
@@ -40,10 +58,24 @@ class Logbook:
         self.history.append(progress)
         if self.run is not None:
             self.run.append_jsonl("metrics.jsonl", dataclasses.asdict(progress))
+        self.trackers.log({k: v for k in TRACKED if (v := getattr(progress, k)) is not None}, progress.step)
         if not math.isfinite(progress.loss):
             self.tell.say(f"Step {progress.step} was skipped: its loss or gradient was not finite.")
         detail = f"loss {recent_loss(self.history):.4f}  {detail}"
         self.tell.progress(what, progress.step, self.fit.config.steps, detail)
+
+    def end(self) -> None:
+        """After the last step: ends the trackers and says how noisy the gradient was."""
+        self.trackers.close()
+        fit = self.fit
+        found = None if fit.noise is None else fit.noise.scale()
+        if self.run is None or found is None:
+            return
+        config, averaged = fit.config, fit.ema is not None or fit.averages_itself
+        for line in noise_lines(
+            found, fit.images_per_step, config.gradient_accumulation, averaged, config.learning_rate
+        ):
+            self.tell.say(line)
 
     def checkpoint(self, more: Mapping[str, Any]) -> None:
         """Writes all that the run needs to go on.
@@ -53,23 +85,42 @@ class Logbook:
         """
         if self.run is None:
             return
-        history = [dataclasses.asdict(p) for p in self.history]
-        state = {"fit": self.fit.state(), "history": history, "data": self.data, **more}
+        state = {
+            "fit": self.fit.state(),
+            "history": [dataclasses.asdict(p) for p in self.history],
+            "changes": self.changes,
+            "settings": plain(self.config),
+            "asked": dict(self.start.asked),
+            **self.data.state(),
+            **more,
+        }
         write_state(self.run.checkpoints / STATE_FILE, state)
 
-    def restore(self, kept: Mapping[str, Any]) -> None:
+    def restore(self, kept: Mapping[str, Any]) -> bool:
         """Goes on from a checkpoint.
 
+        Returns:
+            Whether something was changed by force: then the next checkpoint should be written at once.
+
         Raises:
-            ConfigError: when the data is not that of the run.
+            ConfigError: when the data is not that of the run, and it was not said to go on with other.
         """
-        if kept["data"] != self.data:
+        other = self.data.change_since(kept)
+        if other and not self.start.force:
             raise ConfigError(
-                f"{self.what} have changed since this run was cut off, so it cannot go on with them. Restore them, or start a "
-                "new run."
+                f"The pictures or their {self.data.text} have changed since this run was cut off ({other}). Restore them, go "
+                "on with them by --force, or start a new run."
             )
         self.fit.restore(kept["fit"])
+        self.changes = [dict(change) for change in kept.get("changes", ())]
+        what = [*self.start.changes, *([other] if other else [])]
+        if what:
+            self.changes.append({"step": self.fit.step, "what": what})
+            self.tell.say(f"Going on with changes: {'; '.join(what)}.")
+        if self.run is not None and (text := to_yaml(self.config)) != (self.run.path / "config.yaml").read_text("utf-8"):
+            self.run.write_text("config.yaml", text)
         self.history = [Progress(**p) for p in kept["history"]]
         self.tell.say(f"Going on at step {self.fit.step} of {self.fit.config.steps}.")
         if self.run is not None:
             self.run.write_jsonl("metrics.jsonl", [dataclasses.asdict(p) for p in self.history])
+        return bool(what)

@@ -1,41 +1,438 @@
-"""Going on with a run that was cut off: its own settings, and nothing else."""
+"""Where a run begins: in a new folder, or where one of the same pictures was cut off.
+
+In: the settings as given, among them `resume`. Out: a `Start`: the folder, the settings, and the state to go on from.
+Nothing heavy is imported before a state is read.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, Generic, Literal, ParamSpec, TypeVar
 
-from visionlora.config import TrainingConfig, build, read_yaml
-from visionlora.errors import ConfigError, RunFolderError
+import yaml
+
+from visionlora import __version__
+from visionlora.atomic import hold, let_go, sweep
+from visionlora.config import RESUME_AUTO, TrainingConfig, build, given_names, read_yaml, to_yaml
+from visionlora.config.checking import COMMANDS, commands_for, unknown
+from visionlora.config.reading import GIVEN
+from visionlora.errors import ConfigError, RunFinished, RunFolderError, VisionLoRAError
+from visionlora.report.listener import Listener
+from visionlora.report.runfolder import RunFolder, check_run_folder, default_run_folder, open_run_folder
 
 C = TypeVar("C", bound=TrainingConfig)
-NOT_KEPT = ("output", "resume", "images")
-"""Settings that a resumed run does not compare."""
+P = ParamSpec("P")
+T = TypeVar("T")
+
+NOT_COMPARED = ("output", "resume", "force", "images", "folders")
+"""Settings that a resumed run does not compare; the pictures themselves are compared."""
+SHAPING = ("model", "weights", "method", "rank", "rank_budget", "alpha", "targets", "init", "basis_index",
+           "train_text_encoder", "token", "token_vectors", "optimizer", "betas", "ema_decay")  # fmt: skip
+"""Settings that shape the adapter or the state of its optimizer: no run can go on with others."""
+APART = ("seed", "validation", "val_share", "test_share", "group_column", "split_column")
+"""Settings by which pictures are kept apart: with others, the run would be judged by what it has learned from."""
+FIRST_STEP = ("find_rate", "head_init", "token_initializer")
+"""Settings that count before the first step alone."""
+REASONS = {
+    **dict.fromkeys(SHAPING, "it shapes the adapter or its optimizer"),
+    **dict.fromkeys(APART, "it decides which pictures are kept apart"),
+    **dict.fromkeys(FIRST_STEP, "it counts before the first step alone"),
+}
+"""Why a setting can never change."""
 
 
-def resumed_config(folder: Path, config: C) -> C:
-    """The settings of the run in a folder.
+@dataclass(frozen=True)
+class LearnedFrom:
+    """What a run learns from, in the words of its checkpoint."""
 
-    Args:
-        folder: of the run.
-        config: what was asked for now; only defaults and the run's own values are allowed.
+    digest: str
+    """Tells it apart from any other."""
+    pictures: tuple[tuple[str, str, str], ...]
+    """SHA-256, side (train, val or test) and caption or classes of each picture."""
+    classes: tuple[str, ...] = ()
+    """Of a classifier."""
+    text: str = "captions"
+    """What a picture's words are."""
 
-    Raises:
-        RunFolderError: when there is no such run, or it is finished.
-        ConfigError: when other settings were given.
-    """
-    file = folder / "config.yaml"
-    if not file.is_file():
-        raise RunFolderError(f"{folder} is no run that can be resumed: it has no config.yaml. Name a run folder.")
-    if (folder / "run.json").is_file():
-        raise RunFolderError(f"The run in {folder} is finished; there is nothing to resume. Start a new one.")
-    before, default = build(type(config), read_yaml(str(file))), type(config)(images=".")
-    for f in dataclasses.fields(config):
-        now, kept = getattr(config, f.name), getattr(before, f.name)
-        if f.name not in NOT_KEPT and now not in (getattr(default, f.name), kept):
+    @cached_property
+    def lines(self) -> str:
+        """The pictures as text, short: a checkpoint holds it."""
+        return "\n".join(f"{sha[:16]} {side} {' '.join(text.split())}" for sha, side, text in self.pictures)
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return {"data": self.digest, "pictures": self.lines, "classes": list(self.classes)}
+
+    def change_since(self, kept: Mapping[str, Any]) -> str:
+        """What is different from a checkpoint, in a few words; nothing when all is the same.
+
+        Raises:
+            ConfigError: when a run can never go on like this: with other classes, or judged by what it has learned.
+        """
+        if kept["data"] == self.digest:
+            return ""
+        if kept.get("classes", list(self.classes)) != list(self.classes):
             raise ConfigError(
-                f"A resumed run keeps its settings, but {f.name} is {now!r} here and was {kept!r}. Leave it out, or "
+                f"The classes have changed since this run was cut off: they were {', '.join(kept['classes'])}, now they are "
+                f"{', '.join(self.classes)}. Its head cannot learn others: restore them, or start a new run."
+            )
+        before, now = (_by_content(text) for text in (kept.get("pictures", ""), self.lines))
+        shared = before.keys() & now.keys()
+        leaked = sum(before[sha][0] == "train" != now[sha][0] for sha in shared)
+        if leaked:
+            raise ConfigError(
+                f"{leaked} pictures that this run has learned from would now be those that judge it. Restore the pictures, or "
                 "start a new run."
             )
-    return dataclasses.replace(before, resume=str(folder))
+        words = [
+            f"{len(now.keys() - before.keys())} added",
+            f"{len(before.keys() - now.keys())} removed",
+            f"{sum(before[sha][1] != now[sha][1] for sha in shared)} with other {self.text}",
+        ]
+        if all(word.startswith("0 ") for word in words):
+            words = ["others twice, or in another part"]
+        return "pictures: " + ", ".join(words)
+
+
+def _by_content(lines: str) -> dict[str, tuple[str, str]]:
+    """From the hash of a picture to its side and words."""
+    parts = (line.split(" ", 2) for line in lines.splitlines())
+    return {part[0]: (part[1], part[2] if len(part) > 2 else "") for part in parts}
+
+
+@dataclass(frozen=True)
+class Start(Generic[C]):
+    """Where a run begins."""
+
+    folder: Path
+    config: C
+    """Without what belongs to this start alone (output, resume, force)."""
+    asked: Mapping[str, Any]
+    """The settings as they were given when the run began."""
+    state: Mapping[str, Any] | None = None
+    """Of the checkpoint to go on from; None for a run from the beginning."""
+    changes: tuple[str, ...] = ()
+    """Settings that are different from the run's, each `name: was -> is`."""
+    force: bool = False
+    anew: bool = False
+    """The folder holds the beginning of a run that had not done a step."""
+    from_previous: bool = False
+    """The state is the one before the last, which cannot be read."""
+
+    def open(self, config: C) -> RunFolder:
+        """Makes the folder of a new run, or tidies that of an old one.
+
+        Args:
+            config: the settings with all defaults filled in; they are written there.
+
+        Raises:
+            RunFolderError: when it cannot be made, or another process trains there.
+        """
+        if self.state is None and not self.anew:
+            run = open_run_folder(self.folder)
+        else:
+            run = RunFolder(self.folder)
+            sweep(run.path, run.checkpoints, run.samples)
+        _take(self.folder)
+        if self.anew:
+            for path in (*run.samples.glob("*.png"), *run.checkpoints.glob("best.*"), run.path / "validation.jsonl"):
+                path.unlink(missing_ok=True)
+        if self.from_previous:
+            from visionlora.training.checkpoint import STATE_FILE, promote
+
+            promote(run.checkpoints / STATE_FILE)
+        if self.state is None:
+            run.write_text("config.yaml", to_yaml(config))
+        return run
+
+
+def begin(config: C, kind: str, tell: Listener) -> Start[C]:
+    """Finds out where a run begins; in all processes of a run the same.
+
+    Args:
+        config: as given.
+        kind: of run, in the names of new folders.
+        tell: hears in one line which run goes on, where that was left open.
+
+    Raises:
+        RunFinished: when the run has nothing left to do.
+        RunFolderError: when there is no such run, or its folder cannot be used.
+        ConfigError: when the run had other settings.
+    """
+    folder, how, line = _agreed(lambda: _choose(config, kind))
+    if line:
+        tell.say(line)
+    if how != "on":
+        own = dataclasses.replace(config, output=None, resume=None, force=False)
+        return Start(folder, own, plain(config), anew=how == "anew")
+    found = _going_on(folder, config, tell)
+    _agreed(lambda: None)  # nobody changes what another has still to read
+    return found
+
+
+def finished_run(config: TrainingConfig) -> str | None:
+    """For `resume` auto: one line when the run at `output` is finished, None otherwise."""
+    if config.resume != RESUME_AUTO or not config.output or not (Path(config.output) / "run.json").is_file():
+        return None
+    folder = Path(config.output)
+    line = f"The run in {folder} is finished; nothing is left to do."
+    try:
+        before = _settings_in(folder, type(config))
+        differing = set(_differences(config, before, {})) - {"epochs", *FIRST_STEP}
+    except VisionLoRAError:
+        return line
+    if differing:
+        line += f" It had another {', '.join(sorted(differing))}; a new run needs an --output of its own."
+    return line
+
+
+def holding(function: Callable[P, T]) -> Callable[P, T]:
+    """Decorates what trains in run folders: in the end it lets go of them, whatever happened."""
+
+    @functools.wraps(function)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return function(*args, **kwargs)
+        finally:
+            let_go()
+
+    return wrapped
+
+
+def changed(changes: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """What was changed by force on the way, as a fact of a model card; nothing when nothing was."""
+    words = "; ".join(f"at step {change['step']}, {'; '.join(change['what'])}" for change in changes)
+    return {"Changed on the way": words.replace(" -> ", " → ")} if words else {}
+
+
+# ------------------------------------------------------------------------------------------------------ which run
+
+How = Literal["new", "anew", "on"]
+
+
+def _agreed(choose: Callable[[], T]) -> T:
+    """What the main process chooses; an error there is raised in all."""
+    from visionlora.training.loop import process_state
+
+    state = process_state()
+    if state.num_processes == 1:
+        return choose()
+    from accelerate.utils import broadcast_object_list
+
+    found: list[Any] = [None, None]
+    if state.is_main_process:
+        try:
+            found[0] = choose()
+        except VisionLoRAError as e:
+            found[1] = e
+    broadcast_object_list(found)
+    if found[1] is not None:
+        raise found[1]
+    chosen: T = found[0]
+    return chosen
+
+
+def _choose(config: TrainingConfig, kind: str) -> tuple[Path, How, str]:
+    """The folder, what happens there, and a line that says so where it was left open."""
+    fresh = Path(config.output) if config.output else default_run_folder(kind, _subject(config))
+    if config.resume is None:
+        check_run_folder(fresh)
+        return fresh, "new", ""
+    if config.resume != RESUME_AUTO:
+        folder = Path(config.resume)
+        if not (folder / "config.yaml").is_file():
+            raise RunFolderError(f"{folder} is no run that can be resumed: it has no config.yaml. Name a run folder.")
+        _check_unfinished(folder)
+        _take(folder)
+        return folder, "on", ""
+    if config.output and (_is_run(fresh) or _is_unstarted(fresh)):
+        _check_unfinished(fresh)
+        _take(fresh)
+        if (fresh / "config.yaml").is_file():
+            _settings_in(fresh, type(config))
+        if _is_unstarted(fresh):
+            line = f"The run in {fresh} was cut off before its first checkpoint; it starts anew, nothing is lost."
+            return fresh, "anew", line
+        return fresh, "on", f"Resuming the run in {fresh}."
+    place = fresh if config.output else Path("runs")
+    for folder in _unfinished(place, config):
+        if hold(folder):  # else another process trains there
+            if _is_unstarted(folder):
+                line = f"The last run of {_named(config)}, {folder}, was cut off before its first checkpoint; it starts anew."
+                return folder, "anew", line
+            return folder, "on", f"Resuming {folder}, the last unfinished run of {_named(config)}."
+    if config.output and fresh.is_dir() and any(_is_run(entry) for entry in fresh.iterdir()):
+        fresh = default_run_folder(kind, _subject(config), fresh)
+    check_run_folder(fresh)
+    if config.output and fresh == place:
+        return fresh, "new", f"There is no run in {fresh} yet; starting one."
+    return fresh, "new", f"There is no unfinished run of {_named(config)} in {place}; starting a new one in {fresh}."
+
+
+def _subject(config: TrainingConfig) -> str:
+    """What a run learns, in the name of its folder."""
+    return Path(_sources(config)[0]).resolve().name
+
+
+def _named(config: TrainingConfig) -> str:
+    """The pictures as a person names them."""
+    return " and ".join(_sources(config))
+
+
+def _sources(config: TrainingConfig) -> list[str]:
+    """Where the pictures come from: folders, and a table."""
+    several = [folder.path for folder in getattr(config, "folders", ())]
+    table = getattr(config, "table", None)
+    return [*(several or [config.images]), *([table] if table else [])]
+
+
+def _is_run(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("config.yaml", "run.json", "checkpoints/state.pt"))
+
+
+def _is_unstarted(folder: Path) -> bool:
+    """Whether a run was cut off in it before its first checkpoint, so that nothing in it is worth keeping."""
+    if not folder.is_dir():
+        return False
+    worth = ("run.json", "adapter.safetensors", "checkpoints/state*.pt", "checkpoints/step-*.safetensors")
+    if any(True for pattern in worth for _ in folder.glob(pattern)):
+        return False
+    names = [entry.name for entry in folder.iterdir()]
+    return "config.yaml" in names or bool(names and all(re.fullmatch(r"\.config\.yaml\.\d+\.tmp", n) for n in names))
+
+
+def _check_unfinished(folder: Path) -> None:
+    if (folder / "run.json").is_file():
+        raise RunFinished(f"The run in {folder} is finished; there is nothing to resume. Start a new one.")
+
+
+def _take(folder: Path) -> None:
+    if not hold(folder):
+        raise RunFolderError(
+            f"Another process is training in {folder} right now. Wait for it, end it, or choose another --output."
+        )
+
+
+def _unfinished(place: Path, config: TrainingConfig) -> list[Path]:
+    """The unfinished runs of the same command and pictures in a folder, the newest first."""
+    (command,) = (word for word, kind in COMMANDS.items() if isinstance(config, kind))
+    wanted = [Path(source).expanduser().resolve() for source in _sources(config)]
+    found = []
+    for folder in place.iterdir() if place.is_dir() else ():
+        file = folder / "config.yaml"
+        if not file.is_file() or (folder / "run.json").is_file():
+            continue
+        try:
+            settings = read_yaml(str(file))
+            if commands_for(settings) != (command,) or unknown(command, settings):
+                continue
+            own = [Path(source).expanduser().resolve() for source in _sources(build(type(config), settings))]
+        except VisionLoRAError:
+            continue
+        if own == wanted:
+            state = folder / "checkpoints" / "state.pt"
+            found.append(((state if state.is_file() else file).stat().st_mtime, folder))
+    return [folder for _, folder in sorted(found, reverse=True)]
+
+
+# ------------------------------------------------------------------------------------------------------ going on
+
+
+def _settings_in(folder: Path, kind: type[C]) -> C:
+    """The settings in a run folder.
+
+    Raises:
+        RunFolderError: when it is a run of another command or version.
+    """
+    settings = read_yaml(str(folder / "config.yaml"))
+    (command,) = (word for word, known in COMMANDS.items() if issubclass(kind, known))
+    if command not in (others := commands_for(settings)):
+        raise RunFolderError(
+            f"{folder} is a run of `visionlora {others[0]}`, not of `visionlora {command}`. Go on with it by: "
+            f"visionlora {others[0]} --resume {folder}"
+        )
+    if names := unknown(command, settings):
+        raise RunFolderError(
+            f"The run in {folder} has settings that visionlora {__version__} does not know: {', '.join(names)}. Another "
+            "version made it; go on with that one (pip install -U visionlora), or start a new run."
+        )
+    return build(kind, settings)
+
+
+def _going_on(folder: Path, config: C, tell: Listener) -> Start[C]:
+    """Goes on with the run in a folder.
+
+    Raises:
+        RunFolderError: when there is nothing to go on from, or it cannot be read.
+        ConfigError: when other settings are given, or are written in its config.yaml, than it had.
+    """
+    from visionlora.training.checkpoint import STATE_FILE, read_state
+
+    written = _settings_in(folder, type(config))
+    warned: list[str] = []
+    state = read_state(folder / "checkpoints" / STATE_FILE, warned.append)
+    for line in warned:
+        tell.say(line)
+    before = build(type(config), state["settings"]) if "settings" in state else written
+    asked = state.get("asked", {})
+    changed = _differences(config, before, asked)
+    told = {**plain(written), **{name: value for name, value in plain(config).items() if name in changed}}
+    for f in dataclasses.fields(before):  # what was edited in the file counts as given
+        if (now := getattr(written, f.name)) != getattr(before, f.name) and f.name not in NOT_COMPARED:
+            changed.setdefault(f.name, now)
+    changes = [f"{name}: {_shown(getattr(before, name))} -> {_shown(now)}" for name, now in changed.items()]
+    never = [name for name in changed if name in REASONS]
+    if changed and (never or not config.force):
+        lines = [
+            f"- {line}" + (f" (can never change: {REASONS[name]})" if name in REASONS else "")
+            for name, line in zip(changed, changes, strict=True)
+        ]
+        ways = ["leave them out (in config.yaml: put them back) to go on as before", "start a new run"]
+        if not never:
+            ways.insert(1, "go on with the new ones by --force")
+        raise ConfigError(
+            f"The run in {folder} had other settings:\n" + "\n".join(lines) + f"\nEither {', or '.join(ways)}."
+        )
+    asked = {**asked, **{name: told[name] for name in changed}}
+    if "epochs" in changed:
+        changed["steps"] = None
+    own = dataclasses.replace(before, **changed, **_moved(config), output=None, resume=None, force=False)
+    return Start(folder, own, asked, state, tuple(changes), config.force, from_previous=bool(warned))
+
+
+def _differences(config: C, before: C, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that are given and are neither the run's nor what it was asked for, and what they are now."""
+    words, given = plain(config), given_names(config)
+    return {
+        f.name: now
+        for f in dataclasses.fields(config)
+        if f.name in given
+        and f.name not in NOT_COMPARED
+        and (now := getattr(config, f.name)) != getattr(before, f.name)
+        and (f.name not in asked or words[f.name] != asked[f.name])
+    }
+
+
+def _moved(config: TrainingConfig) -> dict[str, Any]:
+    """Where the pictures are now, when that was said on the command line; whether they are the same is seen later."""
+    said = config.__dict__.get(GIVEN, frozenset())
+    several = {"folders": getattr(config, "folders", ())} if hasattr(config, "folders") else {}
+    return {"images": config.images, **several} if said & {"images", "folders"} else {}
+
+
+def plain(config: TrainingConfig) -> dict[str, Any]:
+    """The settings as a YAML file would hold them."""
+    plain: dict[str, Any] = yaml.safe_load(to_yaml(config))
+    return plain
+
+
+def _shown(value: Any) -> str:
+    if value is None or value == ():
+        return "none"
+    return ", ".join(map(_shown, value)) if isinstance(value, tuple | list) else str(value)

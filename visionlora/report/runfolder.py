@@ -20,7 +20,7 @@ from typing import Any
 from PIL import Image
 
 from visionlora.atomic import replace_file
-from visionlora.errors import RunFolderError
+from visionlora.errors import RunFolderError, WriteError
 
 RUN_FILES = ("run.json", "config.yaml", "adapter.safetensors")
 """Any of these marks a folder as the folder of a run."""
@@ -73,6 +73,13 @@ class RunFolder:
         """Write a file with one line of JSON per object, whole or not at all."""
         return self.write_text(name, "".join(_to_json(obj, indent=None) + "\n" for obj in objs))
 
+    def keep_newest(self, count: int | None) -> None:
+        """Removes the adapters of moments on the way except the last `count`; None keeps all."""
+        if count is not None:
+            steps = sorted(self.checkpoints.glob("step-*.safetensors"))
+            for path in steps[: max(0, len(steps) - count)]:
+                path.unlink(missing_ok=True)
+
     def _subfolder(self, name: str) -> Path:
         folder = self.path / name
         try:
@@ -87,7 +94,7 @@ def check_run_folder(path: Path) -> None:
     try:
         _check(path)
     except OSError as error:
-        raise _cannot_write(path, error) from None
+        raise RunFolderError(str(_cannot_write(path, error))) from None
 
 
 def open_run_folder(path: Path) -> RunFolder:
@@ -106,17 +113,18 @@ def open_run_folder(path: Path) -> RunFolder:
     return RunFolder(path)
 
 
-def default_run_folder(kind: str, subject: str) -> Path:
+def default_run_folder(kind: str, subject: str, place: Path = Path("runs")) -> Path:
     """``runs/<kind>-<subject>-<date>-<time>`` that does not exist yet; makes nothing.
 
     Args:
         kind: What the run does, such as ``sd``.
         subject: What it learns, such as the name of the picture folder. Characters that are awkward in file names
             become dashes.
+        place: Instead of ``runs``.
     """
     words = "-".join(word for word in (_slug(kind), _slug(subject)) if word)
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-    return _free(Path("runs") / (f"{words}-{stamp}" if words else stamp))
+    return _free(place / (f"{words}-{stamp}" if words else stamp))
 
 
 def write_atomic(path: Path, content: bytes) -> Path:
@@ -164,10 +172,11 @@ def _in_use(path: Path, held: list[str]) -> RunFolderError:
     return RunFolderError(message)
 
 
-def _cannot_write(path: Path, error: OSError) -> RunFolderError:
+def _cannot_write(path: Path, error: OSError) -> WriteError:
     reason = error.strerror or type(error).__name__
-    return RunFolderError(
-        f"{_shown(path)} cannot be written: {reason}. Choose another --output, or free space and permissions there."
+    return WriteError(
+        f"{_shown(path)} cannot be written: {reason}. Choose another --output, or free space and permissions there; a run that "
+        "had begun goes on with --resume."
     )
 
 

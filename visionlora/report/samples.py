@@ -9,11 +9,11 @@ from PIL import Image
 
 from visionlora.diffusion.sampling import SamplingConfig, draw
 from visionlora.errors import RunFolderError
-from visionlora.lora.inject import Handle
 from visionlora.models.base import BaseModel
 from visionlora.report.grid import draw_grid
 from visionlora.report.listener import Listener
 from visionlora.report.runfolder import RunFolder
+from visionlora.training.learner import JointLearner
 
 
 def sample_moments(steps: int, columns: int) -> list[int]:
@@ -31,13 +31,18 @@ class SampleSheet:
     """Collects the columns of the grid while a run goes on."""
 
     base: BaseModel
-    handle: Handle
+    learner: JointLearner
     prompts: tuple[str, ...]
     size: int
     settings: SamplingConfig
     run: RunFolder
     tell: Listener
     columns: list[tuple[str, list[Image.Image]]] = field(default_factory=list)
+
+    @property
+    def key(self) -> str:
+        """Tells whether columns fit beside one another: those of the same prompts, size and settings do."""
+        return repr((self.prompts, self.size, self.settings))
 
     def draw_column(self, label: str, scale: float) -> None:
         """One picture per prompt at the adapter's present state; also kept one by one under `samples/`."""
@@ -48,11 +53,11 @@ class SampleSheet:
             done += more
             self.tell.progress(f"Drawing samples ({label})", done, len(self.prompts))
 
-        self.handle.set_scale(scale)
-        self.handle.model.eval()
+        self.learner.set_scale(scale)
+        self.learner.model.eval()
         pictures = draw(self.base, self.prompts, self.size, self.settings, count)
-        self.handle.model.train()
-        self.handle.set_scale(1.0)
+        self.learner.model.train()
+        self.learner.set_scale(1.0)
         for (_, place), picture in zip(self.places(label), pictures, strict=True):
             self.run.write_picture(place, picture)
         self.columns.append((label, pictures))

@@ -5,19 +5,21 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any
 
 from visionlora import __version__
 from visionlora.config import TrainSDConfig
-from visionlora.data.folder import ImageFolder
+from visionlora.data.folder import ImageFolder, ImageItem
+from visionlora.diffusion.encode import Encoded
 from visionlora.diffusion.validation import Evaluation
+from visionlora.formats.families import FAMILIES, family_of_unet
 from visionlora.lora.config import AdapterConfig
 from visionlora.lora.inject import Handle
 from visionlora.models.base import EMBEDDED, BaseModel
 from visionlora.report.card import model_card
 from visionlora.report.curves import draw_curves
 from visionlora.report.environment import environment
+from visionlora.report.resume import LearnedFrom, changed
 from visionlora.report.runfolder import RunFolder
 from visionlora.report.samples import SampleSheet
 from visionlora.training.loop import LoopConfig, Progress, recent_loss
@@ -38,6 +40,13 @@ def data_hash(folder: ImageFolder) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
+def learned_from(folder: ImageFolder, apart: Sequence[ImageItem]) -> LearnedFrom:
+    """What a run learns from, and by which pictures it is judged."""
+    sides = (("train", folder.items), ("val", apart))
+    pictures = tuple((item.sha256, side, item.caption) for side, items in sides for item in items)
+    return LearnedFrom(data_hash(folder), pictures)
+
+
 def header(
     config: TrainSDConfig,
     adapter: AdapterConfig,
@@ -54,7 +63,7 @@ def header(
         "base": {"id": base.id, "fingerprints": dict(fingerprints)},
         "method": config.method,
         "config": adapter.to_dict(),
-        "trigger": trigger(folder),
+        "trigger": config.token or trigger(folder),
         "training": {
             "steps": step,
             "pictures": len(folder.items),
@@ -78,13 +87,17 @@ def public_metadata(
     started: float,
 ) -> dict[str, str]:  # fmt: skip
     """`ss_*` and `modelspec.*` entries that A1111, ComfyUI and Civitai show (modelspec 1.0.1)."""
-    family = "stable-diffusion-v2-512" if base.pipe.unet.config.cross_attention_dim == 1024 else "stable-diffusion-v1"
+    family, _ = family_of_unet(base.pipe.unet.config)
+    family = family or FAMILIES[0]  # a model of its own kind, read as Stable Diffusion 1.x are
+    architecture, second = family.architecture, family.name == "sd2"
+    if second and base.prediction_type == "v_prediction":
+        architecture = "stable-diffusion-v2-768-v"
     return {
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(adapter.rank),
         "ss_network_alpha": str(adapter.effective_alpha),
-        "ss_base_model_version": "sd_v2" if "v2" in family else "sd_v1",
-        "ss_v2": str("v2" in family),
+        "ss_base_model_version": family.kohya_version,
+        "ss_v2": str(second),
         "ss_sd_model_name": base.id,
         "ss_learning_rate": str(loop.learning_rate),
         "ss_steps": str(loop.steps),
@@ -92,13 +105,13 @@ def public_metadata(
         "ss_num_train_images": str(len(folder.items)),
         "ss_resolution": f"({size}, {size})",
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": f"{family}/lora",
+        "modelspec.architecture": f"{architecture}/lora",
         "modelspec.implementation": "visionlora",
-        "modelspec.title": Path(config.images).resolve().name,
+        "modelspec.title": config.title,
         "modelspec.resolution": f"{size}x{size}",
         "modelspec.date": datetime.fromtimestamp(started, timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "modelspec.prediction_type": {"v_prediction": "v"}.get(base.prediction_type, base.prediction_type),
-        **({"modelspec.trigger_phrase": word} if (word := trigger(folder)) else {}),
+        **({"modelspec.trigger_phrase": word} if (word := config.token or trigger(folder)) else {}),
     }
 
 
@@ -113,10 +126,13 @@ def report(
     history: list[Progress],
     evaluations: Sequence[Evaluation],
     seconds: float,
+    changes: Sequence[Mapping[str, Any]],
+    data: Encoded,
 ) -> None:
     """grid.png, loss.png, README.md and run.json."""
-    name = Path(config.images).resolve().name
-    run.write_picture("grid.png", sheet.grid(f"{name}: {loop.steps} steps, rank {config.rank}"))
+    name = config.title
+    if sheet.columns:
+        run.write_picture("grid.png", sheet.grid(f"{name}: {loop.steps} steps, rank {config.rank}"))
     draw_curves(
         run.path / "loss.png",
         {"training" if evaluations else "loss": [(p.step, p.loss) for p in history]}
@@ -134,10 +150,11 @@ def report(
         "Steps": f"{loop.steps} of {loop.batch_size * loop.gradient_accumulation} pictures",
         "Learning rate": f"{loop.learning_rate:g}",
         "Seed": str(config.seed),
+        **changed(changes),
     }
     usage = (
-        "from diffusers import StableDiffusionPipeline\n\n"
-        f'pipe = StableDiffusionPipeline.from_pretrained("{source}")\n'
+        f"from diffusers import {type(base.pipe).__name__}\n\n"
+        f'pipe = {type(base.pipe).__name__}.from_pretrained("{source}")\n'
         f'pipe.load_lora_weights("{run.path.name}", weight_name="adapter.safetensors")\n'
         f"pipe({sheet.prompts[0]!r}).images[0]"
     )
@@ -146,9 +163,9 @@ def report(
         model_card(
             title=name,
             base_model=base.id,
-            trigger=trigger(folder),
+            trigger=config.token or trigger(folder),
             facts=facts,
-            samples=sheet.last_samples(),
+            samples=sheet.last_samples() if sheet.columns else [],
             usage=usage,
             images_note=f"{len(folder.items)} pictures; {folder.caption_source}",
             license=None,
@@ -164,6 +181,16 @@ def report(
             "seconds": round(seconds, 1),
             "first_loss": history[0].loss,
             "last_loss": recent_loss(history),
-            "images": [{"file": str(i.path.relative_to(folder.root)), "sha256": i.sha256} for i in folder.items],
+            "noise_scale": history[-1].noise_scale,
+            "changes": list(changes),
+            "images": [
+                {
+                    "file": item.name,
+                    "sha256": item.sha256,
+                    "size": list(framing.original[::-1]),
+                    "trained_at": list(framing.bucket[::-1]),
+                }
+                for item, framing in zip(folder.items, data.framings, strict=False)
+            ],
         },
     )

@@ -1,52 +1,90 @@
-"""The state of a run on disk: written whole or not at all, read without running code from the file."""
+"""The state of a run on disk: written whole or not at all, read without running code from the file.
+
+The state before the last one is kept beside it, for a disk that loses what was written.
+"""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from visionlora.atomic import replace_file
-from visionlora.errors import RunFolderError
+from visionlora.errors import RunFolderError, WriteError
 
 STATE_FILE = "state.pt"
+PREVIOUS_FILE = "state-previous.pt"
+FORMAT = 1
+"""Of the state; a higher one was written by a newer version."""
 
 
 def write_state(path: Path, state: Mapping[str, Any]) -> None:
-    """Writes atomically: a run that is killed meanwhile leaves the state before.
+    """Writes atomically: a run that is killed meanwhile leaves the state before. That one is kept under another name.
 
     Raises:
-        RunFolderError: when it cannot be written; the state before is still there.
+        WriteError: when it cannot be written; the state before is still there.
     """
     content = io.BytesIO()
-    torch.save(dict(state), content)
+    torch.save({"format": FORMAT, **state}, content)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, content.getvalue())
+        replace_file(path, content.getvalue(), path.with_name(PREVIOUS_FILE))
     except OSError as e:
-        raise RunFolderError(
+        raise WriteError(
             f"The checkpoint {path} cannot be written ({e.strerror or e}); the last one is still whole. Free some space and "
-            "resume."
+            f"go on with --resume {path.parent.parent}."
         ) from None
 
 
-def read_state(path: Path) -> dict[str, Any]:
-    """A state that `write_state` wrote, on the CPU.
+def read_state(path: Path, say: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
+    """A state that `write_state` wrote, on the CPU; where it cannot be read, the one before.
+
+    Args:
+        path: of the state.
+        say: is told when the one before is taken.
 
     Raises:
-        RunFolderError: when there is none or it cannot be read.
+        RunFolderError: when there is none, none can be read, or a newer version wrote it.
     """
-    if not path.is_file():
+    previous = path.with_name(PREVIOUS_FILE)
+    if not path.is_file() and not previous.is_file():
         raise RunFolderError(
-            f"There is no checkpoint at {path}: the run was ended before its first one. Start it anew."
+            f"There is no checkpoint at {path}: the run was ended before its first one. Start it anew: "
+            f"--resume auto --output {path.parent.parent}."
         )
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:  # torch raises many kinds on broken bytes
+    found, problem = _load(path)
+    if found is None:
+        found, _ = _load(previous)
+        if found is None:
+            raise RunFolderError(f"The checkpoint {path} cannot be read ({problem}). Start the run anew.")
+        say(f"The checkpoint {path} cannot be read ({problem}); going on with the one before.")
+    if int(found.get("format", FORMAT)) > FORMAT:
         raise RunFolderError(
-            f"The checkpoint {path} cannot be read ({type(e).__name__}). Start the run anew."
-        ) from None
-    return dict(found)
+            f"The checkpoint {path} was written by a newer version of visionlora. Go on with that version "
+            "(pip install -U visionlora), or start a new run."
+        )
+    return found
+
+
+def promote(path: Path) -> None:
+    """Gives the state before the name of the last one, which cannot be read, so that no write can lose it."""
+    path.with_name(PREVIOUS_FILE).replace(path)
+
+
+def _load(path: Path) -> tuple[dict[str, Any] | None, str]:
+    """The state, or what is wrong with it."""
+    try:
+        with zipfile.ZipFile(path) as file:  # torch itself does not look at the checksums
+            if (part := file.testzip()) is not None:
+                return None, f"{part} has other bytes than were written"
+        return dict(torch.load(path, map_location="cpu", weights_only=True)), ""
+    except FileNotFoundError:
+        return None, "it is gone"
+    except MemoryError:
+        raise
+    except Exception as e:  # torch raises many kinds on broken bytes
+        return None, type(e).__name__

@@ -8,14 +8,19 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from visionlora.data.groups import Group
 from visionlora.errors import ConfigError, TrainingError
 from visionlora.training.ema import EMA
-from visionlora.training.order import generator_at, indices_at
+from visionlora.training.noise import MOST_PARAMETERS, GradientNoise
+from visionlora.training.optimizers import as_evaluated, build_optimizer
+from visionlora.training.order import generator_at, positions_at
+from visionlora.training.schedules import rate_at
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,12 @@ class LoopConfig:
     weight_decay: float
     max_grad_norm: float
     seed: int
+    optimizer: str = "adamw"
+    betas: tuple[float, ...] = ()
+    """Of the optimizer, when not its own."""
+    schedule: str = "cosine"
+    schedule_cycles: int = 3
+    schedule_power: float = 2.0
 
 
 @dataclass(frozen=True)
@@ -43,6 +54,8 @@ class Progress:
     grad_norm: float
     images_seen: int
     images_per_second: float
+    noise_scale: float | None = None
+    """Pictures at which gradient noise and signal are equal (see `visionlora.training.noise`); None while unknown."""
 
 
 class Learner(Protocol):
@@ -71,8 +84,9 @@ class Learner(Protocol):
 class Task(Protocol):
     """What is trained."""
 
-    def __len__(self) -> int:
-        """Number of training pictures."""
+    @property
+    def groups(self) -> Sequence[Group]:
+        """The training pictures, by what may share a forward pass."""
 
     def losses(self, model: nn.Module, index: Tensor, generator: torch.Generator, part: slice) -> Tensor:
         """Loss of each picture of `index[part]`; random numbers are drawn for the whole of `index`."""
@@ -106,8 +120,13 @@ def process_state() -> Any:
     return PartialState(cpu=several and not torch.cuda.is_available())
 
 
-def new_accelerator(precision: str) -> Any:
+def new_accelerator(precision: str, trackers: Sequence[str] = (), folder: Path | None = None) -> Any:
     """An `accelerate.Accelerator`, also when the last run of this process had another precision.
+
+    Args:
+        precision: see `resolve_precision`.
+        trackers: words of accelerate; they are started when the first number is logged.
+        folder: of the run, under whose logs/ they write.
 
     Raises:
         ConfigError: see `resolve_precision`.
@@ -117,16 +136,12 @@ def new_accelerator(precision: str) -> Any:
 
     mixed_precision = resolve_precision(precision, process_state().device)
     AcceleratorState._reset_state()  # it remembers the first precision; the processes' own state is left alone
-    return Accelerator(mixed_precision=mixed_precision)
+    if not trackers or folder is None:
+        return Accelerator(mixed_precision=mixed_precision)
+    from accelerate.utils import ProjectConfiguration
 
-
-def rate_at(step: int, config: LoopConfig) -> float:
-    """Learning rate of a step (counted from 0): linear warm-up, then a cosine to zero."""
-    warmup = min(config.warmup_steps, max(1, config.steps // 10))
-    if step < warmup:
-        return config.learning_rate * (step + 1) / warmup
-    done = (step - warmup) / max(1, config.steps - warmup)
-    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+    places = ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / "logs"))
+    return Accelerator(mixed_precision=mixed_precision, log_with=list(trackers), project_config=places)
 
 
 class NotFinite(TrainingError):
@@ -171,10 +186,14 @@ class Fit:
         self.accelerator, self.learner, self.config = accelerator, learner, config
         groups = learner.parameter_groups(config.learning_rate, config.weight_decay)
         self.trained = [p for group in groups for p in group["params"]]
-        self.peaks = [group["lr"] / config.learning_rate for group in groups]
-        optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=config.weight_decay, foreach=True)
+        optimizer = build_optimizer(groups, config)
+        self.peaks = [group["lr"] / config.learning_rate for group in optimizer.param_groups]
+        self.averages_itself = hasattr(optimizer, "eval")
+        """Whether what the optimizer has learned is not what it trains at."""
         self.model, self.optimizer = accelerator.prepare(learner.model, optimizer)
         self.ema = EMA(self.trained, ema_decay) if ema_decay is not None else None
+        small = sum(p.numel() for p in self.trained) <= MOST_PARAMETERS
+        self.noise = GradientNoise(self.trained, self.images_per_step) if small else None
         self.step = 0
         """Steps done."""
         self.skipped = 0
@@ -214,7 +233,8 @@ class Fit:
             seen = self.step * self.images_per_step
             speed = (self.step - first) * self.images_per_step / max(1e-9, spent)
             try:
-                on_step(Progress(self.step, loss, rate_at(self.step - 1, self.config), norm, seen, speed))
+                rate = rate_at(self.step - 1, self.config)
+                on_step(Progress(self.step, loss, rate, norm, seen, speed, self.noise_scale))
             except StopTraining:
                 return
 
@@ -223,7 +243,8 @@ class Fit:
         config, accelerator = self.config, self.accelerator
         micro, shares = config.batch_size, config.gradient_accumulation
         images_seen = self.step * self.images_per_step
-        index = indices_at(config.seed, images_seen, self.images_per_step, len(task))
+        turn = micro * accelerator.num_processes
+        index = positions_at(config.seed, images_seen, self.images_per_step, turn, task.groups)
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = rate * peak
         total = torch.zeros((), device=accelerator.device)
@@ -247,6 +268,8 @@ class Fit:
         norm = accelerator.clip_grad_norm_(self.trained, config.max_grad_norm)
         if accelerator.scaler is None and not math.isfinite(norm):  # a scaler of fp16 skips such steps by itself
             raise NotFinite("gradient", float(norm), self.step + 1, rate)
+        if self.noise is not None:
+            self.noise.add(float(norm), max(1.0, (float(norm) + 1e-6) / config.max_grad_norm))
         self.optimizer.step()
         self.step += 1
         self.learner.after_step(self.step, config.steps)
@@ -255,9 +278,17 @@ class Fit:
             self.ema.update(self.trained)
         return mean, float(norm)
 
+    @property
+    def noise_scale(self) -> float | None:
+        """Of the gradient, in pictures; None while it cannot be told."""
+        found = None if self.noise is None else self.noise.scale()
+        return None if found is None or found.at_least else found.pictures
+
     def averaged(self) -> AbstractContextManager[None]:
-        """The running average stands in for the parameters meanwhile, where there is one."""
-        return nullcontext() if self.ema is None else self.ema.in_place_of(self.trained)
+        """The running average, of ours or of the optimizer, stands in for the parameters meanwhile, where there is one."""
+        if self.ema is not None:
+            return self.ema.in_place_of(self.trained)
+        return as_evaluated(self.optimizer, self.trained) if self.averages_itself else nullcontext()
 
     # -------------------------------------------------------------------------------------------------- checkpoints
 
@@ -270,6 +301,7 @@ class Fit:
             "learner": dict(self.learner.training_state()),
             "optimizer": self.optimizer.state_dict(),
             "ema": None if self.ema is None else self.ema.state(),
+            "noise": None if self.noise is None else self.noise.state(),
             "scaler": None if scaler is None else scaler.state_dict(),
         }
 
@@ -280,9 +312,15 @@ class Fit:
             ConfigError: when it is of another adapter.
         """
         self.learner.load_training_state(state["learner"])
+        decays = [group.get("weight_decay") for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
+        for group, decay in zip(self.optimizer.param_groups, decays, strict=True):
+            if decay is not None:  # it may have been changed; the rate is set at each step
+                group["weight_decay"] = decay
         if self.ema is not None and state["ema"] is not None:
             self.ema.restore(state["ema"])
+        if self.noise is not None and state.get("noise") is not None:  # older checkpoints have none
+            self.noise.restore(state["noise"])
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.step, self.skipped = int(state["step"]), int(state["skipped"])

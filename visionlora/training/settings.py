@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar, cast
 
 from torch import Tensor, nn
 
-from visionlora.config import TrainingConfig, budget_of
+from visionlora.config import OPTIMIZERS, TrainingConfig, budget_of
 from visionlora.lora.config import AdapterConfig
 from visionlora.lora.rank import RankChoice, choose_ranks
 from visionlora.training.loop import LoopConfig, Task
-from visionlora.training.order import generator_at, indices_at
+from visionlora.training.order import generator_at, positions_at
 
+C = TypeVar("C", bound=TrainingConfig)
 CALIBRATION_BATCHES = 16
 """Batches on which rank auto measures the layers."""
 
@@ -26,9 +27,59 @@ def adapter_config(config: TrainingConfig, **more: Any) -> AdapterConfig:
     return AdapterConfig(rank=rank, **{name: getattr(config, name) for name in shared}, **more)
 
 
+def text_adapter_config(config: TrainingConfig, encoder: nn.Module, last_is_read: bool) -> AdapterConfig:
+    """The same on a CLIP text encoder, as far as it has such layers.
+
+    Args:
+        config: of the run.
+        encoder: of transformers.
+        last_is_read: whether the UNet reads its last layer; SDXL's first encoder is read before it.
+    """
+    adapter = adapter_config(config)
+    wide = {"mlp", "all"} & set(adapter.target_list)
+    layers = int(cast(Any, encoder).config.num_hidden_layers)
+    exclude = () if last_is_read else (rf"re:.*layers\.{layers - 1}\..*",)
+    return dataclasses.replace(adapter, targets=("attn", "mlp") if wide else "attn", exclude=exclude)
+
+
 def loop_config(config: TrainingConfig) -> LoopConfig:
     """The loop's share."""
-    return LoopConfig(**{f.name: getattr(config, f.name) for f in dataclasses.fields(LoopConfig)})
+    values = {f.name: getattr(config, f.name) for f in dataclasses.fields(LoopConfig)}
+    return LoopConfig(**{**values, "schedule": config.schedule or OPTIMIZERS[config.optimizer].schedule})
+
+
+def suited_rate(rate: float, optimizer: str) -> float:
+    """A learning rate that suits an optimizer where `rate` suits AdamW.
+
+    >>> suited_rate(1e-4, "adamw"), suited_rate(1e-4, "prodigy")
+    (0.0001, 1.0)
+    """
+    word = OPTIMIZERS[optimizer]
+    return 1.0 if word.finds_rate else rate * word.rate
+
+
+def suited(config: C, suggested: Mapping[str, Any]) -> tuple[C, tuple[str, ...]]:
+    """The configuration with what was left open filled in.
+
+    Args:
+        config: of the run.
+        suggested: settings that suit the base model, with rates for AdamW; they are turned into those of the optimizer.
+
+    Returns:
+        The configuration, and lines to tell.
+    """
+    word = OPTIMIZERS[config.optimizer]
+    rates = {k: suited_rate(v, config.optimizer) for k, v in suggested.items() if k.endswith("learning_rate")}
+    suits = {**suggested, **rates, "schedule": word.schedule}
+    filled = {k: v for k, v in suits.items() if getattr(config, k) is None}
+    chosen = dataclasses.replace(config, **filled)
+    if config.optimizer == "adamw":
+        return chosen, ()
+    parts = [f"Optimizer {config.optimizer}", f"schedule {chosen.schedule}"]
+    if "learning_rate" in filled:
+        why = "a factor on the rate that it finds itself" if word.finds_rate else f"{word.rate:g} of what suits adamw"
+        parts.append(f"learning_rate {chosen.learning_rate:g} ({why})")
+    return chosen, (", ".join(parts) + ".",)
 
 
 def automatic_ranks(
@@ -52,7 +103,7 @@ def automatic_ranks(
 
     def loss_of(number: int) -> Tensor:
         on_batch(number + 1, CALIBRATION_BATCHES)
-        index = indices_at(config.seed, number * batch, batch, len(task))
+        index = positions_at(config.seed, number * batch, batch, batch, task.groups)
         generator = generator_at(config.seed, number * batch, "calibration")
         return task.losses(model, index, generator, slice(0, batch)).mean()
 

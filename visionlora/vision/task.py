@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from visionlora.data.groups import Group
 from visionlora.models.vision import as_logits
 from visionlora.vision.augment import Augmentation, mixed
 
@@ -81,6 +82,11 @@ class ClassificationTask:
 
     def __len__(self) -> int:
         return len(self.train)
+
+    @cached_property
+    def groups(self) -> tuple[Group, ...]:
+        """All pictures have one size."""
+        return (Group(tuple(range(len(self.train))), len(self.train)),)
 
     def losses(self, model: nn.Module, index: Tensor, generator: torch.Generator, part: slice) -> Tensor:
         """Random numbers are drawn for the whole step and cut to `part`, so that every process draws the same."""

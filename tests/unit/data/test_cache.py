@@ -18,7 +18,7 @@ def test_an_entry_comes_back_exactly(tmp_path: Path) -> None:
 def test_a_broken_entry_is_computed_again(tmp_path: Path) -> None:
     cache = TensorCache(tmp_path)
     (tmp_path / "k.safetensors").write_bytes(b"half")
-    entries, computed = cache.fill(["k"], lambda part: [{"v": torch.ones(1)} for _ in part], batch=4)
+    entries, computed = cache.fill(["k"], lambda part: [{"v": torch.ones(1)} for _ in part], batches=4)
     assert computed == 1
     assert torch.equal(cache.get("k")["v"], entries[0]["v"])
 
@@ -31,17 +31,17 @@ def test_fill_computes_only_what_is_missing_in_bounded_batches(tmp_path: Path) -
         return [{"v": torch.tensor([float(i)])} for i in part]
 
     cache.put("b", {"v": torch.tensor([1.0])})
-    entries, computed = cache.fill(["a", "b", "c", "d"], compute, batch=2)
+    entries, computed = cache.fill(["a", "b", "c", "d"], compute, batches=2)
     assert calls == [[0, 2], [3]]
     assert computed == 3
     assert [e["v"].item() for e in entries] == [0, 1, 2, 3]
-    assert cache.fill(["a", "b", "c", "d"], compute, batch=2)[1] == 0
+    assert cache.fill(["a", "b", "c", "d"], compute, batches=2)[1] == 0
 
 
 def test_a_folder_that_cannot_be_written_is_no_reason_to_stop(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     cache = TensorCache(tmp_path / "file" / "cache")
-    entries, computed = cache.fill(["a"], lambda part: [{"v": torch.ones(1)}], batch=1)
+    entries, computed = cache.fill(["a"], lambda part: [{"v": torch.ones(1)}], batches=1)
     assert (len(entries), computed) == (1, 1)
 
 

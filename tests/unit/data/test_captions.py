@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from visionlora.data.captions import Captions, closest, read_captions
+from visionlora.data.captions import Captions, caption_of_name, closest, read_captions
 
 PICTURES = ("a.png", "b.png", "sub/c.jpg")
 ENDINGS = ".avif, .bmp, .gif, .jpeg, .jpg, .png, .tif, .tiff, .webp"
@@ -217,3 +217,30 @@ def test_closest() -> None:
     assert closest("dog_1.png", ["dog-1.png", "cat.png"]) == "dog-1.png"
     assert closest("DOG.png", ["cat.png", "x/dog.png"]) == "x/dog.png"
     assert closest("zzz", ["cat.png"]) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "caption"),
+    [
+        ("dog.png", "dog"),
+        ("sub/a_red-dog.jpeg", "a red dog"),
+        ("0001_dog.png", "dog"),
+        ("00012-345678-a photo of a dog.png", "a photo of a dog"),
+        ("3. dog.png", "dog"),
+        ("3) dog.png", "dog"),
+        ("dog (3).png", "dog"),
+        ("dog(12).png", "dog"),
+        ("dog_01.png", "dog"),
+        ("dog_01 (2).png", "dog"),
+        ("3d dog v2.png", "3d dog v2"),
+        ("dog.2.png", "dog.2"),
+        ("a--dog__.png", "a dog"),
+        ("日本_犬_2.png", "日本 犬"),
+        ("001.png", ""),
+        ("1 (2).png", ""),
+        ("12 34.png", ""),
+        ("__.png", ""),
+    ],
+)
+def test_names_as_captions(name: str, caption: str) -> None:
+    assert caption_of_name(name) == caption

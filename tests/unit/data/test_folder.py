@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from visionlora.data.folder import ImageItem, read_image_folder
+from visionlora.config import FolderConfig, TrainSDConfig
+from visionlora.data.folder import ImageItem, read_image_folder, read_image_folders, read_pictures
 from visionlora.errors import ConfigError, DataError
 
 ENDINGS = ".avif, .bmp, .gif, .jpeg, .jpg, .png, .tif, .tiff, .webp"
@@ -189,6 +190,7 @@ def test_conversions_are_noted_together(tmp_path: Path) -> None:
     assert read_image_folder(tmp_path).notes == (
         "transparent, put on white: clear0.png, clear1.png",
         "CMYK, converted to RGB: ink.jpg",
+        "3 pictures look alike: clear0.png and clear1.png and 1 more; they count twice: remove one, or set repeats",
     )
 
 
@@ -237,3 +239,195 @@ def test_folder_without_pictures(tmp_path: Path) -> None:
         f"{tmp_path} holds no pictures: found 2 .heic, 1 without ending, 1 .md, but pictures end in {ENDINGS}. "
         "Export them as JPEG or PNG first."
     )
+
+
+# Captions from names.
+
+
+def test_captions_from_names(tmp_path: Path) -> None:
+    for seed, name in enumerate(["01_a-red_dog (3).png", "sub/dog_02.jpg", "Ein Hund.webp"]):
+        picture(tmp_path / name, seed)
+    (tmp_path / "sub" / "dog_02.txt").write_text("not this")
+    folder = read_image_folder(tmp_path, captions="filename")
+    assert {item.name: item.caption for item in folder.items} == {
+        "01_a-red_dog (3).png": "a red dog",
+        "Ein Hund.webp": "Ein Hund",
+        "sub/dog_02.jpg": "dog",
+    }
+    assert folder.caption_source == (
+        "captions from the names of the pictures (3); the captions in .txt files are not used"
+    )
+
+
+def test_names_without_words_are_problems(tmp_path: Path) -> None:
+    picture(tmp_path / "001.png", 0)
+    picture(tmp_path / "dog.png", 1)
+    with pytest.raises(DataError) as caught:
+        read_image_folder(tmp_path, captions="filename")
+    assert str(caught.value) == (
+        f"{tmp_path} has 1 problem:\n"
+        "  001.png has no words in its name; rename it after what it shows, or leave captions=filename out\n"
+        "Fix this, or pass --skip-broken to leave out what cannot be used and go on with 1 picture."
+    )
+    assert [item.caption for item in read_image_folder(tmp_path, captions="filename", skip_broken=True).items] == [
+        "dog"
+    ]
+    with pytest.raises(ConfigError, match=r"captions is 'filename'; a prompt is given: leave one of them out"):
+        read_image_folder(tmp_path, "a dog", captions="filename")
+
+
+# Pictures that look alike.
+
+
+def test_pictures_that_look_alike_are_mentioned(tmp_path: Path) -> None:
+    ramp = np.linspace(0, 255, 64, dtype=np.uint8)[None, :, None].repeat(64, 0).repeat(3, 2)
+    for name, pixels in {
+        "a.png": ramp,
+        "b.jpg": ramp,
+        "c.png": ramp[:60],
+        "d.png": ramp[:, ::-1],
+        "e.png": 255 - ramp // 2,
+    }.items():
+        Image.fromarray(np.ascontiguousarray(pixels)).save(tmp_path / name)
+    assert read_image_folder(tmp_path).notes == (
+        "3 pictures look alike: a.png and b.jpg and 1 more; they count twice: remove one, or set repeats",
+    )
+    (tmp_path / "c.png").unlink()
+    assert read_image_folder(tmp_path).notes == (
+        "2 pictures look alike: a.png and b.jpg; they count twice: remove one, or set repeats",
+    )
+    (tmp_path / "b.jpg").unlink()
+    assert read_image_folder(tmp_path).notes == ()
+
+
+def test_only_the_first_sets_of_them_are_named(tmp_path: Path) -> None:
+    for i in range(7):
+        pixels = np.random.default_rng(i).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+        for j in range(2):
+            Image.fromarray(pixels + np.uint8(j) * (pixels < 255)).save(tmp_path / f"{i}{j}.png")
+    (note,) = read_image_folder(tmp_path).notes
+    assert note.startswith("14 pictures look alike: 00.png and 01.png, 10.png and 11.png, ")
+    assert note.endswith("40.png and 41.png and 2 more such sets; they count twice: remove one, or set repeats")
+
+
+# Several folders.
+
+
+def test_several_folders(dog: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    picture(tmp_path / "cat" / "a.png", 7)
+    picture(tmp_path / "red_birds" / "a.png", 8)
+    Image.new("CMYK", (8, 8)).save(tmp_path / "cat" / "ink.jpg")
+    seen: list[tuple[int, int]] = []
+    folder = read_image_folders(
+        [
+            FolderConfig("./dog", repeats=10),
+            FolderConfig("cat", " a cat ", 2),
+            FolderConfig(str(tmp_path / "red_birds")),
+        ],
+        progress=lambda done, total: seen.append((done, total)),
+    )
+    birds = f"{tmp_path}/red_birds"
+    assert [(item.name, item.caption, item.repeats) for item in folder.items] == [
+        ("dog/a.png", "dog a", 10),
+        ("dog/b.png", "dog b", 10),
+        ("cat/a.png", "a cat", 2),
+        ("cat/ink.jpg", "a cat", 2),
+        (f"{birds}/a.png", "sks red birds", 1),
+    ]
+    assert all(item.path.is_file() for item in folder.items)
+    assert folder.root == tmp_path
+    assert folder.notes == ("cat: CMYK, converted to RGB: ink.jpg",)
+    assert folder.caption_source == (
+        'dog: captions from .txt files (2); cat: its prompt: all pictures get "a cat"; '
+        f'{birds}: no captions in the folder, so all pictures get "sks red birds" (a rare word and the folder\'s name); '
+        "a prompt for the folder changes it"
+    )
+    assert seen == [(i, 5) for i in range(1, 6)]
+
+
+def test_a_picture_in_two_folders_counts_in_the_first(
+    dog: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for i in range(8):
+        picture(tmp_path / "more" / f"{i}.png", i)
+    (tmp_path / "more" / "0.png").replace(tmp_path / "more" / "again.png")
+    folder = read_image_folders([FolderConfig("dog", repeats=3), FolderConfig("more", "x")])
+    assert [item.name for item in folder.items] == ["dog/a.png", "dog/b.png", *(f"more/{i}.png" for i in range(2, 8))]
+    assert folder.notes == (
+        "the same picture in two folders, used once: dog/b.png, not more/1.png",
+        "the same picture in two folders, used once: dog/a.png, not more/again.png",
+    )
+    for i in range(8):
+        picture(tmp_path / "dog" / f"c{i}.png", i)
+        (tmp_path / "dog" / f"c{i}.txt").write_text("c")
+    notes = read_image_folders([FolderConfig("dog"), FolderConfig("more", "x", 2)], skip_broken=True).notes
+    assert "and 3 more of more" in notes
+
+
+def test_problems_of_several_folders_come_together(dog: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (dog / "a.txt").write_text("")
+    picture(dog / "c.png", 9)
+    picture(tmp_path / "cat" / "a.png", 7)
+    (tmp_path / "cat" / "b.png").touch()
+    folders = [FolderConfig("dog"), FolderConfig("cat", "a cat")]
+    with pytest.raises(DataError) as caught:
+        read_image_folders(folders)
+    assert str(caught.value) == (
+        "dog has 2 problems:\n"
+        "  a.txt is empty; write a caption in it, or give the folder a prompt for all pictures\n"
+        "  c.png has no caption; write it in c.txt, or give the folder a prompt for all\n"
+        "cat has 1 problem:\n"
+        "  b.png is empty (0 bytes); copy it again from its source, or remove it\n"
+        "Fix this, or pass --skip-broken to leave out what cannot be used and go on with 2 pictures."
+    )
+    folder = read_image_folders(folders, skip_broken=True)
+    assert [item.name for item in folder.items] == ["dog/b.png", "cat/a.png"]
+    assert "cat: left out: b.png is empty (0 bytes); copy it again from its source, or remove it" in folder.notes
+
+
+def test_missing_and_empty_folders_are_named_together(dog: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError) as caught:
+        read_image_folders([FolderConfig(str(tmp_path / name)) for name in ("dgo", "empty", "dog")])
+    first, second = str(caught.value).splitlines()
+    assert first.startswith(f"There is no folder {tmp_path}/dgo; did you mean")
+    assert second.startswith(f"{tmp_path}/empty is empty; put the pictures into it")
+
+
+def test_a_folder_twice(dog: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(dog.parent)
+    with pytest.raises(ConfigError, match=r"folders: dog/\.\./dog is there twice; raise its repeats instead"):
+        read_image_folders([FolderConfig("dog"), FolderConfig("./dog/../dog")])
+
+
+def test_a_single_folder_among_folders_needs_no_names(dog: Path) -> None:
+    folder = read_image_folders([FolderConfig(str(dog), repeats=4)])
+    assert [(item.name, item.repeats) for item in folder.items] == [("a.png", 4), ("b.png", 4)]
+    assert (folder.root, folder.caption_source) == (dog, "captions from .txt files (2)")
+
+
+def test_masks_of_several_folders(dog: Path, tmp_path: Path) -> None:
+    for name in ("a.png", "b.png"):
+        (tmp_path / "masks").mkdir(exist_ok=True)
+        Image.new("L", (8, 8), 200).save(tmp_path / "masks" / name)
+    clear = np.random.default_rng(3).integers(0, 256, (8, 8, 4), dtype=np.uint8)
+    (tmp_path / "cat").mkdir()
+    Image.fromarray(clear).save(tmp_path / "cat" / "c.png")
+    folders = [
+        FolderConfig(str(dog), masks=str(tmp_path / "masks")),
+        FolderConfig(str(tmp_path / "cat"), masks="alpha"),
+    ]
+    first, _, last = read_image_folders(folders).items
+    assert (first.mask, last.mask) == (tmp_path / "masks" / "a.png", last.path)
+
+
+def test_the_pictures_of_a_run(dog: Path) -> None:
+    plain = read_pictures(TrainSDConfig(images=str(dog)))
+    assert plain == read_image_folder(dog)
+    several = read_pictures(TrainSDConfig(folders=(FolderConfig(str(dog), "x", 2),)))
+    assert [(item.caption, item.repeats) for item in several.items] == [("x", 2)] * 2
+    named = read_pictures(TrainSDConfig(images=str(dog), captions="filename"))
+    assert [item.caption for item in named.items] == ["a", "b"]

@@ -1,26 +1,20 @@
-"""Sides that share nothing, with every class at its share; and what counts as the same picture."""
+"""Sides that share nothing, with every class at its share."""
 
 from __future__ import annotations
 
-import io
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
 
 from visionlora.data.classes import LabelledData, LabelledItem
-from visionlora.data.decoded import perceptual_hash, thumbnail
-from visionlora.data.images import decode
-from visionlora.data.splits import Splits, linked, split
+from visionlora.data.splits import Splits, split
 from visionlora.errors import ConfigError, DataError
 
-ASSETS = Path(__file__).parents[3] / "assets"
 SIDES = ("train", "val", "test")
 
 
@@ -43,94 +37,6 @@ def counts(data: LabelledData, splits: Splits) -> dict[str, Counter[int]]:
 
 def alone(data: LabelledData) -> range:
     return range(len(data.items))
-
-
-def known(images: Sequence[Image.Image], groups: Sequence[str | None] = ()) -> npt.NDArray[np.int64]:
-    """The numbers of pictures no two of which are the same file."""
-    hashes = np.array([perceptual_hash(image) for image in images], np.uint64)
-    small = np.stack([thumbnail(image) for image in images])
-    return linked(hashes, small, [str(i) for i in range(len(images))], groups or [None] * len(images))
-
-
-# What is linked.
-
-
-def test_equal_bytes_and_groups_are_chained() -> None:
-    rng = np.random.default_rng(0)
-    hashes = rng.integers(0, 1 << 62, 7, dtype=np.uint64)
-    small = rng.integers(0, 256, (7, 16, 16, 3), dtype=np.uint8)
-    sha256 = ["p", "q", "r", "q", "s", "t", "u"]
-    groups = [None, None, "x", "x", None, "y", None]
-    assert linked(hashes, small, sha256, groups).tolist() == [0, 1, 1, 1, 2, 3, 4]
-
-
-@given(
-    near=st.lists(st.tuples(st.integers(0, 5), st.sets(st.integers(0, 63), max_size=4), st.integers(0, 9)), min_size=1),
-    seed=st.integers(0, 9),
-)
-def test_near_duplicates_are_those_of_the_definition(near: list[tuple[int, set[int], int]], seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    bases, faces = rng.integers(0, 1 << 62, 6), rng.integers(60, 160, (6, 16, 16, 3))
-    hashes = np.array([int(bases[b]) ^ sum(1 << bit for bit in flipped) for b, flipped, _ in near], np.uint64)
-    small = np.stack([faces[b] + brighter for b, _, brighter in near]).astype(np.uint8)
-    number = linked(hashes, small, [str(i) for i in range(len(near))], [None] * len(near))
-
-    parent = list(range(len(near)))  # the definition, pair by pair
-    for i in range(len(near)):
-        for j in range(i):
-            bits = (int(hashes[i]) ^ int(hashes[j])).bit_count()
-            if bits <= 3 and np.abs(small[i].astype(int) - small[j]).mean() <= 6:
-                parent = [parent[i] if p == parent[j] else p for p in parent]
-    expected = list(dict.fromkeys(parent))
-    assert number.tolist() == [expected.index(p) for p in parent]
-
-
-def test_thousands_of_flat_pictures_take_no_time() -> None:
-    n = 5000
-    colours = np.random.default_rng(0).integers(0, 2, (n, 1, 1, 3), dtype=np.uint8) * 200
-    small = np.broadcast_to(colours, (n, 16, 16, 3))
-    number = linked(np.zeros(n, np.uint64), small, [str(i) for i in range(n)], [None] * n)
-    assert len(set(number.tolist())) == 8  # colours
-    shades = np.broadcast_to(np.arange(n, dtype=np.int64).reshape(n, 1, 1, 1) % 256, (n, 16, 16, 3)).astype(np.uint8)
-    assert set(linked(np.zeros(n, np.uint64), shades, [str(i) for i in range(n)], [None] * n).tolist()) == {0}
-
-
-@pytest.mark.parametrize("resample", [Image.Resampling.NEAREST, Image.Resampling.BICUBIC])
-def test_digits_are_not_taken_for_each_other(resample: Image.Resampling) -> None:
-    digits = pytest.importorskip("sklearn.datasets").load_digits()
-    grey = (digits.images * (255 / 16)).astype(np.uint8)
-    number = known([Image.fromarray(g).convert("RGB").resize((64, 64), resample) for g in grey])
-    sizes = Counter(number.tolist())
-    assert len(sizes) >= len(grey) - 5
-    assert all(len(set(digits.target[number == k])) == 1 for k, size in sizes.items() if size > 1)
-
-
-def photo(seed: int) -> Image.Image:
-    """Coarse and fine noise, as a photo has."""
-    rng, pixels = np.random.default_rng(seed), np.full((192, 192, 3), 128.0)
-    for side in (4, 8, 16, 64):
-        for channel in range(3):
-            noise = Image.fromarray(rng.normal(0, 90 / side**0.5, (side, side)).astype(np.float32))
-            pixels[..., channel] += np.asarray(noise.resize((192, 192), Image.Resampling.BICUBIC))
-    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
-
-
-def resaved(image: Image.Image) -> Image.Image:
-    file = io.BytesIO()
-    image.save(file, "JPEG", quality=75)
-    return Image.open(file).convert("RGB")
-
-
-def smaller(image: Image.Image) -> Image.Image:
-    return image.resize((round(image.width * 0.9), round(image.height * 0.9)), Image.Resampling.LANCZOS)
-
-
-def test_a_picture_saved_again_or_made_smaller_is_linked_and_no_other() -> None:
-    emoji = sorted((ASSETS / "styles" / "noto" / "heldout").glob("*.png"))[:25]
-    images = [*map(photo, range(10)), *map(decode, emoji), decode(ASSETS / "dog" / "poodle.png")]
-    for change in (resaved, smaller):
-        number = known([*images, *map(change, images)]).tolist()
-        assert number == [*range(len(images)), *range(len(images))]
 
 
 # Who goes where.

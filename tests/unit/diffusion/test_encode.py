@@ -3,34 +3,69 @@
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
-from visionlora.data.cache import TensorCache
+from visionlora.data.augment import variants
+from visionlora.data.cache import Share, TensorCache
 from visionlora.data.folder import read_image_folder
-from visionlora.diffusion.encode import cut_captions, encode_dataset, encode_text
+from visionlora.diffusion import encode
+from visionlora.diffusion.encode import Plan, cut_captions, encode_dataset, encode_pictures, encode_text
+from visionlora.errors import ModelError
 from visionlora.models.base import open_base
+
+FLIPPED = Plan(32, variants=variants(True, False, 0.0, 1))
 
 
 def test_latents_are_those_of_the_vae(tiny_model: Path, dogs: Path, tmp_path: Path) -> None:
     base, folder = open_base(str(tiny_model)), read_image_folder(dogs)
-    data = encode_dataset(base, folder.items, 32, flip=True, cache=TensorCache(tmp_path / "c"))
-    assert data.mean.shape == (3, 2, 4, 8, 8)
+    data = encode_dataset(base, folder.items, FLIPPED, TensorCache(tmp_path / "c"))
+    assert data.shape(1) == (4, 8, 8) and data.variants(1) == 2
     picture = np.asarray(Image.open(folder.items[1].path))
     for variant, pixels in enumerate((picture, picture[:, ::-1])):
         x = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
         expected = base.pipe.vae.encode(x).latent_dist
-        torch.testing.assert_close(data.mean[1, variant], expected.mean[0].detach(), rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(data.std[1, variant], expected.std[0].detach(), rtol=1e-4, atol=1e-4)
-    one, zero = torch.tensor([1]), torch.tensor([0])
-    drawn = data.latents(one, zero, torch.zeros(1, 4, 8, 8))
-    torch.testing.assert_close(drawn, data.mean[1:2, 0] * base.pipe.vae.config.scaling_factor)
+        torch.testing.assert_close(data.latents[1]["mean"][variant], expected.mean[0].detach(), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(data.latents[1]["std"][variant], expected.std[0].detach(), rtol=1e-4, atol=1e-4)
+    drawn = data.latent(1, 0)
+    torch.testing.assert_close(drawn, data.latents[1]["mean"][0] * base.pipe.vae.config.scaling_factor)
+    assert not torch.equal(data.latent(1, 0, torch.ones(4, 8, 8)), drawn)
 
 
-def test_captions_are_encoded_as_the_pipeline_does(tiny_model: Path) -> None:
+@pytest.mark.parametrize("family", ["tiny_model", "tiny_sd2", "tiny_xl"])
+def test_captions_are_encoded_as_the_pipeline_does(family: str, request: pytest.FixtureRequest) -> None:
+    base = open_base(str(request.getfixturevalue(family)))
+    rows = encode_text(base, ["a dog", "cat"])
+    for caption, row in zip(["a dog", "cat"], rows, strict=True):
+        if base.is_xl:
+            text, _, pooled, _ = base.pipe.encode_prompt(caption, device="cpu", do_classifier_free_guidance=False)
+            torch.testing.assert_close(row["pooled"], pooled[0], rtol=0, atol=1e-6)
+        else:
+            text, _ = base.pipe.encode_prompt(caption, "cpu", 1, False)
+        torch.testing.assert_close(row["text"], text[0], rtol=0, atol=1e-6)
+
+
+def test_what_sdxl_is_told_is_what_its_pipeline_tells_it(tiny_xl: Path, dogs: Path, tmp_path: Path) -> None:
+    base = open_base(str(tiny_xl))
+    Image.new("RGB", (60, 40)).save(dogs / "wide.png")
+    data = encode_dataset(base, read_image_folder(dogs).items, Plan(32, 8), TensorCache(tmp_path / "c"))
+    wide = next(i for i, item in enumerate(data.items) if item.path.name == "wide.png")
+    told = data.conditioning([wide, 0], [data.caption_of[wide][0], 0], [0, 0])
+    assert told.sizes.tolist()[0] == [40, 60, *data.framings[wide].corner, *data.framings[wide].bucket]
+    assert told.sizes.tolist()[1] == [32, 32, 0, 0, 32, 32]
+    expected = base.pipe._get_add_time_ids((32, 32), (0, 0), (32, 32), torch.float32, text_encoder_projection_dim=24)
+    torch.testing.assert_close(told.sizes[1:], expected)
+    assert told.text[1].abs().max() == told.pooled[1].abs().max() == 0, "it was trained with zeros for no caption"
+    assert told.text[0].abs().max() > 0
+    out = base.pipe.unet(torch.randn(2, 4, 8, 8), torch.tensor([1, 2]), **told.arguments(), return_dict=False)[0]
+    assert out.shape == (2, 4, 8, 8)
+
+
+def test_no_caption_is_the_empty_caption_for_other_models(tiny_model: Path, dogs: Path, tmp_path: Path) -> None:
     base = open_base(str(tiny_model))
-    expected, empty = base.pipe.encode_prompt("a dog", "cpu", 1, True, "")
-    torch.testing.assert_close(encode_text(base, ["a dog", ""]), torch.cat([expected, empty]), rtol=0, atol=1e-6)
+    data = encode_dataset(base, read_image_folder(dogs).items, 32, TensorCache(tmp_path / "c"))
+    torch.testing.assert_close(data.conditioning([0], [0], [0]).text[0], encode_text(base, [""])[0]["text"])
 
 
 def test_captions_that_are_too_long_are_named_with_what_is_lost(tiny_model: Path) -> None:
@@ -43,12 +78,62 @@ def test_a_second_start_computes_nothing_and_another_model_everything(
     tiny_model: Path, dogs: Path, tmp_path: Path
 ) -> None:
     base, folder, cache = open_base(str(tiny_model)), read_image_folder(dogs), TensorCache(tmp_path / "c")
-    first = encode_dataset(base, folder.items, 32, cache=cache)
+    first = encode_dataset(base, folder.items, 32, cache)
     assert first.computed == 3 + 2  # three pictures, one caption and the empty one
-    second = encode_dataset(base, folder.items, 32, cache=cache)
+    second = encode_dataset(base, folder.items, 32, cache)
     assert second.computed == 0
-    assert torch.equal(first.mean, second.mean)
-    assert torch.equal(first.text, second.text)
-    assert encode_dataset(base, folder.items, 40, cache=cache).computed == 3, "another size is another picture"
+    assert all(torch.equal(a["mean"], b["mean"]) for a, b in zip(first.latents, second.latents, strict=True))
+    assert torch.equal(first.texts[1]["text"], second.texts[1]["text"])
+    assert encode_dataset(base, folder.items, 40, cache).computed == 3, "another size is another picture"
     base.pipe.vae.encoder.conv_in.weight.data += 0.1
-    assert encode_dataset(base, folder.items, 32, cache=cache).computed == 3, "another VAE gives other latents"
+    assert encode_dataset(base, folder.items, 32, cache).computed == 3, "another VAE gives other latents"
+
+
+def test_processes_share_the_work(tiny_model: Path, dogs: Path, tmp_path: Path) -> None:
+    base, folder, cache = open_base(str(tiny_model)), read_image_folder(dogs), TensorCache(tmp_path / "c")
+    waited = []
+    one = encode_dataset(base, folder.items, 32, cache, share=Share(0, 2, lambda: waited.append(1)))
+    assert one.computed == 2 + 1 and len(waited) == 2
+    other = encode_dataset(base, folder.items, 32, cache, share=Share(1, 2, lambda: None))
+    assert other.computed == 1 + 1
+    alone = encode_dataset(base, folder.items, 32, TensorCache(tmp_path / "d"))
+    for i in range(3):
+        torch.testing.assert_close(one.latent(i, 0), alone.latent(i, 0), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(one.texts[1]["text"], alone.texts[1]["text"], rtol=1e-5, atol=1e-6)
+
+
+def test_memory_is_bounded(tiny_model: Path, dogs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, folder, cache = open_base(str(tiny_model)), read_image_folder(dogs), TensorCache(tmp_path / "c")
+    monkeypatch.setattr("visionlora.data.cache.IN_MEMORY", 1)
+    sizes = []
+    real = encode.encode_pictures
+    monkeypatch.setattr(encode, "encode_pictures", lambda base, x: sizes.append(len(x)) or real(base, x))
+    monkeypatch.setattr(encode, "PICTURES_AT_ONCE", 2)
+    small = encode_dataset(base, folder.items, 32, cache)
+    assert sizes == [2, 1]
+    assert len(small.latents.kept) == 1, "the others stay on disk"
+    alone = encode_dataset(base, folder.items, 32, TensorCache(tmp_path / "d"))
+    assert all(torch.equal(small.latent(i, 0), alone.latent(i, 0)) for i in range(3))
+    for file in (tmp_path / "c").iterdir():
+        file.unlink()
+    torch.testing.assert_close(small.latent(2, 0), alone.latent(2, 0), rtol=1e-5, atol=1e-6)  # computed again
+
+
+def test_a_vae_that_fails_in_half_precision_works_in_fp32(tiny_model: Path) -> None:
+    pictures = np.random.default_rng(0).integers(0, 256, (1, 32, 32, 3), dtype=np.uint8)
+    base = open_base(str(tiny_model))
+    expected = encode_pictures(base, pictures)
+    vae = base.pipe.vae.to(torch.float16)
+    vae.encoder.conv_in.register_forward_hook(
+        lambda _m, _i, out: torch.full_like(out, torch.inf) if out.dtype == torch.float16 else out
+    )
+    for one, two in zip(encode_pictures(base, pictures), expected, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-2, atol=1e-2)
+    assert vae.dtype == torch.float32
+
+
+def test_a_vae_that_fails_in_fp32_is_damaged(tiny_model: Path) -> None:
+    base = open_base(str(tiny_model))
+    base.pipe.vae.encoder.conv_in.weight.data.fill_(torch.nan)
+    with pytest.raises(ModelError, match="gives NaN or infinite latents: its weights are damaged"):
+        encode_pictures(base, np.zeros((1, 32, 32, 3), np.uint8))

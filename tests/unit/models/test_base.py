@@ -1,9 +1,11 @@
 """Choosing and opening base models, and every refusal."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from visionlora.errors import ModelError
 from visionlora.lora.config import AdapterConfig
@@ -76,3 +78,67 @@ def test_the_fp16_file_of_a_model_has_the_same_fingerprint(tiny_model: Path) -> 
     unet = open_base(str(tiny_model)).pipe.unet
     full = weights_fingerprint(unet)
     assert weights_fingerprint(unet.half()) == full
+
+
+def test_each_family_opens_as_what_it_is(tiny_sd2: Path, tiny_xl: Path) -> None:
+    second, xl = open_base(str(tiny_sd2)), open_base(str(tiny_xl))
+    assert (second.prediction_type, second.is_xl, list(second.components())) == (
+        "v_prediction", False, ["unet", "text_encoder"],
+    )  # fmt: skip
+    assert (xl.prediction_type, xl.is_xl) == ("epsilon", True)
+    assert list(xl.components()) == list(xl.fingerprints()) == ["unet", "text_encoder", "text_encoder_2"]
+    assert not any(p.requires_grad for part in xl.components().values() for p in part.parameters())
+
+
+def test_training_has_noise_levels_of_its_own(tiny_xl: Path) -> None:
+    """SDXL's scheduler scales noisy latents by 1/sqrt(sigma² + 1), which its UNet never saw in training."""
+    base, x = open_base(str(tiny_xl)), torch.zeros(1, 4, 8, 8)
+    noisy = base.noise_scheduler.add_noise(x, torch.ones_like(x), torch.tensor([999]))
+    assert float(noisy.max()) < 1.0001
+    assert torch.equal(base.noise_scheduler.alphas_cumprod, base.pipe.scheduler.alphas_cumprod)
+
+
+def saved_as(model: Path, kind: str, folder: Path, **parts: object) -> Path:
+    """The model's folder under the name of another pipeline, with other parts."""
+    import shutil
+
+    shutil.copytree(model, folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, "_class_name": kind, **parts}))
+    return folder
+
+
+def test_a_folder_saved_by_another_pipeline_opens_too(tiny_model: Path, tmp_path: Path) -> None:
+    folder = saved_as(tiny_model, "StableDiffusionImg2ImgPipeline", tmp_path / "m")
+    assert type(open_base(str(folder)).pipe).__name__ == "StableDiffusionPipeline"
+
+
+@pytest.mark.parametrize("family", ["tiny_model", "tiny_xl"])
+def test_an_inpainting_model_is_refused(family: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    model = request.getfixturevalue(family)
+    folder = saved_as(model, json.loads((model / "model_index.json").read_text())["_class_name"], tmp_path / "m")
+    config = json.loads((folder / "unet" / "config.json").read_text())
+    (folder / "unet" / "config.json").write_text(json.dumps({**config, "in_channels": 9}))
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    save_file({**tensors, "conv_in.weight": torch.zeros(16, 9, 3, 3)}, weights, {"format": "pt"})
+    with pytest.raises(
+        ModelError, match="is an inpainting or depth model: its UNet takes 9 channels where"
+    ):
+        open_base(str(folder))
+
+
+def test_the_refiner_is_refused(tiny_xl: Path, tmp_path: Path) -> None:
+    folder = saved_as(
+        tiny_xl, "StableDiffusionXLImg2ImgPipeline", tmp_path / "m", text_encoder=[None, None], tokenizer=[None, None]
+    )
+    with pytest.raises(ModelError, match="is SDXL's refiner, which only finishes pictures"):
+        open_base(str(folder))
+
+
+def test_a_model_of_another_kind_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    folder = saved_as(tiny_model, "DDIMPipeline", tmp_path / "m")
+    with pytest.raises(
+        ModelError, match=r"is a DDIMPipeline; visionlora opens text-to-image models of Stable Diffusion 1\.x"
+    ):
+        open_base(str(folder))

@@ -8,6 +8,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from visionlora.config import OPTIMIZERS
+from visionlora.data.groups import Group
 from visionlora.errors import ConfigError, RunFolderError
 from visionlora.lora.config import AdapterConfig
 from visionlora.lora.inject import Handle, inject
@@ -16,6 +18,7 @@ from visionlora.training.ema import EMA
 from visionlora.training.learner import LayeredLearner, rates_by_depth
 from visionlora.training.loop import Fit, LoopConfig, Progress, StopTraining
 from visionlora.training.rate import find_rate
+from visionlora.training.settings import suited_rate
 
 CONFIG = LoopConfig(steps=12, batch_size=4, gradient_accumulation=1, learning_rate=0.05, warmup_steps=2,
                     weight_decay=0.01, max_grad_norm=1.0, seed=3)  # fmt: skip
@@ -24,8 +27,7 @@ CONFIG = LoopConfig(steps=12, batch_size=4, gradient_accumulation=1, learning_ra
 class Task:
     """Tell which of two halves of the input is larger."""
 
-    def __len__(self) -> int:
-        return 16
+    groups = (Group(tuple(range(16)), 16),)
 
     def losses(self, model: nn.Module, index: Tensor, generator: torch.Generator, part: slice) -> Tensor:
         x = torch.randn(len(index), 8, generator=generator)[part]
@@ -49,10 +51,9 @@ def values(handle: Handle) -> dict[str, Tensor]:
     return {n: t.clone() for n, t in handle.training_state().items()}
 
 
-@pytest.mark.parametrize("method", ["lora", "adalora", "dora", "vera", "ia3", "full"])
-@pytest.mark.parametrize("ema", [None, 0.9])
-def test_a_run_that_was_cut_off_ends_in_the_same_bits(method: str, ema: float | None, tmp_path: Path) -> None:
-    whole = fit_of(model_with(method), ema=ema)
+def check_resumes(method: str, config: LoopConfig, ema: float | None, tmp_path: Path) -> None:
+    """A run that is cut off after seven steps and looked at, then goes on, is the run that was left alone."""
+    whole = fit_of(model_with(method), config, ema)
     whole.run(Task(), lambda _: None)
 
     class Killed(Exception):
@@ -62,20 +63,41 @@ def test_a_run_that_was_cut_off_ends_in_the_same_bits(method: str, ema: float | 
         if progress.step == 7:
             raise Killed
 
-    first = fit_of(model_with(method), ema=ema)
+    first = fit_of(model_with(method), config, ema)
     with pytest.raises(Killed):
         first.run(Task(), kill)
+    with first.averaged():
+        first.learner.handle.training_state()
     write_state(tmp_path / "state.pt", first.state())
     torch.rand(17)  # whatever else the process did
-    second = fit_of(model_with(method), ema=ema)
+    second = fit_of(model_with(method), config, ema)
     second.restore(read_state(tmp_path / "state.pt"))
     steps: list[int] = []
     second.run(Task(), lambda progress: steps.append(progress.step))
-    assert steps == [8, 9, 10, 11, 12]
+    assert steps == list(range(8, config.steps + 1))
+    assert second.noise.totals == whole.noise.totals and second.noise.squares == whole.noise.squares > 0
     one, two = values(whole.learner.handle), values(second.learner.handle)
     assert one.keys() == two.keys() and all(torch.equal(one[n], two[n]) for n in one)
     if ema is not None:
         assert all(torch.equal(a, b) for a, b in zip(whole.ema.averages, second.ema.averages, strict=True))
+    with whole.averaged(), second.averaged():  # what is written
+        one, two = values(whole.learner.handle), values(second.learner.handle)
+    assert all(torch.equal(one[n], two[n]) for n in one)
+
+
+@pytest.mark.parametrize("method", ["lora", "adalora", "dora", "vera", "ia3", "full"])
+@pytest.mark.parametrize("ema", [None, 0.9])
+def test_a_run_that_was_cut_off_ends_in_the_same_bits(method: str, ema: float | None, tmp_path: Path) -> None:
+    check_resumes(method, CONFIG, ema, tmp_path)
+
+
+@pytest.mark.parametrize("method", ["lora+", "dora", "full"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_so_it_does_with_every_optimizer(method: str, optimizer: str, tmp_path: Path) -> None:
+    if OPTIMIZERS[optimizer].package is not None:
+        pytest.importorskip(OPTIMIZERS[optimizer].package)
+    config = replace(CONFIG, steps=27, optimizer=optimizer, learning_rate=suited_rate(0.05, optimizer))
+    check_resumes(method, replace(config, schedule=OPTIMIZERS[optimizer].schedule), None, tmp_path)
 
 
 def test_a_checkpoint_of_another_adapter_is_refused_and_changes_nothing() -> None:

@@ -8,8 +8,10 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from visionlora.data.groups import Group
 from visionlora.errors import ConfigError, TrainingError
-from visionlora.training.loop import LoopConfig, Progress, new_accelerator, rate_at, resolve_precision, train
+from visionlora.training.loop import LoopConfig, Progress, new_accelerator, resolve_precision, train
+from visionlora.training.schedules import rate_at
 
 CONFIG = LoopConfig(steps=20, batch_size=2, gradient_accumulation=1, learning_rate=0.1, warmup_steps=2,
                     weight_decay=0.0, max_grad_norm=1.0, seed=0)  # fmt: skip
@@ -34,8 +36,7 @@ class Learner:
 class Regression:
     """y = 3x, learned by one weight."""
 
-    def __len__(self) -> int:
-        return 8
+    groups = (Group(tuple(range(8)), 8),)
 
     def losses(self, model: nn.Module, index: Tensor, generator: torch.Generator, part: slice) -> Tensor:
         x = torch.randn(len(index), 1, generator=generator)[part] + index[part, None]

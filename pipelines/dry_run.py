@@ -1,0 +1,155 @@
+"""Settings of train-sd -> what the run would do, how long it would take and how much memory: nothing is written.
+
+The estimate is measured, not computed: two steps on pictures of the largest size, one step of drawing, one batch of the VAE.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from visionlora.config import TrainSDConfig
+from visionlora.data.buckets import Size
+from visionlora.data.cache import TensorCache
+from visionlora.data.images import decode
+from visionlora.diffusion.encode import encode_dataset
+from visionlora.diffusion.sampling import SamplingConfig, draw
+from visionlora.diffusion.settings import attention_kernel, captions_of, plan_of
+from visionlora.pipelines.train_sd import Ready, default_prompts, material_of, new_adapter, prepare
+from visionlora.report.listener import Listener
+from visionlora.report.resume import begin, holding
+from visionlora.training.loop import Fit, process_state
+from visionlora.training.settings import loop_config
+
+PROBED = 2
+"""Steps that are measured, after one that is not."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run would do."""
+
+    model: str
+    targets: str
+    layers: int
+    trained_parameters: int
+    sizes: dict[Size, int]
+    """(height, width) in px -> pictures."""
+    steps: int
+    pictures_per_step: int
+    epochs: float
+    step_seconds: float
+    encoding_seconds: float
+    """Of all pictures, were none in the cache."""
+    drawing_seconds: float
+    """Of all sample pictures."""
+    peak_bytes: int
+    """Of the process, or of the GPU where there is one."""
+    device: str
+
+    @property
+    def seconds(self) -> float:
+        """Of the whole run."""
+        return self.steps * self.step_seconds + self.encoding_seconds + self.drawing_seconds
+
+    def lines(self) -> list[str]:
+        """For a person."""
+        sizes = ", ".join(f"{w}x{h}: {n}" for (h, w), n in sorted(self.sizes.items(), key=lambda s: -s[1]))
+        return [
+            f"Model       {self.model}",
+            f"Targets     {self.targets}: {self.layers} layers, {self.trained_parameters:,} parameters train",
+            f"Pictures    {sum(self.sizes.values())}, width x height in px: {sizes}",
+            f"Steps       {self.steps} of {self.pictures_per_step} pictures, {self.epochs:.1f} times over all pictures",
+            f"Time        {self.seconds / 60:.1f} minutes: {self.step_seconds:.2f} s a step, {self.encoding_seconds:.0f} s to encode, "
+            f"{self.drawing_seconds:.0f} s for samples",
+            f"Memory      {self.peak_bytes / 2**30:.2f} GiB at the peak, of the {self.device}",
+        ]
+
+
+@holding
+def dry_run(config: TrainSDConfig, listener: Listener | None = None) -> Estimate:
+    """Checks everything that `train_sd` checks, and measures a little.
+
+    Raises:
+        VisionLoRAError: as `train_sd` would.
+    """
+    tell = (listener or Listener()) if process_state().is_main_process else Listener()
+    ready = prepare(begin(config, "sd", tell), tell)
+    if ready.config.rank == "auto":
+        tell.say(f"Rank auto is counted as rank {ready.adapter.rank} everywhere; the budget is the same.")
+        ready = dataclasses.replace(ready, config=dataclasses.replace(ready.config, rank=ready.adapter.rank))
+    config, items = ready.config, ready.folder.items
+    plan = plan_of(config, ready.base, ready.size)
+    framings = [plan.framing(decode(item.path)) for item in items]
+    sizes: dict[Size, int] = {}
+    for framing in framings:
+        sizes[framing.bucket] = sizes.get(framing.bucket, 0) + 1
+    largest = max(sizes, key=lambda s: s[0] * s[1])
+    loop = loop_config(config)
+    some = [item for item, f in zip(items, framings, strict=True) if f.bucket == largest][: max(4, loop.batch_size)]
+    captions = captions_of(config, some)
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.monotonic()
+        held = config.prior_prompt is not None and config.prior_images is None
+        data = encode_dataset(
+            ready.base, some, plan, TensorCache(Path(folder)), captions=captions,
+            more_captions=[config.prior_prompt] if held and config.prior_prompt else [],
+        )  # fmt: skip
+        encoding = (time.monotonic() - start) / len(some)
+        material = material_of(ready, data, None)
+        learning = new_adapter(ready, material, tell)
+        short = dataclasses.replace(loop, steps=PROBED + 1)
+        fit, task = Fit(ready.accelerator, learning.learner, short, config.ema_decay), material.task(learning.learner)
+        with attention_kernel(config.attention):
+            fit.advance(task, 0.0)
+            step_seconds = timed(lambda: [fit.advance(task, 0.0) for _ in range(PROBED)], ready) / PROBED
+        drawing = 0.0
+        if config.sample_columns:
+            learning.learner.model.eval()
+            prompts = config.sample_prompts or default_prompts(ready.folder)
+            one = SamplingConfig(1, config.guidance_scale or 1.0, config.seed)
+            drawing = timed(lambda: draw(ready.base, prompts, ready.size, one), ready)
+    columns = config.sample_columns + 1 if config.sample_columns else 0
+    return Estimate(
+        model=ready.base.id,
+        targets=config.targets,
+        layers=len(learning.handle.report.hits) + sum(len(h.report.hits) for h in learning.others.values()),
+        trained_parameters=sum(p.numel() for p in fit.trained),
+        sizes=sizes,
+        steps=loop.steps,
+        pictures_per_step=fit.images_per_step,
+        epochs=loop.steps * fit.images_per_step / sum(item.repeats for item in items),
+        step_seconds=step_seconds,
+        encoding_seconds=encoding * len(items),
+        drawing_seconds=drawing * config.sample_steps * columns,
+        peak_bytes=peak_memory(),
+        device="GPU" if torch.cuda.is_available() else "process",
+    )
+
+
+def timed(work: Callable[[], object], ready: Ready) -> float:
+    """Seconds that some work takes, also on a GPU."""
+    start = time.monotonic()
+    work()
+    if ready.accelerator.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.monotonic() - start
+
+
+def peak_memory() -> int:
+    """The most that was used so far, in bytes: of the GPU where there is one, else of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_reserved()
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,57 @@
+"""`train-sd --dry-run`: says what a run would do, close to what it then does, and writes nothing."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FIGURES = r"(\d[\d,.]*)"
+
+
+def figure(out: str, pattern: str) -> float:
+    found = re.search(pattern.replace("#", FIGURES), out)
+    assert found, f"{pattern!r} is not in:\n{out}"
+    return float(found[1].replace(",", ""))
+
+
+def test_it_says_what_the_run_would_do_and_writes_nothing(cli, tiny_model: Path, dogs: Path, tmp_path: Path) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    code, out, err = cli("train-sd", "--images", dogs, "--model", tiny_model, "--steps", 30, "--rank", 2, "--dry-run",
+                         "--batch-size", 2)  # fmt: skip
+    assert code == 0, err
+    assert figure(out, r"Targets     attn: # layers") == 32
+    assert "Pictures    3, width x height in px: 32x32: 3" in out
+    assert "Steps       30 of 2 pictures, 20.0 times over all pictures" in out
+    assert figure(out, "Time        # minutes") >= 0 and figure(out, "Memory      # GiB") > 0.1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_what_cannot_train_is_refused_as_the_run_would(cli, tiny_model: Path, dogs: Path) -> None:
+    code, _, err = cli("train-sd", "--images", dogs, "--model", tiny_model, "--dry-run", "--resolution", 33)
+    assert code == 2 and "A resolution of 33 px does not fit" in err
+
+
+MEASURED = """
+import resource, sys
+from visionlora.cli.main import app
+try:
+    app(sys.argv[1:])
+except SystemExit:
+    pass
+print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is counted in other units elsewhere")
+def test_the_memory_is_that_of_the_run(tmp_path: Path) -> None:
+    dogs = Path(__file__).parents[2] / "assets" / "dog"
+    words = ["train-sd", "--images", str(dogs), "--model", "emoji-64", "--steps", "20", "--batch-size", "64"]
+    told, real = (
+        subprocess.run([sys.executable, "-c", MEASURED, *words, *more], cwd=tmp_path, capture_output=True, text=True).stdout
+        for more in (["--dry-run"], ["--output", "run"])
+    )
+    estimate = figure(told, "Memory      # GiB") * 2**30
+    assert estimate == pytest.approx(figure(real, "peak #"), rel=0.15)

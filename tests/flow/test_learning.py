@@ -1,0 +1,105 @@
+"""What train-sd can be told about what is learned, all of it through the real command."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from visionlora.loaders import load_adapter
+
+SMALL = ("--steps", 3, "--rank", 2, "--batch-size", 2, "sample_steps=1", "sample_columns=1", "learning_rate=0.01")
+
+
+@pytest.fixture
+def train(cli, tiny_model: Path, dogs: Path, tmp_path: Path):
+    """Trains on three dogs with these settings; gives what was said and the run folder."""
+
+    def run(*settings: str, name: str = "r") -> tuple[str, Path]:
+        code, out, err = cli("train-sd", "--images", dogs, "--model", tiny_model, "--output", tmp_path / name, *SMALL, *settings)
+        assert code == 0, err
+        return out, tmp_path / name
+
+    return run
+
+
+def losses(run: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_every_objective_at_once(train) -> None:
+    plain = losses(train(name="a")[1])
+    changed = losses(train("min_snr_gamma=5", "huber=0.1", "noise_offset=0.05", "input_perturbation=0.1",
+                           "timestep_logit=[0,1]", "random_crop=true", "colour_jitter=0.1", "flip=true",
+                           "picture_variants=3", name="b")[1])  # fmt: skip
+    assert len(plain) == len(changed) == 3 and all(np.isfinite(changed))
+    assert plain != changed
+
+
+def test_memory_is_spared_and_the_steps_are_the_same(train) -> None:
+    plain, spared = train(name="a")[1], train("gradient_checkpointing=true", "channels_last=true", name="b")[1]
+    assert losses(spared) == pytest.approx(losses(plain), rel=1e-4)
+
+
+def test_the_class_is_kept_with_and_without_pictures(train, tmp_path: Path) -> None:
+    out, _ = train("prior_prompt=a dog", f"prior_images={tmp_path / 'class'}", "prior_count=3", name="a")
+    assert "3 pictures of 'a dog' were drawn to" in out and len(list((tmp_path / "class").glob("*.png"))) == 3
+    plain, held = losses(train(name="b")[1]), losses(train("prior_prompt=a dog", name="c")[1])
+    assert held[0] == pytest.approx(plain[0], rel=1e-5), "at the start the base says what the base says"
+    assert held[2] != plain[2]
+
+
+def test_a_mask_from_the_alpha_channel(train, dogs: Path) -> None:
+    for path in dogs.glob("*.png"):
+        picture = Image.open(path).convert("RGBA")
+        picture.putalpha(Image.linear_gradient("L").resize(picture.size))
+        picture.save(path)
+    assert losses(train("masks=alpha", "unmasked_weight=0.1", name="a")[1]) != losses(train(name="b")[1])
+
+
+def test_text_encoder_and_a_new_word_that_stops(train, tiny_model: Path, cli, tmp_path: Path) -> None:
+    _, run = train("train_text_encoder=true", "token=<it>", "token_vectors=2", "token_initializer=dog", "--prompt",
+                   "photo of <it>", "text_encoder_stop=0.34", "text_encoder_learning_rate=0.005")  # fmt: skip
+    adapter = load_adapter(run)
+    assert adapter.components == ["text_encoder", "unet"]
+    assert adapter.embeddings["<it>"]["text_encoder"].shape == (2, 16)
+    assert adapter.info["trigger"] == "<it>"
+    code, _, err = cli("generate", "--prompt", "photo of <it>", "--model", tiny_model, "--lora", run, "--steps", 1,
+                       "--output", tmp_path / "g")  # fmt: skip
+    assert code == 0, err
+    drawn = np.asarray(Image.open(next((tmp_path / "g").glob("*.png"))), dtype=int)
+    # One step there, one here; `generate` merges, the run drew with the adapter beside the weights.
+    sample = np.asarray(Image.open(run / "samples" / "step-3_00.png"), dtype=int)
+    assert np.abs(drawn - sample).max() <= 1
+
+
+def test_a_word_that_no_caption_has(cli, tiny_model: Path, dogs: Path, tmp_path: Path) -> None:
+    code, _, err = cli("train-sd", "--images", dogs, "--model", tiny_model, "--output", tmp_path / "r", "token=<it>")
+    assert code == 2 and "token is '<it>', but no caption has it" in err and "--prompt 'a photo of <it>'" in err
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["attention=flash"], "attention is 'flash', which needs a GPU, and there is none"),
+        (["zero_terminal_snr=true"], "zero_terminal_snr: this model predicts the noise"),
+        (["bucket_step=12"], "bucket_step is 12; sides must be multiples of 8 px for this model. Use 8 or 16"),
+        (["min_snr_gamma=5", "debiased=true"], "debiased is True; min_snr_gamma is given: leave one of them out"),
+        (["prior_images=dog", "prior_prompt=a dog"], "prior_images is dog, which is also the folder to learn from"),
+        (["prior_images=dogs"], "it needs the class's caption: prior_prompt='a dog'"),
+        (["token=a word"], "token is 'a word'; it must be one word, such as <dog>"),
+        (["attention=sdpaa"], "Did you mean 'sdpa'?"),
+    ],
+)
+def test_what_cannot_be(cli, tiny_model: Path, dogs: Path, tmp_path: Path, settings: list[str], words: str) -> None:
+    code, _, err = cli("train-sd", "--images", dogs, "--model", tiny_model, "--output", tmp_path / "r", *settings)
+    assert code == 2 and words in err, err
+    assert not (tmp_path / "r").exists()
+
+
+def test_zero_terminal_noise_on_a_model_that_predicts_velocity(cli, tiny_sd2: Path, dogs: Path, tmp_path: Path) -> None:
+    code, _, err = cli("train-sd", "--images", dogs, "--model", tiny_sd2, "--output", tmp_path / "r", *SMALL,
+                       "zero_terminal_snr=true", "min_snr_gamma=5")  # fmt: skip
+    assert code == 0, err
+    assert all(np.isfinite(losses(tmp_path / "r")))

@@ -1,0 +1,45 @@
+"""`visionlora check` and `visionlora configs`: what is printed, and the exit code."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+
+def test_good_and_bad_files(cli, tmp_path: Path) -> None:
+    (tmp_path / "good.yaml").write_text("sample_prompts: [dog]\n")
+    (tmp_path / "bad.yaml").write_text("epochs: 3\nmethod: lorra\nrank: -1\n")
+    assert cli("check", "good.yaml") == (0, "good.yaml: OK for train-sd.\n", "")
+    code, out, err = cli("check", "bad.yaml", "good.yaml", "emoji64_dgo")
+    assert (code, err) == (2, "")
+    assert out.splitlines() == [
+        "bad.yaml (for classify): 2 problems",
+        "  line 2: method is 'lorra'. Did you mean 'lora'?",
+        "  line 3: rank is -1; it must be at least 1, or auto",
+        "good.yaml: OK for train-sd.",
+        "There is no config file or recipe 'emoji64_dgo'. Did you mean 'emoji64_dog'?",
+    ]
+
+
+def test_a_method_that_does_not_exist(cli, tmp_path: Path) -> None:
+    (tmp_path / "bad.yaml").write_text("epochs: 3\nmethod: lorra\ninit: pizza\n")
+    code, out, _ = cli("check", "bad.yaml")
+    assert code == 2 and out.splitlines() == [
+        "bad.yaml (for classify): 2 problems",
+        "  line 2: method is 'lorra'. Did you mean 'lora'?",
+        "  line 3: init is 'pizza'. Did you mean 'pissa'?",
+    ]
+
+
+def test_no_torch_is_loaded() -> None:
+    code = "import sys; sys.argv = ['visionlora', 'check', 'emoji64_dog']\nfrom visionlora.cli.main import main\n"
+    code += "try:\n    main()\nexcept SystemExit as e:\n    print(e.code)\n"
+    code += "print(sorted(set(sys.modules) & {'torch', 'diffusers', 'PIL'}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.splitlines() == ["emoji64_dog: OK for train-sd.", "0", "[]"], done.stderr
+
+
+def test_the_list_of_recipes_names_their_command(cli) -> None:
+    code, out, _ = cli("configs")
+    lines = [line.split(None, 2) for line in out.splitlines()]
+    assert code == 0 and ["emoji64_dog", "train-sd"] in [line[:2] for line in lines]
+    assert ["vit_b16_classes", "classify"] in [line[:2] for line in lines] and all(line[2] for line in lines)

@@ -1,0 +1,67 @@
+"""Words for what trains and watches a run: optimizers, learning-rate schedules and trackers, and the packages they need."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+
+SCHEDULES = ("cosine", "constant", "linear", "cosine-restarts", "polynomial")
+
+
+@dataclass(frozen=True)
+class OptimizerWord:
+    """What a configuration has to know of an optimizer; it is built in `visionlora.training.optimizers`."""
+
+    package: str | None = None
+    """Name by which it is imported; None for what visionlora needs anyway."""
+    extra: str = "optimizers"
+    """Extra of visionlora that installs the package."""
+    betas: int = 2
+    """How many numbers `betas` may hold."""
+    schedule: str = "cosine"
+    """Schedule that suits it."""
+    rate: float = 1.0
+    """Its learning rate as a share of one that suits AdamW."""
+    finds_rate: bool = False
+    """Whether the learning rate is a factor on what it finds itself; 1 suits it then."""
+    averages: bool = False
+    """Whether what it has learned is an average that it keeps itself."""
+
+
+OPTIMIZERS = {
+    "adamw": OptimizerWord(),
+    "adamw8bit": OptimizerWord("bitsandbytes", "quantised"),
+    "adafactor": OptimizerWord(betas=1),
+    "prodigy": OptimizerWord("prodigyopt", schedule="constant", finds_rate=True),
+    # Every step has the size of the rate, where Adam's are mostly smaller: a third to a tenth (arXiv 2302.06675, section 5).
+    "lion": OptimizerWord("lion_pytorch", rate=0.2),
+    "schedulefree": OptimizerWord("schedulefree", schedule="constant", averages=True),
+    "sgd": OptimizerWord(betas=1),
+}
+TRACKERS = ("tensorboard", "trackio", "wandb")
+
+
+def installed(package: str) -> bool:
+    """Whether a package can be imported; nothing is imported."""
+    return importlib.util.find_spec(package) is not None
+
+
+def optimizer_problem(word: str) -> str | None:
+    """Why a known optimizer cannot be used on this machine, and what to do; None when it can be."""
+    found = OPTIMIZERS[word]
+    if word == "adamw8bit":
+        import torch  # only for those who ask for a GPU
+
+        if not (torch.cuda.is_available() or torch.xpu.is_available()):
+            return "its 8-bit states save memory of a GPU, and none is found here: take adamw, or adafactor"
+    if found.package is None or installed(found.package):
+        return None
+    return f"it needs the package {found.package}, which is not installed: pip install 'visionlora[{found.extra}]'"
+
+
+def tracker_problem(words: tuple[str, ...]) -> str | None:
+    """The packages that known trackers need and that are missing, with what to do; None when all are there."""
+    missing = [word for word in words if word in TRACKERS and not installed(word)]
+    if not missing:
+        return None
+    return f"{' and '.join(missing)} must be installed first: pip install 'visionlora[tracking]'"

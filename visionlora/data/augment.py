@@ -1,0 +1,93 @@
+"""What is made of a picture before it is encoded: mirrored, cut elsewhere, in other colours.
+
+Latents are cached, so there are finitely many variants of each picture; which place is cut and how far colours shift
+follows from the picture and the number of the variant alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageEnhance
+
+from visionlora.data.buckets import Framing
+from visionlora.data.folder import ImageItem
+from visionlora.data.images import decode
+from visionlora.data.masks import mask_of
+
+
+@dataclass(frozen=True)
+class Made:
+    """One variant of one picture."""
+
+    pixels: npt.NDArray[np.uint8]
+    """(h, w, 3)."""
+    mask: npt.NDArray[np.float32] | None
+    """How much each pixel counts, (h, w) in 0 … 1."""
+    corner: tuple[int, int]
+    """Top and left of the cut in the resized picture, px."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """How one variant of every picture is made."""
+
+    number: int = 0
+    mirrored: bool = False
+    random_crop: bool = False
+    """Cut anywhere, not at the centre."""
+    colour_jitter: float = 0.0
+    """Brightness, contrast and saturation change by up to this share."""
+
+    @property
+    def key(self) -> str:
+        """Tells variants apart in the cache; the plain one is the same in every run."""
+        return repr(self)
+
+    def make(self, item: ImageItem, framing: Framing) -> Made:
+        """The variant of a picture."""
+        dice = np.random.default_rng(int(hashlib.sha256(f"{item.sha256} {self.number}".encode()).hexdigest()[:16], 16))
+        (rh, rw), (h, w) = framing.resized, framing.bucket
+        top, left = framing.corner
+        if self.random_crop:
+            top, left = int(dice.integers(0, rh - h + 1)), int(dice.integers(0, rw - w + 1))
+        picture = decode(item.path)
+        # Straight from the source box to the result, so that a strip of 1 x 10000 never becomes a giant on the way.
+        box = (left * picture.width / rw, top * picture.height / rh,
+               (left + w) * picture.width / rw, (top + h) * picture.height / rh)  # fmt: skip
+        box = (*box[:2], min(box[2], picture.width), min(box[3], picture.height))
+        part = (
+            picture.crop((left, top, left + w, top + h))
+            if (rh, rw) == picture.size[::-1]
+            else resized(picture, (w, h), box)
+        )
+        if self.colour_jitter:
+            for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
+                part = enhance(part).enhance(1 + self.colour_jitter * float(dice.uniform(-1, 1)))
+        pixels = np.asarray(part, dtype=np.uint8)
+        mask = mask_of(item)
+        if mask is not None:
+            mask = np.asarray(resized(Image.fromarray(mask, mode="F"), (w, h), box), dtype=np.float32).clip(0, 1)
+        if self.mirrored:
+            pixels, mask = pixels[:, ::-1], None if mask is None else mask[:, ::-1]
+            left = rw - w - left
+        return Made(np.ascontiguousarray(pixels), None if mask is None else np.ascontiguousarray(mask), (top, left))
+
+
+def resized(picture: Image.Image, size: tuple[int, int], box: tuple[float, ...]) -> Image.Image:
+    """A part of a picture in another size, (w, h) px."""
+    return picture.resize(size, Image.Resampling.LANCZOS, box=box)  # type: ignore[arg-type]
+
+
+def variants(flip: bool, random_crop: bool, colour_jitter: float, count: int) -> tuple[Variant, ...]:
+    """Those that a run draws from: one, or two with the mirrored one, times `count` where chance has a part in them.
+
+    >>> len(variants(True, False, 0.0, 4)), len(variants(True, True, 0.1, 4))
+    (2, 8)
+    """
+    numbers = range(count if random_crop or colour_jitter else 1)
+    mirrorings = (False, True) if flip else (False,)
+    return tuple(Variant(n, m, random_crop, colour_jitter) for n in numbers for m in mirrorings)

@@ -1,0 +1,170 @@
+"""Which parts of a picture are learned: from its own alpha channel, or from a grey picture of the same name.
+
+In: `alpha` or a folder of masks, and pictures that have been decoded. Out: for each picture the file of its mask, or one
+line that says what is wrong with it; and `mask_of`, the mask itself.
+
+Letters in shapes: `h`, `w` height and width of the upright picture in px.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from visionlora.config.folders import ALPHA
+from visionlora.data.captions import closest
+from visionlora.data.files import list_folder
+from visionlora.data.images import Decoded, decode_noted, printable
+from visionlora.data.wording import first_names, missing, no_pictures
+from visionlora.errors import ConfigError, DataError, nearest
+
+if TYPE_CHECKING:
+    from visionlora.data.folder import ImageItem
+
+
+@dataclass(frozen=True)
+class Masks:
+    """Where the masks of the pictures of a folder are; pictures are named as messages name them."""
+
+    files: Mapping[str, Path]
+    """Picture -> file of its mask; the picture itself where its alpha channel is the mask."""
+    folder: Path | None = None
+    """Where they lie; None for alpha channels."""
+    problems: Mapping[str, str] | None = None
+    """Picture -> why it has no mask."""
+    notes: tuple[str, ...] = ()
+
+    def check(self, name: str, picture: Decoded) -> Path:
+        """The file of a picture's mask, which has been read.
+
+        Raises:
+            DataError: when there is none, it cannot be read, has another size, or is black all over.
+        """
+        if self.problems and name in self.problems:
+            raise DataError(self.problems[name])
+        if self.folder is None:
+            self._check_alpha(name, picture)
+            return self.files[name]
+        file = self.files[name]
+        shown, size = printable(file), picture.image.size
+        mask = _grey(decode_noted(file))
+        if mask.shape != size[::-1]:
+            raise DataError(
+                f"{printable(name)} is {size[0]} x {size[1]} px, but its mask {shown} {mask.shape[1]} x {mask.shape[0]}; save "
+                "the mask in the size of the upright picture"
+            )
+        if not mask.any():
+            raise DataError(
+                f"{printable(name)} has a mask that is black all over, {shown}, so nothing of it is learned; paint white "
+                "where to learn, or remove both"
+            )
+        return file
+
+    def _check_alpha(self, name: str, picture: Decoded) -> None:
+        if picture.alpha is None:
+            raise DataError(
+                f"{printable(name)} has no alpha channel to take a mask from; cut out what is to be learned and save it as "
+                "PNG, or move it to a folder without masks"
+            )
+        if picture.alpha.getextrema()[1] == 0:
+            raise DataError(
+                f"{printable(name)} is transparent all over, so nothing of it is learned; make opaque what is to be learned, "
+                "or remove it"
+            )
+
+
+def find_masks(wanted: str, root: Path, pictures: Mapping[str, Path]) -> Masks:
+    """The masks of a folder's pictures, none of them opened yet.
+
+    A mask has the name of its picture and any ending of pictures; where there are several, the one with the same ending.
+
+    Args:
+        wanted: `alpha`, or a folder.
+        root: the folder of the pictures.
+        pictures: posix paths relative to it -> files.
+
+    Raises:
+        ConfigError: when it is the folder of the pictures itself, or `alpha` misspelt.
+        DataError: when there is no such folder or nothing in it.
+    """
+    if wanted == ALPHA:
+        return Masks(pictures)
+    folder = Path(wanted).expanduser()
+    if not folder.is_dir():
+        if difflib.get_close_matches(wanted.lower(), [ALPHA]):
+            raise ConfigError(f"masks is {wanted!r}; {nearest(wanted.lower(), [ALPHA])}")
+        if folder.exists():
+            raise DataError(f"masks: {printable(folder)} is a file; pass the folder that holds the masks, or alpha.")
+        raise DataError(f"masks: {missing(folder)}")
+    if folder.resolve() == root.resolve():
+        raise ConfigError(
+            f"masks: {printable(folder)} holds the pictures themselves; put the masks, by the same names, into a folder of "
+            "their own."
+        )
+    listing = list_folder(folder)
+    if not listing.pictures:
+        raise DataError("masks: " + no_pictures(folder, listing, "is empty; put the masks into it, or pass another."))
+    by_stem: dict[str, list[str]] = {}
+    for name in listing.pictures:
+        by_stem.setdefault(_stem(name), []).append(name)
+    used = {_stem(name) for name in pictures}
+    unused = {stem: names[0] for stem, names in by_stem.items() if stem not in used}
+    files, problems = {}, {}
+    for name in pictures:
+        found = by_stem.get(_stem(name), [])
+        if name in found or len(found) == 1:
+            files[name] = folder / (name if name in found else found[0])
+        elif found:
+            problems[name] = (
+                f"{printable(name)} has several masks in {printable(folder)}: {first_names(found)}; keep one"
+            )
+        else:
+            problems[name] = _no_mask(name, folder, unused)
+    notes = [f"masks without a picture, not used: {first_names(unused.values())}"] if unused else []
+    return Masks(files, folder, problems, tuple(notes))
+
+
+def mask_of(item: ImageItem) -> npt.NDArray[np.float32] | None:
+    """How much each pixel of `decode(item.path)` counts, float32 (h, w) in 0 … 1; None where all of it does.
+
+    Raises:
+        DataError: when the file can no longer be read.
+    """
+    if item.mask is None:
+        return None
+    decoded = decode_noted(item.mask)
+    if item.mask != item.path:
+        grey = _grey(decoded)
+    elif decoded.alpha is not None:
+        grey = np.asarray(decoded.alpha)
+    else:
+        raise DataError(
+            f"{printable(item.path)} has lost its alpha channel; leave the pictures as they are while in use"
+        )
+    return grey.astype(np.float32) / np.float32(255)
+
+
+def _grey(decoded: Decoded) -> npt.NDArray[np.uint8]:
+    """The levels of a mask, uint8 (h, w): what is transparent is black, though `decode` puts it on white."""
+    grey = np.asarray(decoded.image.convert("L"))
+    if decoded.alpha is None:
+        return grey
+    on_black: npt.NDArray[np.int16] = grey.astype(np.int16) - 255 + np.asarray(decoded.alpha)
+    return np.maximum(on_black, 0).astype(np.uint8)
+
+
+def _no_mask(name: str, folder: Path, unused: Mapping[str, str]) -> str:
+    close = closest(_stem(name), unused)
+    hint = f" (did you mean {printable(folder / unused[close])}?)" if close else ""
+    add = printable(folder / PurePosixPath(name).with_suffix(".png"))
+    return f"{printable(name)} has no mask{hint}; add {add}, white where to learn, or remove the picture"
+
+
+def _stem(name: str) -> str:
+    return PurePosixPath(name).with_suffix("").as_posix()

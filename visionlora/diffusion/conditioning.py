@@ -1,0 +1,83 @@
+"""What the UNet is told beside the noisy latents: text, and for SDXL a summary of it and the sizes of the picture.
+
+Letters in shapes: b pictures, t tokens, w width of the text embeddings, p width of the summary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from visionlora.models.base import BaseModel
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """Of a batch of pictures."""
+
+    text: Tensor
+    """(b, t, w)."""
+    pooled: Tensor | None = None
+    """Summary of the text, (b, p); SDXL alone."""
+    sizes: Tensor | None = None
+    """Original size, corner of the cut and size in px, (b, 6); SDXL alone."""
+
+    def arguments(self) -> dict[str, Any]:
+        """As a UNet of diffusers takes them."""
+        if self.pooled is None:
+            return {"encoder_hidden_states": self.text}
+        return {
+            "encoder_hidden_states": self.text,
+            "added_cond_kwargs": {"text_embeds": self.pooled, "time_ids": self.sizes},
+        }
+
+    def to(self, device: torch.device) -> Conditioning:
+        """On a device."""
+        return Conditioning(
+            *(None if t is None else t.to(device) for t in (self.text, self.pooled, self.sizes))  # type: ignore[arg-type]
+        )
+
+    def __getitem__(self, part: slice) -> Conditioning:
+        return Conditioning(
+            *(None if t is None else t[part] for t in (self.text, self.pooled, self.sizes))  # type: ignore[arg-type]
+        )
+
+
+def token_ids(base: BaseModel, captions: Sequence[str]) -> list[Tensor]:
+    """Of each text encoder, (captions, t), cut and padded to what it reads."""
+    return [
+        tokenizer(
+            [base.pipe.maybe_convert_prompt(caption, tokenizer) for caption in captions],
+            padding="max_length",
+            truncation=True,
+            max_length=tokenizer.model_max_length,
+            return_tensors="pt",
+        ).input_ids
+        for _, tokenizer, _ in base.text_parts()
+    ]
+
+
+def text_states(encoders: Sequence[nn.Module], ids: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+    """What the UNet reads of captions: text (b, t, w), and for two encoders the summary (b, p).
+
+    One encoder (Stable Diffusion 1.x and 2.x): its last hidden state. Two (SDXL): of both the last but one, side by side, and
+    the projection of the second (arXiv 2307.01952, section 2.1).
+
+    Args:
+        encoders: of transformers.
+        ids: for each encoder, (b, t).
+    """
+    if len(encoders) == 1:
+        (encoder,) = encoders
+        return encoder(ids[0])[0], None
+    found = [encoder(i, output_hidden_states=True) for encoder, i in zip(encoders, ids, strict=True)]
+    return torch.cat([f.hidden_states[-2] for f in found], dim=-1), found[-1][0]
+
+
+def empty_is_zero(base: BaseModel) -> bool:
+    """Whether the model was trained with zeros, not the empty caption's embedding, where there is no caption."""
+    return base.is_xl and bool(base.pipe.config.get("force_zeros_for_empty_prompt", False))

@@ -1,0 +1,67 @@
+"""Pictures of the class that a subject belongs to: those of a folder, and drawn ones where there are too few."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from visionlora.atomic import replace_file
+from visionlora.data.files import list_folder
+from visionlora.data.folder import ImageItem, read_image_folder
+from visionlora.diffusion.recipe import Recipe, png_bytes
+from visionlora.diffusion.sampling import SamplingConfig, draw
+from visionlora.errors import DataError
+from visionlora.models.base import BaseModel
+
+
+def draw_missing(
+    base: BaseModel, folder: Path, prompt: str, count: int, size: int, guidance_scale: float, seed: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> int:  # fmt: skip
+    """Fills a folder up to `count` pictures, drawn by the base from the class's caption; how many were drawn.
+
+    Each carries its recipe, whose name it has: what is there is not drawn again.
+
+    Args:
+        base: without any adapter.
+        folder: made when it is not there.
+        prompt: caption of the class.
+        count: pictures that should be there.
+        size: of a drawn picture, px.
+        guidance_scale: of drawing.
+        seed: of the first picture.
+        progress: called with (pictures there, pictures in all).
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    there, drawn = len(list_folder(folder).pictures), 0
+    while there + drawn < count:
+        recipe = Recipe(prompt, base.id, size, size, seed=seed, guidance_scale=guidance_scale)
+        path = folder / recipe.file_name
+        if not path.exists():
+            settings = SamplingConfig(recipe.steps, recipe.guidance_scale, recipe.seed)
+            (picture,) = draw(base, [prompt], size, settings)
+            replace_file(path, png_bytes(picture, recipe))
+            drawn += 1
+        seed += 1
+        if progress is not None:
+            progress(there + drawn, count)
+    return drawn
+
+
+def class_pictures(folder: Path, prompt: str, skip_broken: bool) -> tuple[ImageItem, ...]:
+    """The pictures of the class, all with its caption.
+
+    Raises:
+        DataError: when nothing in the folder can be used.
+    """
+    return read_image_folder(folder, prompt, skip_broken=skip_broken).items
+
+
+def check_class_folder(folder: Path, subject: Path | None) -> None:
+    """Raises DataError when the class's pictures are the subject's: the one would undo the other."""
+    if subject is not None and folder.resolve() == subject.resolve():
+        raise DataError(
+            f"prior_images is {folder}, which is also the folder to learn from: what is learned would be held back. Name "
+            "another folder; it is filled with pictures that the base draws. Or leave it out: the base's own predictions "
+            "then keep the class."
+        )

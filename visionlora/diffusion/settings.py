@@ -1,0 +1,164 @@
+"""From the settings of a run to those of its pictures, its objective and its model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from visionlora.config import TrainSDConfig
+from visionlora.data.augment import variants
+from visionlora.data.buckets import check_step
+from visionlora.data.folder import ImageItem
+from visionlora.data.tags import caption_variants
+from visionlora.diffusion.encode import Plan
+from visionlora.diffusion.objective import Objective, check_objective, zero_terminal
+from visionlora.errors import ConfigError
+from visionlora.models.base import BaseModel, quiet
+
+USUAL_STEP = 64
+"""Of the sides of buckets, px."""
+
+
+def plan_of(config: TrainSDConfig, base: BaseModel, size: int) -> Plan:
+    """How the pictures are made.
+
+    Args:
+        config: of the run.
+        base: whose grid they must fit.
+        size: resolution, px.
+
+    Raises:
+        ConfigError: when the bucket step does not fit the model.
+    """
+    made = variants(config.flip, config.random_crop, config.colour_jitter, config.picture_variants)
+    if not config.buckets:
+        return Plan(size, None, True, made)
+    step = config.bucket_step or (max(base.multiple, USUAL_STEP) if size >= 4 * USUAL_STEP else base.multiple)
+    check_step(step, base.multiple)
+    return Plan(size, step, config.upscale, made)
+
+
+def validation_plan(plan: Plan) -> Plan:
+    """The same sizes, one plain variant."""
+    return Plan(plan.resolution, plan.step, plan.upscale)
+
+
+def captions_of(config: TrainSDConfig, items: Sequence[ImageItem]) -> list[tuple[str, ...]]:
+    """Of each picture the captions that are drawn from."""
+    return [
+        caption_variants(
+            item.caption,
+            shuffle_tags=config.shuffle_tags,
+            keep_tags=config.keep_tags,
+            tag_dropout=config.tag_dropout,
+            count=config.caption_variants,
+            seed=config.seed,
+        )
+        for item in items
+    ]
+
+
+def objective_of(config: TrainSDConfig) -> Objective:
+    """What is learned."""
+    return Objective(
+        min_snr_gamma=config.min_snr_gamma,
+        debiased=config.debiased,
+        huber=config.huber,
+        noise_offset=config.noise_offset,
+        input_perturbation=config.input_perturbation,
+        timestep_range=config.timestep_range,
+        logit_normal=(config.timestep_logit[0], config.timestep_logit[1]) if config.timestep_logit else None,
+    )
+
+
+def noise_scheduler_of(config: TrainSDConfig, base: BaseModel) -> Any:
+    """The noise levels of a run. With a terminal signal-to-noise ratio of zero the samples are drawn with them too.
+
+    Raises:
+        ConfigError: when the model cannot learn at such levels.
+    """
+    scheduler = base.noise_scheduler
+    if config.zero_terminal_snr:
+        scheduler = zero_terminal(scheduler)
+        base.pipe.scheduler = scheduler
+    check_objective(objective_of(config), scheduler)
+    return scheduler
+
+
+BASE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+COMPUTED_IN = {"no": "fp32", "bf16": "bf16", "fp16": "fp16"}
+
+
+def prepare_model(base: BaseModel, config: TrainSDConfig, device: torch.device, mixed_precision: str) -> None:
+    """Puts the parts where and how they are needed. The VAE stays in fp32 until its first NaN decides otherwise.
+
+    Args:
+        base: its weights have been fingerprinted already.
+        config: of the run.
+        device: where to.
+        mixed_precision: of the computation, as accelerate calls it.
+
+    Raises:
+        ConfigError: for an option that needs a GPU, or a package, that is not there.
+    """
+    check_attention(config.attention, device)
+    word = COMPUTED_IN[mixed_precision] if config.base_precision == "auto" else config.base_precision
+    parts = [base.pipe.unet, *(encoder for _, _, encoder in base.text_parts())]
+    for part in parts:
+        part.to(device)
+        if part.dtype != BASE_DTYPES[word]:
+            with quiet("diffusers", "transformers"):
+                part.to(BASE_DTYPES[word])
+    base.pipe.vae.to(device)
+    if config.channels_last:
+        base.pipe.unet.to(memory_format=torch.channels_last)
+        base.pipe.vae.to(memory_format=torch.channels_last)
+    if config.gradient_checkpointing:
+        base.pipe.unet.enable_gradient_checkpointing()
+        if config.train_text_encoder or config.token:
+            for _, _, encoder in base.text_parts():
+                encoder.gradient_checkpointing_enable()
+    if config.attention == "xformers":
+        base.pipe.unet.enable_xformers_memory_efficient_attention()
+
+
+def release(base: BaseModel, text_is_cached: bool) -> None:
+    """Gives back the memory of the parts that a run without samples has no more use for.
+
+    Args:
+        base: it can no longer draw or encode.
+        text_is_cached: whether the text encoders have said all they have to say.
+    """
+    done = [base.pipe.vae, *(encoder for _, _, encoder in base.text_parts() if text_is_cached)]
+    for part in done:
+        part.to("meta")
+
+
+def check_attention(attention: str, device: torch.device) -> None:
+    """Raises ConfigError when a kernel of attention cannot be had."""
+    if attention == "sdpa":
+        return
+    if device.type != "cuda":
+        raise ConfigError(
+            f"attention is {attention!r}, which needs a GPU, and there is none. Take sdpa: it runs everywhere."
+        )
+    if attention == "xformers":
+        from importlib.util import find_spec
+
+        if find_spec("xformers") is None:
+            raise ConfigError("attention is 'xformers', which is not installed: pip install 'visionlora[xformers]'.")
+
+
+@contextmanager
+def attention_kernel(attention: str) -> Iterator[None]:
+    """Meanwhile torch takes its flash kernel alone, where that was asked for."""
+    if attention != "flash":
+        yield
+        return
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        yield
