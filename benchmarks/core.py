@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from visionlora.lora.config import AdapterConfig
 from visionlora.lora.inject import attach, inject
+from visionlora.training.memory import bytes_kept
 
 TURNS = 5
 RANK = 8
@@ -47,22 +48,6 @@ def take_turns(contestants: dict[str, Callable[[], object]], turns: int = TURNS)
             if turn:
                 seconds[name].append(time.perf_counter() - start)
     return {name: statistics.median(values) for name, values in seconds.items()}
-
-
-def bytes_kept(model: nn.Module, run: Callable[[], Tensor]) -> int:
-    """Bytes that a forward pass keeps for backward, each storage once, those of parameters not counted."""
-    storages: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        out = run()
-    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept = sum(size for where, size in storages.items() if where not in parameters)
-    del out
-    return kept
 
 
 def sharing(model: nn.Module, build: Callable[[], nn.Module]) -> nn.Module:

@@ -14,15 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from visionlora.pipelines.train_sd import Ready, default_prompts, material_of, new_adapter, prepare
 
 from visionlora.config import TrainSDConfig
 from visionlora.data.buckets import Size
 from visionlora.data.cache import TensorCache
-from visionlora.data.images import decode
 from visionlora.diffusion.encode import encode_dataset
 from visionlora.diffusion.sampling import SamplingConfig, draw
 from visionlora.diffusion.settings import attention_kernel, captions_of, plan_of
-from visionlora.pipelines.train_sd import Ready, default_prompts, material_of, new_adapter, prepare
 from visionlora.report.listener import Listener
 from visionlora.report.resume import begin, holding
 from visionlora.training.loop import Fit, process_state
@@ -67,8 +66,8 @@ class Estimate:
             f"Targets     {self.targets}: {self.layers} layers, {self.trained_parameters:,} parameters train",
             f"Pictures    {sum(self.sizes.values())}, width x height in px: {sizes}",
             f"Steps       {self.steps} of {self.pictures_per_step} pictures, {self.epochs:.1f} times over all pictures",
-            f"Time        {self.seconds / 60:.1f} minutes: {self.step_seconds:.2f} s a step, {self.encoding_seconds:.0f} s to encode, "
-            f"{self.drawing_seconds:.0f} s for samples",
+            f"Time        {self.seconds / 60:.1f} minutes: {self.step_seconds:.2f} s a step, "
+            f"{self.encoding_seconds:.0f} s to encode, {self.drawing_seconds:.0f} s for samples",
             f"Memory      {self.peak_bytes / 2**30:.2f} GiB at the peak, of the {self.device}",
         ]
 
@@ -87,7 +86,7 @@ def dry_run(config: TrainSDConfig, listener: Listener | None = None) -> Estimate
         ready = dataclasses.replace(ready, config=dataclasses.replace(ready.config, rank=ready.adapter.rank))
     config, items = ready.config, ready.folder.items
     plan = plan_of(config, ready.base, ready.size)
-    framings = [plan.framing(decode(item.path)) for item in items]
+    framings = [plan.framing(item) for item in items]
     sizes: dict[Size, int] = {}
     for framing in framings:
         sizes[framing.bucket] = sizes.get(framing.bucket, 0) + 1
@@ -113,7 +112,7 @@ def dry_run(config: TrainSDConfig, listener: Listener | None = None) -> Estimate
         drawing = 0.0
         if config.sample_columns:
             learning.learner.model.eval()
-            prompts = config.sample_prompts or default_prompts(ready.folder)
+            prompts = config.sample_prompts or default_prompts(config, ready.folder)
             one = SamplingConfig(1, config.guidance_scale or 1.0, config.seed)
             drawing = timed(lambda: draw(ready.base, prompts, ready.size, one), ready)
     columns = config.sample_columns + 1 if config.sample_columns else 0

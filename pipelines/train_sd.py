@@ -5,10 +5,15 @@ The whole of `visionlora train-sd`, one stage after the other; each stage hands 
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from visionlora.config import TrainSDConfig
 from visionlora.data.buckets import described
@@ -44,6 +49,8 @@ from visionlora.report.sd_fitting import Fitting
 from visionlora.report.sd_run import header, learned_from, public_metadata, report
 from visionlora.training.learner import JointLearner, Part
 from visionlora.training.loop import new_accelerator, process_state, recent_loss
+from visionlora.training.memory import at_once, bytes_kept, free_memory
+from visionlora.training.order import generator_at
 from visionlora.training.settings import adapter_config, automatic_ranks, loop_config, suited, text_adapter_config
 
 
@@ -73,16 +80,18 @@ def train_sd(config: TrainSDConfig, listener: Listener | None = None) -> RunResu
     start = begin(config, "sd", tell)
     ready = prepare(start, tell)
     config, base, accelerator = ready.config, ready.base, ready.accelerator
-    loop = loop_config(config)
 
     # Latents and text, adapter; from here on the run leaves files
     material = encode(ready, tell)
     learning = new_adapter(ready, material, tell)
+    if config.auto_batch and start.state is None:
+        config = batch_in_memory(ready, material, learning, tell)
+    loop = loop_config(config)
     run = start.open(config) if accelerator.is_main_process else RunFolder(start.folder)
     accelerator.wait_for_everyone()
 
     # Training
-    prompts = config.sample_prompts or default_prompts(ready.folder)
+    prompts = config.sample_prompts or default_prompts(config, ready.folder)
     settings = SamplingConfig(config.sample_steps, config.guidance_scale or 1.0, config.seed)
     sheet = SampleSheet(base, learning.learner, prompts, ready.size, settings, run, tell)
     fitting = Fitting(
@@ -348,6 +357,24 @@ def new_adapter(ready: Ready, material: Material, tell: Listener) -> Learning:
     return Learning(JointLearner(model, parts), handle, others, ready.word, adapter)
 
 
+def batch_in_memory(ready: Ready, material: Material, learning: Learning, tell: Listener) -> TrainSDConfig:
+    """The settings with as many pictures at once as fit; a step has as many as before, so it learns the same."""
+    config, model = ready.config, learning.learner.model
+    task = material.task(learning.learner)
+    largest = max(range(len(material.data)), key=lambda i: math.prod(material.data.framings[i].bucket))
+
+    def one() -> Tensor:
+        with ready.accelerator.autocast():
+            return task.losses(model, torch.tensor([largest]), generator_at(config.seed, 0), slice(0, 1)).sum()
+
+    kept, free = bytes_kept(model, one), free_memory(ready.accelerator.device)
+    together = (config.batch_size or 1) * config.gradient_accumulation
+    count = at_once(together, kept, free)
+    room = "" if free is None else f" of {free / 2**30:.1f} GiB free"
+    tell.say(f"A picture keeps {kept / 2**20:.0f} MiB{room}: {count} of the {together} pictures of a step at once.")
+    return dataclasses.replace(config, batch_size=count, gradient_accumulation=together // count, auto_batch=False)
+
+
 # ----------------------------------------------------------------------------------------------------------- pictures
 
 
@@ -357,7 +384,9 @@ def held_out(folder: ImageFolder, config: TrainSDConfig) -> tuple[ImageFolder, t
         return hold_out(folder, config.val_share, config.seed)
     if config.validation is None:
         return folder, ()
-    apart = read_image_folder(Path(config.validation), config.prompt, skip_broken=config.skip_broken)
+    apart = read_image_folder(
+        Path(config.validation), config.prompt, captions=config.captions, skip_broken=config.skip_broken
+    )
     known = {item.sha256: item.path for item in folder.items}
     if doubles := [item.path.name for item in apart.items if item.sha256 in known]:
         raise DataError(
@@ -367,6 +396,7 @@ def held_out(folder: ImageFolder, config: TrainSDConfig) -> tuple[ImageFolder, t
     return folder, apart.items
 
 
-def default_prompts(folder: ImageFolder) -> tuple[str, ...]:
-    """Up to four different captions of the training pictures."""
-    return tuple(dict.fromkeys(item.caption for item in folder.items))[:4]
+def default_prompts(config: TrainSDConfig, folder: ImageFolder) -> tuple[str, ...]:
+    """Up to four different captions of the training pictures, as the model sees them."""
+    different = list({item.caption: item for item in folder.items}.values())[:4]
+    return tuple(variants[0] for variants in captions_of(config, different))

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 from visionlora.loaders import load_adapter
@@ -17,7 +18,8 @@ def train(cli, tiny_model: Path, dogs: Path, tmp_path: Path):
     """Trains on three dogs with these settings; gives what was said and the run folder."""
 
     def run(*settings: str, name: str = "r") -> tuple[str, Path]:
-        code, out, err = cli("train-sd", "--images", dogs, "--model", tiny_model, "--output", tmp_path / name, *SMALL, *settings)
+        given = ("--images", dogs, "--model", tiny_model, "--output", tmp_path / name, *SMALL, *settings)
+        code, out, err = cli("train-sd", *given)
         assert code == 0, err
         return out, tmp_path / name
 
@@ -35,6 +37,14 @@ def test_every_objective_at_once(train) -> None:
                            "picture_variants=3", name="b")[1])  # fmt: skip
     assert len(plain) == len(changed) == 3 and all(np.isfinite(changed))
     assert plain != changed
+
+
+def test_as_many_pictures_at_once_as_fit(train) -> None:
+    out, run = train("auto_batch=true", "gradient_accumulation=3", name="a")
+    assert "6 of the 6 pictures of a step at once" in out
+    told = yaml.safe_load((run / "config.yaml").read_text())
+    assert (told["batch_size"], told["gradient_accumulation"], told["auto_batch"]) == (6, 1, False)
+    assert losses(run) == pytest.approx(losses(train("gradient_accumulation=3", name="b")[1]), rel=1e-4)
 
 
 def test_memory_is_spared_and_the_steps_are_the_same(train) -> None:

@@ -131,7 +131,9 @@ def test_what_cannot_be_resumed(tiny_model: Path, dogs: Path, tmp_path: Path, wh
     before = (folder / "checkpoints" / "state.pt").read_bytes()
     for picture in dogs.glob("*.png"):
         picture.with_suffix(".txt").write_text("a spotted dog")
-    with pytest.raises(ConfigError, match=r"changed .*0 added, 0 removed, 3 with other captions.*go on with them by --force"):
+    with pytest.raises(
+        ConfigError, match=r"changed .*0 added, 0 removed, 3 with other captions.*go on with them by --force"
+    ):
         train_sd(resumed(folder))
     assert (folder / "checkpoints" / "state.pt").read_bytes() == before
 
@@ -336,7 +338,19 @@ def test_a_limit_on_the_size_of_files(tiny_model: Path, dogs: Path, tmp_path: Pa
     code = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
     code += "from visionlora.cli.main import main\nmain()"
     words = [f"{name}={value}" for name, value in SETTINGS.items()]
-    command = [sys.executable, "-c", code, "train-sd", "--images", dogs, "--model", tiny_model, "--output", "cut", *words]
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        "train-sd",
+        "--images",
+        dogs,
+        "--model",
+        tiny_model,
+        "--output",
+        "cut",
+        *words,
+    ]
     done = subprocess.run([*map(str, command)], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("Error:")]

@@ -33,7 +33,9 @@ def copy_config(
     if target.exists():
         raise ConfigError(f"{target} exists already; name another file: visionlora copy-config {name} FILE.")
     target.write_text(config_text(name), encoding="utf-8")
-    typer.echo(f"Wrote {target}. Use it: visionlora {commands_for(read_yaml(name))[0]} --images FOLDER --config {target}")
+    typer.echo(
+        f"Wrote {target}. Use it: visionlora {commands_for(read_yaml(name))[0]} --images FOLDER --config {target}"
+    )
 
 
 def check(

@@ -90,6 +90,8 @@ class TrainSDConfig(TrainingConfig):
     """Pictures that the folder should hold."""
     prior_weight: float = 1.0
     """Weight of the class beside the subject."""
+    auto_batch: bool = False
+    """Pass as many pictures of a step through the model at once as fit in memory; batch_size x gradient_accumulation stays."""
     gradient_checkpointing: bool = False
     """Compute activations twice instead of keeping them: a third slower, far less memory."""
     base_precision: str = "auto"

@@ -9,8 +9,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from PIL import Image
-
 from visionlora.errors import ConfigError
 
 Size = tuple[int, int]
@@ -41,9 +39,9 @@ class Framing:
         return self.resized[0] > self.original[0]
 
 
-def framing(picture: Image.Image, bucket: Size) -> Framing:
-    """The centre of a picture in a bucket: the side that has less to spare is made to fit, the other is cut."""
-    w, h = picture.size
+def framing(size: Size, bucket: Size) -> Framing:
+    """The centre of a picture of a size in a bucket: the side that has less to spare is made to fit, the other is cut."""
+    h, w = size
     scale = max(bucket[0] / h, bucket[1] / w)
     resized = (max(bucket[0], round(h * scale)), max(bucket[1], round(w * scale)))
     corner = ((resized[0] - bucket[0]) // 2, (resized[1] - bucket[1]) // 2)

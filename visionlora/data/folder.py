@@ -56,6 +56,8 @@ class ImageItem:
     """A grey picture, white where to learn; the file itself where its alpha channel says it. See `masks.mask_of`."""
     mask_sha256: str | None = None
     """Of that file's bytes, in hex."""
+    size: tuple[int, int] | None = field(default=None, compare=False)
+    """Height and width of the upright picture, px; None where nobody has looked."""
     name: str = field(default="", compare=False)
     """How messages and run folders name it: its path in the folder, or the row of a parquet file."""
 
@@ -207,6 +209,8 @@ class _Looks:
     sha256: dict[str, str] = field(default_factory=dict)
     masks: dict[str, tuple[Path, str]] = field(default_factory=dict)
     """File of the mask and its hash."""
+    sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Height and width."""
     hashes: dict[str, int] = field(default_factory=dict)
     thumbnails: dict[str, npt.NDArray[np.uint8]] = field(default_factory=dict)
 
@@ -333,7 +337,7 @@ def _checked(source: _Source, before: int, total: int, progress: Callable[[int, 
         except DataError as error:
             source.problems.append(str(error))
         else:
-            looks.sha256[name] = sha256
+            looks.sha256[name], looks.sizes[name] = sha256, decoded.image.size[::-1]
             looks.hashes[name], looks.thumbnails[name] = looks_of(decoded.image)
             if decoded.note:
                 converted.setdefault(decoded.note, []).append(name)
@@ -374,8 +378,9 @@ def _caption(source: _Source, looks: _Looks) -> None:
             path, name_of_all = source.pictures[name], source.name_of(name)
             mask, mask_sha256 = looks.masks.get(name, (None, None))
             item = ImageItem(
-                path, texts[name], looks.sha256[name], source.config.repeats, mask, mask_sha256, name=name_of_all
-            )
+                path, texts[name], looks.sha256[name], source.config.repeats, mask, mask_sha256,
+                size=looks.sizes[name], name=name_of_all,
+            )  # fmt: skip
             source.items.append(item)
 
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
 from torch import Tensor
 
 from visionlora.data.augment import Variant
@@ -44,12 +43,12 @@ class Plan:
     variants: tuple[Variant, ...] = (Variant(),)
     """What is made of each picture, one of which is drawn each time."""
 
-    def framing(self, picture: Image.Image) -> Framing:
+    def framing(self, item: ImageItem) -> Framing:
         """Of one picture."""
+        size = item.size or decode(item.path).size[::-1]
         if self.step is None:
-            return framing(picture, (self.resolution, self.resolution))
-        w, h = picture.size
-        return framing(picture, bucket_of((h, w), self.resolution, self.step, self.upscale))
+            return framing(size, (self.resolution, self.resolution))
+        return framing(size, bucket_of(size, self.resolution, self.step, self.upscale))
 
 
 @dataclass(frozen=True)
@@ -208,7 +207,7 @@ def encode_dataset(
     plan = Plan(plan) if isinstance(plan, int) else plan
     cache = cache or TensorCache(default_cache_folder())
     everything = (*items, *class_items)
-    framings = tuple(plan.framing(decode(item.path)) for item in everything)
+    framings = tuple(plan.framing(item) for item in everything)
 
     def told(what: str) -> Callable[[int, int], None] | None:
         return None if progress is None else lambda done, total: progress(what, done, total)

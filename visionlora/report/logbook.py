@@ -117,10 +117,11 @@ class Logbook:
         if what:
             self.changes.append({"step": self.fit.step, "what": what})
             self.tell.say(f"Going on with changes: {'; '.join(what)}.")
-        if self.run is not None and (text := to_yaml(self.config)) != (self.run.path / "config.yaml").read_text("utf-8"):
-            self.run.write_text("config.yaml", text)
         self.history = [Progress(**p) for p in kept["history"]]
         self.tell.say(f"Going on at step {self.fit.step} of {self.fit.config.steps}.")
         if self.run is not None:
+            text, file = to_yaml(self.config), self.run.path / "config.yaml"
+            if text != file.read_text(encoding="utf-8"):
+                self.run.write_text(file.name, text)
             self.run.write_jsonl("metrics.jsonl", [dataclasses.asdict(p) for p in self.history])
         return bool(what)

@@ -35,15 +35,19 @@ def ranks_of(config: TrainSDConfig, handle: Handle) -> str:
 
 
 def data_hash(folder: ImageFolder) -> str:
-    """SHA-256 over the content hashes and captions of the training pictures."""
-    lines = sorted(f"{item.sha256} {item.caption}" for item in folder.items)
+    """SHA-256 over the training pictures: their contents and masks, captions, and how often each counts."""
+    lines = sorted(f"{item.content} {item.repeats} {item.caption}" for item in folder.items)
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def learned_from(folder: ImageFolder, apart: Sequence[ImageItem]) -> LearnedFrom:
     """What a run learns from, and by which pictures it is judged."""
     sides = (("train", folder.items), ("val", apart))
-    pictures = tuple((item.sha256, side, item.caption) for side, items in sides for item in items)
+    pictures = tuple(
+        (item.sha256, side, f"{item.caption} {item.repeats} {item.mask_sha256 or ''}".rstrip())
+        for side, items in sides
+        for item in items
+    )
     return LearnedFrom(data_hash(folder), pictures)
 
 

@@ -24,16 +24,16 @@ def item(tmp_path: Path) -> ImageItem:
 
 @pytest.mark.parametrize("size", [(32, 32), (40, 48), (40, 60), (64, 96)])
 def test_the_plain_variant_is_the_centre(item: ImageItem, size: tuple[int, int]) -> None:
-    made = Variant().make(item, framing(decode(item.path), size))
+    made = Variant().make(item, framing(decode(item.path).size[::-1], size))
     assert made.pixels.shape == (*size, 3) and made.mask.shape == size
     difference = np.abs(made.pixels.astype(int) - fit(decode(item.path), size))
     assert difference.max() <= 40 and difference.mean() < 4, "to the rounding of the box"
-    mirrored = Variant(mirrored=True).make(item, framing(decode(item.path), size))
+    mirrored = Variant(mirrored=True).make(item, framing(decode(item.path).size[::-1], size))
     assert np.array_equal(mirrored.pixels, made.pixels[:, ::-1]) and np.array_equal(mirrored.mask, made.mask[:, ::-1])
 
 
 def test_the_mask_is_cut_as_the_picture_is(item: ImageItem) -> None:
-    f = framing(decode(item.path), (40, 40))
+    f = framing(decode(item.path).size[::-1], (40, 40))
     for variant in (Variant(), *(Variant(n, random_crop=True) for n in range(4))):
         made = variant.make(item, f)
         whole = np.asarray(decode(item.path))
@@ -43,7 +43,7 @@ def test_the_mask_is_cut_as_the_picture_is(item: ImageItem) -> None:
 
 
 def test_chance_repeats_and_differs(item: ImageItem) -> None:
-    f = framing(decode(item.path), (32, 32))
+    f = framing(decode(item.path).size[::-1], (32, 32))
     made = [Variant(n, random_crop=True, colour_jitter=0.3).make(item, f) for n in (0, 1, 2, 0)]
     assert np.array_equal(made[0].pixels, made[3].pixels)
     assert len({m.pixels.tobytes() for m in made}) == 3

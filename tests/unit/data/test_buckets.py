@@ -3,7 +3,6 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
 
 from visionlora.data.buckets import LONGEST, Framing, bucket_of, check_step, described, framing
 from visionlora.errors import ConfigError
@@ -29,7 +28,7 @@ def test_a_turned_picture_has_the_turned_bucket(h: int, w: int, upscale: bool) -
 
 @given(SIDES, SIDES)
 def test_what_is_cut_lies_within_the_picture(h: int, w: int) -> None:
-    f = framing(Image.new("1", (w, h)), bucket_of((h, w), 512, 64))
+    f = framing((h, w), bucket_of((h, w), 512, 64))
     assert all(0 <= c <= r - b for c, r, b in zip(f.corner, f.resized, f.bucket, strict=True))
     # One side is made to fit, to a pixel of rounding.
     assert min(r - b for r, b in zip(f.resized, f.bucket, strict=True)) <= 1
@@ -44,7 +43,7 @@ def test_known_shapes() -> None:
 
 
 def test_what_sdxl_is_told() -> None:
-    f = framing(Image.new("RGB", (1920, 1080)), (768, 1344))
+    f = framing((1080, 1920), (768, 1344))
     assert f == Framing((1080, 1920), (768, 1365), (768, 1344), (0, 10))
     assert f.conditions == (1080, 1920, 0, 10, 768, 1344)
 
@@ -59,7 +58,7 @@ def test_a_step_that_does_not_fit_the_model() -> None:
 
 def test_the_report_says_what_became_of_each() -> None:
     def at(w: int, h: int, bucket: tuple[int, int]) -> Framing:
-        return framing(Image.new("1", (w, h)), bucket)
+        return framing((h, w), bucket)
 
     assert described([("a", at(512, 512, (512, 512)))]) == []
     lines = described(

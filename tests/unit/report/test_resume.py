@@ -186,7 +186,11 @@ def test_a_run_that_trains_right_now_is_left_alone() -> None:
 
 def test_a_decorated_function_lets_go_of_its_folders() -> None:
     Path("r").mkdir()
-    asked = [sys.executable, "-c", "from pathlib import Path; from visionlora.atomic import hold; print(hold(Path('r')))"]
+    asked = [
+        sys.executable,
+        "-c",
+        "from pathlib import Path; from visionlora.atomic import hold; print(hold(Path('r')))",
+    ]
 
     @holding
     def trains() -> str:
@@ -299,7 +303,9 @@ def test_a_run_of_another_command(given: dict[str, str]) -> None:
 def test_a_run_with_settings_of_a_newer_version() -> None:
     folder = a_run("r")
     (folder / "config.yaml").write_text((folder / "config.yaml").read_text() + "telepathy: true\n")
-    with pytest.raises(RunFolderError, match=r"does not know: telepathy\. Another version made it; go on with that one"):
+    with pytest.raises(
+        RunFolderError, match=r"does not know: telepathy\. Another version made it; go on with that one"
+    ):
         started(resume="r")
 
 
@@ -328,7 +334,9 @@ def test_the_state_before_stands_in_for_one_that_cannot_be_read(damage: str) -> 
         state.write_bytes(whole[:at] + (b"" if damage == "cut" else bytes([whole[at] ^ 1]) + whole[at + 1 :]))
     found, (line,) = started(resume="r")
     assert found.state is not None and found.state["step"] == 4
-    assert line.startswith(f"The checkpoint {state} cannot be read (") and line.endswith("going on with the one before.")
+    assert line.startswith(f"The checkpoint {state} cannot be read (") and line.endswith(
+        "going on with the one before."
+    )
     found.open(found.config)
     assert state.read_bytes() == good and not state.with_name(PREVIOUS_FILE).exists()
 
