@@ -96,3 +96,17 @@ def test_train_sd_on_two_processes(tiny_model: Path, dogs: Path, tmp_path: Path)
     launch(tmp_path, *words, "--batch-size", 4, "--output", "one", processes=1)
     launch(tmp_path, *words, "--batch-size", 2, "--output", "two", processes=2)
     check_same_adapter(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.slow
+def test_sizes_and_text_encoders_on_two_processes(tiny_model: Path, dogs: Path, tmp_path: Path) -> None:
+    from PIL import Image
+
+    for i in range(3):
+        Image.effect_noise((64, 32), 40 + 20 * i).convert("RGB").save(dogs / f"wide{i}.png")
+    words = ["train-sd", "--images", dogs, "--model", tiny_model, "--steps", 6, "--rank", 2, "sample_steps=1",
+             "sample_columns=1", "learning_rate=0.001", "train_text_encoder=true", "text_encoder_stop=0.5",
+             "token=<it>", "--prompt", "a <it> dog", "prior_prompt=a dog"]  # fmt: skip
+    launch(tmp_path, *words, "--batch-size", 4, "--output", "one", processes=1)
+    launch(tmp_path, *words, "--batch-size", 2, "--output", "two", processes=2)
+    check_same_adapter(tmp_path / "one", tmp_path / "two")

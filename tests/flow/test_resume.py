@@ -303,29 +303,30 @@ def test_a_state_that_cannot_be_read_costs_one_checkpoint(
 # ----------------------------------------------------------------------------------------------------------- full disk
 
 
-@pytest.mark.parametrize("share", [0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95])
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.5, 0.7, 0.9])
 def test_a_disk_that_is_full_at_any_write(
-    tiny_model: Path, dogs: Path, tmp_path: Path, whole: Path, share: float, monkeypatch: pytest.MonkeyPatch
+    tiny_model: Path, dogs: Path, tmp_path: Path, share: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The run ends with one sentence; what was written before is whole, and from there it ends in the same bytes."""
-    real, writes = os.fsync, 0
+    real, writes, last = os.fsync, 0, math.inf
 
-    def counted(descriptor: int, last: float = math.inf) -> None:
+    def counted(descriptor: int) -> None:
         nonlocal writes
         writes += 1
         if writes > last:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         real(descriptor)
 
+    monkeypatch.setenv("VISIONLORA_CACHE", str(tmp_path / "no" / "cache"))
+    (tmp_path / "no").write_text("a file, so that nothing is cached")
     monkeypatch.setattr(os, "fsync", counted)
-    train_sd(config(tiny_model, dogs, tmp_path / "counted"))
+    whole = train_sd(config(tiny_model, dogs, tmp_path / "whole")).folder
     last, writes = int(writes * share), 0
-    monkeypatch.setattr(os, "fsync", lambda descriptor: counted(descriptor, last))
     with pytest.raises(VisionLoRAError, match="No space left on device") as caught:
         train_sd(config(tiny_model, dogs, tmp_path / "cut"))
     assert caught.value.exit_code == 1 and "\n" not in str(caught.value)
-    monkeypatch.setattr(os, "fsync", real)
     assert not list((tmp_path / "cut").rglob("*.tmp"))
+    last = math.inf
     train_sd(config(tiny_model, dogs, tmp_path / "cut", resume="auto"))
     for name in FILES:
         assert (tmp_path / "cut" / name).read_bytes() == (whole / name).read_bytes(), name
@@ -333,8 +334,8 @@ def test_a_disk_that_is_full_at_any_write(
 
 @pytest.mark.slow
 def test_a_limit_on_the_size_of_files(tiny_model: Path, dogs: Path, tmp_path: Path, whole: Path, cli) -> None:
-    """The real command under a limit that the first checkpoints keep and a later one does not."""
-    limit = (whole / "checkpoints" / "state.pt").stat().st_size - 1
+    """The real command under a limit that the first checkpoint keeps, and later ones with the optimizer's state do not."""
+    limit = (whole / "checkpoints" / "state.pt").stat().st_size * 3 // 4
     code = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
     code += "from visionlora.cli.main import main\nmain()"
     words = [f"{name}={value}" for name, value in SETTINGS.items()]
@@ -388,17 +389,24 @@ for line in sys.stdin:
 KILLS = 24
 
 
-@pytest.mark.slow
-def test_killed_at_random_moments(tiny_model: Path, dogs: Path, tmp_path: Path) -> None:
-    """SIGKILL again and again, wherever the run then is, each time started again with the same words."""
-    settings = {**SETTINGS, "steps": 60, "checkpoints": 30, "sample_columns": 3}
-    words = ["--images", str(dogs), "--model", str(tiny_model), *(f"{k}={v}" for k, v in settings.items())]
+@pytest.fixture
+def server(tmp_path: Path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    server = subprocess.Popen(
-        [sys.executable, "-c", SERVER], cwd=tmp_path, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        stderr=(tmp_path / "errors.txt").open("w"), text=True,
-    )  # fmt: skip
-    assert server.stdin is not None and server.stdout is not None
+    with (
+        (tmp_path / "errors.txt").open("w") as errors,
+        subprocess.Popen(
+            [sys.executable, "-c", SERVER], cwd=tmp_path, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=errors, text=True,
+        ) as process,
+    ):  # fmt: skip
+        yield process
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments(tiny_model: Path, dogs: Path, tmp_path: Path, server: subprocess.Popen) -> None:
+    """SIGKILL again and again, wherever the run then is, each time started again with the same words."""
+    settings = {**SETTINGS, "steps": 30, "checkpoints": 15}
+    words = ["--images", str(dogs), "--model", str(tiny_model), *(f"{k}={v}" for k, v in settings.items())]
 
     def run(output: str, after: float | None = None) -> int:
         """Runs the command, and kills it after so many seconds."""
@@ -427,7 +435,7 @@ def test_killed_at_random_moments(tiny_model: Path, dogs: Path, tmp_path: Path) 
     dice, moments, number = random.Random(0), [], 0
     while len(moments) < KILLS:
         folder = tmp_path / f"cut{number}"
-        if run(folder.name, dice.uniform(0.0, 0.8) * length) == 0:
+        if run(folder.name, dice.uniform(0.0, 0.7) * length) == 0:
             check_bytes(folder.name)
             number += 1
             continue
@@ -436,6 +444,3 @@ def test_killed_at_random_moments(tiny_model: Path, dogs: Path, tmp_path: Path) 
     assert run(folder.name) == 0
     check_bytes(folder.name)
     assert len(set(moments)) >= 6, f"the kills fell on too few moments: {moments}"
-    server.stdin.close()
-    server.wait(timeout=60)
-    server.stdout.close()

@@ -59,11 +59,12 @@ class Trackers:
         logs.mkdir(exist_ok=True)
         os.environ.setdefault("TRACKIO_DIR", str(logs.resolve() / "trackio"))  # it has no argument for it
         common = {"name": folder.resolve().name, "config": dict(self.settings), "resume": "allow"}
-        own = {
+        own: dict[str, dict[str, Any]] = {
             "tensorboard": {"purge_step": step},  # what a run wrote after its last checkpoint comes again
-            "wandb": {**common, "dir": str(logs), "id": run_id(logs)},
             "trackio": common,
         }
+        if "wandb" in map(str, self.accelerator.log_with):
+            own["wandb"] = {**common, "dir": str(logs), "id": run_id(logs)}
         try:
             self.accelerator.init_trackers(PROJECT, init_kwargs=own)
         except Exception as e:

@@ -120,28 +120,34 @@ def process_state() -> Any:
     return PartialState(cpu=several and not torch.cuda.is_available())
 
 
-def new_accelerator(precision: str, trackers: Sequence[str] = (), folder: Path | None = None) -> Any:
+def new_accelerator(
+    precision: str, trackers: Sequence[str] = (), folder: Path | None = None, parts_stop: bool = False
+) -> Any:
     """An `accelerate.Accelerator`, also when the last run of this process had another precision.
 
     Args:
         precision: see `resolve_precision`.
         trackers: words of accelerate; they are started when the first number is logged.
         folder: of the run, under whose logs/ they write.
+        parts_stop: whether some of what trains stops on the way, which several processes must expect.
 
     Raises:
         ConfigError: see `resolve_precision`.
     """
-    from accelerate import Accelerator
+    from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.state import AcceleratorState
 
     mixed_precision = resolve_precision(precision, process_state().device)
     AcceleratorState._reset_state()  # it remembers the first precision; the processes' own state is left alone
+    handlers = [DistributedDataParallelKwargs(find_unused_parameters=True)] if parts_stop else []
     if not trackers or folder is None:
-        return Accelerator(mixed_precision=mixed_precision)
+        return Accelerator(mixed_precision=mixed_precision, kwargs_handlers=handlers)
     from accelerate.utils import ProjectConfiguration
 
     places = ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / "logs"))
-    return Accelerator(mixed_precision=mixed_precision, log_with=list(trackers), project_config=places)
+    return Accelerator(
+        mixed_precision=mixed_precision, log_with=list(trackers), project_config=places, kwargs_handlers=handlers
+    )
 
 
 class NotFinite(TrainingError):

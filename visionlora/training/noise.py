@@ -104,7 +104,9 @@ class GradientNoise:
         if signal > 2 * error:
             return NoiseScale(noise / signal, False)
         most = max(signal, 0.0) + 2 * error
-        return NoiseScale(noise / most, True) if most else None
+        if not most or noise / most < self.batch:  # a bound that tells nothing
+            return None
+        return NoiseScale(noise / most, True)
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint."""

@@ -77,7 +77,8 @@ def suited(config: C, suggested: Mapping[str, Any]) -> tuple[C, tuple[str, ...]]
         return chosen, ()
     parts = [f"Optimizer {config.optimizer}", f"schedule {chosen.schedule}"]
     if "learning_rate" in filled:
-        why = "a factor on the rate that it finds itself" if word.finds_rate else f"{word.rate:g} of what suits adamw"
+        share = "what" if word.rate == 1 else f"{word.rate:g} of what"
+        why = "a factor on the rate that it finds itself" if word.finds_rate else f"{share} suits adamw"
         parts.append(f"learning_rate {chosen.learning_rate:g} ({why})")
     return chosen, (", ".join(parts) + ".",)
 

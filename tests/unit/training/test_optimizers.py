@@ -164,7 +164,7 @@ def test_an_error_while_it_is_looked_at_leaves_it_in_training() -> None:
 @pytest.mark.parametrize(
     ("given", "filled", "note"),
     [
-        ({}, {"learning_rate": 1e-3, "schedule": "cosine", "steps": 9}, None),
+        ({}, {"learning_rate": 1e-3, "schedule": "cosine", "steps": 9}, ""),
         (
             {"optimizer": "prodigy"},
             {"learning_rate": 1.0, "schedule": "constant"},
@@ -180,13 +180,17 @@ def test_an_error_while_it_is_looked_at_leaves_it_in_training() -> None:
             {"learning_rate": 2e-4, "schedule": "cosine"},
             "Optimizer lion, schedule cosine, learning_rate 0.0002 (0.2 of what suits adamw).",
         ),
-        ({"optimizer": "schedulefree", "steps": 5}, {"schedule": "constant", "steps": 5}, None),
+        (
+            {"optimizer": "schedulefree", "steps": 5},
+            {"schedule": "constant", "steps": 5},
+            "Optimizer schedulefree, schedule constant, learning_rate 0.001 (what suits adamw).",
+        ),
     ],
 )
-def test_what_is_left_open_suits_the_optimizer(given: dict, filled: dict, note: str | None) -> None:
+def test_what_is_left_open_suits_the_optimizer(given: dict, filled: dict, note: str) -> None:
     config, notes = suited(TrainSDConfig(images="x", **given), {"learning_rate": 1e-3, "steps": 9, "batch_size": 2})
     assert {name: getattr(config, name) for name in filled} == pytest.approx(filled)
-    assert note is None or notes == (note,)
+    assert notes == ((note,) if note else ())
     assert loop_config(config).schedule == config.schedule
 
 
