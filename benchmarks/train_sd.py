@@ -11,7 +11,7 @@
 
 The first three measure whole processes, from a folder of 8 captioned pictures to a saved adapter file: wall time and peak
 memory, starting Python and opening the model included. Each run is a fresh process, ours with an empty cache; the two take
-turns, and the median of 3 turns counts. Both get the same pictures, captions, seed, steps, batch, rank, targets, rate,
+`TURNS` turns, and the median counts. Both get the same pictures, captions, seed, steps, batch, rank, targets, rate,
 precision and threads; neither draws samples. The peer is `benchmarks/diffusers_lora.py`.
 
 The model of sd15 has SD 1.5's UNet, VAE and text encoder in full, except that the text encoder knows the 2,048 tokens of
@@ -51,6 +51,8 @@ STYLES, EMBEDDED = ROOT / "assets" / "styles", ROOT / "assets" / "emoji-64"
 PEER = Path(__file__).with_name("diffusers_lora.py")
 LEARNED = ("fluent-emoji-flat", "fluent-emoji-high-contrast", "fxemoji")
 PICTURES, RANK, RATE = 8, 8, 1e-4
+TURNS = 1
+"""Runs of each contestant; a run takes minutes, so that little of it is chance."""
 PEERS = (
     (1e-4, "constant"),
     (1e-3, "constant"),
@@ -91,7 +93,7 @@ class Plan:
 
     steps: int | None = None
     """In place of each part's own."""
-    turns: int = 3
+    turns: int = TURNS
     styles: Sequence[str] = LEARNED
     seeds: Sequence[int] = (0, 1, 2)
     peers: Sequence[tuple[float, str]] = PEERS

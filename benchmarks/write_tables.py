@@ -265,8 +265,9 @@ def train_sd_rows() -> list[str]:
         if "seconds" not in r:
             continue
         s, m, ratio = r["seconds"], r["peak_mib"], r["ours_over_peer"]
+        runs = f"{r['turns']} runs" if r["turns"] > 1 else "one run"
         rows.append(
-            f"| {where}, {r['resolution']} px, batch {r['batch_size']}, {r['steps']} steps | {s['ours']:.0f} s, "
+            f"| {where}, {r['resolution']} px, batch {r['batch_size']}, {r['steps']} steps, {runs} | {s['ours']:.0f} s, "
             f"{m['ours']:,.0f} MiB | {s['peer']:.0f} s, {m['peer']:,.0f} MiB | {ratio['seconds']:.2f} | {ratio['peak']:.2f} |"
         )
     return rows

@@ -303,7 +303,9 @@ class Fitting:
             backbone.depth_of, max(depths, default=-1) + 1, config.layer_decay, backbone.head, head / rate
         )
         self.fit = Fit(self.accelerator, LayeredLearner(self.handle, rate_of), loop_config(config), config.ema_decay)
-        self.log = Logbook(self.fit, self.written, self.tell, learned_from(self.material), self.material.config, self.start)
+        self.log = Logbook(
+            self.fit, self.written, self.tell, learned_from(self.material), self.material.config, self.start
+        )
 
     @property
     def written(self) -> RunFolder | None:

@@ -200,7 +200,10 @@ def prepare(start: Start[TrainSDConfig], tell: Listener) -> Ready:
     for caption, lost in cut_captions(base, [item.caption for item in folder.items]):
         tell.say(f"The caption {caption!r} is longer than the model reads; it never sees: {lost}")
     accelerator = new_accelerator(
-        config.precision, config.trackers, start.folder, parts_stop=config.train_text_encoder and config.text_encoder_stop < 1
+        config.precision,
+        config.trackers,
+        start.folder,
+        parts_stop=config.train_text_encoder and config.text_encoder_stop < 1,
     )
     prepare_model(base, config, accelerator.device, accelerator.mixed_precision)
     word = None

@@ -50,7 +50,9 @@ def test_the_memory_is_that_of_the_run(tmp_path: Path) -> None:
     dogs = Path(__file__).parents[2] / "assets" / "dog"
     words = ["train-sd", "--images", str(dogs), "--model", "emoji-64", "--steps", "20", "--batch-size", "64"]
     told, real = (
-        subprocess.run([sys.executable, "-c", MEASURED, *words, *more], cwd=tmp_path, capture_output=True, text=True).stdout
+        subprocess.run(
+            [sys.executable, "-c", MEASURED, *words, *more], cwd=tmp_path, capture_output=True, text=True
+        ).stdout
         for more in (["--dry-run"], ["--output", "run"])
     )
     estimate = figure(told, "Memory      # GiB") * 2**30

@@ -32,7 +32,9 @@ def test_a_family_trains_draws_and_loads_in_diffusers(
     encoders = ["text_encoder", "text_encoder_2"] if family == "tiny_xl" else ["text_encoder"]
     assert adapter.components == [*encoders, "unet"]
     assert sorted(adapter.embeddings["<it>"]) == encoders
-    assert all(any(m.tensors["lora_B"].abs().max() > 0 for m in adapter.component(c).values()) for c in adapter.components)
+    assert all(
+        any(m.tensors["lora_B"].abs().max() > 0 for m in adapter.component(c).values()) for c in adapter.components
+    )
     with safe_open(tmp_path / "r" / "adapter.safetensors", "pt") as file:
         told = file.metadata()
     assert told["modelspec.prediction_type"] == prediction and told["ss_base_model_version"] == version
@@ -64,7 +66,9 @@ def test_the_file_of_sdxl_gives_the_same_pictures_in_diffusers(cli, tiny_xl: Pat
     for pipe in (theirs, base.pipe):
         pipe.set_progress_bar_config(disable=True)
         found.append(
-            pipe("a dog", num_inference_steps=2, output_type="latent", generator=torch.Generator().manual_seed(0)).images
+            pipe(
+                "a dog", num_inference_steps=2, output_type="latent", generator=torch.Generator().manual_seed(0)
+            ).images
         )
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)
 
@@ -76,5 +80,7 @@ def test_what_each_picture_became_is_in_the_report(cli, tiny_model: Path, dogs: 
     code, out, err = cli("train-sd", "--images", dogs, "--model", tiny_model, "--output", tmp_path / "r", *SMALL)
     assert code == 0, err
     assert "Sizes, width x height in px: 32x32: 3, 48x16: 1 (wide.png)." in out
-    found = {i["file"]: (i["size"], i["trained_at"]) for i in json.loads((tmp_path / "r" / "run.json").read_text())["images"]}
+    found = {
+        i["file"]: (i["size"], i["trained_at"]) for i in json.loads((tmp_path / "r" / "run.json").read_text())["images"]
+    }
     assert found["wide.png"] == ([96, 32], [48, 16]) and found["0.png"] == ([32, 32], [32, 32])

@@ -32,6 +32,7 @@ def test_a_run_leaves_everything_and_its_config_runs_again_to_the_same_bytes(
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [m["step"] for m in metrics] == [1, 2, 3, 4]
     assert [p.name for p in sorted((run / "checkpoints").iterdir())] == [
+        "state-previous.pt",
         "state.pt",
         "step-000002.safetensors",
         "step-000004.safetensors",

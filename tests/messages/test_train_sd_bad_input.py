@@ -103,7 +103,10 @@ def test_odd_but_usable_pictures_train_and_are_mentioned(train, dogs: Path, tmp_
 
 
 FOLDER_CASES = {
-    "a misspelt key": ('folders=[{path: dog, promt: "a dog"}]', "folders[0].promt is not a setting. Did you mean 'prompt'?"),
+    "a misspelt key": (
+        'folders=[{path: dog, promt: "a dog"}]',
+        "folders[0].promt is not a setting. Did you mean 'prompt'?",
+    ),
     "images too": ("folders=[{path: dog}]", "folders are given too: leave one of them out"),
     "captions": ("captions=filname", "captions is 'filname'; Did you mean 'filename'?"),
     "names without words": ("captions=filename", "0.png has no words in its name; rename it after what it shows"),

@@ -10,6 +10,7 @@ the gradient changes in a few steps counts as noise.
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,10 +20,8 @@ from torch import nn
 
 WINDOW = 10
 """Steps of a window."""
-KEEP = 0.95
-"""Weight of a window against the next one: what is told is of the last twenty or so."""
-FEWEST = 4
-"""Windows before anything is told."""
+FEWEST, MOST = 4, 10
+"""Windows that are averaged: the later half of those so far, within these bounds; the gradient falls steeply at first."""
 MOST_PARAMETERS = 50_000_000
 """Beyond these, as in full fine-tuning, the sum of gradients would take too much memory."""
 FAR = 10.0
@@ -57,8 +56,8 @@ class GradientNoise:
         self.count, self.squares = 0, 0.0
         """Steps of this window so far, and the sum of their squared norms."""
         self.windows = 0
-        self.totals = dict.fromkeys(("weight", "weight2", "noise", "signal", "signal2"), 0.0)
-        """Weighted sums over windows: of 1, of the weight, of tr(S), of |G|^2 and of its square."""
+        self.last: list[tuple[float, float]] = []
+        """|G|^2 and tr(S) of the last windows, at most `MOST`; each estimate may also be negative."""
 
     @torch.no_grad()
     def add(self, norm: float, factor: float = 1.0) -> None:
@@ -85,22 +84,20 @@ class GradientNoise:
         large = float(torch.stack(torch._foreach_norm(self.sums)).double().square().sum()) / k**2
         signal = (k * large - small) / (k - 1)  # arXiv 1812.06162, eq. A.2, with batches of b and k * b
         noise = (small - large) / (1 / b - 1 / (k * b))  # eq. A.3
-        new = {"weight": 1.0, "weight2": 1.0, "noise": noise, "signal": signal, "signal2": signal**2}
-        keep = {"weight2": KEEP**2}
-        self.totals = {name: total * keep.get(name, KEEP) + new[name] for name, total in self.totals.items()}
+        self.last = [*self.last, (signal, noise)][-MOST:]
         self.windows += 1
         self.count, self.squares = 0, 0.0
         torch._foreach_zero_(self.sums)
 
     def scale(self) -> NoiseScale | None:
         """What is known up to now; None while it is too little, or without any noise."""
-        t = self.totals
-        noise = t["noise"] / t["weight"] if self.windows else 0.0
-        if self.windows < FEWEST or noise <= 0:
+        if self.windows < FEWEST:
             return None
-        signal = t["signal"] / t["weight"]
-        effective = t["weight"] ** 2 / t["weight2"]  # windows of equal weight that would tell as much
-        error = math.sqrt(max(0.0, t["signal2"] / t["weight"] - signal**2) / (effective - 1))
+        signals, noises = zip(*self.last[-max(FEWEST, self.windows // 2) :], strict=True)
+        signal, noise = statistics.fmean(signals), statistics.fmean(noises)
+        if noise <= 0:
+            return None
+        error = statistics.stdev(signals) / math.sqrt(len(signals))
         if signal > 2 * error:
             return NoiseScale(noise / signal, False)
         most = max(signal, 0.0) + 2 * error
@@ -115,7 +112,7 @@ class GradientNoise:
             "count": self.count,
             "squares": self.squares,
             "windows": self.windows,
-            "totals": self.totals,
+            "last": self.last,
         }
 
     @torch.no_grad()
@@ -125,7 +122,7 @@ class GradientNoise:
         for own, kept in zip(self.sums, state["sums"], strict=False):  # none at the end of a window
             own.copy_(kept)
         self.count, self.squares = int(state["count"]), float(state["squares"])
-        self.windows, self.totals = int(state["windows"]), {n: float(v) for n, v in state["totals"].items()}
+        self.windows, self.last = int(state["windows"]), [(float(s), float(n)) for s, n in state["last"]]
 
 
 def noise_lines(found: NoiseScale, batch: int, accumulation: int, averaged: bool, rate: float) -> tuple[str, ...]:

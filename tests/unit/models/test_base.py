@@ -122,9 +122,7 @@ def test_an_inpainting_model_is_refused(family: str, request: pytest.FixtureRequ
     weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
     tensors = load_file(weights)
     save_file({**tensors, "conv_in.weight": torch.zeros(16, 9, 3, 3)}, weights, {"format": "pt"})
-    with pytest.raises(
-        ModelError, match="is an inpainting or depth model: its UNet takes 9 channels where"
-    ):
+    with pytest.raises(ModelError, match="is an inpainting or depth model: its UNet takes 9 channels where"):
         open_base(str(folder))
 
 

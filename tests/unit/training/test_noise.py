@@ -81,8 +81,8 @@ def test_the_two_parts_are_without_bias() -> None:
         for _ in range(3):
             p.grad = (0.5 + 3 * torch.randn(2, 8, generator=random)).mean(0)
             noise.add(float(p.grad.norm()))
-        signals.append(noise.totals["signal"])
-        noises.append(noise.totals["noise"])
+        signals.append(noise.last[-1][0])
+        noises.append(noise.last[-1][1])
     for values, truth in ((signals, 2.0), (noises, 72.0)):
         found = torch.tensor(values, dtype=torch.float64)
         assert abs(found.mean() - truth) < 3 * found.std() / math.sqrt(len(values))
@@ -129,7 +129,7 @@ def test_it_goes_on_within_a_window_and_watching_changes_no_bit() -> None:
     assert all(torch.equal(a, b) for a, b in zip(first.noise.sums, kept[1], strict=True)) and kept[0]["count"] == 4
     second.restore(first.state())
     second.run(task, lambda progress: None)
-    assert second.noise.totals == whole.noise.totals and second.noise.scale() == whole.noise.scale() is not None
+    assert second.noise.last == whole.noise.last and second.noise.scale() == whole.noise.scale() is not None
 
 
 def test_a_checkpoint_of_before_it_was_watched_is_read() -> None:
@@ -171,3 +171,14 @@ def test_the_remedy_is_told_where_a_step_is_far_too_small(
     lines = noise_lines(found, 4, 2, averaged, 0.001)
     assert len(lines) == len(expected)
     assert all(words in line for words, line in zip(expected, lines, strict=True)), lines
+
+
+def test_the_steep_beginning_is_forgotten() -> None:
+    """Gradients a hundred times as large in the first windows; what is told later is of the later ones."""
+    random, p = torch.Generator().manual_seed(0), nn.Parameter(torch.zeros(8))
+    noise = GradientNoise([p], batch=4)
+    for step in range(200):
+        p.grad = (0.5 + 2 * torch.randn(4, 8, generator=random)).mean(0) if step >= 60 else torch.full((8,), 50.0)
+        noise.add(float(p.grad.norm()))
+    found = noise.scale()
+    assert not found.at_least and found.pictures == pytest.approx(16, rel=0.35)
