@@ -20,6 +20,14 @@ settings.register_profile("visionlora", derandomize=True, deadline=None, max_exa
 settings.load_profile("visionlora")
 
 MOST_THREADS = 4
+MOST_WORKERS = 4
+"""Processes that share the tests; each takes about a gigabyte."""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """How many processes `-n auto` starts."""
+    return min(MOST_WORKERS, os.cpu_count() or 1)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
