@@ -20,7 +20,7 @@ from visionlora.pipelines.train_sd import train_sd
 from visionlora.config import TrainSDConfig, build, read_yaml
 from visionlora.data.folder import read_image_folder
 from visionlora.diffusion.encode import encode_dataset
-from visionlora.diffusion.validation import Validation
+from visionlora.diffusion.validation import LEVELS, losses_at
 from visionlora.loaders import apply, load_adapter
 from visionlora.models.base import open_base
 
@@ -36,7 +36,7 @@ def held_out_loss(style: str, adapter: Path | None) -> float:
     data = encode_dataset(base, read_image_folder(STYLES / style / "heldout").items, base.resolution)
     if adapter is not None:
         apply(base, load_adapter(adapter))
-    return Validation(data, base.pipe.scheduler, seed=0).evaluate(base.pipe.unet, 0).loss
+    return float(losses_at(base.pipe.unet, base.noise_scheduler, data, LEVELS, seed=0).mean())
 
 
 def trained(style: str, seed: int, rank: int | str, folder: Path) -> tuple[float, int]:

@@ -17,7 +17,7 @@ precision and threads; neither draws samples. The peer is `benchmarks/diffusers_
 The model of sd15 has SD 1.5's UNet, VAE and text encoder in full, except that the text encoder knows the 2,048 tokens of
 the embedded model's tokenizer instead of CLIP's 49,408.
 
-quality trains on the training pictures of three styles, three seeds each, and compares the loss on 64 held-out concepts
+quality trains on the training pictures of three styles, three seeds each, and compares the loss on the held-out concepts
 at fixed timesteps and noise. The peer runs at its documented rate, 1e-4 throughout, and at the best of `PEERS`, which is
 chosen by style on the held-out pictures themselves with the first seed: that favours the peer.
 """
