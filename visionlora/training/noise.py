@@ -24,7 +24,7 @@ FEWEST, MOST = 4, 10
 """Windows that are averaged: the later half of those so far, within these bounds; the gradient falls steeply at first."""
 MOST_PARAMETERS = 50_000_000
 """Beyond these, as in full fine-tuning, the sum of gradients would take too much memory."""
-FAR = 10.0
+FAR = 50.0
 """A batch is far below the noise scale when that is so many times as large."""
 MOST_ACCUMULATION = 8
 """The most that is advised; each doubling doubles the time of a step."""

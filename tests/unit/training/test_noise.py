@@ -153,16 +153,16 @@ def test_steps_that_fp16_skips_do_not_count() -> None:
     ("found", "averaged", "expected"),
     [
         (
-            NoiseScale(39.0, False),
+            NoiseScale(190.0, False),
             False,
-            ("as large as the signal in a step of about 39 pictures; these steps had 4.",),
+            ("as large as the signal in a step of about 190 pictures; these steps had 4.",),
         ),
         (
             NoiseScale(41234.0, True),
             False,
             ("a step of at least 41,000 pictures", "accumulation=16, ema_decay=0.99, or"),
         ),
-        (NoiseScale(50.0, False), True, ("a step of about 50 pictures", "gradient_accumulation=16, or a")),
+        (NoiseScale(250.0, False), True, ("a step of about 250 pictures", "gradient_accumulation=16, or a")),
     ],
 )
 def test_the_remedy_is_told_where_a_step_is_far_too_small(
