@@ -140,6 +140,7 @@ def test_parameter_groups_give_b_alone_its_ratio() -> None:
 
 @pytest.mark.parametrize("method", ["full", "linear-probe"])
 def test_baselines_train_save_scale_and_restore(method: str, tmp_path) -> None:
+    torch.manual_seed(0)  # with some weights the first layer gets no gradient
     import visionlora as vl
 
     model = network()
