@@ -14,14 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from visionlora.pipelines.train_sd import Ready, default_prompts, material_of, new_adapter, prepare
+from visionlora.pipelines.train_sd import Ready, batch_in_memory, default_prompts, material_of, new_adapter, prepare
 
 from visionlora.config import TrainSDConfig
 from visionlora.data.buckets import Size
 from visionlora.data.cache import TensorCache
 from visionlora.diffusion.encode import encode_dataset
 from visionlora.diffusion.sampling import SamplingConfig, draw
-from visionlora.diffusion.settings import attention_kernel, captions_of, plan_of
+from visionlora.diffusion.settings import attention_kernel, captions_of, plan_of, release
 from visionlora.report.listener import Listener
 from visionlora.report.resume import begin, holding
 from visionlora.training.loop import Fit, process_state
@@ -96,14 +96,17 @@ def dry_run(config: TrainSDConfig, listener: Listener | None = None) -> Estimate
     captions = captions_of(config, some)
     with tempfile.TemporaryDirectory() as folder:
         start = time.monotonic()
-        held = config.prior_prompt is not None and config.prior_images is None
         data = encode_dataset(
             ready.base, some, plan, TensorCache(Path(folder)), captions=captions,
-            more_captions=[config.prior_prompt] if held and config.prior_prompt else [],
+            more_captions=[config.held_caption] if config.held_caption else [],
         )  # fmt: skip
         encoding = (time.monotonic() - start) / len(some)
         material = material_of(ready, data, None)
         learning = new_adapter(ready, material, tell)
+        if config.auto_batch:
+            loop = loop_config(batch_in_memory(ready, material, learning, tell))
+        if not config.sample_columns:
+            release(ready.base, text_is_cached=material.tokens is None)
         short = dataclasses.replace(loop, steps=PROBED + 1)
         fit, task = Fit(ready.accelerator, learning.learner, short, config.ema_decay), material.task(learning.learner)
         with attention_kernel(config.attention):

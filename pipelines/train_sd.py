@@ -109,7 +109,7 @@ def train_sd(config: TrainSDConfig, listener: Listener | None = None) -> RunResu
     )
     if start.state is not None:
         fitting.restore(start.state)
-    if not config.sample_columns:
+    if not config.sample_columns and accelerator.num_processes == 1:  # others' latents may have to be made here
         release(base, text_is_cached=material.tokens is None)
     if config.compile:
         base.pipe.unet.compile()
@@ -274,7 +274,7 @@ def encode(ready: Ready, tell: Listener) -> Material:
     salt = "" if ready.word is None else f"{config.token} {config.token_vectors} {config.token_initializer}"
     data = encode_dataset(
         base, ready.folder.items, plan, None, tell.progress, captions=captions, class_items=class_items, share=share,
-        more_captions=[config.prior_prompt] if config.prior_prompt is not None and not class_items else [], salt=salt,
+        more_captions=[config.held_caption] if config.held_caption else [], salt=salt,
     )  # fmt: skip
     for line in described(
         [(item.name or item.path.name, f) for item, f in zip(data.items, data.framings, strict=True)]
@@ -296,8 +296,7 @@ def material_of(ready: Ready, data: Encoded, kept: Encoded | None) -> Material:
     if kept is not None:
         own_tokens = Tokens.of(base, kept) if learns_text else None
         validation = Validation(kept, ready.noise_scheduler, config.seed, own_tokens)
-    held = config.prior_prompt is not None and config.prior_images is None
-    class_caption = data.captions.index(config.prior_prompt) if held and config.prior_prompt else None
+    class_caption = data.captions.index(config.held_caption) if config.held_caption else None
     return Material(ready, data, Tokens.of(base, data) if learns_text else None, validation, class_caption)
 
 

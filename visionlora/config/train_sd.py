@@ -125,6 +125,11 @@ class TrainSDConfig(TrainingConfig):
         path = Path(self.folders[0].path if self.folders else self.images).expanduser().resolve()
         return path.name if path.is_dir() else path.stem
 
+    @property
+    def held_caption(self) -> str | None:
+        """Caption of the class that the base's own predictions hold, where there are no pictures of it."""
+        return None if self.prior_images is not None else self.prior_prompt
+
     def rules(self) -> list[Rule]:
         """What must hold."""
         of_one = {"prompt": None, "captions": "auto", "masks": None}

@@ -7,6 +7,7 @@ follows from the picture and the number of the variant alone.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,14 +48,20 @@ class Variant:
         """Tells variants apart in the cache; the plain one is the same in every run."""
         return repr(self)
 
-    def make(self, item: ImageItem, framing: Framing) -> Made:
-        """The variant of a picture."""
-        dice = np.random.default_rng(int(hashlib.sha256(f"{item.sha256} {self.number}".encode()).hexdigest()[:16], 16))
+    def make(self, picture: Image.Image, mask: npt.NDArray[np.float32] | None, sha256: str, framing: Framing) -> Made:
+        """The variant of a picture.
+
+        Args:
+            picture: RGB.
+            mask: of the same size, (h, w) in 0 … 1.
+            sha256: of its file, from which chance follows.
+            framing: how it is cut.
+        """
+        dice = np.random.default_rng(int(hashlib.sha256(f"{sha256} {self.number}".encode()).hexdigest()[:16], 16))
         (rh, rw), (h, w) = framing.resized, framing.bucket
         top, left = framing.corner
         if self.random_crop:
             top, left = int(dice.integers(0, rh - h + 1)), int(dice.integers(0, rw - w + 1))
-        picture = decode(item.path)
         # Straight from the source box to the result, so that a strip of 1 x 10000 never becomes a giant on the way.
         box = (left * picture.width / rw, top * picture.height / rh,
                (left + w) * picture.width / rw, (top + h) * picture.height / rh)  # fmt: skip
@@ -68,13 +75,18 @@ class Variant:
             for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
                 part = enhance(part).enhance(1 + self.colour_jitter * float(dice.uniform(-1, 1)))
         pixels = np.asarray(part, dtype=np.uint8)
-        mask = mask_of(item)
         if mask is not None:
             mask = np.asarray(resized(Image.fromarray(mask, mode="F"), (w, h), box), dtype=np.float32).clip(0, 1)
         if self.mirrored:
             pixels, mask = pixels[:, ::-1], None if mask is None else mask[:, ::-1]
             left = rw - w - left
         return Made(np.ascontiguousarray(pixels), None if mask is None else np.ascontiguousarray(mask), (top, left))
+
+
+def made_of(item: ImageItem, framing: Framing, variants: Sequence[Variant]) -> list[Made]:
+    """All variants of a picture, which is read once."""
+    picture, mask = decode(item.path), mask_of(item)
+    return [variant.make(picture, mask, item.sha256, framing) for variant in variants]
 
 
 def resized(picture: Image.Image, size: tuple[int, int], box: tuple[float, ...]) -> Image.Image:

@@ -28,10 +28,9 @@ class Framing:
     corner: Size
     """Top and left of the cut, in the resized picture."""
 
-    @property
-    def conditions(self) -> tuple[int, int, int, int, int, int]:
-        """Original size, corner of the cut and size, as SDXL is told (arXiv 2307.01952, section 2.2)."""
-        return (*self.original, *self.corner, *self.bucket)
+    def conditions(self, corner: Size) -> tuple[int, int, int, int, int, int]:
+        """Original size, corner of the cut that was made and size, as SDXL is told (arXiv 2307.01952, section 2.2)."""
+        return (*self.original, *corner, *self.bucket)
 
     @property
     def enlarged(self) -> bool:

@@ -13,7 +13,6 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import overload
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
@@ -113,23 +112,21 @@ IN_MEMORY = 2**31
 """Bytes of entries that are kept in memory; the others are read when they are asked for."""
 
 
-class Entries(Sequence[dict[str, Tensor]]):
+class Entries:
     """Entries of a cache in the order of their keys, however many: what memory has no room for stays on disk."""
 
     def __init__(
-        self, cache: TensorCache, keys: Sequence[str], compute: Callable[[list[int]], list[dict[str, Tensor]]],
-        most: int | None = None,
-    ) -> None:  # fmt: skip
+        self, cache: TensorCache, keys: Sequence[str], compute: Callable[[list[int]], list[dict[str, Tensor]]]
+    ) -> None:
         """Nothing is read yet.
 
         Args:
             cache: where they are.
             keys: of the entries.
             compute: what is called for one that is gone or cannot be written.
-            most: bytes to keep in memory; IN_MEMORY when not given.
         """
         self.cache, self.keys, self.compute = cache, tuple(keys), compute
-        self.left = IN_MEMORY if most is None else most
+        self.left = IN_MEMORY
         self.kept: dict[int, dict[str, Tensor]] = {}
 
     @property
@@ -155,15 +152,7 @@ class Entries(Sequence[dict[str, Tensor]]):
     def __len__(self) -> int:
         return len(self.keys)
 
-    @overload
-    def __getitem__(self, i: int) -> dict[str, Tensor]: ...
-
-    @overload
-    def __getitem__(self, i: slice) -> list[dict[str, Tensor]]: ...
-
-    def __getitem__(self, i: int | slice) -> dict[str, Tensor] | list[dict[str, Tensor]]:
-        if isinstance(i, slice):
-            return [self[j] for j in range(*i.indices(len(self)))]
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
         if (entry := self.kept.get(i)) is not None:
             return entry
         entry = self.cache.get(self.keys[i])

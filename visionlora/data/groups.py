@@ -36,12 +36,10 @@ def grouped(keys: Sequence[Hashable], repeats: Sequence[int], sides: Sequence[Ha
     for (side, _), positions in lots.items():
         sizes[side] = sizes.get(side, 0) + len(positions)
     most = max(sizes.values(), default=0)
-    if len(set(sizes.values())) <= 1:
-        turns = {lot: len(positions) for lot, positions in lots.items()}
-    else:
-        turns = {lot: round(len(positions) * most / sizes[lot[0]]) or 1 for lot, positions in lots.items()}
-        for side in sizes:  # what rounding added or lost goes to the side's largest lot
-            own = [lot for lot in lots if lot[0] == side]
-            largest = max(own, key=lambda lot: turns[lot])
-            turns[largest] = max(1, turns[largest] + most - sum(turns[lot] for lot in own))
+    turns = {lot: len(positions) * most // sizes[lot[0]] for lot, positions in lots.items()}
+    for side, size in sizes.items():  # the turns that are left go to those that rounding down cost most
+        own = [lot for lot in lots if lot[0] == side]
+        by_loss = sorted(own, key=lambda lot: -(len(lots[lot]) * most % size))
+        for lot in by_loss[: most - sum(turns[lot] for lot in own)]:
+            turns[lot] += 1
     return tuple(Group(tuple(positions), turns[lot]) for lot, positions in lots.items())

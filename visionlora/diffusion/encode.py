@@ -10,8 +10,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from visionlora.data.augment import Variant
-from visionlora.data.buckets import Framing, bucket_of, framing
+from visionlora.data.augment import Made, Variant, made_of
+from visionlora.data.buckets import Framing, Size, bucket_of, framing
 from visionlora.data.cache import Entries, Share, TensorCache, cut, default_cache_folder, key_of
 from visionlora.data.folder import ImageItem
 from visionlora.data.groups import Group, grouped
@@ -130,8 +130,8 @@ class Encoded:
         """Original size, corner of the cut and size in px, (b, 6)."""
         rows = []
         for i, v in zip(pictures, variants, strict=True):
-            f = self.framings[i]
-            rows.append([*f.original, *self.latents[i]["corner"][v].tolist(), *f.bucket])
+            top, left = self.latents[i]["corner"][v].tolist()
+            rows.append(self.framings[i].conditions((top, left)))
         return torch.tensor(rows, dtype=torch.float32)
 
 
@@ -177,6 +177,29 @@ def encode_pictures(base: BaseModel, pictures: npt.NDArray[np.uint8]) -> tuple[T
     return encode_pictures(base, pictures)
 
 
+def encode_variants(base: BaseModel, pictures: Sequence[Sequence[Made]]) -> list[dict[str, Tensor]]:
+    """Pictures of one size, each with its variants -> what `Encoded.latents` holds of each."""
+    mean, std = encode_pictures(base, np.stack([v.pixels for variants in pictures for v in variants]))
+    count, entries = len(pictures[0]), []
+    for variants, own_mean, own_std in zip(pictures, mean.split(count), std.split(count), strict=True):
+        corner = torch.tensor([v.corner for v in variants], dtype=torch.int32)
+        entry = {"mean": own_mean, "std": own_std, "corner": corner}
+        if masks := [v.mask for v in variants if v.mask is not None]:
+            whole = torch.from_numpy(np.stack(masks))[:, None]
+            entry["mask"] = torch.nn.functional.interpolate(whole, size=mean.shape[-2:], mode="area")[:, 0]
+        entries.append(entry)
+    return entries
+
+
+def of_one_size(positions: Sequence[int], framings: Sequence[Framing], pixels: int) -> Iterable[list[int]]:
+    """Positions cut into those that are encoded at once: of one size, and of no more pixels together."""
+    by_bucket: dict[Size, list[int]] = {}
+    for i in positions:
+        by_bucket.setdefault(framings[i].bucket, []).append(i)
+    for (h, w), own in by_bucket.items():
+        yield from cut(own, max(1, min(PICTURES_AT_ONCE, pixels // (h * w))))
+
+
 def encode_dataset(
     base: BaseModel,
     items: Sequence[ImageItem],
@@ -212,42 +235,19 @@ def encode_dataset(
     def told(what: str) -> Callable[[int, int], None] | None:
         return None if progress is None else lambda done, total: progress(what, done, total)
 
-    def latents_of(positions: list[int]) -> list[dict[str, Tensor]]:
-        made = [
-            [variant.make(everything[i], framings[i]) for variant in plan.variants] for i in positions
-        ]  # pictures, each with its variants
-        mean, std = encode_pictures(base, np.stack([v.pixels for variants in made for v in variants]))
-        count, entries = len(plan.variants), []
-        for k, variants in enumerate(made):
-            part = slice(k * count, (k + 1) * count)
-            entry = {
-                "mean": mean[part],
-                "std": std[part],
-                "corner": torch.tensor([v.corner for v in variants], dtype=torch.int32),
-            }
-            masks = [v.mask for v in variants if v.mask is not None]
-            if masks:
-                entry["mask"] = torch.nn.functional.interpolate(
-                    torch.from_numpy(np.stack(masks))[:, None], size=mean.shape[-2:], mode="area"
-                )[:, 0]
-            entries.append(entry)
-        return entries
-
-    def batches(positions: list[int]) -> Iterable[list[int]]:
-        by_bucket: dict[tuple[int, int], list[int]] = {}
-        for i in positions:
-            by_bucket.setdefault(framings[i].bucket, []).append(i)
-        for (h, w), own in by_bucket.items():
-            pixels = PIXELS_AT_ONCE.get(base.pipe.vae.device.type, PIXELS_AT_ONCE["cuda"])
-            most = min(PICTURES_AT_ONCE, pixels // (h * w)) // len(plan.variants)
-            yield from cut(own, max(1, most))
-
+    pixels = PIXELS_AT_ONCE.get(base.pipe.vae.device.type, PIXELS_AT_ONCE["cuda"])
     vae_id = weights_fingerprint(base.pipe.vae)
     keys = [
         key_of("latents 2", vae_id, item.content, repr(f), *(variant.key for variant in plan.variants))
         for item, f in zip(everything, framings, strict=True)
     ]
-    latents, new_latents = cache.fill(keys, latents_of, batches, told("Encoding pictures"), share)
+    latents, new_latents = cache.fill(
+        keys,
+        lambda part: encode_variants(base, [made_of(everything[i], framings[i], plan.variants) for i in part]),
+        lambda missing: of_one_size(missing, framings, pixels // len(plan.variants)),
+        told("Encoding pictures"),
+        share,
+    )
 
     own_captions = [tuple(c) for c in captions] if captions is not None else [(item.caption,) for item in items]
     own_captions += [(item.caption,) for item in class_items]

@@ -74,9 +74,6 @@ class DenoisingTask:
     tokens: Captions | None = None
     """The captions as token ids, for a model whose text encoders learn too."""
 
-    def __len__(self) -> int:
-        return len(self.data)
-
     @cached_property
     def groups(self) -> tuple[Group, ...]:
         """Pictures that may share a forward pass."""

@@ -80,9 +80,6 @@ class ClassificationTask:
     balanced: bool = False
     """Draw classes evenly, then a picture of the class."""
 
-    def __len__(self) -> int:
-        return len(self.train)
-
     @cached_property
     def groups(self) -> tuple[Group, ...]:
         """All pictures have one size."""

@@ -45,7 +45,7 @@ def test_known_shapes() -> None:
 def test_what_sdxl_is_told() -> None:
     f = framing((1080, 1920), (768, 1344))
     assert f == Framing((1080, 1920), (768, 1365), (768, 1344), (0, 10))
-    assert f.conditions == (1080, 1920, 0, 10, 768, 1344)
+    assert f.conditions(f.corner) == (1080, 1920, 0, 10, 768, 1344)
 
 
 def test_a_step_that_does_not_fit_the_model() -> None:

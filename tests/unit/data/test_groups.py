@@ -30,7 +30,8 @@ def test_subject_and_class_get_equally_many_turns(pictures: list[tuple[str, int]
     groups = grouped([*keys, *others], [*repeats, *(1 for _ in others)], [0] * len(keys) + [1] * len(others))
     own = [g for g in groups if g.positions[0] < len(keys)]
     turns = sum(g.turns for g in own), sum(g.turns for g in groups) - sum(g.turns for g in own)
-    assert abs(turns[0] - turns[1]) <= max(0, len(groups) - min(sum(repeats), len(others)))
+    assert turns[0] == turns[1] == max(sum(repeats), len(others))
+    assert all(g.turns >= 1 for g in groups)
 
 
 @given(PICTURES, st.integers(0, 30))

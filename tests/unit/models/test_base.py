@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from visionlora.errors import ModelError
 from visionlora.lora.config import AdapterConfig
 from visionlora.lora.inject import inject
-from visionlora.models.base import DEFAULT_ON_GPU, choose, fetch_default, open_base
+from visionlora.models.base import DEFAULT_ON_GPU, choose, fetch_default, is_xl_file, open_base
 from visionlora.models.fingerprint import architecture_fingerprint, weights_fingerprint
 
 
@@ -140,3 +140,11 @@ def test_a_model_of_another_kind_is_refused(tiny_model: Path, tmp_path: Path) ->
         ModelError, match=r"is a DDIMPipeline; visionlora opens text-to-image models of Stable Diffusion 1\.x"
     ):
         open_base(str(folder))
+
+
+def test_a_checkpoint_of_sdxl_is_told_by_its_header(tmp_path: Path) -> None:
+    second = {"conditioner.embedders.1.model.ln_final.weight": torch.zeros(1)}
+    save_file(second, tmp_path / "xl.safetensors")
+    save_file({"cond_stage_model.x": torch.zeros(1)}, tmp_path / "one.safetensors")
+    assert is_xl_file(tmp_path / "xl.safetensors") and not is_xl_file(tmp_path / "one.safetensors")
+    assert not is_xl_file(tmp_path / "old.ckpt")
