@@ -36,6 +36,7 @@ _HOMES = {
     "load_classifier": "visionlora.classifier",
     "load_pipeline": "visionlora.loaders",
     "merge_adapters": "visionlora.lora.arithmetic",
+    "pack": "visionlora.lora.packed",
     "merge_together": "visionlora.lora.merge",
     "resize_adapter": "visionlora.lora.arithmetic",
     "save_adapter": "visionlora.loaders",

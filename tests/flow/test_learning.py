@@ -130,3 +130,55 @@ def test_what_cannot_be(train, dogs: Path, tmp_path: Path, settings: list[str], 
 def test_zero_terminal_noise_on_a_model_that_predicts_velocity(train, tiny_sd2: Path) -> None:
     _, run = train("zero_terminal_snr=true", "min_snr_gamma=5", model=tiny_sd2)
     assert all(np.isfinite(losses(run)))
+
+
+def test_a_rank_that_follows_the_timestep_trains_and_draws(train, tiny_model: Path) -> None:
+    import torch
+
+    import visionlora as vl
+    from visionlora.models.base import open_base
+
+    out, run = train(
+        "method=tlora", "init=orthogonal", "rank=4", "min_rank=1", "train_text_encoder=true", "val_share=0.4"
+    )
+    assert all(np.isfinite(losses(run)))
+    adapter = load_adapter(run / "adapter.safetensors")
+    kinds = {name.partition(".")[0]: m.kind for name, m in adapter.modules.items()}
+    assert kinds == {"unet": "tlora", "text_encoder": "lora"}
+    assert {m.options["least"] for m in adapter.modules.values() if m.kind == "tlora"} == {1}
+    pipe = open_base(str(tiny_model)).pipe
+
+    def drawn() -> torch.Tensor:
+        generator = torch.Generator().manual_seed(0)
+        return torch.from_numpy(pipe("dog", num_inference_steps=2, generator=generator, output_type="np").images)
+
+    base = drawn()
+    mix = vl.attach(pipe, {"dog": adapter}, scales={"dog": 5.0})
+    assert mix.running == "stacked" and not torch.equal(drawn(), base)
+    mix.detach()
+    assert torch.equal(drawn(), base)
+
+
+@pytest.mark.parametrize("code", ["int8", "nf4"])
+def test_a_base_in_few_bits_learns_nearly_the_same(train, code: str) -> None:
+    pytest.importorskip("bitsandbytes")
+    plain = losses(train("sample_columns=0", name="a")[1])
+    out, run = train("sample_columns=0", f"base_precision={code}", name="b")
+    assert "0.00 %" not in out and losses(run) != plain
+    np.testing.assert_allclose(losses(run), plain, rtol=0.02 if code == "int8" else 0.2)
+    again, _ = train(
+        "sample_columns=0", f"base_precision={code}", "auto_batch=true", "gradient_accumulation=2", name="c"
+    )
+    assert "4 of the 4 pictures of a step at once" in again
+
+
+def test_packed_bases_do_not_go_with_everything(train, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="packed weights go neither with compile nor with method full"):
+        train("base_precision=nf4", "method=full")
+    with pytest.raises(ConfigError, match="tlora's rank changes from step to step"):
+        train("method=tlora", "compile=true")
+    with pytest.raises(ConfigError, match="min_rank is 2; it is for method tlora"):
+        train("min_rank=2")
+    monkeypatch.setattr("visionlora.config.choices.installed", lambda package: False)
+    with pytest.raises(ConfigError, match=r"needs the package bitsandbytes.*pip install 'visionlora\[quantised\]'"):
+        train("base_precision=int8")

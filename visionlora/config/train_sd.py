@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from visionlora.config.folders import FolderConfig, reading_rules
+from visionlora.config.choices import QUANTISED, quantised_problem
 from visionlora.config.training import PRECISIONS, Rule, TrainingConfig
 from visionlora.errors import nearest
 
 ATTENTION = ("sdpa", "flash", "xformers")
+BASE_PRECISIONS = (*PRECISIONS, *QUANTISED)
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,8 @@ class TrainSDConfig(TrainingConfig):
     """More noise on the input than is to be predicted, such as 0.1: against learning by heart."""
     zero_terminal_snr: bool = False
     """Rescale the noise levels so that the last is nothing but noise; for models that predict the velocity."""
+    min_rank: int | None = None
+    """Of method tlora: components that act at the noisiest timestep too; by default half of the rank."""
     train_text_encoder: bool = False
     """Adapt the text encoders too."""
     text_encoder_learning_rate: float | None = None
@@ -95,7 +99,8 @@ class TrainSDConfig(TrainingConfig):
     gradient_checkpointing: bool = False
     """Compute activations twice instead of keeping them: a third slower, far less memory."""
     base_precision: str = "auto"
-    """Of the frozen base: fp32, bf16, fp16, or auto: that of the computation."""
+    """Of the frozen base: fp32, bf16, fp16, or auto: that of the computation. int8 and nf4 keep the UNet in a quarter and an
+    eighth of the memory of fp32 and unpack each layer as it runs, which takes time."""
     attention: str = "sdpa"
     """Kernel of attention: sdpa (torch's choice), flash (torch's flash kernel alone), or xformers; the last two need a GPU."""
     channels_last: bool = False
@@ -215,6 +220,16 @@ class TrainSDConfig(TrainingConfig):
                 self.token_learning_rate is None or self.token_learning_rate > 0,
                 "it must be positive",
             ),
+            (
+                "min_rank",
+                self.min_rank is None or (self.method == "tlora" and self.min_rank >= 1),
+                "it is for method tlora, and at least 1",
+            ),
+            (
+                "compile",
+                not (self.compile and self.method == "tlora"),
+                "tlora's rank changes from step to step, for which everything would be compiled again",
+            ),
             ("prior_count", self.prior_count >= 1, "it must be at least 1"),
             ("prior_weight", self.prior_weight >= 0, "it must be 0 or more"),
             (
@@ -222,6 +237,12 @@ class TrainSDConfig(TrainingConfig):
                 self.prior_images is None or bool(self.prior_prompt),
                 "it needs the class's caption: prior_prompt='a dog'",
             ),
-            ("base_precision", self.base_precision in PRECISIONS, nearest(self.base_precision, PRECISIONS)),
+            ("base_precision", self.base_precision in BASE_PRECISIONS, nearest(self.base_precision, BASE_PRECISIONS)),
+            ("base_precision", not (problem := quantised_problem(self.base_precision)), problem or ""),
+            (
+                "base_precision",
+                self.base_precision not in QUANTISED or not (self.compile or self.method == "full"),
+                "packed weights go neither with compile nor with method full",
+            ),
             ("attention", self.attention in ATTENTION, nearest(self.attention, ATTENTION)),
         ]

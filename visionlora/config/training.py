@@ -37,7 +37,7 @@ class TrainingConfig:
     steps: int | None = None
     """Optimizer steps; by default what suits the base model."""
     method: str = "lora"
-    """lora, rslora, lora+, lora-fa, dora, adalora, vera, ia3, or full as a baseline."""
+    """lora, rslora, lora+, lora-fa, tlora, dora, adalora, vera, ia3, or full as a baseline."""
     rank: int | Literal["auto"] = 8
     """Rank of each ΔW; auto measures on the pictures which layers need it and spends `rank_budget` there."""
     rank_budget: str = "8"

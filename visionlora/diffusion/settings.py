@@ -16,6 +16,7 @@ from visionlora.data.tags import caption_variants
 from visionlora.diffusion.encode import Plan
 from visionlora.diffusion.objective import Objective, check_objective, zero_terminal
 from visionlora.errors import ConfigError
+from visionlora.lora.packed import CODES, pack
 from visionlora.models.base import BaseModel, quiet
 
 USUAL_STEP = 64
@@ -105,13 +106,14 @@ def prepare_model(base: BaseModel, config: TrainSDConfig, device: torch.device, 
         ConfigError: for an option that needs a GPU, or a package, that is not there.
     """
     check_attention(config.attention, device)
-    word = COMPUTED_IN[mixed_precision] if config.base_precision == "auto" else config.base_precision
+    own = config.base_precision not in ("auto", *CODES)
+    word = config.base_precision if own else COMPUTED_IN[mixed_precision]
     parts = [base.pipe.unet, *(encoder for _, _, encoder in base.text_parts())]
-    for part in parts:
-        part.to(device)
-        if part.dtype != BASE_DTYPES[word]:
-            with quiet("diffusers", "transformers"):
-                part.to(BASE_DTYPES[word])
+    if config.base_precision in CODES:
+        pack(base.pipe.unet, config.base_precision, device, BASE_DTYPES[word])
+    with quiet("diffusers", "transformers"):
+        for part in parts:  # at once: a GPU may not hold the whole in its own precision
+            part.to(device=device, dtype=BASE_DTYPES[word])
     base.pipe.vae.to(device)
     if config.channels_last:
         base.pipe.unet.to(memory_format=torch.channels_last)

@@ -42,6 +42,7 @@ TENSOR_KEYS = {
 EMBEDDING = "visionlora_embedding."
 USUAL = {
     "lora": ("lora_A", "lora_B"),
+    "tlora": ("lora_A", "lora_B"),
     "dora": ("lora_A", "lora_B", "magnitude"),
     "vera": ("lambda_b", "lambda_d"),
     "ia3": ("vector",),
@@ -55,6 +56,10 @@ def key_of(name: str, tensor: str, options: Mapping[str, Any]) -> str:
 
     Magnitudes of columns are not under the name that diffusers reads, which knows rows alone: it refuses the file then.
     """
+    if "least" in options:
+        return (
+            f"{name}.timed_{tensor[-1]}"  # T-LoRA: whoever took these for LoRA would apply all of it at every timestep
+        )
     if tensor == "magnitude" and options.get("axis") == "in":
         return name + ".column_magnitude"
     return name + TENSOR_KEYS.get(tensor, "." + tensor)

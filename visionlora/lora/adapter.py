@@ -16,6 +16,7 @@ from visionlora.lora.products import factors, problem, product, rank_of
 PRODUCT_KINDS = ("lora", "loha", "lokr", "diff")
 """Kinds whose ΔW does not depend on the base: see `visionlora.lora.products` for their tensors."""
 TENSOR_NAMES = {
+    "tlora": ("lora_A", "lora_B"),
     "vera": ("lambda_b", "lambda_d"),
     "ia3": ("vector",),
     "oft": ("oft_blocks", "rescale"),
@@ -24,6 +25,7 @@ TENSOR_NAMES = {
 }
 """The tensors of the other kinds; `dora` has those of its product (option `product`, lora by default) and `magnitude`.
 
+    lora_A, lora_B   of tlora, with options `least` and `timesteps`: `visionlora.lora.methods.tlora`
     magnitude   of dora, (o,); with option `axis` "in" (i,), the norms of the columns
     lambda_b (o,), lambda_d (r,) of vera
     vector      of ia3, (o,) or (i,) with option `on_input`; with `relative` it is the factor minus 1
@@ -63,8 +65,8 @@ class AdapterModule:
     @property
     def rank(self) -> int:
         """Rank r; 0 where the kind has none."""
-        if self.kind == "vera":
-            return len(self.tensors["lambda_d"])
+        if self.kind in ("vera", "tlora"):
+            return len(self.tensors["lambda_d" if self.kind == "vera" else "lora_A"])
         return rank_of(str(self.product), self.tensors)
 
     @property
@@ -90,6 +92,11 @@ class AdapterModule:
             if self.product not in PRODUCT_KINDS:
                 return f"its product is of an unknown kind, {self.product!r}"
             return problem(str(self.product), self.product_tensors)
+        if self.kind == "tlora":
+            why = problem("lora", self.tensors)
+            if why is None and not 1 <= int(self.options.get("least", 0)) <= self.rank:
+                why = "its least rank is not between 1 and its rank"
+            return why or (None if int(self.options.get("timesteps", 0)) >= 1 else "it has no timesteps")
         names = TENSOR_NAMES[self.kind]
         missing = [n for n in names if n not in self.tensors and n not in OPTIONAL]
         if missing or set(self.tensors) - set(names):
@@ -171,6 +178,8 @@ class AdapterModule:
             return self.tensors["shift"].float()
         if base is not None and self.kind == "full":
             return self.tensors["value"].float() - base.float()
+        if self.kind == "tlora":
+            raise AdapterFileError("A module of T-LoRA has no one ΔW: it changes from timestep to timestep.")
         if base is None:
             raise AdapterFileError(
                 f"ΔW of a {self.kind} module depends on the base weight: call delta_weights(model) with the base model."

@@ -72,6 +72,11 @@ def additive(name: str, module: AdapterModule, what: str) -> AdapterModule:
     """
     if module.kind in PRODUCT_KINDS and not module.options:
         return module
+    if module.kind == "tlora":
+        raise AdapterFileError(
+            f"{name} is T-LoRA: its rank follows the timestep, so it cannot be {what}. `visionlora generate --lora` applies it as "
+            "it is, beside others."
+        )
     kind = {"dora": "DoRA", "ia3": "(IA)³", "oft": "OFT", "vera": "VeRA"}.get(module.kind, module.kind)
     raise AdapterFileError(
         f"{name} is {kind}: its ΔW depends on the base model, so it cannot be {what} by itself. Bake it into its base "

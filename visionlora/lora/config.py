@@ -13,7 +13,7 @@ from visionlora.errors import ConfigError, nearest
 if TYPE_CHECKING:
     from torch import Tensor
 
-METHODS = ("lora", "rslora", "lora+", "lora-fa", "dora", "adalora", "vera", "ia3", "full", "linear-probe")
+METHODS = ("lora", "rslora", "lora+", "lora-fa", "tlora", "dora", "adalora", "vera", "ia3", "full", "linear-probe")
 INITS = ("kaiming", "gaussian", "orthogonal", "pissa", "eva")
 PLUGIN_GROUPS = {"method": "visionlora.methods", "init": "visionlora.inits"}
 LORA_PLUS_RATIO = 16.0
@@ -37,7 +37,7 @@ class AdapterConfig:
     """
 
     method: str = "lora"
-    """lora, rslora, lora+, lora-fa, dora, adalora, vera, ia3; full (every parameter) and linear-probe (the head alone)
+    """lora, rslora, lora+, lora-fa, tlora, dora, adalora, vera, ia3; full (every parameter) and linear-probe (the head alone)
     are the baselines. See `visionlora.lora.methods`."""
     rank: int = 8
     """Rank r of each ΔW, 1 or more and at most the smaller side of the layer; of AdaLoRA the mean rank at the end."""
@@ -65,6 +65,8 @@ class AdapterConfig:
     """Of VeRA's shared projections."""
     initial_rank_factor: float = 1.5
     """How much wider than `rank` AdaLoRA starts, 1 or more."""
+    min_rank: int | None = None
+    """Of tlora: components that act at every timestep, at the noisiest alone; half of each rank when not given."""
     spectra: Mapping[str, Tensor] | None = field(default=None, compare=False, repr=False)
     """Directions of the inputs by module name, for init `eva`: see `visionlora.lora.rank.input_spectra`."""
     save_memory: bool = True
@@ -96,6 +98,8 @@ class AdapterConfig:
                 problems.append(f"alpha_pattern[{word!r}] is {alpha!r}; it must be a positive number.")
         if self.lr_ratio is not None and not (math.isfinite(self.lr_ratio) and self.lr_ratio > 0):
             problems.append(f"lr_ratio is {self.lr_ratio!r}; it must be a positive number.")
+        if self.min_rank is not None and (self.method != "tlora" or not 1 <= self.min_rank <= self.rank):
+            problems.append(f"min_rank is {self.min_rank!r}; it is for method 'tlora', and between 1 and the rank.")
         if self.basis_index < 0:
             problems.append(f"basis_index is {self.basis_index!r}; it must be 0 or more.")
         if not self.initial_rank_factor >= 1:

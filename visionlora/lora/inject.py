@@ -31,7 +31,9 @@ from visionlora.lora.merge import write_weights
 from visionlora.lora.methods import KINDS, METHODS
 from visionlora.lora.methods.adalora import AdaLoRA, allocate
 from visionlora.lora.methods.base import Method, Site
+from visionlora.lora.methods.tlora import check_timed, follow_timestep
 from visionlora.lora.names import resolve_names
+from visionlora.lora.packed import packed_layers
 from visionlora.lora.targets import check_ranks, ends_on_boundary, owners_of, resolve, site_at
 
 IN_PLACE = ("full", "shift")
@@ -106,6 +108,7 @@ class Handle:
         self.report = InjectionReport((), (), 0, 0)
         self._owners: tuple[nn.Module, ...] = ()
         self._lean: list[nn.Module] = []
+        self._hook: Any = None
         self._trained_before: list[nn.Parameter] = []
 
     # ----------------------------------------------------------------------------------------------------- training
@@ -280,6 +283,8 @@ class Handle:
             f.parameter.copy_(f.original)
         for owner in self._owners:
             give_back(owner)
+        if self._hook is not None:
+            self._hook.remove()
         make_plain(self._lean)
         if not any(isinstance(m, AdaptedLayer) for m in self.model.modules()):
             for p in self.model.parameters():
@@ -339,9 +344,12 @@ def inject(model: nn.Module, config: AdapterConfig, name: str = "default", seed:
 
     Raises:
         TargetError: when the targets reach nothing (see `visionlora.lora.targets.resolve`).
-        ConfigError: when an adapter of that name is there. In both cases the model is left untouched.
+        ConfigError: when an adapter of that name is there, or all is to train and weights are packed. In all cases the
+            model is left untouched.
     """
     check_name((m for m in model.modules() if isinstance(m, AdaptedLayer)), name)
+    if config.method == "full" and packed_layers(model):
+        raise ConfigError("Method 'full' trains every weight, but those of this model are packed in few bits.")
     handle = Handle(model, name, config)
     base = base_parameters(model)
     replaced = select_in_full(model, config, base)
@@ -366,7 +374,7 @@ def inject(model: nn.Module, config: AdapterConfig, name: str = "default", seed:
         tuple((m.site.name, m.site.target) for m in methods),
         skipped,
         sum(p.numel() for p in handle.parameters()),
-        sum(p.numel() for p in base.values()),
+        sum(p.numel() for p in base.values()) + sum(layer.numbers for layer in packed_layers(model)),
         {m.site.name: len(p) for m in methods if (p := getattr(m, "lora_A", None)) is not None},
         tuple(handle.in_full),
     )
@@ -482,6 +490,9 @@ def misfits(model: nn.Module, component: str, skipped: Sequence[tuple[str, str]]
 def _place(handle: Handle, methods: Sequence[Method], name: str) -> None:
     """Puts methods on their layers."""
     check_name((m.site.layer for m in methods), name)
+    timed = any(m.timed for m in methods)
+    if timed:
+        check_timed(handle.model)
     owners = owners_of(handle.model, [m.site for m in methods])
     for m in methods:
         if isinstance(m.site.layer, Lean):
@@ -491,6 +502,8 @@ def _place(handle: Handle, methods: Sequence[Method], name: str) -> None:
         adapt(m.site.layer, m, AdaptedAttention if isinstance(m.site.layer, nn.MultiheadAttention) else None)
     for owner, children in owners:
         take_over(owner, children)
+    if timed:
+        handle._hook = handle.model.register_forward_pre_hook(follow_timestep, with_kwargs=True)
     handle.methods, handle._owners = {m.site.name: m for m in methods}, tuple(owner for owner, _ in owners)
 
 
@@ -499,6 +512,8 @@ def check_targets(model: nn.Module, config: AdapterConfig) -> None:
     select_in_full(model, config, base_parameters(model))
     if config.method not in ("full", "linear-probe"):
         sites = resolve(model, config).sites
+        if method_class(config.method).timed:
+            check_timed(model)
         if method_class(config.method).bounded_rank:
             check_ranks(config, sites)
 

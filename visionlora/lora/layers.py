@@ -131,6 +131,17 @@ class AdaptedLayer(nn.Module):
                     return guarded
         return out
 
+    def masked(self, active: list[Method]) -> bool:
+        """Whether pictures of the batch differ in the components that act.
+
+        Raises:
+            ConfigError: when they also have scales of their own.
+        """
+        found = any(m.row_mask is not None for m in active)
+        if found and any(m.sample_scale is not None for m in active):
+            raise ConfigError("Scales per picture do not go with T-LoRA at a timestep per picture: give one timestep.")
+        return found
+
     def wants_graph(self, x: Tensor, active: list[Method]) -> bool:
         """Whether a gradient will be asked of this layer."""
         return torch.is_grad_enabled() and (x.requires_grad or any(m.trainable for m in active))
@@ -331,6 +342,8 @@ class AdaptedLinear(AdaptedLayer):
         weight: Tensor = cast(nn.Linear, self).weight
         if not (active := self.active()):
             return self.guarded(F.linear(x, weight, bias))
+        if self.masked(active):
+            return self.plain(x, weight, bias, active)
         if any(m.sample_scale is not None for m in active):
             return self.stacked(x, weight, bias, active)
         if torch.compiler.is_compiling():
@@ -369,7 +382,10 @@ class AdaptedLinear(AdaptedLayer):
         for m in active:
             for lora_A, lora_B, scaling in m.factors():
                 seen = F.dropout(x.to(out.dtype), m.dropout, m.training)
-                part = F.linear(F.linear(seen, lora_A.to(out.dtype)), lora_B.to(out.dtype)) * scaling
+                h = F.linear(seen, lora_A.to(out.dtype))
+                if m.row_mask is not None:
+                    h = h * m.row_mask.to(h.dtype).view(len(x), *(1,) * (h.dim() - 2), -1)
+                part = F.linear(h, lora_B.to(out.dtype)) * scaling
                 rows = m.site.rows
                 total = total + (part if rows is None else F.pad(part, (rows.start, out.shape[-1] - rows.stop)))
         return total
@@ -431,6 +447,8 @@ class AdaptedConv(AdaptedLayer):
         base = cast(Any, self)
         if not (active := self.active()):
             return self.guarded(cast(Tensor, super().forward(x)))
+        if self.masked(active):
+            return self.plain(x, active)
         if any(m.sample_scale is not None for m in active):
             return self.stacked(x, active)
         if torch.compiler.is_compiling() or base.weight.requires_grad or isinstance(base.padding, str):
@@ -462,7 +480,8 @@ class AdaptedConv(AdaptedLayer):
         for m in active:
             for lora_A, lora_B, scaling in m.factors():
                 dropped = F.dropout(x.to(out.dtype), m.dropout, m.training)
-                total = total + conv_branch(base, dropped, lora_A.to(out.dtype), lora_B.to(out.dtype)) * scaling
+                part = conv_branch(base, dropped, lora_A.to(out.dtype), lora_B.to(out.dtype), m.row_mask)
+                total = total + part * scaling
         return total
 
     def batched(self, x: Tensor, batch: Batch) -> Tensor:
@@ -528,9 +547,11 @@ def conv_geometry(base: Any, x: Tensor) -> tuple[Tensor, Geometry]:
     return x, Geometry(base.stride, padding, base.dilation, base.groups)
 
 
-def conv_branch(base: Any, x: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+def conv_branch(base: Any, x: Tensor, lora_A: Tensor, lora_B: Tensor, row_mask: Tensor | None = None) -> Tensor:
     """B·A over the base's own stride, padding, dilation and groups; groups share A (each repeats it for its inputs)."""
     down = base._conv_forward(x, lora_A.repeat(base.groups, *(1,) * (lora_A.dim() - 1)), None)
+    if row_mask is not None:
+        down = down * row_mask.to(down.dtype).repeat(1, base.groups).view(len(x), -1, *(1,) * (x.dim() - 2))
     return CONVOLVE[x.dim()](down, lora_B, groups=base.groups)
 
 

@@ -36,13 +36,13 @@ class LeanConv(Lean):
             torch.compiler.is_compiling()
             or not torch.is_grad_enabled()
             or not x.requires_grad
-            or base.weight.requires_grad
-            or (base.bias is not None and base.bias.requires_grad)
             or isinstance(base.padding, str)
+            or (base.bias is not None and base.bias.requires_grad)
+            or (weight := base.weight).requires_grad  # read once: it may be unpacked for it
         ):
             return cast(Tensor, super().forward(x))
         padded, geometry = conv_geometry(base, x)
-        return low_rank_conv(padded, base.weight, base.bias, geometry, [])
+        return low_rank_conv(padded, weight, base.bias, geometry, [])
 
 
 class RemadeSiLU(torch.autograd.Function):

@@ -12,6 +12,7 @@ from torch import Tensor
 from visionlora.errors import ConfigError
 from visionlora.lora.layers import AdaptedLayer, stacked_update, with_adapters
 from visionlora.lora.methods.base import Method
+from visionlora.lora.packed import Packed
 
 if TYPE_CHECKING:
     from visionlora.lora.inject import Handle
@@ -26,7 +27,7 @@ def write_weights(handles: Sequence[Handle]) -> None:
     """Writes the weights of every layer of these adapters, from the untouched originals and all that is merged there.
 
     Raises:
-        ConfigError: when a weight would not be finite, before any is changed.
+        ConfigError: when a weight would not be finite or is packed in few bits, before any is changed.
     """
     names = {id(m.site.layer): (h.name, m.site) for h in handles for m in h.methods.values()}
     new: list[tuple[AdaptedLayer, dict[str, Tensor]]] = []
@@ -34,6 +35,16 @@ def write_weights(handles: Sequence[Handle]) -> None:
     for adapter, site in names.values():
         layer = cast(AdaptedLayer, site.layer)
         merged = [m for m in layer.methods() if m.merged]
+        if any(m.timed for m in merged):
+            raise ConfigError(
+                f"Adapter {adapter!r} follows the timestep (T-LoRA), so it cannot be merged: attach it, or draw with it through "
+                "`visionlora generate --lora`."
+            )
+        if merged and isinstance(layer, Packed):
+            raise ConfigError(
+                f"The weight of {site.name!r} is packed in {layer.code.bits} bits, into which nothing can be merged exactly. "
+                "Open the base anew in full precision, put the adapter on it and merge there."
+            )
         if (update := direct_update(layer, merged)) is not None:
             direct.append((layer, *update))
             continue

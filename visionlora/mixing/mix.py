@@ -279,7 +279,8 @@ class Mix:
     @property
     def needs_steps(self) -> bool:
         """Whether something changes from step to step."""
-        return self.composition.per_step or any(m.scale.steps is not None for m in self.members.values())
+        timed = any(m.timed for pairs in self.handles.values() for _, h in pairs for m in h.methods.values())
+        return timed or self.composition.per_step or any(m.scale.steps is not None for m in self.members.values())
 
     # ------------------------------------------------------------------------------------------------------- scales
 

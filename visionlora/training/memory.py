@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from visionlora.lora.packed import keeping_dense, owner_of
+
 SPARE = 0.8
 """Share of the free memory that may be used; gradients on the way and the allocator's gaps take the rest."""
 
@@ -18,10 +20,11 @@ def bytes_kept(model: nn.Module, run: Callable[[], Tensor]) -> int:
     storages: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        if owner_of(tensor) is None:  # else it is unpacked again
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+    with keeping_dense(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         out = run()
     for parameter in model.parameters():
         storages.pop(parameter.untyped_storage().data_ptr(), None)

@@ -9,6 +9,7 @@ from visionlora.lora.methods.ia3 import IA3
 from visionlora.lora.methods.lora import LoRA
 from visionlora.lora.methods.oft import OFT
 from visionlora.lora.methods.product import Product
+from visionlora.lora.methods.tlora import TLoRA
 from visionlora.lora.methods.vera import VeRA
 
 METHODS: dict[str, type[Method]] = {
@@ -16,6 +17,7 @@ METHODS: dict[str, type[Method]] = {
     "rslora": LoRA,
     "lora+": LoRA,
     "lora-fa": LoRA,
+    "tlora": TLoRA,
     "dora": DoRA,
     "adalora": AdaLoRA,
     "vera": VeRA,
@@ -25,6 +27,7 @@ METHODS: dict[str, type[Method]] = {
 
 KINDS: dict[str, type[Method]] = {
     "lora": LoRA,
+    "tlora": TLoRA,
     "dora": DoRA,
     "vera": VeRA,
     "ia3": IA3,

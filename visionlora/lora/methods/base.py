@@ -81,6 +81,9 @@ class Method(nn.Module):
     bounded_rank: ClassVar[bool] = False
     """Whether a rank above the smaller side of a layer makes no sense."""
 
+    timed: ClassVar[bool] = False
+    """Whether the effect follows the timestep that the model is called with."""
+
     scale_tensor: Tensor
 
     def __init__(self, site: Site, dropout: float = 0.0) -> None:
@@ -91,6 +94,8 @@ class Method(nn.Module):
         self._scale = 1.0
         self.sample_scale: Tensor | None = None
         """(b,): multiplies the effect on each picture of a batch by its own number; at inference alone."""
+        self.row_mask: Tensor | None = None
+        """(b, r): which components of the factors act on each picture; all when None."""
         # For compiled code, which must not be traced again when only a scale changes.
         self.register_buffer("scale_tensor", torch.ones((), device=site.weight.device), persistent=False)
 
