@@ -138,7 +138,7 @@ def test_a_rank_that_follows_the_timestep_trains_and_draws(train, tiny_model: Pa
     import visionlora as vl
     from visionlora.models.base import open_base
 
-    out, run = train(
+    _, run = train(
         "method=tlora", "init=orthogonal", "rank=4", "min_rank=1", "train_text_encoder=true", "val_share=0.4"
     )
     assert all(np.isfinite(losses(run)))

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from visionlora.config.folders import FolderConfig, reading_rules
 from visionlora.config.choices import QUANTISED, quantised_problem
+from visionlora.config.folders import FolderConfig, reading_rules
 from visionlora.config.training import PRECISIONS, Rule, TrainingConfig
 from visionlora.errors import nearest
 

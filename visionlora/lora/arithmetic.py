@@ -74,8 +74,8 @@ def additive(name: str, module: AdapterModule, what: str) -> AdapterModule:
         return module
     if module.kind == "tlora":
         raise AdapterFileError(
-            f"{name} is T-LoRA: its rank follows the timestep, so it cannot be {what}. `visionlora generate --lora` applies it as "
-            "it is, beside others."
+            f"{name} is T-LoRA: its rank follows the timestep, so it cannot be {what}. `visionlora generate --lora` "
+            "applies it as it is, beside others."
         )
     kind = {"dora": "DoRA", "ia3": "(IA)³", "oft": "OFT", "vera": "VeRA"}.get(module.kind, module.kind)
     raise AdapterFileError(

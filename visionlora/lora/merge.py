@@ -37,8 +37,8 @@ def write_weights(handles: Sequence[Handle]) -> None:
         merged = [m for m in layer.methods() if m.merged]
         if any(m.timed for m in merged):
             raise ConfigError(
-                f"Adapter {adapter!r} follows the timestep (T-LoRA), so it cannot be merged: attach it, or draw with it through "
-                "`visionlora generate --lora`."
+                f"Adapter {adapter!r} follows the timestep (T-LoRA), so it cannot be merged: attach it, or draw "
+                "with it through `visionlora generate --lora`."
             )
         if merged and isinstance(layer, Packed):
             raise ConfigError(

@@ -40,7 +40,7 @@ class Packed(nn.Module):
     code: Packing
 
     @property
-    def weight(self) -> Tensor:  # type: ignore[override]
+    def weight(self) -> Tensor:
         """Unpacked anew, (o, i) or (o, i/g, *k)."""
         dense = self.code.unpacked()
         address = dense.untyped_storage().data_ptr()
@@ -113,7 +113,7 @@ def owner_of(tensor: Tensor) -> Packed | None:
 def kept(tensor: Tensor) -> Tensor | Note:
     """What is kept of a tensor for backward."""
     layer = owner_of(tensor)
-    return tensor if layer is None else Note(layer, tensor.shape, tensor.stride(), tensor.storage_offset())
+    return tensor if layer is None else Note(layer, tensor.shape, tensor.stride(), int(tensor.storage_offset()))
 
 
 def found_again(kept: Tensor | Note) -> Tensor:
@@ -175,7 +175,7 @@ def pack(model: nn.Module, code: str, device: torch.device | None = None, dtype:
         found = packing(weight.detach().to(device, dtype), code)
         del layer._parameters["weight"]
         layer.__class__ = adapted_class(type(layer), Packed)
-        layer.code = found  # type: ignore[assignment]
+        cast(Packed, layer).code = found
         total += found.nbytes
     watch(model)
     return total

@@ -12,7 +12,7 @@ The timestep comes from the model: it must be one that is called with a `timeste
 from __future__ import annotations
 
 import inspect
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -48,8 +48,7 @@ class TLoRA(LoRA):
     @classmethod
     def new(cls, site: Site, config: AdapterConfig, generator: torch.Generator) -> TLoRA:
         """As LoRA."""
-        made = super().new(site, config, generator)
-        assert isinstance(made, TLoRA)
+        made = cast(TLoRA, super().new(site, config, generator))
         made.least = min(made.rank, config.min_rank or -(-made.rank // 2))
         return made
 
