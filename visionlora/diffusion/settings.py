@@ -16,6 +16,7 @@ from visionlora.data.tags import caption_variants
 from visionlora.diffusion.encode import Plan
 from visionlora.diffusion.objective import Objective, check_objective, zero_terminal
 from visionlora.errors import ConfigError
+from visionlora.lora.layers import heavy_by_matmul
 from visionlora.lora.packed import CODES, pack
 from visionlora.models.base import BaseModel, quiet
 
@@ -118,6 +119,8 @@ def prepare_model(base: BaseModel, config: TrainSDConfig, device: torch.device, 
     if config.channels_last:
         base.pipe.unet.to(memory_format=torch.channels_last)
         base.pipe.vae.to(memory_format=torch.channels_last)
+    if device.type == "cpu":
+        heavy_by_matmul(base.pipe.unet)
     if config.gradient_checkpointing:
         base.pipe.unet.enable_gradient_checkpointing()
         if config.train_text_encoder or config.token:

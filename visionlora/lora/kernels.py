@@ -10,6 +10,7 @@ Letters in shapes: n positions (all leading dimensions), b batch, i in, o out, r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -151,8 +152,57 @@ def low_rank_linear(
     return out
 
 
+HEAVY, FEW = 2**22, 128
+"""Numbers in a weight, and positions of an output over a whole batch, from which on and up to which `by_matmul` pays."""
+
+
+def by_matmul(weight: Tensor, positions: int, geometry: Geometry) -> bool:
+    """Whether a convolution is faster as a product of matrices.
+
+    On CPUs torch's libraries rearrange a weight at every call. Where it is heavy and the pictures have few positions, as on
+    the lowest levels of a UNet, that takes most of the time; a product of matrices reads the weight as it lies.
+    """
+    heavy = weight.dim() == 4 and weight.numel() >= HEAVY and weight.shape[2:] != (1, 1)
+    return heavy and positions <= FEW and weight.device.type == "cpu" and geometry.groups == 1
+
+
+def convolution(
+    x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, heavy_by_matmul: bool = False
+) -> Tensor:
+    """x (b, i, *s) -> (b, o, *s').
+
+    Args:
+        x: padded already where the padding is not zeros.
+        weight: (o, i/g, *k).
+        bias: (o,).
+        geometry: how the kernel moves.
+        heavy_by_matmul: rounds otherwise than torch's convolution where that is faster, see `by_matmul`.
+    """
+    if heavy_by_matmul:
+        kernel, sizes = weight.shape[2:], zip(x.shape[2:], weight.shape[2:], *geometry[:3], strict=True)
+        out = [(s + 2 * p - d * (k - 1) - 1) // step + 1 for s, k, step, p, d in sizes]
+        if by_matmul(weight, len(x) * math.prod(out), geometry):
+            columns = F.unfold(x, kernel, geometry.dilation, geometry.padding, geometry.stride)  # (b, i·k, n)
+            flat = weight.flatten(1)
+            rows = (
+                flat @ columns[0]
+                if len(x) == 1
+                else (columns.mT.reshape(-1, flat.shape[1]) @ flat.t()).view(len(x), -1, len(flat)).mT
+            )
+            made = rows.reshape(len(x), len(flat), *out)
+            return made if bias is None else made + bias.view(-1, 1, 1)
+    return CONVOLVE[x.dim()](x, weight, bias, *geometry)
+
+
 def input_gradient(grad: Tensor, shape: torch.Size, weight: Tensor, geometry: Geometry) -> Tensor:
     """Gradient of a convolution's input, from the weight and the shape of the input alone."""
+    if by_matmul(weight, len(grad) * math.prod(grad.shape[2:]), geometry):
+        flat, rows = weight.flatten(1), grad.flatten(2)  # (b, o, n)
+        if len(grad) == 1 and grad.dtype == torch.float32:
+            columns = (flat.t() @ rows[0])[None]
+        else:  # this way round in bf16
+            columns = (rows.mT.reshape(-1, len(flat)) @ flat).view(len(grad), -1, flat.shape[1]).mT
+        return F.fold(columns, shape[2:], weight.shape[2:], geometry.dilation, geometry.padding, geometry.stride)
     placeholder = grad.new_empty(()).expand(shape)
     stride, padding, dilation, groups = geometry
     found: Tensor = torch.ops.aten.convolution_backward(
@@ -173,10 +223,11 @@ class LowRankConv(torch.autograd.Function):
         bias: Tensor | None,
         geometry: Geometry,
         plan: tuple[tuple[float, float], ...],
+        heavy_by_matmul: bool,
         *factors: Tensor,
     ) -> Tensor:
         convolve, groups = CONVOLVE[x.dim()], geometry.groups
-        out = convolve(x, weight, bias, *geometry)
+        out = convolution(x, weight, bias, geometry, heavy_by_matmul)
         hidden, seeds = [], []
         for k, (scaling, dropout) in enumerate(plan):
             down, up = factors[2 * k].to(out.dtype), factors[2 * k + 1].to(out.dtype)
@@ -186,7 +237,7 @@ class LowRankConv(torch.autograd.Function):
             h = convolve(seen.to(out.dtype), down.repeat(groups, *(1,) * (down.dim() - 1)), None, *geometry)
             out.add_(convolve(h, up, groups=groups), alpha=scaling)
             hidden.append(h)
-        kept, ctx.remake = undo(x) if any(ctx.needs_input_grad[5::2]) else (None, None)
+        kept, ctx.remake = undo(x) if any(ctx.needs_input_grad[6::2]) else (None, None)
         ctx.plan, ctx.seeds, ctx.geometry, ctx.shape = plan, seeds, geometry, x.shape
         ctx.dtype, ctx.x_dtype = out.dtype, x.dtype
         ctx.save_for_backward(kept, weight, *factors, *hidden)
@@ -207,7 +258,7 @@ class LowRankConv(torch.autograd.Function):
         grads: list[Tensor | None] = []
         for k, (scaling, dropout) in enumerate(ctx.plan):
             down, up = factors[2 * k], factors[2 * k + 1]
-            needs_down, needs_up = ctx.needs_input_grad[5 + 2 * k : 7 + 2 * k]
+            needs_down, needs_up = ctx.needs_input_grad[6 + 2 * k : 8 + 2 * k]
             h = hidden[k]
             grad_h, grad_up, _ = torch.ops.aten.convolution_backward(
                 grad, h, up.to(ctx.dtype), None, point.stride, point.padding, point.dilation, False,
@@ -229,12 +280,15 @@ class LowRankConv(torch.autograd.Function):
                 if needs_down:
                     grad_down = into_down.view(groups, *down.shape).sum(0).mul_(scaling).to(down.dtype)
             grads += [grad_down, grad_up.mul_(scaling).to(up.dtype) if needs_up else None]
-        return (None if grad_x is None else grad_x.to(ctx.x_dtype), None, None, None, None, *grads)
+        return (None if grad_x is None else grad_x.to(ctx.x_dtype), None, None, None, None, None, *grads)
 
 
-def low_rank_conv(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, branches: list[Branch]) -> Tensor:
-    """A convolution with low-rank branches, x padded already where the padding is not zeros."""
+def low_rank_conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, branches: list[Branch],
+    heavy_by_matmul: bool = False,
+) -> Tensor:  # fmt: skip
+    """A convolution with low-rank branches; see `convolution`."""
     plan = tuple((b.scaling, b.dropout) for b in branches)
     factors = [t for b in branches for t in (b.lora_A, b.lora_B)]
-    out: Tensor = LowRankConv.apply(x, weight, bias, geometry, plan, *factors)
+    out: Tensor = LowRankConv.apply(x, weight, bias, geometry, plan, heavy_by_matmul, *factors)
     return out

@@ -25,7 +25,16 @@ from torch import Tensor, nn
 
 from visionlora.errors import ConfigError
 from visionlora.lora.functional import stack_factors, wide
-from visionlora.lora.kernels import CONVOLVE, Branch, Geometry, Rows, low_rank_conv, low_rank_linear
+from visionlora.lora.kernels import (
+    CONVOLVE,
+    HEAVY,
+    Branch,
+    Geometry,
+    Rows,
+    convolution,
+    low_rank_conv,
+    low_rank_linear,
+)
 from visionlora.lora.methods.base import Method
 
 MOST_TIMES = 3
@@ -464,7 +473,8 @@ class AdaptedConv(AdaptedLayer):
         if any(m.gain() is not None or m.input_gain() is not None for m in active):
             return self.plain(x, active)
         padded, geometry = conv_geometry(base, x)
-        return low_rank_conv(padded, base.weight, base.bias, geometry, branches_of(active))
+        heavy = isinstance(self, HeavyByMatmul)
+        return low_rank_conv(padded, base.weight, base.bias, geometry, branches_of(active), heavy)
 
     def plain(self, x: Tensor, active: list[Method]) -> Tensor:
         """Ordinary operations alone."""
@@ -536,6 +546,29 @@ class AdaptedConv(AdaptedLayer):
                 # Not in place: under some memory formats the base's output is a view of its input's layout.
                 total = total + conv_branch(base, x.to(dtype), stack.lora_A, stack.lora_B)
             return total
+
+
+class HeavyByMatmul(nn.Module):
+    """Mixed into the class of a convolution that may round otherwise than torch's where that is faster."""
+
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        padded, geometry = conv_geometry(self, x)
+        return convolution(padded, weight, bias, geometry, heavy_by_matmul=True)
+
+
+def heavy_by_matmul(model: nn.Module) -> int:
+    """Lets the heavy convolutions of a model run as products of matrices where that is faster: see `by_matmul`.
+
+    To be called before adapters are put on. The outputs are the same but for rounding.
+
+    Returns:
+        How many there are.
+    """
+    found = [m for m in model.modules() if type(m) is nn.Conv2d and m.groups == 1 and m.weight.numel() >= HEAVY]
+    for layer in found:
+        if not isinstance(layer.padding, str):
+            layer.__class__ = adapted_class(type(layer), HeavyByMatmul)  # type: ignore[assignment]
+    return len(found)
 
 
 def conv_geometry(base: Any, x: Tensor) -> tuple[Tensor, Geometry]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from visionlora.lora.kernels import low_rank_conv, undo
-from visionlora.lora.layers import CONVOLUTIONS, AdaptedLayer, adapted_class, conv_geometry
+from visionlora.lora.layers import CONVOLUTIONS, AdaptedLayer, HeavyByMatmul, adapted_class, conv_geometry
 
 
 class Lean(nn.Module):
@@ -42,7 +42,7 @@ class LeanConv(Lean):
         ):
             return cast(Tensor, super().forward(x))
         padded, geometry = conv_geometry(base, x)
-        return low_rank_conv(padded, weight, base.bias, geometry, [])
+        return low_rank_conv(padded, weight, base.bias, geometry, [], isinstance(self, HeavyByMatmul))
 
 
 class RemadeSiLU(torch.autograd.Function):
