@@ -161,7 +161,6 @@ def test_a_rank_that_follows_the_timestep_trains_and_draws(train, tiny_model: Pa
 
 @pytest.mark.parametrize("code", ["int8", "nf4"])
 def test_a_base_in_few_bits_learns_nearly_the_same(train, code: str) -> None:
-    pytest.importorskip("bitsandbytes")
     plain = losses(train("sample_columns=0", name="a")[1])
     out, run = train("sample_columns=0", f"base_precision={code}", name="b")
     assert "0.00 %" not in out and losses(run) != plain
@@ -172,13 +171,10 @@ def test_a_base_in_few_bits_learns_nearly_the_same(train, code: str) -> None:
     assert "4 of the 4 pictures of a step at once" in again
 
 
-def test_packed_bases_do_not_go_with_everything(train, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packed_bases_do_not_go_with_everything(train) -> None:
     with pytest.raises(ConfigError, match="packed weights go neither with compile nor with method full"):
         train("base_precision=nf4", "method=full")
     with pytest.raises(ConfigError, match="tlora's rank changes from step to step"):
         train("method=tlora", "compile=true")
     with pytest.raises(ConfigError, match="min_rank is 2; it is for method tlora"):
         train("min_rank=2")
-    monkeypatch.setattr("visionlora.config.choices.installed", lambda package: False)
-    with pytest.raises(ConfigError, match=r"needs the package bitsandbytes.*pip install 'visionlora\[quantised\]'"):
-        train("base_precision=int8")

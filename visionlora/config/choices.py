@@ -38,8 +38,6 @@ OPTIMIZERS = {
     "schedulefree": OptimizerWord("schedulefree", schedule="constant", averages=True),
     "sgd": OptimizerWord(betas=1),
 }
-QUANTISED = ("int8", "nf4")
-"""Values of base_precision for which weights are packed in few bits."""
 TRACKERS = ("tensorboard", "trackio", "wandb")
 
 
@@ -59,13 +57,6 @@ def optimizer_problem(word: str) -> str | None:
     if found.package is None or installed(found.package):
         return None
     return f"it needs the package {found.package}, which is not installed: pip install 'visionlora[{found.extra}]'"
-
-
-def quantised_problem(base_precision: str) -> str | None:
-    """Why the base cannot be kept so on this machine, and what to do; None when it can be."""
-    if base_precision not in QUANTISED or installed("bitsandbytes"):
-        return None
-    return "it needs the package bitsandbytes, which is not installed: pip install 'visionlora[quantised]'"
 
 
 def tracker_problem(words: tuple[str, ...]) -> str | None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from visionlora.config.choices import QUANTISED, quantised_problem
 from visionlora.config.folders import FolderConfig, reading_rules
 from visionlora.config.training import PRECISIONS, Rule, TrainingConfig
 from visionlora.errors import nearest
 
 ATTENTION = ("sdpa", "flash", "xformers")
+QUANTISED = ("int8", "nf4")
 BASE_PRECISIONS = (*PRECISIONS, *QUANTISED)
 
 
@@ -238,7 +238,6 @@ class TrainSDConfig(TrainingConfig):
                 "it needs the class's caption: prior_prompt='a dog'",
             ),
             ("base_precision", self.base_precision in BASE_PRECISIONS, nearest(self.base_precision, BASE_PRECISIONS)),
-            ("base_precision", not (problem := quantised_problem(self.base_precision)), problem or ""),
             (
                 "base_precision",
                 self.base_precision not in QUANTISED or not (self.compile or self.method == "full"),

@@ -1,29 +1,38 @@
 """A frozen base in 8 or 4 bits: weights are unpacked when a layer runs, and again in its backward pass.
 
-int8  blocks of 4096 numbers with 8-bit dynamic codes    arXiv 2110.02861, sections 2.1 and 2.2
-nf4   blocks of 64 numbers with 4-bit NormalFloat codes  arXiv 2305.14314, section 3
+Both have a scale in fp32, the largest |number|, for each 64 numbers:
+    int8  127ths of the scale
+    nf4   4-bit NormalFloat, arXiv 2305.14314, section 3 and appendix E
 
-The codes are bitsandbytes'. A layer is packed in place: `weight` becomes a property that gives the unpacked tensor, so that
-everything that reads it (adapters, lean layers, DoRA's norms) works as before. What backward needs of it is not kept: the
-model's forward pass leaves a note of the layer instead, and backward unpacks anew.
+A layer is packed in place: `weight` becomes a property that gives the unpacked tensor, so that everything that reads it
+(adapters, lean layers, DoRA's norms) works as before. What backward needs of it is not kept: the model's forward pass leaves
+a note of the layer instead, and backward unpacks anew.
 """
 
 from __future__ import annotations
 
-import logging
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visionlora.errors import ConfigError
 from visionlora.lora.layers import CONVOLUTIONS, adapted_class
 
 CODES = ("int8", "nf4")
+BLOCK = 64
+NORMAL_FLOAT = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+"""What the 16 codes of nf4 stand for, in shares of the scale."""
 SMALLEST = 4096
 """Numbers in a weight below which packing saves nothing worth having."""
 EDGES = ("conv_in", "conv_out")
@@ -59,35 +68,48 @@ class Packing:
     """A weight in few bits."""
 
     codes: Tensor
-    """uint8; two numbers in each for nf4."""
-    state: Any
-    """Of bitsandbytes: scales of the blocks, and what the codes mean."""
+    """int8, one number in each; or uint8, two in each, the first in the upper half."""
+    scales: Tensor
+    """Largest |number| of each block, fp32."""
     bits: int
     shape: torch.Size
+    dtype: torch.dtype
+    """Of the unpacked weight."""
 
     def unpacked(self) -> Tensor:
-        """In the dtype that it was packed from."""
-        import bitsandbytes.functional as bnb
-
-        unpack = bnb.dequantize_4bit if self.bits == 4 else bnb.dequantize_blockwise
-        return cast(Tensor, unpack(self.codes, self.state)).view(self.shape)
+        """In its dtype."""
+        if self.bits == 8:
+            steps = self.codes.view(-1, BLOCK).float() * (self.scales / 127)[:, None]
+        else:
+            pairs = F.embedding(self.codes.int(), pairs_of_codes(self.codes.device))
+            steps = pairs.view(-1, BLOCK) * self.scales[:, None]
+        return steps.flatten()[: self.shape.numel()].view(self.shape).to(self.dtype)
 
     @property
     def nbytes(self) -> int:
         """Of codes and scales."""
-        return int(self.codes.nbytes + self.state.absmax.nbytes)
+        return int(self.codes.nbytes + self.scales.nbytes)
+
+
+@cache
+def pairs_of_codes(device: torch.device) -> Tensor:
+    """What each byte stands for, (256, 2)."""
+    values = torch.tensor(NORMAL_FLOAT, device=device)
+    return torch.stack([values.repeat_interleave(16), values.repeat(16)], dim=1)
 
 
 @torch.no_grad()
 def packing(weight: Tensor, code: str) -> Packing:
     """A weight in few bits, on its device."""
-    import bitsandbytes.functional as bnb
-
-    if code == "nf4":
-        codes, state = bnb.quantize_4bit(weight.contiguous(), quant_type="nf4", blocksize=64)
-        return Packing(codes, state, 4, weight.shape)
-    codes, state = bnb.quantize_blockwise(weight.contiguous(), blocksize=4096)
-    return Packing(codes, state, 8, weight.shape)
+    flat = weight.float().flatten()
+    blocks = F.pad(flat, (0, -len(flat) % BLOCK)).view(-1, BLOCK)
+    scales = blocks.abs().amax(dim=1)
+    shares = (blocks / scales.clamp_min(1e-30)[:, None]).flatten()
+    if code == "int8":
+        return Packing((shares * 127).round().to(torch.int8), scales, 8, weight.shape, weight.dtype)
+    values = torch.tensor(NORMAL_FLOAT, device=weight.device)
+    nearest = torch.bucketize(shares, (values[1:] + values[:-1]) / 2).to(torch.uint8)
+    return Packing(nearest[::2] * 16 + nearest[1::2], scales, 4, weight.shape, weight.dtype)
 
 
 @dataclass(frozen=True)
@@ -152,17 +174,10 @@ def pack(model: nn.Module, code: str, device: torch.device | None = None, dtype:
         Bytes that the packed weights take.
 
     Raises:
-        ConfigError: when bitsandbytes is missing, or some weight trains.
+        ConfigError: for another code, or when some weight trains.
     """
     if code not in CODES:
         raise ConfigError(f"{code!r} is no way to pack weights; there are {' and '.join(CODES)}.")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it complains of kernels that are not needed here
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError:
-        raise ConfigError(
-            f"{code} needs the package bitsandbytes, which is not installed: pip install 'visionlora[quantised]'."
-        ) from None
     total = 0
     for name, layer in model.named_modules():
         if type(layer) not in (nn.Linear, *CONVOLUTIONS) or name in EDGES:

@@ -11,7 +11,6 @@ from visionlora.errors import ConfigError
 from visionlora.lora import packed
 from visionlora.lora.packed import Packed, owner_of, pack, packed_layers
 
-pytest.importorskip("bitsandbytes")
 CODES = ("int8", "nf4")
 
 
@@ -62,7 +61,7 @@ def test_weights_stay_close_and_take_little(code: str, most: float) -> None:
         assert layer.weight.shape == before.weight.shape
         assert (layer.weight - before.weight).norm() < most * before.weight.norm()
     assert sum(layer.numbers for layer in packed_layers(model)) == numbers
-    assert size <= numbers * (1.01 if code == "int8" else 0.57)
+    assert size <= numbers * (1 if code == "int8" else 0.5) + numbers // 16
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "ia3"])
@@ -130,7 +129,7 @@ def test_copies_are_independent() -> None:
     assert torch.equal(twin(x), expected)
 
 
-def test_what_cannot_be_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_is_refused() -> None:
     model = network()
     with pytest.raises(ConfigError, match="'int4' is no way to pack weights; there are int8 and nf4"):
         pack(model, "int4")
@@ -145,6 +144,13 @@ def test_what_cannot_be_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="packed in 4 bits, into which nothing can be merged exactly"):
         handle.merge()
     assert not handle.merged
-    monkeypatch.setitem(__import__("sys").modules, "bitsandbytes", None)
-    with pytest.raises(ConfigError, match=r"pip install 'visionlora\[quantised\]'"):
-        pack(network(), "nf4")
+
+
+def test_every_number_takes_the_nearest_code() -> None:
+    weight = torch.randn(3, 5, 7)
+    for code, values in (("int8", torch.arange(-127, 128) / 127), ("nf4", torch.tensor(packed.NORMAL_FLOAT))):
+        found, flat = packed.packing(weight, code), weight.flatten()
+        scales = found.scales.repeat_interleave(packed.BLOCK)[: len(flat)]
+        nearest = (flat[:, None] - values * scales[:, None]).abs().min(dim=1).values
+        torch.testing.assert_close((found.unpacked().flatten() - flat).abs(), nearest, rtol=1e-4, atol=1e-6)
+    assert not packed.packing(torch.zeros(70), "nf4").unpacked().any()
