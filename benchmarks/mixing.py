@@ -23,12 +23,12 @@ from typing import Any
 import numpy as np
 import torch
 from core import ATTENTION, RANK, call, inputs_of_unet, sharing, take_turns, unet_of_sd15
+from judge import features, nearest, predict, shares, train_classifier
 from PIL import Image
 from record import run_parts
-from style_transfer import ASSETS, LEARNED, nearest, predict, shares, train_classifier
+from style_transfer import ASSETS, LEARNED
 from torch import Tensor, nn
 from visionlora.assets.build_emoji64 import base_set, read_split, to_tensor
-from visionlora.assets.build_pictures import thumbnail
 from visionlora.pipelines.train_sd import train_sd
 
 from visionlora.config import TrainSDConfig, build, read_yaml
@@ -146,7 +146,7 @@ def measure_quality() -> dict[str, Any]:
     held_out = [set(read_split(s, "heldout")[1]) for s in LEARNED]
     captions = sorted(set.intersection(*held_out))[:PICTURES]
     base_pictures, base_captions = base_set()
-    base_features = np.stack([thumbnail(Image.fromarray(p)) for p in base_pictures])
+    base_features = features([Image.fromarray(p) for p in base_pictures])
     found: dict[str, Any] = {"pictures": len(captions)}
     for size in (2, 3):
         for styles in itertools.combinations(LEARNED, size):
@@ -159,7 +159,7 @@ def measure_quality() -> dict[str, Any]:
                 drawn = draw(base, captions, 64, SamplingConfig(20, base.suggested["guidance_scale"], 0, 20))
                 mix.detach()
                 seen = shares(predict(classifier, to_tensor(np.stack([np.asarray(p) for p in drawn]))))
-                kept = nearest(np.stack([thumbnail(p) for p in drawn]), base_features, base_captions, captions)
+                kept = nearest(features(drawn), base_features, base_captions, captions)
                 entry = {
                     "seen_as": seen,
                     "learned": sum(seen[s] for s in styles),
@@ -184,7 +184,7 @@ def measure_orthogonal() -> dict[str, Any]:
     styles = ("fluent-emoji-flat", "fxemoji")
     captions = sorted(set.intersection(*(set(read_split(s, "heldout")[1]) for s in styles)))[:PICTURES]
     base_pictures, base_captions = base_set()
-    base_features = np.stack([thumbnail(Image.fromarray(p)) for p in base_pictures])
+    base_features = features([Image.fromarray(p) for p in base_pictures])
     found: dict[str, Any] = {"styles": styles, "steps": SHORT, "pictures": len(captions)}
     for init in ("kaiming", "orthogonal"):
         adapters = {}
@@ -208,7 +208,7 @@ def measure_orthogonal() -> dict[str, Any]:
                 drawn = draw(base, captions, 64, SamplingConfig(20, base.suggested["guidance_scale"], 0, 20))
                 mix.detach()
                 seen = shares(predict(classifier, to_tensor(np.stack([np.asarray(p) for p in drawn]))))
-                kept = nearest(np.stack([thumbnail(p) for p in drawn]), base_features, base_captions, captions)
+                kept = nearest(features(drawn), base_features, base_captions, captions)
                 entry[name] = {
                     "learned": sum(seen[s] for s in names),
                     "least_seen": min(seen[s] for s in names),

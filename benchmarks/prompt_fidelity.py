@@ -3,8 +3,8 @@
     python benchmarks/prompt_fidelity.py
 
 - VAE: PSNR on held-out pictures of each style (the VAE saw none of them).
-- Prompts: 200 captions of the base style, one picture each. The nearest picture of the whole base set, by the cosine of
-  ink (1 - pixel) at 16x16, should have that caption.
+- Prompts: 200 captions of the base style, one picture each. The nearest picture of the whole base set, by the features of
+  `emoji-vit`, should have that caption.
 - A grid of 16 well-known prompts to look at: assets/emoji-64/samples.png.
 """
 
@@ -15,10 +15,10 @@ import time
 from pathlib import Path
 
 import numpy as np
+from judge import features
 from PIL import Image
 from record import record
 from visionlora.assets.build_emoji64 import STYLES, base_set, psnr, read_split
-from visionlora.assets.build_pictures import thumbnail
 
 from visionlora.diffusion.sampling import SamplingConfig, draw
 from visionlora.models.base import open_base
@@ -44,13 +44,13 @@ def main() -> None:
     print("VAE, PSNR on held-out pictures (dB):", quality)
 
     pictures, captions = base_set()
-    everything = np.stack([thumbnail(Image.fromarray(p)) for p in pictures])
+    everything = features([Image.fromarray(p) for p in pictures])
     chosen = np.random.default_rng(0).permutation(len(captions))[:PROMPTS]
     sampling = SamplingConfig(args.steps, args.guidance_scale, seed=0, batch_size=25)
     start = time.monotonic()
     drawn = draw(base, [captions[i] for i in chosen], base.resolution, sampling)
     seconds = (time.monotonic() - start) / PROMPTS
-    order = np.argsort(-np.stack([thumbnail(p) for p in drawn]) @ everything.T, axis=1)
+    order = np.argsort(-features(drawn) @ everything.T, axis=1)
     rank = (order == chosen[:, None]).argmax(axis=1)
     top1, top5 = float((rank == 0).mean()), float((rank < 5).mean())
     print(f"{PROMPTS} prompts of {len(captions)}: top-1 {top1:.1%}, top-5 {top5:.1%}, {seconds:.2f} s a picture")
@@ -64,7 +64,7 @@ def main() -> None:
     print("grid:", args.grid)
     if args.model == "emoji-64":
         record("prompt_fidelity", {
-            "vae_psnr_db": quality, "prompts": PROMPTS, "pictures": len(captions), "feature": "ink at 16x16, cosine",
+            "vae_psnr_db": quality, "prompts": PROMPTS, "pictures": len(captions), "feature": "emoji-vit, cosine",
             "top1": top1, "top5": top5, "steps": args.steps, "guidance_scale": args.guidance_scale,
             "seconds_per_picture": round(seconds, 3),
         })  # fmt: skip

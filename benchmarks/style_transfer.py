@@ -7,8 +7,9 @@
 Each adapter is trained by train-sd with the recipe `emoji64_style` on the training split of one style. On the held-out
 concepts (a) the denoising loss at fixed timesteps and noise, base against adapter; (b) the style that a classifier sees
 in pictures of them, at scale 0, 0.5 and 1; (c) whether the concept is kept: the nearest real picture of that style, and
-of the base style. The classifier was trained on real pictures of the training split, half of them sent through the VAE,
-which softens every drawn picture; what it sees in real held-out pictures of each style is printed beside.
+of the base style, by the features of `emoji-vit`. The classifier was trained on real pictures of the training split, half of
+them sent through the VAE, which softens every drawn picture; what it sees in real held-out pictures of each style is printed
+beside, and how often the concept of these is found.
 """
 
 from __future__ import annotations
@@ -17,16 +18,13 @@ import argparse
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
-import torch.nn.functional as F
+from judge import StyleClassifier, features, nearest, predict, shares, train_classifier
 from PIL import Image
 from record import record
-from torch import Tensor, nn
+from torch import Tensor
 from visionlora.assets.build_emoji64 import STYLES, base_set, read_split, to_tensor
-from visionlora.assets.build_pictures import thumbnail
 from visionlora.pipelines.train_sd import train_sd
 
 from visionlora.config import TrainSDConfig, build, parse_words, read_yaml
@@ -43,74 +41,6 @@ LEARNED = ("fluent-emoji-flat", "fluent-emoji-high-contrast", "fxemoji")
 SCALES = (0.0, 0.5, 1.0)
 
 
-class StyleClassifier(nn.Sequential):
-    """A small CNN: (b, 3, 64, 64) in -1..1 -> (b, styles)."""
-
-    def __init__(self) -> None:
-        layers: list[nn.Module] = []
-        for i, o in ((3, 24), (24, 48), (48, 96), (96, 128)):
-            layers += [nn.Conv2d(i, o, 3, padding=1, bias=False), nn.BatchNorm2d(o), nn.ReLU(), nn.MaxPool2d(2)]
-        super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.2), nn.Linear(128, len(STYLES)))
-
-
-def pictures_of(split: str) -> tuple[Tensor, Tensor]:
-    """Real pictures of all styles and their style's position in STYLES."""
-    parts = [to_tensor(read_split(style, split)[0]) for style in STYLES]
-    return torch.cat(parts), torch.cat([torch.full((len(p),), i) for i, p in enumerate(parts)])
-
-
-@torch.no_grad()
-def through_vae(x: Tensor) -> Tensor:
-    """Real pictures as the VAE codes them."""
-    vae = open_base("emoji-64").pipe.vae
-    return torch.cat([vae.decode(vae.encode(part).latent_dist.mean).sample.clamp(-1, 1) for part in x.split(64)])
-
-
-def train_classifier(epochs: int = 25) -> tuple[StyleClassifier, dict[str, dict[str, float]]]:
-    """Trained on real pictures; returns it and what it sees in real held-out pictures of each style."""
-    torch.manual_seed(0)
-    model, (x, y) = StyleClassifier(), pictures_of("train")
-    soft, weight = through_vae(x), len(y) / torch.bincount(y).float()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=5e-2)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=epochs * (len(x) // 64))
-    for _ in range(epochs):
-        for index in torch.randperm(len(x))[: len(x) // 64 * 64].split(64):
-            batch = torch.where(torch.rand(64, 1, 1, 1) < 0.5, x[index], soft[index])
-            batch = torch.where(torch.rand(64, 1, 1, 1) < 0.5, batch.flip(-1), batch)
-            dx, dy = torch.randint(-4, 5, (2,)).tolist()
-            batch = torch.roll(batch, (dx, dy), (2, 3))
-            if torch.rand(()) < 0.3:
-                batch = F.avg_pool2d(F.pad(batch, (1, 1, 1, 1), "replicate"), 3, 1)
-            out = model(batch + 0.05 * torch.randn_like(batch))
-            loss = F.cross_entropy(out, y[index], weight=weight, label_smoothing=0.05)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-    x, y = pictures_of("heldout")
-    seen = predict(model, x)
-    return model.eval(), {s: shares(seen[y == i]) for i, s in enumerate(STYLES)}
-
-
-def shares(seen: Tensor) -> dict[str, float]:
-    """Share of each style among predictions."""
-    return {s: float((seen == i).float().mean()) for i, s in enumerate(STYLES)}
-
-
-@torch.no_grad()
-def predict(model: StyleClassifier, x: Tensor) -> Tensor:
-    """Positions in STYLES."""
-    return torch.cat([model.eval()(part).argmax(1) for part in x.split(128)])
-
-
-def nearest(
-    drawn: np.ndarray[Any, Any], real: np.ndarray[Any, Any], real_captions: list[str], captions: list[str]
-) -> np.ndarray[Any, Any]:
-    """Whether each of the 5 nearest real pictures has the right caption, (pictures, 5)."""
-    order = np.argsort(-drawn @ real.T, axis=1)[:, :5]
-    return np.array([[real_captions[j] == c for j in row] for row, c in zip(order, captions, strict=True)])
-
-
 def measure(
     style: str, adapter: Path, classifier: StyleClassifier, cells: int = 8
 ) -> tuple[dict[str, object], Image.Image]:
@@ -121,9 +51,9 @@ def measure(
     captions = [item.caption for item in folder.items]
     real = [read_split(style, split) for split in ("train", "heldout")]
     real_captions = [c for _, part in real for c in part]
-    real_features = np.stack([thumbnail(Image.fromarray(p)) for part, _ in real for p in part])
+    real_features = features([Image.fromarray(p) for part, _ in real for p in part])
     base_pictures, base_captions = base_set()
-    base_features = np.stack([thumbnail(Image.fromarray(p)) for p in base_pictures])
+    base_features = features([Image.fromarray(p) for p in base_pictures])
 
     def loss() -> Tensor:
         return losses_at(base.pipe.unet, base.noise_scheduler, data, LEVELS, seed=0)
@@ -140,15 +70,19 @@ def measure(
             zip(map(str, LEVELS), (1 - after.mean(0) / before.mean(0)).tolist(), strict=True)
         ),
     }
+    originals = [Image.open(item.path).convert("RGB") for item in folder.items]
+    real_found = nearest(features(originals), base_features, base_captions, captions)
+    result["real_base_concept_top1"] = float(real_found[:, 0].mean())
+    result["real_base_concept_top5"] = float(real_found.any(1).mean())
     columns = []
     for scale in SCALES:
         handle.set_scale(scale)
         drawn = draw(base, captions, base.resolution, SamplingConfig(20, base.suggested["guidance_scale"], 0, 25))
         columns.append(drawn)
         seen = predict(classifier, to_tensor(np.stack([np.asarray(p) for p in drawn])))
-        thumbnails = np.stack([thumbnail(p) for p in drawn])
-        found = nearest(thumbnails, real_features, real_captions, captions)
-        found_in_base = nearest(thumbnails, base_features, base_captions, captions)
+        own = features(drawn)
+        found = nearest(own, real_features, real_captions, captions)
+        found_in_base = nearest(own, base_features, base_captions, captions)
         result[f"scale_{scale:g}"] = {
             "seen_as_this_style": float((seen == STYLES.index(style)).float().mean()),
             "seen_as": shares(seen),
@@ -157,7 +91,6 @@ def measure(
             "base_concept_top1": float(found_in_base[:, 0].mean()),
             "base_concept_top5": float(found_in_base.any(1).mean()),
         }
-    originals = [Image.open(item.path).convert("RGB") for item in folder.items]
     shown = np.linspace(0, len(captions) - 1, cells).astype(int)
     grid = draw_grid(
         [[column[i] for i in shown] for column in (*columns, originals)],

@@ -37,13 +37,15 @@ def style_table() -> str:
     real = found["real_seen_as"]
     right = ", ".join(f"{style} {percent(real[style][style])}" for style in real)
     floor = ", ".join(f"{percent(real['noto'][style])} as {style}" for style in LEARNED)
+    own = ", ".join(percent(found[style]["real_base_concept_top5"]) for style in LEARNED)
     note = (
         "\nOne rank-8 adapter per style, recipe `emoji64_style`, on "
         f"{found['fluent-emoji-flat']['held_out_pictures']} concepts never seen in the style "
         f"({found['fxemoji']['held_out_pictures']} for fxemoji). A classifier trained on real pictures judges the style; "
         f"it is right on real held-out pictures in these shares: {right}. Real pictures of the base style it takes, "
         f"wrongly, {floor}: that is what to expect at scale 0. The concept counts as kept when its picture in the base "
-        "style is among the 5 nearest of 703. `benchmarks/style_transfer.py`."
+        "style is among the 5 nearest of 703 by the features of `emoji-vit`, which finds it from the style's own picture for "
+        f"{own} of the concepts. `benchmarks/style_transfer.py`."
     )
     return "\n".join(lines) + "\n" + note
 

@@ -24,7 +24,7 @@ from visionlora.loaders import add_tokens, check_base, load_adapter
 from visionlora.lora.adapter import Adapter
 from visionlora.mixing.mix import Mix, attach
 from visionlora.mixing.scales import scale_from
-from visionlora.models.base import BaseModel, open_base
+from visionlora.models.base import BaseModel, open_base, open_controlnet
 
 Progress = Callable[[int, int], None]
 
@@ -52,6 +52,13 @@ class GenerateConfig:
     compose_options: tuple[tuple[str, Any], ...] = ()
     init_image: Path | None = None
     strength: float = 0.6
+    mask: Path | None = None
+    """What is drawn anew of `init_image`: a grey picture of its size, white where."""
+    controlnet: str | None = None
+    """A diffusers folder or Hub id of a ControlNet for the base's family."""
+    control: Path | None = None
+    """The picture that it follows: edges, a pose, depth, as it was trained on."""
+    control_scale: float = 1.0
     output: Path = Path("pictures")
     force: bool = False
     allow_partial: bool = False
@@ -81,7 +88,7 @@ def generate(
         ConfigError: when a setting is out of range or a prompt names an unknown adapter.
         AdapterFileError: when an adapter cannot be read or was made for another base.
         ModelError: when the base cannot be opened or the size does not fit it.
-        DataError: when the picture to start from cannot be read.
+        DataError: when the picture to start from, its mask or the one to follow cannot be read.
     """
     if config.num_images < 1:
         raise ConfigError(f"num_images is {config.num_images}; it must be at least 1.")
@@ -100,6 +107,7 @@ def adapters_and_base(config: GenerateConfig, say: Callable[[str], None]) -> tup
     """
     if not config.prompts:
         raise ConfigError("There is no prompt: --prompt TEXT, or --prompts FILE with one per line.")
+    check_pictures(config)
     paths = dict.fromkeys(use.path for prompt in config.prompts for use in uses_of(prompt, config))
     adapters = {path: load_adapter(path, config.allow_partial) for path in paths}
     model = config.model
@@ -177,23 +185,93 @@ def recipes_of(config: GenerateConfig, base: BaseModel, plans: Sequence[tuple[st
     for size in {width, height}:
         base.check_resolution(size)
     guidance = base.suggested["guidance_scale"] if config.guidance_scale is None else config.guidance_scale
-    init_hash = ""
-    if config.init_image is not None:
-        try:
-            init_hash = hashlib.sha256(config.init_image.read_bytes()).hexdigest()
-        except OSError as e:
-            raise DataError(
-                f"The picture to start from cannot be read: {config.init_image}: {e.strerror or e}."
-            ) from None
+    (start, start_hash), (mask, mask_hash), (control, control_hash) = (
+        named(getattr(config, field), what) for field, what in PICTURES.items()
+    )
     return [
         Recipe(
             prompt, base.id, width, height, config.negative_prompt, tuple(uses), config.compose, dict(config.compose_options),
-            config.seed + k, config.steps, guidance, config.scheduler,
-            "" if config.init_image is None else str(config.init_image), init_hash, config.strength,
+            config.seed + k, config.steps, guidance, config.scheduler, start, start_hash, config.strength, mask, mask_hash,
+            config.controlnet or "", control, control_hash, config.control_scale,
         )
         for prompt, uses in plans
         for k in range(config.num_images)
     ]  # fmt: skip
+
+
+PICTURES = {"init_image": "picture to start from", "mask": "mask", "control": "picture to follow"}
+"""Fields of a configuration that name pictures, and what they are."""
+
+
+def check_pictures(config: GenerateConfig) -> None:
+    """Raises ConfigError when one of the pictures lacks what it goes with."""
+    if config.mask is not None and config.init_image is None:
+        raise ConfigError("A mask says what of a picture is drawn anew: give the picture with --init-image.")
+    if config.control is not None and config.controlnet is None:
+        raise ConfigError("A picture to follow needs a ControlNet: --controlnet FOLDER or a Hub id.")
+    if config.controlnet is not None and config.control is None:
+        raise ConfigError("A ControlNet needs a picture to follow: --control FILE.")
+
+
+def named(path: Path | None, what: str) -> tuple[str, str]:
+    """The path of a picture and the SHA-256 of its file, for a recipe; empty when there is none.
+
+    Raises:
+        DataError: when the file cannot be read.
+    """
+    if path is None:
+        return "", ""
+    try:
+        return str(path), hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as e:
+        raise DataError(f"The {what} cannot be read: {path}: {e.strerror or e}.") from None
+
+
+@dataclass(frozen=True)
+class Given:
+    """Pictures that drawing starts from or follows."""
+
+    start: Image.Image | None = None
+    mask: Image.Image | None = None
+    """Grey, in the size of `start`."""
+    control: Image.Image | None = None
+
+    @classmethod
+    def of(cls, config: GenerateConfig) -> Given:
+        """Opened and checked.
+
+        Raises:
+            DataError: when one cannot be read, or the mask has another size than the picture.
+        """
+        start, mask, control = (opened(getattr(config, field), what) for field, what in PICTURES.items())
+        if start is not None and mask is not None and start.size != mask.size:
+            sizes = " and ".join("x".join(map(str, p.size)) for p in (mask, start))
+            raise DataError(f"The mask {config.mask} and the picture differ in size: {sizes} px.")
+        return cls(start, None if mask is None else mask.convert("L"), control)
+
+    def arguments(self, recipe: Recipe) -> dict[str, Any]:
+        """What the pipeline of `pipeline_for` is told of them."""
+        size = (recipe.width, recipe.height)
+        found: dict[str, Any] = {}
+        if self.start is None or self.mask is not None or self.control is not None:
+            found = {"width": recipe.width, "height": recipe.height}
+        if self.start is not None:
+            found |= {"image": self.start.resize(size, Image.Resampling.LANCZOS), "strength": recipe.strength}
+        if self.mask is not None:
+            found["mask_image"] = self.mask.resize(size, Image.Resampling.BILINEAR)
+        if self.control is not None:
+            found["image" if self.start is None else "control_image"] = self.control.resize(
+                size, Image.Resampling.LANCZOS
+            )
+            found["controlnet_conditioning_scale"] = recipe.control_scale
+        return found
+
+    def finished(self, picture: Image.Image) -> Image.Image:
+        """Outside of the mask the picture that it started from, to the last bit."""
+        if self.start is None or self.mask is None:
+            return picture
+        start = self.start.resize(picture.size, Image.Resampling.LANCZOS)
+        return Image.composite(picture, start, self.mask.resize(picture.size, Image.Resampling.BILINEAR))
 
 
 def draw_all(
@@ -203,8 +281,8 @@ def draw_all(
     """Draws what is not there yet, changing adapters only where the next picture wants others."""
     config.output.mkdir(parents=True, exist_ok=True)
     drawn: list[Drawn] = []
-    pipe, mix, current = pipeline_for(base, bool(config.init_image)), None, None
-    start = None if config.init_image is None else opened(config.init_image)
+    given = Given.of(config)
+    pipe, mix, current = pipeline_for(base, given, config.controlnet), None, None
     for done, recipe in enumerate(recipes, 1):
         path = config.output / recipe.file_name
         if path.exists():
@@ -218,7 +296,7 @@ def draw_all(
             mix, current = mixed(pipe, recipe, adapters, config.allow_partial), wanted
             for name, pairs in mix.handles.items() if mix is not None else ():
                 say(f"Adapter {name}: " + "; ".join(str(handle.report) for _, handle in pairs) + ".")
-        replace_file(path, png_bytes(draw_one(pipe, recipe, start), recipe))
+        replace_file(path, png_bytes(draw_one(pipe, recipe, given), recipe))
         drawn.append(Drawn(path, recipe, True))
         progress(done, len(recipes))
     if mix is not None:
@@ -226,15 +304,22 @@ def draw_all(
     return drawn
 
 
-def pipeline_for(base: BaseModel, from_picture: bool) -> Any:
-    """The base's pipeline, or one of the same parts that starts from a picture."""
-    if not from_picture:
-        return base.pipe
-    from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionXLImg2ImgPipeline
+def pipeline_for(base: BaseModel, given: Given, controlnet: str | None) -> Any:
+    """The base's pipeline, or one of the same parts that takes these pictures.
 
-    plain = {} if base.is_xl else {"requires_safety_checker": False}
-    kind = StableDiffusionXLImg2ImgPipeline if base.is_xl else StableDiffusionImg2ImgPipeline
-    pipe = kind(**base.pipe.components, **plain)
+    Raises:
+        ModelError: when the ControlNet cannot be opened or is for another family.
+    """
+    if given.start is None and controlnet is None:
+        return base.pipe
+    import diffusers
+
+    more = {} if base.is_xl else {"requires_safety_checker": False}
+    if controlnet is not None:
+        more["controlnet"] = open_controlnet(controlnet, base)
+    task = "" if given.start is None else "Img2Img" if given.mask is None else "Inpaint"
+    kind = f"StableDiffusion{'XL' if base.is_xl else ''}{'ControlNet' if controlnet else ''}{task}Pipeline"
+    pipe = getattr(diffusers, kind)(**base.pipe.components, **more)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -254,19 +339,13 @@ def mixed(pipe: Any, recipe: Recipe, adapters: dict[str, Adapter], allow_partial
     return found
 
 
-def draw_one(pipe: Any, recipe: Recipe, start: Image.Image | None) -> Image.Image:
+def draw_one(pipe: Any, recipe: Recipe, given: Given) -> Image.Image:
     """One picture; the same recipe gives the same pixels on the same machine."""
     import diffusers
 
     original = pipe.scheduler
     options = {"algorithm_type": "dpmsolver++", "solver_order": 2} if recipe.scheduler == "dpm++" else {}
     pipe.scheduler = getattr(diffusers, SCHEDULERS[recipe.scheduler][0]).from_config(original.config, **options)
-    size: dict[str, Any] = {"width": recipe.width, "height": recipe.height}
-    if start is not None:
-        size = {
-            "image": start.resize((recipe.width, recipe.height), Image.Resampling.LANCZOS),
-            "strength": recipe.strength,
-        }
     try:
         with torch.no_grad():
             latents = pipe(
@@ -275,22 +354,24 @@ def draw_one(pipe: Any, recipe: Recipe, start: Image.Image | None) -> Image.Imag
                 guidance_scale=recipe.guidance_scale,
                 generator=torch.Generator().manual_seed(recipe.seed),
                 output_type="latent",
-                **size,
+                **given.arguments(recipe),
             ).images
     finally:
         pipe.scheduler = original
     (picture,) = pictures_of(pipe, latents)
-    return picture
+    return given.finished(picture)
 
 
-def opened(path: Path) -> Image.Image:
-    """The picture to start from, in RGB.
+def opened(path: Path | None, what: str) -> Image.Image | None:
+    """A picture in RGB.
 
     Raises:
         DataError: when it is no picture.
     """
+    if path is None:
+        return None
     try:
         with Image.open(path) as picture:
             return picture.convert("RGB")
     except (OSError, SyntaxError, ValueError) as e:
-        raise DataError(f"The picture to start from cannot be read: {path}: {e}.") from None
+        raise DataError(f"The {what} cannot be read: {path}: {e}.") from None

@@ -33,6 +33,7 @@ from visionlora.report.grid import draw_grid
 
 NUMBERS: dict[str, type] = {
     "seed": int, "steps": int, "step": int, "width": int, "height": int, "guidance_scale": float, "strength": float,
+    "control_scale": float,
 }  # fmt: skip
 WORDS = ("prompt", "negative_prompt", "scheduler", "compose")
 LORA = re.compile(r"lora:(?P<name>.+?)(?:\.(?P<what>scale|file|[a-z_.0-9]+))?")
@@ -45,8 +46,8 @@ class Axis:
 
     name: str
     """`step` (of the training run that is the only adapter, as its checkpoints have it), `prompt`, `negative_prompt`, `seed`,
-    `steps`, `guidance_scale`, `scheduler`, `compose`, `strength`, `width`, `height`; `lora:NAME.scale`, `lora:NAME.BLOCK` (a
-    factor of one block), `lora:NAME.file` (other files in its place) or `lora:NAME.step`."""
+    `steps`, `guidance_scale`, `scheduler`, `compose`, `strength`, `control_scale`, `width`, `height`; `lora:NAME.scale`,
+    `lora:NAME.BLOCK` (a factor of one block), `lora:NAME.file` (other files in its place) or `lora:NAME.step`."""
     values: tuple[Any, ...]
 
     def label(self, value: Any) -> str:

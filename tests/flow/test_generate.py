@@ -1,5 +1,6 @@
 """`generate` and `show` as a user runs them."""
 
+import re
 import shlex
 from pathlib import Path
 
@@ -36,7 +37,27 @@ def run(*words: object) -> str:
     return result.output
 
 
+def pictures(folder: Path) -> None:
+    """A picture to start from, and a mask whose right half is white."""
+    Image.effect_noise((32, 32), 80).convert("RGB").save(folder / "start.png")
+    mask = Image.new("L", (32, 32))
+    mask.paste(255, (16, 0, 32, 32))
+    mask.save(folder / "mask.png")
+
+
+def save_controlnet(model: Path, folder: Path) -> None:
+    """A ControlNet that changes pictures, for a model."""
+    from diffusers import ControlNetModel
+
+    torch.manual_seed(0)
+    net = ControlNetModel.from_unet(open_base(str(model)).pipe.unet, conditioning_embedding_out_channels=(8, 8, 8))
+    for p in net.parameters():
+        p.data += 0.05
+    net.save_pretrained(folder)
+
+
 COMMON = ("--steps", 2, "--width", 32, "--height", 32)
+CONTROL = ("--controlnet", "{loras}/net", "--control", "{loras}/start.png")
 CASES = {
     "plain": (),
     "two at scales, by block": (
@@ -65,6 +86,10 @@ CASES = {
     ),
     "ancestral": ("--scheduler", "euler-a", "--negative-prompt", "a 'quoted' \"cat\"", "--guidance-scale", 3.5),
     "from a picture": ("--init-image", "{loras}/start.png", "--strength", 0.5, "--lora", "{loras}/dog.safetensors"),
+    "a part of a picture": ("--init-image", "{loras}/start.png", "--mask", "{loras}/mask.png", "--strength", 0.9),
+    "after a control picture": (*CONTROL, "--control-scale", 0.7, "--lora", "{loras}/dog.safetensors"),
+    "from a picture, after a control picture": (*CONTROL, "--init-image", "{loras}/start.png"),
+    "a part, after a control picture": (*CONTROL, "--init-image", "{loras}/start.png", "--mask", "{loras}/mask.png"),
 }
 
 
@@ -72,7 +97,9 @@ CASES = {
 def test_the_command_that_show_prints_draws_the_same_bytes(
     case: str, loras: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
-    Image.effect_noise((32, 32), 80).convert("RGB").save(loras / "start.png")
+    pictures(loras)
+    if "--controlnet" in CASES[case]:
+        save_controlnet(tiny_model, loras / "net")
     extra = [str(w).format(loras=loras) for w in CASES[case]]
     run(
         "generate",
@@ -190,3 +217,52 @@ def test_refusals_draw_nothing(name: str, loras: Path, tiny_model: Path, tmp_pat
         CliRunner().invoke(app, [str(w) for w in words], catch_exceptions=False)
     assert message in str(caught.value)
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+
+
+def test_outside_of_the_mask_the_picture_stays(tiny_model: Path, tmp_path: Path) -> None:
+    pictures(tmp_path)
+    run("generate", "--prompt", "a dog", "--model", tiny_model, *COMMON, "--init-image", tmp_path / "start.png", "--mask",
+        tmp_path / "mask.png", "--strength", 1, "--output", tmp_path / "out")  # fmt: skip
+    (file,) = (tmp_path / "out").iterdir()
+    with Image.open(file) as drawn, Image.open(tmp_path / "start.png") as start:
+        left, right = (0, 0, 16, 32), (16, 0, 32, 32)
+        assert drawn.crop(left).tobytes() == start.crop(left).tobytes()
+        assert drawn.crop(right).tobytes() != start.crop(right).tobytes()
+
+
+@pytest.mark.parametrize("task", ["text", "picture", "mask"])
+def test_a_control_picture_steers_sdxl_too(task: str, tiny_xl: Path, tmp_path: Path) -> None:
+    pictures(tmp_path)
+    save_controlnet(tiny_xl, tmp_path / "net")
+    start = () if task == "text" else ("--init-image", tmp_path / "start.png", "--strength", 1)
+    start += ("--mask", tmp_path / "mask.png") if task == "mask" else ()
+    drawn = []
+    for scale in (0, 1):
+        run("generate", "--prompt", "a dog", "--model", tiny_xl, *COMMON, *start, "--controlnet", tmp_path / "net",
+            "--control", tmp_path / "start.png", "--control-scale", scale, "--output", tmp_path / str(scale))  # fmt: skip
+        (file,) = (tmp_path / str(scale)).iterdir()
+        with Image.open(file) as picture:
+            drawn.append(picture.tobytes())
+    assert drawn[0] != drawn[1]
+
+
+def test_pictures_that_do_not_go_together(tiny_model: Path, tiny_xl: Path, tmp_path: Path) -> None:
+    pictures(tmp_path)
+    Image.new("L", (16, 16)).save(tmp_path / "small.png")
+    start, mask, small, lost = (tmp_path / f"{name}.png" for name in ("start", "mask", "small", "lost"))
+    save_controlnet(tiny_xl, tmp_path / "net")
+    for words, said in (
+        (("--mask", mask), "give the picture with --init-image"),
+        (("--control", start), "A picture to follow needs a ControlNet"),
+        (("--controlnet", tmp_path / "net"), "A ControlNet needs a picture to follow"),
+        (("--init-image", start, "--mask", small), "small.png and the picture differ in size: 16x16 and 32x32 px"),
+        (("--init-image", start, "--mask", lost), "The mask cannot be read"),
+        (("--controlnet", tmp_path / "net", "--control", lost), "The picture to follow cannot be read"),
+        (("--controlnet", tmp_path / "net", "--control", start), "reads text 40 wide, the UNet of"),
+        (("--controlnet", tmp_path / "none", "--control", start), "none cannot be opened"),
+        (("--controlnet", tmp_path / "net", "--control", start, "--control-scale", -1), "control_scale is -1.0"),
+    ):
+        words = ("generate", "--prompt", "a dog", "--model", tiny_model, *COMMON, *words, "--output", tmp_path / "out")
+        with pytest.raises(vl.VisionLoRAError, match=re.escape(said)):
+            run(*words)
+        assert not list((tmp_path / "out").glob("*"))

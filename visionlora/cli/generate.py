@@ -49,6 +49,16 @@ Region = Annotated[
 ]
 InitImage = Annotated[Optional[Path], typer.Option(help="A picture to start from.")]  # noqa: UP045
 Strength = Annotated[float, typer.Option(help="How far from that picture, above 0 to 1.")]
+Mask = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option(help="What of that picture is drawn anew: a picture of its size, white where."),
+]
+ControlNet = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--controlnet", help="A ControlNet for the base's family: a diffusers folder or a Hub id."),
+]
+Control = Annotated[Optional[Path], typer.Option(help="The picture that it follows.")]  # noqa: UP045
+ControlScale = Annotated[float, typer.Option(help="How closely; 0 or more.")]
 Force = Annotated[bool, typer.Option("--force", help="Accept a fine-tune of the adapter's base.")]
 AllowPartial = Annotated[
     bool, typer.Option("--allow-partial", help="Use what fits of an adapter that does not fit as a whole.")
@@ -73,6 +83,10 @@ def command(
     region: Region = None,
     init_image: InitImage = None,
     strength: Strength = 0.6,
+    mask: Mask = None,
+    controlnet: ControlNet = None,
+    control: Control = None,
+    control_scale: ControlScale = 1.0,
     output: Annotated[
         Path, typer.Option(help="Folder for the pictures; those there already are not drawn again.")
     ] = Path("pictures"),

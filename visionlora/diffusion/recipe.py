@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import re
 import shlex
 from collections.abc import Mapping
@@ -77,6 +78,14 @@ class Recipe:
     init_hash: str = ""
     """SHA-256 of the picture that it starts from."""
     strength: float = 0.6
+    mask: str = ""
+    """Picture of what is drawn anew of `init_image`, white where."""
+    mask_hash: str = ""
+    controlnet: str = ""
+    control: str = ""
+    """Picture that the ControlNet follows."""
+    control_hash: str = ""
+    control_scale: float = 1.0
     version: str = __version__
 
     def __post_init__(self) -> None:
@@ -86,6 +95,8 @@ class Recipe:
             raise ConfigError(f"scheduler is {self.scheduler!r}. {nearest(self.scheduler, SCHEDULERS)}")
         if not 0 < self.strength <= 1:
             raise ConfigError(f"strength is {self.strength}; it must be above 0 and at most 1.")
+        if not (math.isfinite(self.control_scale) and self.control_scale >= 0):
+            raise ConfigError(f"control_scale is {self.control_scale}; it must be 0 or more.")
         if not 0 <= self.seed < 2**63:
             raise ConfigError(f"seed is {self.seed}; it must be between 0 and 2^63 - 1.")
 
@@ -101,8 +112,10 @@ class Recipe:
         return f"{words or 'picture'}-{self.seed}-{self.key}.png"
 
     def to_json(self) -> str:
-        """Keys in order, so that equal recipes are equal texts."""
-        return json.dumps(asdict(self), sort_keys=True)
+        """Keys in order, so that equal recipes are equal texts; what came later is there only where it is used."""
+        unused = {} if self.mask else dict.fromkeys(("mask", "mask_hash"))
+        unused |= {} if self.controlnet else dict.fromkeys(("controlnet", "control", "control_hash", "control_scale"))
+        return json.dumps({k: v for k, v in asdict(self).items() if k not in unused}, sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> Recipe:
@@ -136,6 +149,11 @@ class Recipe:
             words += ["--compose", self.compose + (f":{options}" if options else "")]
         if self.init_image:
             words += ["--init-image", self.init_image, "--strength", f"{self.strength:g}"]
+        if self.mask:
+            words += ["--mask", self.mask]
+        if self.controlnet:
+            words += ["--controlnet", self.controlnet, "--control", self.control]
+            words += ["--control-scale", f"{self.control_scale:g}"]
         words += ["--seed", str(self.seed), "--steps", str(self.steps), "--guidance-scale", f"{self.guidance_scale:g}"]
         words += ["--scheduler", self.scheduler, "--width", str(self.width), "--height", str(self.height)]
         return shlex.join([*words, "--output", output])
@@ -158,6 +176,8 @@ class Recipe:
         }
         if self.init_image:
             settings["Denoising strength"] = f"{self.strength:g}"
+        if self.controlnet:
+            settings["ControlNet 0"] = f'"Model: {Path(self.controlnet).name}, Weight: {self.control_scale:g}"'
         if self.loras:
             settings["Lora hashes"] = '"' + ", ".join(f"{use.name}: {use.hash[:12]}" for use in self.loras) + '"'
         settings["Version"] = f"visionlora {self.version}"

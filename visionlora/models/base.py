@@ -209,6 +209,35 @@ def load_single_file(path: Path, dtype: torch.dtype) -> Any:
         raise ModelError(f"The checkpoint {path} cannot be opened: {text}") from None
 
 
+def open_controlnet(source: str, base: BaseModel) -> Any:
+    """A `diffusers.ControlNetModel` for a base, frozen.
+
+    Args:
+        source: a diffusers folder or a Hub id.
+        base: whose UNet it is to steer.
+
+    Raises:
+        ModelError: when it cannot be opened, or was made for another family.
+    """
+    try:
+        with quiet("diffusers"):
+            from diffusers import ControlNetModel
+
+            net = ControlNetModel.from_pretrained(source, torch_dtype=base.pipe.unet.dtype)
+    except Exception as e:
+        text = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        raise ModelError(
+            f"The ControlNet {source} cannot be opened: {text} Give a diffusers folder or a Hub id."
+        ) from None
+    own, wanted = (part.config.cross_attention_dim for part in (net, base.pipe.unet))
+    if own != wanted:
+        raise ModelError(
+            f"The ControlNet {source} reads text {own} wide, the UNet of {base.id} {wanted}: it was made for another family of "
+            "Stable Diffusion. Take one for this base."
+        )
+    return net.requires_grad_(False).eval()
+
+
 def is_xl_file(path: Path) -> bool:
     """Whether a checkpoint is one of SDXL, by the names in its header."""
     if path.suffix.lower() != ".safetensors":
