@@ -17,6 +17,7 @@ from visionlora.diffusion.encode import Plan
 from visionlora.diffusion.objective import Objective, check_objective, zero_terminal
 from visionlora.errors import ConfigError
 from visionlora.lora.layers import heavy_by_matmul
+from visionlora.lora.mapped import cast
 from visionlora.lora.packed import CODES, pack
 from visionlora.models.base import BaseModel, quiet
 
@@ -112,6 +113,8 @@ def prepare_model(base: BaseModel, config: TrainSDConfig, device: torch.device, 
     parts = [base.pipe.unet, *(encoder for _, _, encoder in base.text_parts())]
     if config.base_precision in CODES:
         pack(base.pipe.unet, config.base_precision, device, BASE_DTYPES[word])
+    if device.type == "cpu":
+        cast(base.pipe.unet, BASE_DTYPES[word])
     with quiet("diffusers", "transformers"):
         for part in parts:  # at once: a GPU may not hold the whole in its own precision
             part.to(device=device, dtype=BASE_DTYPES[word])

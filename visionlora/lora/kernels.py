@@ -190,7 +190,7 @@ def convolution(
                 else (columns.mT.reshape(-1, flat.shape[1]) @ flat.t()).view(len(x), -1, len(flat)).mT
             )
             made = rows.reshape(len(x), len(flat), *out)
-            return made if bias is None else made + bias.view(-1, 1, 1)
+            return made if bias is None else made + bias.to(made.dtype).view(-1, 1, 1)
     return CONVOLVE[x.dim()](x, weight, bias, *geometry)
 
 

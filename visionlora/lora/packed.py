@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from visionlora.errors import ConfigError
 from visionlora.lora.layers import CONVOLUTIONS, adapted_class
+from visionlora.lora.mapped import Mappings
 
 CODES = ("int8", "nf4")
 BLOCK = 64
@@ -178,7 +179,7 @@ def pack(model: nn.Module, code: str, device: torch.device | None = None, dtype:
     """
     if code not in CODES:
         raise ConfigError(f"{code!r} is no way to pack weights; there are {' and '.join(CODES)}.")
-    total = 0
+    total, mappings = 0, Mappings()
     for name, layer in model.named_modules():
         if type(layer) not in (nn.Linear, *CONVOLUTIONS) or name in EDGES:
             continue
@@ -187,7 +188,8 @@ def pack(model: nn.Module, code: str, device: torch.device | None = None, dtype:
             raise ConfigError(f"The weight of {name} trains, so it cannot be packed: freeze the base first.")
         if weight.numel() < SMALLEST:
             continue
-        found = packing(weight.detach().to(device, dtype), code)
+        copy = mappings.copied(weight.detach(), dtype or weight.dtype)
+        found = packing(copy if device is None else copy.to(device), code)
         del layer._parameters["weight"]
         layer.__class__ = adapted_class(type(layer), Packed)
         cast(Packed, layer).code = found

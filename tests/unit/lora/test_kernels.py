@@ -54,6 +54,19 @@ def test_outputs_and_gradients_are_those_of_torch(light_is_heavy, case: str, row
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * float(b.abs().max()))
 
 
+def test_autocast_decides_the_dtype(light_is_heavy) -> None:
+    plain = nn.Sequential(nn.Conv2d(4, 6, 3, padding=1)).requires_grad_(False)
+    heavy, x = copy.deepcopy(plain), torch.randn(1, 4, 5, 5)
+    heavy_by_matmul(heavy)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, theirs = heavy(x), plain(x)
+        assert ours.dtype == theirs.dtype == torch.bfloat16
+        handle = vl.inject(heavy, vl.AdapterConfig(rank=2, targets="0"))
+        assert heavy(x).dtype == torch.bfloat16
+    torch.testing.assert_close(ours, theirs, rtol=3e-2, atol=3e-2)
+    handle.eject()
+
+
 def test_only_heavy_weights_over_few_positions_are_worth_it() -> None:
     heavy, light = torch.empty(1280, 1280, 3, 3), torch.empty(320, 320, 3, 3)
     one, grouped = (Geometry((1, 1), (1, 1), (1, 1), g) for g in (1, 2))

@@ -1,0 +1,62 @@
+"""Weights cast from their file: the same numbers, and the mapped ones stay unread."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from visionlora.lora.mapped import Mappings, cast
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells what is mapped")
+SIZE = 2**20
+
+
+def resident(part: str = "RssFile") -> int:
+    """KiB of files in this process's memory."""
+    return int(Path("/proc/self/status").read_text().partition(part + ":")[2].split()[0])
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> nn.Module:
+    """Its weights are mapped from a file, but for the last."""
+    names = [f"{i}.weight" for i in range(8)]
+    save_file({n: torch.randn(SIZE // 256, 256) for n in names}, tmp_path / "m.safetensors")
+    found = nn.Sequential(*(nn.Linear(256, SIZE // 256, bias=False, device="meta") for _ in names))
+    found.load_state_dict(load_file(tmp_path / "m.safetensors"), assign=True)
+    found.append(nn.Linear(3, 3))
+    return found.requires_grad_(False)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_cast_gives_what_torch_gives(model: nn.Module, dtype: torch.dtype) -> None:
+    parameters = list(model.parameters())
+    expected = [p.detach().clone().to(dtype) for p in parameters]
+    cast(model, dtype)
+    assert list(map(id, model.parameters())) == list(map(id, parameters))
+    assert all(torch.equal(p, e) and p.dtype == dtype for p, e in zip(parameters, expected, strict=True))
+
+
+@linux
+def test_mapped_weights_stay_unread(model: nn.Module) -> None:
+    mappings = Mappings()
+    assert [mappings.file_of(p) is None for p in model.parameters()] == [False] * 8 + [True] * 2
+    before = resident()
+    cast(model, torch.bfloat16)
+    assert resident() - before < 4 * SIZE // 1024  # all eight take 32 MiB
+
+
+@linux
+def test_a_file_that_changed_or_is_gone_is_not_believed(model: nn.Module, tmp_path: Path) -> None:
+    parameter = next(model.parameters())
+    place = Mappings().file_of(parameter)
+    assert place is not None
+    copy = tmp_path / "other"
+    copy.write_bytes(bytes(place[1] + parameter.nbytes))
+    mappings = Mappings()
+    for path in (str(copy), str(tmp_path / "none")):
+        mappings.places = [(s, e, o, path if p == place[0] else p) for s, e, o, p in mappings.places]
+        place = (path, place[1])
+        assert torch.equal(mappings.copied(parameter.data, torch.float64), parameter.double())
