@@ -1,7 +1,8 @@
 """Pictures within parquet files, as Hugging Face stores data sets: written once to a folder of the cache as files.
 
-In: parquet files with a column of pictures (`struct{bytes, path}` or bytes) and one of captions. Out: a file for each
-picture, with its caption; and each row that holds none as one line for a person.
+In: parquet files with a column of pictures (`struct{bytes, path}` or bytes) and one of captions (text, or a list of texts, one
+of which is taken each time). Out: a file for each picture, with its caption; and each row that holds none as one line for a
+person.
 
 What is written goes by the content of the parquet file and is whole or not there. One row group is in memory at a time.
 """
@@ -22,6 +23,7 @@ from visionlora.data.captions import TEXT_KEYS
 from visionlora.data.files import Unusable, sha256_of, suffix_of
 from visionlora.data.images import IMAGE_SUFFIXES, printable
 from visionlora.data.tables import not_parquet, pyarrow_for
+from visionlora.data.tags import one_of
 from visionlora.data.wording import quoted
 from visionlora.errors import DataError
 
@@ -29,7 +31,7 @@ PARQUET = ".parquet"
 IMAGE_COLUMNS = ("image", "img", "picture", "photo", "jpg", "png")
 """Names by which the column of pictures is found where there are several, in order of precedence."""
 
-_VERSION = "1"  # of what is written; a new number makes old folders unused
+_VERSION = "2"  # of what is written; a new number makes old folders unused
 _ROWS = "rows.json"
 _ROWS_AT_ONCE = 16
 _ONE_DAY = 86_400  # s
@@ -204,7 +206,8 @@ def _cells(pyarrow: Any, table: Any, image: str, text: str | None) -> Iterator[t
 def _row(number: int, cell: Any, caption: Any, column: str | None) -> tuple[_Row, bytes]:
     origin = str(cell.get("path") or "") if isinstance(cell, dict) else ""
     content: bytes = (cell.get("bytes") if isinstance(cell, dict) else cell) or b""
-    words = " ".join(caption.split()) if isinstance(caption, str) else ""
+    several = [c for c in caption if isinstance(c, str)] if isinstance(caption, list) else []
+    words = one_of(several) if several else " ".join(caption.split()) if isinstance(caption, str) else ""
     problem = ""
     if not content and origin:
         problem = (
@@ -249,5 +252,7 @@ def _is_binary(types: Any, kind: Any) -> bool:
 
 def _holds_text(types: Any, kind: Any) -> bool:
     if types.is_dictionary(kind):
+        return _holds_text(types, kind.value_type)
+    if types.is_list(kind) or types.is_large_list(kind):
         return _holds_text(types, kind.value_type)
     return bool(types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 _PARTS = re.compile(r"\\[{|}]|[{|}]|[^\\{|}]+|\\")
 _PATIENCE = 10
@@ -65,6 +65,20 @@ def caption_variants(
             if not chosen and (not moving or _is_fixed(variant, shuffle_tags, keep_tags, tag_dropout)):
                 break
     return tuple(found) or ("",)
+
+
+def one_of(captions: Sequence[str]) -> str:
+    r"""Several captions of a picture as one that is any of them.
+
+    >>> one_of(["a dog", " a  dog "])
+    'a dog'
+    >>> one_of(["a dog", "one|two"])
+    '{a dog|one\\|two}'
+    """
+    different = list(dict.fromkeys(" ".join(caption.split()) for caption in captions if caption.strip()))
+    if len(different) < 2:
+        return different[0] if different else ""
+    return "{" + "|".join(re.sub(r"([{|}])", r"\\\1", caption) for caption in different) + "}"
 
 
 def _moved(caption: str, rng: random.Random, shuffle: bool, keep: int, dropout: float) -> str:

@@ -17,6 +17,7 @@ from PIL import Image
 import visionlora.data.parquet as parquet
 from visionlora.data.folder import ImageFolder, read_image_folder
 from visionlora.data.images import decode
+from visionlora.data.tags import caption_variants
 from visionlora.errors import ConfigError, DataError
 
 pa = pytest.importorskip("pyarrow")
@@ -271,3 +272,17 @@ def test_file_names_of_the_data_set_lead_nowhere(tmp_path: Path) -> None:
     ]
     assert {item.path.parent for item in folder.items} == {kept}
     assert len(json.loads((kept / "rows.json").read_text())["rows"]) == 4
+
+
+def test_a_list_of_captions_is_any_of_them(tmp_path: Path) -> None:
+    captions = [["a dog", "one {brown|b}", "a  dog"], ["only one"], [], None]
+    file = write(
+        tmp_path / "a.parquet", [{"image": cell(i), "text": texts} for i, texts in enumerate(captions)], size=4
+    )
+    folder = read_image_folder(file, skip_broken=True)
+    assert [item.caption for item in folder.items] == [r"{a dog|one \{brown\|b\}}", "only one"]
+    seen = [
+        caption_variants(item.caption, shuffle_tags=False, keep_tags=1, tag_dropout=0, count=9, seed=0)
+        for item in folder.items
+    ]
+    assert [set(variants) for variants in seen] == [{"a dog", "one {brown|b}"}, {"only one"}]
