@@ -13,6 +13,7 @@ SHIPPED = {
     "emoji64_style": "train-sd",
     "emoji_vit_classes": "classify",
     "low_vram_8gb": "train-sd",
+    "sd15_one_picture": "train-sd",
     "sd15_style": "train-sd",
     "sd15_subject": "train-sd",
     "sd21_v": "train-sd",

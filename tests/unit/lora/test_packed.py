@@ -92,14 +92,15 @@ def test_backward_keeps_notes_instead_of_unpacked_weights() -> None:
     model = network()
     pack(model, "nf4")
     adapted(model)
+    others = set(packed._OWNERS)  # of other tests, until garbage is collected
     out = model(torch.randn(1, 3, 8, 8, requires_grad=True))
-    assert not packed._OWNERS
+    assert set(packed._OWNERS) <= others
     out.sum().backward()
-    assert not packed._OWNERS
+    assert set(packed._OWNERS) <= others
     weight = model.to_q.weight
     assert owner_of(weight) is owner_of(weight.t()) is model.to_q
     del weight
-    assert not packed._OWNERS
+    assert set(packed._OWNERS) <= others
 
 
 def test_autocast_and_checkpointing_give_the_same_gradients() -> None:
