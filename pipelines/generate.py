@@ -10,8 +10,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from visionlora.atomic import replace_file
 from visionlora.diffusion.prompts import prompt_arguments
@@ -253,18 +255,40 @@ class Given:
         """What the pipeline of `pipeline_for` is told of them."""
         size = (recipe.width, recipe.height)
         found: dict[str, Any] = {}
-        if self.start is None or self.mask is not None or self.control is not None:
+        if self.start is None or self.control is not None:
             found = {"width": recipe.width, "height": recipe.height}
         if self.start is not None:
             found |= {"image": self.start.resize(size, Image.Resampling.LANCZOS), "strength": recipe.strength}
-        if self.mask is not None:
-            found["mask_image"] = self.mask.resize(size, Image.Resampling.BILINEAR)
         if self.control is not None:
             found["image" if self.start is None else "control_image"] = self.control.resize(
                 size, Image.Resampling.LANCZOS
             )
             found["controlnet_conditioning_scale"] = recipe.control_scale
         return found
+
+    @torch.no_grad()
+    def held(self, pipe: Any, recipe: Recipe) -> dict[str, Any]:
+        """What holds the latents outside of the mask at those of the picture while it is drawn, as an argument of the pipeline.
+
+        After each step they are the picture's own, with as much noise as the next step expects; this works for latents of any
+        number of channels, where diffusers' pipelines for it know four alone.
+        """
+        if self.start is None or self.mask is None:
+            return {}
+        size, vae = (recipe.width, recipe.height), pipe.vae
+        pixels = pipe.image_processor.preprocess(self.start.resize(size, Image.Resampling.LANCZOS))
+        clean = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mean * vae.config.scaling_factor
+        mask = self.mask.resize((clean.shape[3], clean.shape[2]), Image.Resampling.BOX)
+        new = torch.from_numpy(np.asarray(mask, dtype=np.float32) / 255).to(clean)
+        noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(recipe.seed)).to(clean)
+
+        def hold(pipe: Any, step: int, timestep: Tensor, values: dict[str, Any]) -> dict[str, Any]:
+            latents, timesteps = values["latents"], pipe.scheduler.timesteps
+            later = timesteps[int((timesteps == timestep).nonzero()[-1]) + 1 :][:1]
+            kept = pipe.scheduler.add_noise(clean, noise, later) if len(later) else clean
+            return {"latents": torch.lerp(kept.to(latents), latents, new.to(latents))}
+
+        return {"callback_on_step_end": hold}
 
     def finished(self, picture: Image.Image) -> Image.Image:
         """Outside of the mask the picture that it started from, to the last bit."""
@@ -317,7 +341,7 @@ def pipeline_for(base: BaseModel, given: Given, controlnet: str | None) -> Any:
     more = {} if base.is_xl else {"requires_safety_checker": False}
     if controlnet is not None:
         more["controlnet"] = open_controlnet(controlnet, base)
-    task = "" if given.start is None else "Img2Img" if given.mask is None else "Inpaint"
+    task = "" if given.start is None else "Img2Img"
     kind = f"StableDiffusion{'XL' if base.is_xl else ''}{'ControlNet' if controlnet else ''}{task}Pipeline"
     pipe = getattr(diffusers, kind)(**base.pipe.components, **more)
     pipe.set_progress_bar_config(disable=True)
@@ -355,6 +379,7 @@ def draw_one(pipe: Any, recipe: Recipe, given: Given) -> Image.Image:
                 generator=torch.Generator().manual_seed(recipe.seed),
                 output_type="latent",
                 **given.arguments(recipe),
+                **given.held(pipe, recipe),
             ).images
     finally:
         pipe.scheduler = original

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 import visionlora as vl
 from visionlora.cli.main import app
-from visionlora.diffusion.recipe import read_recipe
+from visionlora.diffusion.recipe import SCHEDULERS, read_recipe
 from visionlora.models.base import open_base
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -219,12 +219,26 @@ def test_refusals_draw_nothing(name: str, loras: Path, tiny_model: Path, tmp_pat
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
 
 
-def test_outside_of_the_mask_the_picture_stays(tiny_model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_outside_of_the_mask_the_picture_stays(scheduler: str, tiny_model: Path, tmp_path: Path) -> None:
     pictures(tmp_path)
     run("generate", "--prompt", "a dog", "--model", tiny_model, *COMMON, "--init-image", tmp_path / "start.png", "--mask",
-        tmp_path / "mask.png", "--strength", 1, "--output", tmp_path / "out")  # fmt: skip
-    (file,) = (tmp_path / "out").iterdir()
-    with Image.open(file) as drawn, Image.open(tmp_path / "start.png") as start:
+        tmp_path / "mask.png", "--strength", 1, "--scheduler", scheduler, "--steps", 5,
+        "--output", tmp_path / "out")  # fmt: skip
+    check_halves(tmp_path)
+
+
+def test_a_part_of_a_picture_by_a_model_with_latents_of_its_own_kind(tmp_path: Path) -> None:
+    pictures(tmp_path)
+    run("generate", "--prompt", "a dog", "--model", "emoji-64", "--steps", 2, "--width", 32, "--init-image",
+        tmp_path / "start.png", "--mask", tmp_path / "mask.png", "--output", tmp_path / "out")  # fmt: skip
+    check_halves(tmp_path)
+
+
+def check_halves(folder: Path) -> None:
+    """The picture that was drawn is the start on the left, which the mask leaves alone, and another on the right."""
+    (file,) = (folder / "out").iterdir()
+    with Image.open(file) as drawn, Image.open(folder / "start.png") as start:
         left, right = (0, 0, 16, 32), (16, 0, 32, 32)
         assert drawn.crop(left).tobytes() == start.crop(left).tobytes()
         assert drawn.crop(right).tobytes() != start.crop(right).tobytes()
