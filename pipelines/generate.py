@@ -284,7 +284,9 @@ class Given:
 
         def hold(pipe: Any, step: int, timestep: Tensor, values: dict[str, Any]) -> dict[str, Any]:
             latents, timesteps = values["latents"], pipe.scheduler.timesteps
-            later = timesteps[int((timesteps == timestep).nonzero()[-1]) + 1 :][:1]
+            later = timesteps[len(timesteps) - pipe.num_timesteps + step + 1 :][
+                :1
+            ]  # strength leaves out the first ones
             kept = pipe.scheduler.add_noise(clean, noise, later) if len(later) else clean
             return {"latents": torch.lerp(kept.to(latents), latents, new.to(latents))}
 

@@ -186,7 +186,7 @@ def prepare(start: Start[TrainSDConfig], tell: Listener) -> Ready:
     plan_of(config, base, size)
     fingerprints = base.fingerprints()
     noise_scheduler = noise_scheduler_of(config, base)
-    adapter = adapter_config(config)
+    adapter = adapter_config(config, min_rank=config.min_rank)
     check_targets(base.pipe.unet, adapter)
     text_adapters = {}
     if config.train_text_encoder:

@@ -56,10 +56,8 @@ def key_of(name: str, tensor: str, options: Mapping[str, Any]) -> str:
 
     Magnitudes of columns are not under the name that diffusers reads, which knows rows alone: it refuses the file then.
     """
-    if "least" in options:
-        return (
-            f"{name}.timed_{tensor[-1]}"  # T-LoRA: whoever took these for LoRA would apply all of it at every timestep
-        )
+    if "least" in options:  # T-LoRA: whoever took its tensors for LoRA's would apply all of it at every timestep
+        return f"{name}.timed_{tensor[-1]}"
     if tensor == "magnitude" and options.get("axis") == "in":
         return name + ".column_magnitude"
     return name + TENSOR_KEYS.get(tensor, "." + tensor)

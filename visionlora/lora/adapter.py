@@ -93,10 +93,12 @@ class AdapterModule:
                 return f"its product is of an unknown kind, {self.product!r}"
             return problem(str(self.product), self.product_tensors)
         if self.kind == "tlora":
-            why = problem("lora", self.tensors)
-            if why is None and not 1 <= int(self.options.get("least", 0)) <= self.rank:
-                why = "its least rank is not between 1 and its rank"
-            return why or (None if int(self.options.get("timesteps", 0)) >= 1 else "it has no timesteps")
+            least, timesteps = (self.options.get(name) for name in ("least", "timesteps"))
+            if (why := problem("lora", self.tensors)) is not None:
+                return why
+            if not isinstance(least, int) or not 1 <= least <= self.rank:
+                return f"its least rank is {least!r}, not between 1 and its rank"
+            return None if isinstance(timesteps, int) and timesteps >= 1 else f"its timesteps are {timesteps!r}"
         names = TENSOR_NAMES[self.kind]
         missing = [n for n in names if n not in self.tensors and n not in OPTIONAL]
         if missing or set(self.tensors) - set(names):

@@ -564,10 +564,10 @@ def heavy_by_matmul(model: nn.Module) -> int:
     Returns:
         How many there are.
     """
-    found = [m for m in model.modules() if type(m) is nn.Conv2d and m.groups == 1 and m.weight.numel() >= HEAVY]
+    plain = [m for m in model.modules() if type(m) is nn.Conv2d and not isinstance(m.padding, str)]
+    found = [m for m in plain if m.groups == 1 and m.weight.numel() >= HEAVY]
     for layer in found:
-        if not isinstance(layer.padding, str):
-            layer.__class__ = adapted_class(type(layer), HeavyByMatmul)  # type: ignore[assignment]
+        layer.__class__ = adapted_class(type(layer), HeavyByMatmul)  # type: ignore[assignment]
     return len(found)
 
 

@@ -21,10 +21,10 @@ CALIBRATION_BATCHES = 16
 
 def adapter_config(config: TrainingConfig, **more: Any) -> AdapterConfig:
     """The adapter's share; with rank auto, the mean rank that competes for the budget."""
-    shared = ("method", "alpha", "targets", "dropout", "init", "basis_index", "min_rank")
+    shared = ("method", "alpha", "targets", "dropout", "init", "basis_index")
     kind, amount = budget_of(config.rank_budget) or ("rank", 8)
     rank = config.rank if config.rank != "auto" else amount if kind == "rank" else 8
-    return AdapterConfig(rank=rank, **{n: getattr(config, n) for n in shared if hasattr(config, n)}, **more)
+    return AdapterConfig(rank=rank, **{name: getattr(config, name) for name in shared}, **more)
 
 
 def text_adapter_config(config: TrainingConfig, encoder: nn.Module, last_is_read: bool) -> AdapterConfig:
@@ -37,7 +37,7 @@ def text_adapter_config(config: TrainingConfig, encoder: nn.Module, last_is_read
     """
     adapter = adapter_config(config)
     if adapter.method == "tlora":  # no timestep reaches a text encoder
-        adapter = dataclasses.replace(adapter, method="lora", min_rank=None)
+        adapter = dataclasses.replace(adapter, method="lora")
     wide = {"mlp", "all"} & set(adapter.target_list)
     layers = int(cast(Any, encoder).config.num_hidden_layers)
     exclude = () if last_is_read else (rf"re:.*layers\.{layers - 1}\..*",)

@@ -1,6 +1,7 @@
 """T-LoRA: the rank follows the timestep, in training, in a mix and in a file; what would lose that is refused."""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -148,3 +149,15 @@ def test_what_would_lose_the_schedule_is_refused(tmp_path: Path) -> None:
         m.sample_scale = torch.ones(2)
     with torch.no_grad(), pytest.raises(ConfigError, match="do not go with T-LoRA at a timestep per picture"):
         model(torch.randn(2, 3, 4, 4), torch.tensor([1, 999]))
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("least", "x"), ("least", 0), ("least", RANK + 1), ("timesteps", None), ("timesteps", 1e999)]
+)
+def test_a_file_with_a_schedule_that_cannot_be_is_refused(option: str, value: object, tmp_path: Path) -> None:
+    _model, handle = adapted()
+    adapter = handle.adapter("unet")
+    broken = {n: replace(m, options={**m.options, option: value}) for n, m in adapter.modules.items()}
+    vl.save_adapter(replace(adapter, modules=broken), tmp_path / "t.safetensors")
+    with pytest.raises(AdapterFileError, match=r"its least rank is|its timesteps are"):
+        vl.load_adapter(tmp_path / "t.safetensors")
