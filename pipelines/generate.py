@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -10,22 +9,21 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
 from visionlora.atomic import replace_file
-from visionlora.diffusion.prompts import prompt_arguments
-from visionlora.diffusion.recipe import SCHEDULERS, LoraUse, Recipe, png_bytes, take_tags
-from visionlora.diffusion.sampling import pictures_of
-from visionlora.errors import AdapterFileError, ConfigError, DataError, nearest
+from visionlora.diffusion.given import PICTURES, Given, named
+from visionlora.diffusion.prompts import in_words, prompt_arguments
+from visionlora.diffusion.recipe import LoraUse, Recipe, png_bytes, take_tags
+from visionlora.diffusion.sampling import pictures_of, sampling_scheduler
+from visionlora.errors import AdapterFileError, ConfigError, nearest
 from visionlora.formats.container import file_hashes
 from visionlora.formats.inspection import weights_file
 from visionlora.loaders import add_tokens, check_base, load_adapter
 from visionlora.lora.adapter import Adapter
+from visionlora.mixing.batches import adapters_of, batches_of
 from visionlora.mixing.mix import Mix, attach
-from visionlora.mixing.scales import scale_from
 from visionlora.models.base import BaseModel, open_base, open_controlnet
 
 Progress = Callable[[int, int], None]
@@ -61,6 +59,8 @@ class GenerateConfig:
     control: Path | None = None
     """The picture that it follows: edges, a pose, depth, as it was trained on."""
     control_scale: float = 1.0
+    batch_size: int = 1
+    """Pictures drawn in one forward pass where they agree in all but prompt, seed and adapters."""
     output: Path = Path("pictures")
     force: bool = False
     allow_partial: bool = False
@@ -81,7 +81,7 @@ def generate(
     say: Callable[[str], None] = lambda line: None,
     progress: Progress = lambda done, total: None,
 ) -> list[Drawn]:
-    """Draws pictures one by one, each a file that says how it came to be.
+    """Draws pictures, each a file that says how it came to be.
 
     A picture whose file is there already is not drawn again, so an interrupted run goes on where it stopped. Under
     `accelerate launch` the processes share the pictures.
@@ -109,6 +109,8 @@ def adapters_and_base(config: GenerateConfig, say: Callable[[str], None]) -> tup
     """
     if not config.prompts:
         raise ConfigError("There is no prompt: --prompt TEXT, or --prompts FILE with one per line.")
+    if config.batch_size < 1:
+        raise ConfigError(f"batch_size is {config.batch_size}; it must be at least 1.")
     check_pictures(config)
     paths = dict.fromkeys(use.path for prompt in config.prompts for use in uses_of(prompt, config))
     adapters = {path: load_adapter(path, config.allow_partial) for path in paths}
@@ -181,6 +183,16 @@ def hash_in_state(file: Path, size: int, changed: int) -> str:
     return hashes.get("AutoV3", hashes["sha256"])
 
 
+def check_pictures(config: GenerateConfig) -> None:
+    """Raises ConfigError when one of the pictures lacks what it goes with."""
+    if config.mask is not None and config.init_image is None:
+        raise ConfigError("A mask says what of a picture is drawn anew: give the picture with --init-image.")
+    if config.control is not None and config.controlnet is None:
+        raise ConfigError("A picture to follow needs a ControlNet: --controlnet FOLDER or a Hub id.")
+    if config.controlnet is not None and config.control is None:
+        raise ConfigError("A ControlNet needs a picture to follow: --control FILE.")
+
+
 def recipes_of(config: GenerateConfig, base: BaseModel, plans: Sequence[tuple[str, list[LoraUse]]]) -> list[Recipe]:
     """Every picture of the run, in order."""
     width, height = config.width or config.height or base.resolution, config.height or config.width or base.resolution
@@ -201,132 +213,49 @@ def recipes_of(config: GenerateConfig, base: BaseModel, plans: Sequence[tuple[st
     ]  # fmt: skip
 
 
-PICTURES = {"init_image": "picture to start from", "mask": "mask", "control": "picture to follow"}
-"""Fields of a configuration that name pictures, and what they are."""
-
-
-def check_pictures(config: GenerateConfig) -> None:
-    """Raises ConfigError when one of the pictures lacks what it goes with."""
-    if config.mask is not None and config.init_image is None:
-        raise ConfigError("A mask says what of a picture is drawn anew: give the picture with --init-image.")
-    if config.control is not None and config.controlnet is None:
-        raise ConfigError("A picture to follow needs a ControlNet: --controlnet FOLDER or a Hub id.")
-    if config.controlnet is not None and config.control is None:
-        raise ConfigError("A ControlNet needs a picture to follow: --control FILE.")
-
-
-def named(path: Path | None, what: str) -> tuple[str, str]:
-    """The path of a picture and the SHA-256 of its file, for a recipe; empty when there is none.
-
-    Raises:
-        DataError: when the file cannot be read.
-    """
-    if path is None:
-        return "", ""
-    try:
-        return str(path), hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError as e:
-        raise DataError(f"The {what} cannot be read: {path}: {e.strerror or e}.") from None
-
-
-@dataclass(frozen=True)
-class Given:
-    """Pictures that drawing starts from or follows."""
-
-    start: Image.Image | None = None
-    mask: Image.Image | None = None
-    """Grey, in the size of `start`."""
-    control: Image.Image | None = None
-
-    @classmethod
-    def of(cls, config: GenerateConfig) -> Given:
-        """Opened and checked.
-
-        Raises:
-            DataError: when one cannot be read, or the mask has another size than the picture.
-        """
-        start, mask, control = (opened(getattr(config, field), what) for field, what in PICTURES.items())
-        if start is not None and mask is not None and start.size != mask.size:
-            sizes = " and ".join("x".join(map(str, p.size)) for p in (mask, start))
-            raise DataError(f"The mask {config.mask} and the picture differ in size: {sizes} px.")
-        return cls(start, None if mask is None else mask.convert("L"), control)
-
-    def arguments(self, recipe: Recipe) -> dict[str, Any]:
-        """What the pipeline of `pipeline_for` is told of them."""
-        size = (recipe.width, recipe.height)
-        found: dict[str, Any] = {}
-        if self.start is None or self.control is not None:
-            found = {"width": recipe.width, "height": recipe.height}
-        if self.start is not None:
-            found |= {"image": self.start.resize(size, Image.Resampling.LANCZOS), "strength": recipe.strength}
-        if self.control is not None:
-            found["image" if self.start is None else "control_image"] = self.control.resize(
-                size, Image.Resampling.LANCZOS
-            )
-            found["controlnet_conditioning_scale"] = recipe.control_scale
-        return found
-
-    @torch.no_grad()
-    def held(self, pipe: Any, recipe: Recipe) -> dict[str, Any]:
-        """What holds the latents outside of the mask at those of the picture while it is drawn, as an argument of the pipeline.
-
-        After each step they are the picture's own, with as much noise as the next step expects; this works for latents of any
-        number of channels, where diffusers' pipelines for it know four alone.
-        """
-        if self.start is None or self.mask is None:
-            return {}
-        size, vae = (recipe.width, recipe.height), pipe.vae
-        pixels = pipe.image_processor.preprocess(self.start.resize(size, Image.Resampling.LANCZOS))
-        clean = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mean * vae.config.scaling_factor
-        mask = self.mask.resize((clean.shape[3], clean.shape[2]), Image.Resampling.BOX)
-        new = torch.from_numpy(np.asarray(mask, dtype=np.float32) / 255).to(clean)
-        noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(recipe.seed)).to(clean)
-
-        def hold(pipe: Any, step: int, timestep: Tensor, values: dict[str, Any]) -> dict[str, Any]:
-            latents, timesteps = values["latents"], pipe.scheduler.timesteps
-            later = timesteps[len(timesteps) - pipe.num_timesteps + step + 1 :][
-                :1
-            ]  # strength leaves out the first ones
-            kept = pipe.scheduler.add_noise(clean, noise, later) if len(later) else clean
-            return {"latents": torch.lerp(kept.to(latents), latents, new.to(latents))}
-
-        return {"callback_on_step_end": hold}
-
-    def finished(self, picture: Image.Image) -> Image.Image:
-        """Outside of the mask the picture that it started from, to the last bit."""
-        if self.start is None or self.mask is None:
-            return picture
-        start = self.start.resize(picture.size, Image.Resampling.LANCZOS)
-        return Image.composite(picture, start, self.mask.resize(picture.size, Image.Resampling.BILINEAR))
-
-
 def draw_all(
     recipes: Sequence[Recipe], base: BaseModel, adapters: dict[str, Adapter], config: GenerateConfig,
     say: Callable[[str], None], progress: Progress,
 ) -> list[Drawn]:  # fmt: skip
-    """Draws what is not there yet, changing adapters only where the next picture wants others."""
+    """Draws what is not there yet, changing adapters only where the next pictures want others."""
     config.output.mkdir(parents=True, exist_ok=True)
-    drawn: list[Drawn] = []
-    given = Given.of(config)
-    pipe, mix, current = pipeline_for(base, given, config.controlnet), None, None
-    for done, recipe in enumerate(recipes, 1):
-        path = config.output / recipe.file_name
-        if path.exists():
-            drawn.append(Drawn(path, recipe, False))
-            progress(done, len(recipes))
-            continue
-        wanted = (recipe.loras, recipe.compose, tuple(sorted(recipe.compose_options.items())))
+    given = Given.of(config.init_image, config.mask, config.control)
+    pipe = pipeline_for(base, given, config.controlnet)
+    paths = [config.output / recipe.file_name for recipe in recipes]
+    missing = {path: recipe for path, recipe in zip(paths, recipes, strict=True) if not path.exists()}
+    done = len(recipes) - len(missing)
+    progress(done, len(recipes))
+    batches = batches_of(
+        list(missing.values()), config.batch_size, lambda prompt: in_words(pipe, take_tags(prompt)[0]), adapters
+    )
+    mix, current = None, None
+    while batches:
+        batch = batches.pop(0)
+        wanted = (adapters_of(batch), batch[0].compose, batch[0].compose_options)
         if wanted != current:
             if mix is not None:
                 mix.detach()
-            mix, current = mixed(pipe, recipe, adapters, config.allow_partial), wanted
+            mix, current = mixed(pipe, batch, adapters, config.allow_partial), wanted
             for name, pairs in mix.handles.items() if mix is not None else ():
                 say(f"Adapter {name}: " + "; ".join(str(handle.report) for _, handle in pairs) + ".")
-        replace_file(path, png_bytes(draw_one(pipe, recipe, given), recipe))
-        drawn.append(Drawn(path, recipe, True))
+        try:
+            pictures = draw_batch(pipe, batch, given)
+        except torch.OutOfMemoryError:
+            if len(batch) == 1:
+                raise
+            half = len(batch) // 2
+            batches = [batch[:half], batch[half:], *batches]
+            say(f"A batch of {len(batch)} pictures does not fit into memory: drawing {half} at a time.")
+            continue
+        for recipe, picture in zip(batch, pictures, strict=True):
+            replace_file(config.output / recipe.file_name, png_bytes(picture, replace(recipe, batch_size=len(batch))))
+        done += len(batch)
         progress(done, len(recipes))
     if mix is not None:
         mix.detach()
+    drawn = []
+    for path, recipe in zip(paths, recipes, strict=True):
+        drawn.append(Drawn(path, recipe, missing.pop(path, None) is not None))
     return drawn
 
 
@@ -350,55 +279,38 @@ def pipeline_for(base: BaseModel, given: Given, controlnet: str | None) -> Any:
     return pipe
 
 
-def mixed(pipe: Any, recipe: Recipe, adapters: dict[str, Adapter], allow_partial: bool) -> Mix | None:
-    """The adapters of a recipe on the pipeline."""
-    if not recipe.loras:
+def mixed(pipe: Any, batch: Sequence[Recipe], adapters: dict[str, Adapter], allow_partial: bool) -> Mix | None:
+    """The adapters of a batch on the pipeline."""
+    uses = adapters_of(batch)
+    if not uses:
         return None
     found: Mix = attach(
         pipe,
-        {use.name: adapters[use.path] for use in recipe.loras},
+        {name: adapters[path] for name, (path, _) in uses.items()},
         allow_partial=allow_partial,
-        scales={use.name: scale_from(use.scale, use.blocks) for use in recipe.loras},
-        compose=recipe.compose,
-        **recipe.compose_options,
+        scales={name: scale for name, (_, scale) in uses.items()},
+        compose=batch[0].compose,
+        **batch[0].compose_options,
     )
     return found
 
 
-def draw_one(pipe: Any, recipe: Recipe, given: Given) -> Image.Image:
-    """One picture; the same recipe gives the same pixels on the same machine."""
-    import diffusers
-
-    original = pipe.scheduler
-    options = {"algorithm_type": "dpmsolver++", "solver_order": 2} if recipe.scheduler == "dpm++" else {}
-    pipe.scheduler = getattr(diffusers, SCHEDULERS[recipe.scheduler][0]).from_config(original.config, **options)
+def draw_batch(pipe: Any, batch: Sequence[Recipe], given: Given) -> list[Image.Image]:
+    """The pictures of a batch; the same batch gives the same pixels on the same machine."""
+    first, original = batch[0], pipe.scheduler
+    pipe.scheduler = sampling_scheduler(original, first.scheduler)
     try:
         with torch.no_grad():
             latents = pipe(
-                **prompt_arguments(pipe, take_tags(recipe.prompt)[0], recipe.negative_prompt),
-                num_inference_steps=recipe.steps,
-                guidance_scale=recipe.guidance_scale,
-                generator=torch.Generator().manual_seed(recipe.seed),
+                **prompt_arguments(pipe, [take_tags(recipe.prompt)[0] for recipe in batch], first.negative_prompt),
+                num_inference_steps=first.steps,
+                guidance_scale=first.guidance_scale,
+                generator=[torch.Generator().manual_seed(recipe.seed) for recipe in batch],
                 output_type="latent",
-                **given.arguments(recipe),
-                **given.held(pipe, recipe),
+                **given.arguments(batch),
+                **given.held(pipe, batch),
             ).images
     finally:
         pipe.scheduler = original
-    (picture,) = pictures_of(pipe, latents)
-    return given.finished(picture)
-
-
-def opened(path: Path | None, what: str) -> Image.Image | None:
-    """A picture in RGB.
-
-    Raises:
-        DataError: when it is no picture.
-    """
-    if path is None:
-        return None
-    try:
-        with Image.open(path) as picture:
-            return picture.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as e:
-        raise DataError(f"The {what} cannot be read: {path}: {e}.") from None
+    # Decoded one by one: this is where large pictures take most of the memory.
+    return [given.finished(picture) for row in latents.split(1) for picture in pictures_of(pipe, row)]

@@ -1,9 +1,11 @@
 """`generate` and `show` as a user runs them."""
 
+import itertools
 import re
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -19,16 +21,21 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 @pytest.fixture
 def loras(tiny_model: Path, tmp_path: Path) -> Path:
-    base = open_base(str(tiny_model))
+    return save_loras(tiny_model, tmp_path / "loras")
+
+
+def save_loras(model: Path, folder: Path) -> Path:
+    """Two adapters for a model."""
+    base = open_base(str(model))
     for seed, name in enumerate(("dog", "ink")):
         handle = vl.inject(base.pipe.unet, vl.AdapterConfig(rank=2, targets="attn,mlp,conv"))
         generator = torch.Generator().manual_seed(seed)
         for lora in handle.methods.values():
             lora.lora_B.data = torch.randn(lora.lora_B.shape, generator=generator) * 0.2
-        info = {"base": {"id": str(tiny_model), "fingerprints": base.fingerprints()}}
-        vl.save_adapter(handle.adapter("unet", info), tmp_path / "loras" / f"{name}.safetensors")
+        info = {"base": {"id": str(model), "fingerprints": base.fingerprints()}}
+        vl.save_adapter(handle.adapter("unet", info), folder / f"{name}.safetensors")
         handle.eject()
-    return tmp_path / "loras"
+    return folder
 
 
 def run(*words: object) -> str:
@@ -181,6 +188,62 @@ def test_processes_share_the_pictures(tiny_model: Path, tmp_path: Path, monkeypa
     assert found == [{0, 2}, {1}]
 
 
+TOGETHER = {
+    "tags": ("--num-images", 2, "--prompt", "a cat <lora:dog:0.5>", "--prompt", "a dog <lora:ink:1>"),
+    "blocks and steps": ("--lora", "{loras}/ink.safetensors:0.7@start=0.5,up=2", "--prompt", "a cat <lora:dog:0.5>"),
+    "one composition": (
+        "--lora", "{loras}/ink.safetensors", "--lora", "{loras}/dog.safetensors", "--compose", "composite", "--num-images", 2,
+    ),
+    "weighted words": ("--prompt", "a (red:1.3) dog", "--num-images", 2),
+    "a part of a picture": (
+        "--init-image", "{loras}/start.png", "--mask", "{loras}/mask.png", "--num-images", 2, "--scheduler", "euler-a",
+    ),
+    "after a control picture": (*CONTROL, "--prompt", "a cat <lora:ink>", "--lora", "{loras}/dog.safetensors"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model", ["tiny_model", "tiny_xl"])
+@pytest.mark.parametrize("case", TOGETHER)
+def test_pictures_drawn_together_are_as_drawn_alone(
+    case: str, model: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    folder = request.getfixturevalue(model)
+    loras = save_loras(folder, tmp_path / "loras")
+    pictures(loras)
+    if "--controlnet" in TOGETHER[case]:
+        save_controlnet(folder, loras / "net")
+    extra = [str(w).format(loras=loras) for w in TOGETHER[case]]
+    for size in (1, 3):
+        run("generate", "--prompt", "a dog", "--model", folder, "--lora-folder", loras, *COMMON,
+             *extra, "--batch-size", size, "--output", tmp_path / str(size))  # fmt: skip
+    alone, together = (sorted((tmp_path / str(size)).iterdir()) for size in (1, 3))
+    assert [p.name for p in alone] == [p.name for p in together] and len(alone) > 1
+    assert max(read_recipe(p).batch_size for p in together) > 1
+    pixels = [[np.asarray(Image.open(p), dtype=int) for p in group] for group in (alone, together)]
+    assert max(abs(a - b).max() for a, b in zip(*pixels, strict=True)) <= 1, "rounding alone"
+    assert all((a != b).any() for a, b in itertools.pairwise(pixels[0]))
+    told = run("show", next(p for p in together if read_recipe(p).batch_size > 1))
+    assert "alone, as by this command, values may round otherwise" in told
+
+
+def test_a_batch_that_does_not_fit_is_halved(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from visionlora.pipelines import generate
+
+    draw, sizes = generate.draw_batch, []
+
+    def small(pipe: object, batch: list[object], given: object) -> list[Image.Image]:
+        sizes.append(len(batch))
+        if len(batch) > 2:
+            raise torch.OutOfMemoryError("no room")
+        return draw(pipe, batch, given)
+
+    monkeypatch.setattr(generate, "draw_batch", small)
+    words = ("generate", "--prompt", "a dog", "--num-images", 5, "--model", tiny_model, *COMMON)
+    told = run(*words, "--batch-size", 5, "--output", tmp_path)
+    assert sizes == [5, 2, 3, 1, 2] and len(list(tmp_path.iterdir())) == 5
+    assert "A batch of 5 pictures does not fit into memory: drawing 2 at a time." in told
+
+
 REFUSALS = {
     "no prompt": ((), "There is no prompt: --prompt TEXT, or --prompts FILE with one per line."),
     "unknown tag": (("--prompt", "<lora:dg:1>", "--lora-folder", "{loras}"), "names an adapter 'dg', which is not there. Did"),
@@ -198,6 +261,7 @@ REFUSALS = {
     "no region": (("--prompt", "a", "--region", "dog"), "A region is written adapter=left,top,right,bottom"),
     "start": (("--prompt", "a", "--init-image", "{loras}/none.png"), "The picture to start from cannot be read"),
     "number": (("--prompt", "a", "--num-images", 0), "num_images is 0; it must be at least 1."),
+    "batch": (("--prompt", "a", "--batch-size", 0), "batch_size is 0; it must be at least 1."),
     "prompts": (("--prompts", "{loras}/none.txt"), "The prompts cannot be read from"),
 }  # fmt: skip
 
@@ -217,6 +281,15 @@ def test_refusals_draw_nothing(name: str, loras: Path, tiny_model: Path, tmp_pat
         CliRunner().invoke(app, [str(w) for w in words], catch_exceptions=False)
     assert message in str(caught.value)
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_one_step_is_enough_for_a_picture(scheduler: str, tmp_path: Path) -> None:
+    run("generate", "--prompt", "a dog", "--model", "emoji-64", "--steps", 1, "--width", 32, "--scheduler", scheduler,
+        "--output", tmp_path)  # fmt: skip
+    (file,) = tmp_path.iterdir()
+    with Image.open(file) as picture:
+        assert len(picture.getcolors(32 * 32) or ()) > 1
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)

@@ -59,6 +59,12 @@ ControlNet = Annotated[
 ]
 Control = Annotated[Optional[Path], typer.Option(help="The picture that it follows.")]  # noqa: UP045
 ControlScale = Annotated[float, typer.Option(help="How closely; 0 or more.")]
+BatchSize = Annotated[
+    int,
+    typer.Option(
+        help="Pictures drawn at once, each with its own prompt, seed and adapters; values may round otherwise than alone."
+    ),
+]
 Force = Annotated[bool, typer.Option("--force", help="Accept a fine-tune of the adapter's base.")]
 AllowPartial = Annotated[
     bool, typer.Option("--allow-partial", help="Use what fits of an adapter that does not fit as a whole.")
@@ -87,6 +93,7 @@ def command(
     controlnet: ControlNet = None,
     control: Control = None,
     control_scale: ControlScale = 1.0,
+    batch_size: BatchSize = 1,
     output: Annotated[
         Path, typer.Option(help="Folder for the pictures; those there already are not drawn again.")
     ] = Path("pictures"),
@@ -160,4 +167,6 @@ def show(
         typer.echo(json.dumps(asdict(recipe), indent=2))
         return
     typer.echo(recipe.parameters())
+    if recipe.batch_size > 1:
+        typer.echo(f"\nDrawn in a batch of {recipe.batch_size}; alone, as by this command, values may round otherwise.")
     typer.echo(f"\n{recipe.command()}")

@@ -10,6 +10,7 @@ import typer
 from visionlora.cli.console import ConsoleListener
 from visionlora.cli.generate import (
     AllowPartial,
+    BatchSize,
     Compose,
     Control,
     ControlNet,
@@ -61,6 +62,7 @@ def command(
     controlnet: ControlNet = None,
     control: Control = None,
     control_scale: ControlScale = 1.0,
+    batch_size: BatchSize = 4,
     output: Annotated[Path, typer.Option(help="Folder; pictures there already are taken as they are.")] = Path("grid"),
     force: Force = False,
     allow_partial: AllowPartial = False,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from visionlora.errors import ConfigError
@@ -40,18 +41,29 @@ def too_long(pipe: Any, prompt: str) -> bool:
     return len(ids) > int(pipe.tokenizer.model_max_length)
 
 
-def prompt_arguments(pipe: Any, prompt: str, negative: str) -> dict[str, Any]:
-    """What a pipeline is called with: the words, or embeddings where words are not enough.
+def in_words(pipe: Any, prompt: str) -> bool:
+    """Whether the pipeline reads the words of a prompt itself."""
+    return not has_weights(prompt) and not too_long(pipe, prompt)
+
+
+def prompt_arguments(pipe: Any, prompts: Sequence[str], negative: str) -> dict[str, Any]:
+    """What a pipeline is called with for a batch of pictures: the words, or embeddings where words are not enough.
+
+    Args:
+        pipe: of diffusers.
+        prompts: one per picture; all the same where one of them, or `negative`, is not `in_words`.
+        negative: what not to draw.
 
     Raises:
         ConfigError: when compel is needed and not installed.
     """
-    weighted = has_weights(prompt) or has_weights(negative)
-    if not weighted and not too_long(pipe, prompt) and not too_long(pipe, negative):
-        return {"prompt": prompt, "negative_prompt": negative or None}
+    prompt = prompts[0]
+    if all(in_words(pipe, p) for p in (prompt, negative)):
+        return {"prompt": list(prompts), "negative_prompt": [negative] * len(prompts) if negative else None}
     try:
         from compel import Compel, DiffusersTextualInversionManager, ReturnedEmbeddingsType
     except ImportError:
+        weighted = has_weights(prompt) or has_weights(negative)
         what = "has weights such as (word:1.2)" if weighted else "is longer than the text encoder reads"
         raise ConfigError(f"The prompt {what}, for which compel is needed: {INSTALL}.") from None
     shared = {"textual_inversion_manager": DiffusersTextualInversionManager(pipe), "truncate_long_prompts": False}
@@ -72,4 +84,5 @@ def prompt_arguments(pipe: Any, prompt: str, negative: str) -> dict[str, Any]:
         texts = [text, without]
         more = {"pooled_prompt_embeds": pooled, "negative_pooled_prompt_embeds": pooled_without}
     text, without = reader.pad_conditioning_tensors_to_same_length(texts)
-    return {"prompt_embeds": text, "negative_prompt_embeds": without, **more}
+    found = {"prompt_embeds": text, "negative_prompt_embeds": without, **more}
+    return {name: value.repeat(len(prompts), *(1,) * (value.dim() - 1)) for name, value in found.items()}

@@ -13,9 +13,9 @@ import math
 import re
 import shlex
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from PIL import Image, PngImagePlugin
 
@@ -23,16 +23,30 @@ from visionlora import __version__
 from visionlora.errors import ConfigError, DataError, nearest
 
 ENTRY = "visionlora"
+
+
+class Sampler(NamedTuple):
+    """One way to draw."""
+
+    kind: str
+    """Class of diffusers."""
+    label: str
+    """In A1111."""
+    options: Mapping[str, Any] = {}
+    """Of the class, beside what the model's own scheduler has."""
+
+
 SCHEDULERS = {
-    "dpm++": ("DPMSolverMultistepScheduler", "DPM++ 2M"),
-    "ddim": ("DDIMScheduler", "DDIM"),
-    "euler": ("EulerDiscreteScheduler", "Euler"),
-    "euler-a": ("EulerAncestralDiscreteScheduler", "Euler a"),
-    "heun": ("HeunDiscreteScheduler", "Heun"),
-    "unipc": ("UniPCMultistepScheduler", "UniPC"),
-    "pndm": ("PNDMScheduler", "PLMS"),
+    "dpm++": Sampler("DPMSolverMultistepScheduler", "DPM++ 2M", {"algorithm_type": "dpmsolver++", "solver_order": 2}),
+    "ddim": Sampler("DDIMScheduler", "DDIM"),
+    "euler": Sampler("EulerDiscreteScheduler", "Euler"),
+    "euler-a": Sampler("EulerAncestralDiscreteScheduler", "Euler a"),
+    "heun": Sampler("HeunDiscreteScheduler", "Heun"),
+    "unipc": Sampler("UniPCMultistepScheduler", "UniPC"),
+    # PLMS starts without Runge-Kutta steps, which also need a longer run than some ask for.
+    "pndm": Sampler("PNDMScheduler", "PLMS", {"skip_prk_steps": True}),
 }
-"""Word of --scheduler -> (class of diffusers, name in A1111)."""
+"""By the word of --scheduler."""
 TAG = re.compile(r"<lora:([^:<>]+)(?::([^:<>]+))?>")
 
 
@@ -86,6 +100,8 @@ class Recipe:
     """Picture that the ControlNet follows."""
     control_hash: str = ""
     control_scale: float = 1.0
+    batch_size: int = 1
+    """Pictures that were drawn with it in one forward pass, itself too: their number may change how its values round."""
     version: str = __version__
 
     def __post_init__(self) -> None:
@@ -102,8 +118,8 @@ class Recipe:
 
     @property
     def key(self) -> str:
-        """Eight digits that differ when anything differs."""
-        return hashlib.sha256(self.to_json().encode()).hexdigest()[:8]
+        """Eight digits that differ when anything differs but the size of the batch."""
+        return hashlib.sha256(replace(self, batch_size=1).to_json().encode()).hexdigest()[:8]
 
     @property
     def file_name(self) -> str:
@@ -115,6 +131,7 @@ class Recipe:
         """Keys in order, so that equal recipes are equal texts; what came later is there only where it is used."""
         unused = {} if self.mask else dict.fromkeys(("mask", "mask_hash"))
         unused |= {} if self.controlnet else dict.fromkeys(("controlnet", "control", "control_hash", "control_scale"))
+        unused |= {} if self.batch_size > 1 else {"batch_size": None}
         return json.dumps({k: v for k, v in asdict(self).items() if k not in unused}, sort_keys=True)
 
     @classmethod
@@ -168,7 +185,7 @@ class Recipe:
             lines.append(f"Negative prompt: {self.negative_prompt}")
         settings = {
             "Steps": self.steps,
-            "Sampler": SCHEDULERS[self.scheduler][1],
+            "Sampler": SCHEDULERS[self.scheduler].label,
             "CFG scale": f"{self.guidance_scale:g}",
             "Seed": self.seed,
             "Size": f"{self.width}x{self.height}",

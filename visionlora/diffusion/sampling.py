@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from visionlora.diffusion.recipe import SCHEDULERS
 from visionlora.errors import ModelError
 from visionlora.models.base import BaseModel
 
@@ -24,11 +25,12 @@ class SamplingConfig:
     batch_size: int = 16
 
 
-def sampling_scheduler(scheduler: Any) -> Any:
-    """DPM-Solver++ with the model's own noise schedule: good pictures in few steps."""
-    from diffusers import DPMSolverMultistepScheduler
+def sampling_scheduler(scheduler: Any, word: str = "dpm++") -> Any:
+    """A way to draw, see `SCHEDULERS`, with the model's own noise schedule; DPM-Solver++ gives good pictures in few steps."""
+    import diffusers
 
-    return DPMSolverMultistepScheduler.from_config(scheduler.config, algorithm_type="dpmsolver++", solver_order=2)
+    sampler = SCHEDULERS[word]
+    return getattr(diffusers, sampler.kind).from_config(scheduler.config, **sampler.options)
 
 
 @torch.no_grad()

@@ -25,14 +25,14 @@ def encoded(pipe, text: str) -> torch.Tensor:
 
 
 def test_plain_words_go_as_they_are(pipe) -> None:
-    assert prompt_arguments(pipe, "a dog (big)", "") == {"prompt": "a dog (big)", "negative_prompt": None}
+    assert prompt_arguments(pipe, ["a dog (big)"], "") == {"prompt": ["a dog (big)"], "negative_prompt": None}
 
 
 def test_weights_of_one_are_the_words_and_others_move_their_tokens(pipe) -> None:
     pytest.importorskip("compel")
     with torch.no_grad():
-        one = prompt_arguments(pipe, "a (dog:1.0) b", "x")
-        strong = prompt_arguments(pipe, "a (dog:1.5) b", "x")
+        one = prompt_arguments(pipe, ["a (dog:1.0) b"], "x")
+        strong = prompt_arguments(pipe, ["a (dog:1.5) b"], "x")
     torch.testing.assert_close(one["prompt_embeds"], encoded(pipe, "a dog b"))
     torch.testing.assert_close(one["negative_prompt_embeds"], encoded(pipe, "x"))
     moved = (strong["prompt_embeds"] - one["prompt_embeds"]).abs().amax(-1)[0]
@@ -43,16 +43,16 @@ def test_the_end_of_a_long_prompt_counts(pipe) -> None:
     pytest.importorskip("compel")
     words = "abcdefghijklmnopqrst uvw xyz"
     with torch.no_grad():
-        long, other = (prompt_arguments(pipe, words + end, "")["prompt_embeds"] for end in (" a", " b"))
+        long, other = (prompt_arguments(pipe, [words + end], "")["prompt_embeds"] for end in (" a", " b"))
     assert long.shape[1] > 16 and not torch.equal(long, other)
 
 
 def test_without_compel_it_says_what_to_install(pipe, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "compel", None)
     with pytest.raises(ConfigError, match=r"has weights such as \(word:1.2\), for which compel is needed: pip install"):
-        prompt_arguments(pipe, "a (dog:1.2)", "")
+        prompt_arguments(pipe, ["a (dog:1.2)"], "")
     with pytest.raises(ConfigError, match="is longer than the text encoder reads, for which compel is needed"):
-        prompt_arguments(pipe, "abcdefghijklmnopqrstuvwxyz", "")
+        prompt_arguments(pipe, ["abcdefghijklmnopqrstuvwxyz"], "")
 
 
 def test_several_weights() -> None:

@@ -1,0 +1,64 @@
+"""Pictures drawn in one batch, each with its own prompt, seed and adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+from visionlora.diffusion.recipe import LoraUse, Recipe
+from visionlora.lora.adapter import Adapter
+from visionlora.lora.inject import IN_PLACE
+from visionlora.mixing.scales import Scale, scale_from
+
+
+def batches_of(
+    recipes: Sequence[Recipe], size: int, words: Callable[[str], bool], adapters: Mapping[str, Adapter]
+) -> list[list[Recipe]]:
+    """Recipes that can be drawn together, in the order of the first of each batch.
+
+    The pictures of a batch agree in everything but prompt, seed and adapters. In the adapters they agree too where these are
+    composed otherwise than summed, or cannot differ from picture to picture; in the prompt where it is read as embeddings.
+
+    Args:
+        recipes: what to draw.
+        size: the most pictures of a batch.
+        words: whether a prompt is given to the pipeline in words.
+        adapters: by path.
+    """
+    groups: dict[Recipe | str, list[Recipe]] = {}
+    for recipe in recipes:
+        plain = words(recipe.prompt) and words(recipe.negative_prompt)
+        free = plain and recipe.compose == "sum" and all(differs(adapters[use.path]) for use in recipe.loras)
+        shared = replace(
+            recipe, seed=0, prompt="" if plain else recipe.prompt, loras=() if free else recipe.loras, batch_size=1
+        )
+        groups.setdefault(shared.to_json(), []).append(recipe)
+    return [group[k : k + size] for group in groups.values() for k in range(0, len(group), size)]
+
+
+def differs(adapter: Adapter) -> bool:
+    """Whether an adapter can act on one picture of a batch and not on another.
+
+    Norms and biases that it changes are one for all; a T-LoRA follows one timestep.
+    """
+    return not any(m.kind in (*IN_PLACE, "tlora") for m in adapter.modules.values())
+
+
+def adapters_of(batch: Sequence[Recipe]) -> dict[str, tuple[str, Scale]]:
+    """Name -> file and scale of every adapter of a batch; a factor per picture where the pictures differ."""
+    first = batch[0]
+    if all(recipe.loras == first.loras for recipe in batch):
+        return {use.name: (use.path, scale_from(use.scale, use.blocks)) for use in first.loras}
+    uses: dict[str, LoraUse] = {}
+    images: dict[str, list[float]] = {}
+    for k, recipe in enumerate(batch):
+        for use in recipe.loras:
+            key = replace(use, scale=1.0).word()
+            uses.setdefault(key, use)
+            images.setdefault(key, [0.0] * len(batch))[k] += use.scale
+    found: dict[str, tuple[str, Scale]] = {}
+    for key, use in uses.items():
+        taken = sum(name == use.name or name.startswith(f"{use.name} (") for name in found)
+        name = f"{use.name} ({taken + 1})" if taken else use.name
+        found[name] = (use.path, replace(scale_from(1.0, use.blocks), images=tuple(images[key])))
+    return found
