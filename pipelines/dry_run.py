@@ -102,11 +102,11 @@ def dry_run(config: TrainSDConfig, listener: Listener | None = None) -> Estimate
         )  # fmt: skip
         encoding = (time.monotonic() - start) / len(some)
         material = material_of(ready, data, None)
+        if not config.sample_columns:
+            release(ready.base, text_is_cached=material.tokens is None)
         learning = new_adapter(ready, material, tell)
         if config.auto_batch:
             loop = loop_config(batch_in_memory(ready, material, learning, tell))
-        if not config.sample_columns:
-            release(ready.base, text_is_cached=material.tokens is None)
         short = dataclasses.replace(loop, steps=PROBED + 1)
         fit, task = Fit(ready.accelerator, learning.learner, short, config.ema_decay), material.task(learning.learner)
         with attention_kernel(config.attention):

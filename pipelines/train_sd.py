@@ -26,10 +26,12 @@ from visionlora.diffusion.sampling import SamplingConfig
 from visionlora.diffusion.settings import (
     attention_kernel,
     captions_of,
+    check_attention,
     noise_scheduler_of,
     objective_of,
     plan_of,
-    prepare_model,
+    prepare_encoders,
+    prepare_unet,
     release,
     validation_plan,
 )
@@ -49,7 +51,7 @@ from visionlora.report.sd_fitting import Fitting
 from visionlora.report.sd_run import header, learned_from, public_metadata, report
 from visionlora.training.learner import JointLearner, Part
 from visionlora.training.loop import new_accelerator, process_state, recent_loss
-from visionlora.training.memory import at_once, bytes_kept, free_memory
+from visionlora.training.memory import at_once, bytes_kept, free_memory, give_back
 from visionlora.training.order import generator_at
 from visionlora.training.settings import adapter_config, automatic_ranks, loop_config, suited, text_adapter_config
 
@@ -83,6 +85,8 @@ def train_sd(config: TrainSDConfig, listener: Listener | None = None) -> RunResu
 
     # Latents and text, adapter; from here on the run leaves files
     material = encode(ready, tell)
+    if not config.sample_columns and accelerator.num_processes == 1:  # others' latents may have to be made here
+        release(base, text_is_cached=material.tokens is None)
     learning = new_adapter(ready, material, tell)
     if config.auto_batch and start.state is None:
         config = batch_in_memory(ready, material, learning, tell)
@@ -109,8 +113,6 @@ def train_sd(config: TrainSDConfig, listener: Listener | None = None) -> RunResu
     )
     if start.state is not None:
         fitting.restore(start.state)
-    if not config.sample_columns and accelerator.num_processes == 1:  # others' latents may have to be made here
-        release(base, text_is_cached=material.tokens is None)
     if config.compile:
         base.pipe.unet.compile()
     with attention_kernel(config.attention):
@@ -205,7 +207,8 @@ def prepare(start: Start[TrainSDConfig], tell: Listener) -> Ready:
         start.folder,
         parts_stop=config.train_text_encoder and config.text_encoder_stop < 1,
     )
-    prepare_model(base, config, accelerator.device, accelerator.mixed_precision)
+    check_attention(config.attention, accelerator.device)
+    prepare_encoders(base, config, accelerator.device, accelerator.mixed_precision)
     word = None
     if config.token is not None:
         if not any(config.token in item.caption for item in folder.items):
@@ -261,6 +264,7 @@ def encode(ready: Ready, tell: Listener) -> Material:
     class_items: tuple[ImageItem, ...] = ()
     if config.prior_images is not None and config.prior_prompt is not None:
         where = Path(config.prior_images)
+        prepare_unet(base, config, accelerator.device, accelerator.mixed_precision)  # it draws
         if accelerator.is_main_process:
             drawn = draw_missing(
                 base, where, config.prior_prompt, config.prior_count, ready.size, config.guidance_scale or 1.0, config.seed,
@@ -338,7 +342,9 @@ class Learning:
 
 def new_adapter(ready: Ready, material: Material, tell: Listener) -> Learning:
     """The adapters on their parts of the model, untrained."""
-    config, base, adapter = ready.config, ready.base, ready.adapter
+    config, base, adapter, accelerator = ready.config, ready.base, ready.adapter, ready.accelerator
+    give_back()  # what encoding took, before the UNet is there
+    prepare_unet(base, config, accelerator.device, accelerator.mixed_precision)
     if config.rank == "auto":
         choice = automatic_ranks(
             base.pipe.unet, adapter, material.task(None), config,

@@ -76,6 +76,9 @@ class TrainingConfig:
     """Dropout on the adapter's input."""
     precision: str = "auto"
     """fp32, bf16, fp16, or auto: bf16 on a GPU that has it, fp32 on a CPU."""
+    save_memory: bool | None = None
+    """Keep of the layers between the adapted ones only what the backward pass needs; by default unless the base model is small,
+    which then learns faster than it saves."""
     seed: int = 0
     """Of everything random."""
     patience: int | None = None

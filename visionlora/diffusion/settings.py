@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 
 from visionlora.config import TrainSDConfig
 from visionlora.data.augment import variants
@@ -18,8 +19,9 @@ from visionlora.diffusion.objective import Objective, check_objective, zero_term
 from visionlora.errors import ConfigError
 from visionlora.lora.layers import heavy_by_matmul
 from visionlora.lora.mapped import cast
-from visionlora.lora.packed import CODES, pack
+from visionlora.lora.packed import CODES, pack, packed_layers
 from visionlora.models.base import BaseModel, quiet
+from visionlora.training.memory import give_back
 
 USUAL_STEP = 64
 """Of the sides of buckets, px."""
@@ -95,42 +97,64 @@ BASE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.floa
 COMPUTED_IN = {"no": "fp32", "bf16": "bf16", "fp16": "fp16"}
 
 
-def prepare_model(base: BaseModel, config: TrainSDConfig, device: torch.device, mixed_precision: str) -> None:
-    """Puts the parts where and how they are needed. The VAE stays in fp32 until its first NaN decides otherwise.
+def base_dtype(config: TrainSDConfig, mixed_precision: str) -> torch.dtype:
+    """Of the weights that adapters are put on.
+
+    Args:
+        config: of the run.
+        mixed_precision: of the computation, as accelerate calls it.
+    """
+    own = config.base_precision not in ("auto", *CODES)
+    return BASE_DTYPES[config.base_precision if own else COMPUTED_IN[mixed_precision]]
+
+
+def place(part: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Moves and casts a part at once: a GPU may not hold the whole in its own precision."""
+    if device.type == "cpu":
+        cast(part, dtype)
+    with quiet("diffusers", "transformers"):
+        part.to(device=device, dtype=dtype)
+
+
+def prepare_encoders(base: BaseModel, config: TrainSDConfig, device: torch.device, mixed_precision: str) -> None:
+    """Puts VAE and text encoders where and how they are needed. The VAE stays in fp32 until its first NaN decides otherwise.
 
     Args:
         base: its weights have been fingerprinted already.
         config: of the run.
         device: where to.
         mixed_precision: of the computation, as accelerate calls it.
-
-    Raises:
-        ConfigError: for an option that needs a GPU, or a package, that is not there.
     """
-    check_attention(config.attention, device)
-    own = config.base_precision not in ("auto", *CODES)
-    word = config.base_precision if own else COMPUTED_IN[mixed_precision]
-    parts = [base.pipe.unet, *(encoder for _, _, encoder in base.text_parts())]
-    if config.base_precision in CODES:
-        pack(base.pipe.unet, config.base_precision, device, BASE_DTYPES[word])
-    if device.type == "cpu":
-        cast(base.pipe.unet, BASE_DTYPES[word])
-    with quiet("diffusers", "transformers"):
-        for part in parts:  # at once: a GPU may not hold the whole in its own precision
-            part.to(device=device, dtype=BASE_DTYPES[word])
+    for _, _, encoder in base.text_parts():
+        place(encoder, device, base_dtype(config, mixed_precision))
+        if config.gradient_checkpointing and (config.train_text_encoder or config.token):
+            encoder.gradient_checkpointing_enable()
     base.pipe.vae.to(device)
     if config.channels_last:
-        base.pipe.unet.to(memory_format=torch.channels_last)
         base.pipe.vae.to(memory_format=torch.channels_last)
+
+
+def prepare_unet(base: BaseModel, config: TrainSDConfig, device: torch.device, mixed_precision: str) -> None:
+    """Puts the UNet where and how it is needed; once more changes nothing. Until then it takes no memory beside its file.
+
+    Args:
+        base: without adapters; its weights have been fingerprinted already.
+        config: of the run.
+        device: where to.
+        mixed_precision: of the computation, as accelerate calls it.
+    """
+    unet, dtype = base.pipe.unet, base_dtype(config, mixed_precision)
+    if config.base_precision in CODES and not packed_layers(unet):
+        pack(unet, config.base_precision, device, dtype)
+    place(unet, device, dtype)
+    if config.channels_last:
+        unet.to(memory_format=torch.channels_last)
     if device.type == "cpu":
-        heavy_by_matmul(base.pipe.unet)
+        heavy_by_matmul(unet)
     if config.gradient_checkpointing:
-        base.pipe.unet.enable_gradient_checkpointing()
-        if config.train_text_encoder or config.token:
-            for _, _, encoder in base.text_parts():
-                encoder.gradient_checkpointing_enable()
+        unet.enable_gradient_checkpointing()
     if config.attention == "xformers":
-        base.pipe.unet.enable_xformers_memory_efficient_attention()
+        unet.enable_xformers_memory_efficient_attention()
 
 
 def release(base: BaseModel, text_is_cached: bool) -> None:
@@ -143,10 +167,11 @@ def release(base: BaseModel, text_is_cached: bool) -> None:
     done = [base.pipe.vae, *(encoder for _, _, encoder in base.text_parts() if text_is_cached)]
     for part in done:
         part.to("meta")
+    give_back()
 
 
 def check_attention(attention: str, device: torch.device) -> None:
-    """Raises ConfigError when a kernel of attention cannot be had."""
+    """Raises ConfigError when a kernel of attention needs a GPU, or a package, that is not there."""
     if attention == "sdpa":
         return
     if device.type != "cuda":

@@ -24,7 +24,8 @@ def adapter_config(config: TrainingConfig, **more: Any) -> AdapterConfig:
     shared = ("method", "alpha", "targets", "dropout", "init", "basis_index")
     kind, amount = budget_of(config.rank_budget) or ("rank", 8)
     rank = config.rank if config.rank != "auto" else amount if kind == "rank" else 8
-    return AdapterConfig(rank=rank, **{name: getattr(config, name) for name in shared}, **more)
+    own = {name: getattr(config, name) for name in shared}
+    return AdapterConfig(rank=rank, save_memory=config.save_memory is not False, **own, **more)
 
 
 def text_adapter_config(config: TrainingConfig, encoder: nn.Module, last_is_read: bool) -> AdapterConfig:

@@ -94,7 +94,7 @@ def test_a_run_looks_at_them_and_keeps_the_best(tiny_model: Path, pictures: Path
 
 def test_patience_ends_a_run_that_gets_no_better(tiny_model: Path, pictures: Path, tmp_path: Path) -> None:
     lines, folder = run(
-        tiny_model, pictures, tmp_path / "run", val_share=0.2, checkpoints=20, learning_rate=3.0, patience=3
+        tiny_model, pictures, tmp_path / "run", val_share=0.2, checkpoints=20, learning_rate=1e-20, patience=3
     )
     steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert len(steps) < 20 and any("no better on the validation pictures since step" in line for line in lines)
