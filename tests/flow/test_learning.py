@@ -12,21 +12,12 @@ from visionlora.pipelines.train_sd import train_sd
 from visionlora.config import TrainSDConfig, build, parse_words
 from visionlora.errors import ConfigError, VisionLoRAError
 from visionlora.loaders import load_adapter
-from visionlora.report.listener import Listener
+
+from ..doubles import Ears
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of diffusers' schedulers
 
 SMALL = {"steps": 3, "rank": 2, "batch_size": 2, "sample_steps": 1, "sample_columns": 1, "learning_rate": 0.01}
-
-
-class Ears(Listener):
-    """Keeps what is said."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def say(self, line: str) -> None:
-        self.lines.append(line)
 
 
 @pytest.fixture

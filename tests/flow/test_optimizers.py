@@ -8,7 +8,8 @@ from visionlora.pipelines.classify import classify
 from visionlora.pipelines.train_sd import train_sd
 
 import visionlora as vl
-from visionlora.report.listener import Listener
+
+from ..doubles import Ears
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of diffusers' schedulers and tensorboard
 
@@ -19,14 +20,12 @@ class Killed(BaseException):
     """As sudden as a power cut, within one process."""
 
 
-class Heard(Listener):
-    """Remembers what is said, and ends the run at a step."""
+class Heard(Ears):
+    """Keeps what is said, and ends the run at a step."""
 
     def __init__(self, last: int | None = None) -> None:
-        self.last, self.lines = last, []
-
-    def say(self, line: str) -> None:
-        self.lines.append(line)
+        super().__init__()
+        self.last = last
 
     def progress(self, what: str, done: int, total: int, detail: str = "") -> None:
         if what.startswith("Training") and done == self.last:

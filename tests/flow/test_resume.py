@@ -21,6 +21,8 @@ import visionlora as vl
 from visionlora.errors import ConfigError, RunFinished, RunFolderError, VisionLoRAError
 from visionlora.report.listener import Listener
 
+from ..doubles import Ears
+
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of diffusers' schedulers
 
 SETTINGS = {"rank": 2, "steps": 12, "batch_size": 2, "checkpoints": 6, "sample_columns": 2, "sample_steps": 1,
@@ -288,14 +290,9 @@ def test_a_state_that_cannot_be_read_costs_one_checkpoint(
         train_sd(config(tiny_model, dogs, folder), Killer(17))
     state = folder / "checkpoints" / "state.pt"
     state.write_bytes(state.read_bytes()[:-100])
-    said: list[str] = []
-
-    class Hearing(Listener):
-        def say(self, line: str) -> None:
-            said.append(line)
-
-    train_sd(resumed(folder), Hearing())
-    assert any("cannot be read" in line and "going on with the one before" in line for line in said)
+    ears = Ears()
+    train_sd(resumed(folder), ears)
+    assert any("cannot be read" in line and "going on with the one before" in line for line in ears.lines)
     for name in FILES:
         assert (folder / name).read_bytes() == (whole / name).read_bytes(), name
 

@@ -30,7 +30,8 @@ class FolderConfig:
     captions: str = "auto"
     """auto, or filename: a picture's name is its caption."""
     masks: str | None = None
-    """What of each picture is learned: `alpha` (what is not transparent), or a folder of grey pictures, white where to."""
+    """What of each picture is learned: `alpha` (what is not transparent), or a folder of grey pictures, white where to; of a
+    parquet table the column that holds them."""
 
     def __post_init__(self) -> None:
         raise_all([f"{name} is {getattr(self, name)!r}; {rule}" for name, fine, rule in self.rules() if not fine])
@@ -50,5 +51,5 @@ def reading_rules(prompt: str | None, captions: str, masks: str | None) -> list[
     return [
         ("captions", captions in CAPTIONS, nearest(captions, CAPTIONS)),
         ("captions", captions != "filename" or prompt is None, "a prompt is given: leave one of them out"),
-        ("masks", masks is None or bool(masks.strip()), "write alpha or the path of a folder"),
+        ("masks", masks is None or bool(masks.strip()), "write alpha, the path of a folder or the column of a table"),
     ]

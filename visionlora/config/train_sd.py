@@ -23,7 +23,8 @@ class TrainSDConfig(TrainingConfig):
     captions: str = "auto"
     """auto (files of the folder, else a rare word and its name), or filename: a picture's name is its caption."""
     masks: str | None = None
-    """What of each picture is learned: `alpha` (what is not transparent), or a folder of grey pictures, white where to."""
+    """What of each picture is learned: `alpha` (what is not transparent), or a folder of grey pictures, white where to; of a
+    parquet table the column that holds them."""
     folders: tuple[FolderConfig, ...] = ()
     """Several folders instead of `images`, each with its own path, prompt, repeats, captions and masks."""
     unmasked_weight: float = 0.0

@@ -21,7 +21,7 @@ from visionlora.data.alike import look_alikes, looks_of
 from visionlora.data.captions import Captions, caption_of_name, read_captions
 from visionlora.data.files import Listing, list_folder, sha256_of, suffix_of
 from visionlora.data.images import decode_noted, printable
-from visionlora.data.masks import Masks, find_masks
+from visionlora.data.masks import Masks, find_masks, masks_of_column
 from visionlora.data.parquet import PARQUET, Unpacked, unpack
 from visionlora.data.wording import (
     ENDINGS,
@@ -140,7 +140,7 @@ def read_image_folder(
         folder: where the pictures are.
         prompt: the caption of every picture; when not given, captions come from the folder.
         captions: `filename` takes them from the names of the pictures instead.
-        masks: `alpha`, or a folder of masks; see `visionlora.data.masks`.
+        masks: `alpha`, a folder of masks, or the column of a parquet table that holds them; see `visionlora.data.masks`.
         skip_broken: leave out what cannot be used (and say so in the notes) instead of raising.
         cache: a folder for the pictures of parquet files; by default the user's cache folder.
         progress: called with (pictures checked, pictures in all), before that with (rows unpacked, rows of the file).
@@ -290,13 +290,15 @@ def _open(source: _Source, cache: Path | None, progress: Callable[[int, int], No
             raise DataError(no_pictures(root, listing, empty))
     source.problems += source.listing.problems
     if tables:
-        if config.masks not in (None, ALPHA):
-            raise ConfigError(f"masks: {printable(root)} is a parquet table, whose pictures only alpha can mask.")
-        source.unpacked = unpack(tables, cache, progress)
+        column = config.masks if config.masks != ALPHA else None
+        source.unpacked = unpack(tables, cache, progress, column)
         source.pictures = source.unpacked.pictures
         source.problems += source.unpacked.problems
         if not source.pictures and not source.problems:
             raise DataError(f"{printable(root)} has no rows; pass another table.")
+        if column is not None:
+            source.masks = masks_of_column(column, source.pictures, source.unpacked.masks)
+            return source
     if config.masks is not None:
         source.masks = find_masks(config.masks, root, source.pictures)
     return source

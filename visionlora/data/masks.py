@@ -1,6 +1,6 @@
-"""Which parts of a picture are learned: from its own alpha channel, or from a grey picture of the same name.
+"""Which parts of a picture are learned: from its own alpha channel, or from a grey picture of the same name or row.
 
-In: `alpha` or a folder of masks, and pictures that have been decoded. Out: for each picture the file of its mask, or one
+In: `alpha`, a folder of masks or a column of them, and pictures that have been decoded. Out: for each picture the file of its mask, or one
 line that says what is wrong with it; and `mask_of`, the mask itself.
 
 Letters in shapes: `h`, `w` height and width of the upright picture in px.
@@ -35,7 +35,9 @@ class Masks:
     files: Mapping[str, Path]
     """Picture -> file of its mask; the picture itself where its alpha channel is the mask."""
     folder: Path | None = None
-    """Where they lie; None for alpha channels."""
+    """Where they lie; None for alpha channels and columns."""
+    column: str = ""
+    """Of a parquet table, that they come from."""
     problems: Mapping[str, str] | None = None
     """Picture -> why it has no mask."""
     notes: tuple[str, ...] = ()
@@ -48,12 +50,12 @@ class Masks:
         """
         if self.problems and name in self.problems:
             raise DataError(self.problems[name])
-        if self.folder is None:
+        if self.folder is None and not self.column:
             self._check_alpha(name, picture)
             return self.files[name]
         file = self.files[name]
-        shown, size = printable(file), picture.image.size
-        mask = _grey(decode_noted(file))
+        shown, size = f"in the column {self.column!r}" if self.column else printable(file), picture.image.size
+        mask = _grey(decode_noted(file, shown=f"the mask of {name}" if self.column else None))
         if mask.shape != size[::-1]:
             raise DataError(
                 f"{printable(name)} is {size[0]} x {size[1]} px, but its mask {shown} {mask.shape[1]} x {mask.shape[0]}; save "
@@ -127,7 +129,24 @@ def find_masks(wanted: str, root: Path, pictures: Mapping[str, Path]) -> Masks:
         else:
             problems[name] = _no_mask(name, folder, unused)
     notes = [f"masks without a picture, not used: {first_names(unused.values())}"] if unused else []
-    return Masks(files, folder, problems, tuple(notes))
+    return Masks(files, folder, problems=problems, notes=tuple(notes))
+
+
+def masks_of_column(column: str, pictures: Mapping[str, Path], masks: Mapping[str, Path]) -> Masks:
+    """The masks that a parquet table holds beside its pictures.
+
+    Args:
+        column: its name.
+        pictures: name of the row -> file.
+        masks: likewise, where the row has one.
+    """
+    missing = [name for name in pictures if name not in masks]
+    problems = {
+        name: f"{printable(name)} has nothing in the column {column!r} of masks; add one, white where to learn, or remove the row"
+        for name in missing
+    }
+    files = {name: masks.get(name, path) for name, path in pictures.items()}
+    return Masks(files, column=column, problems=problems)
 
 
 def mask_of(item: ImageItem) -> npt.NDArray[np.float32] | None:

@@ -1,8 +1,8 @@
 """Pictures within parquet files, as Hugging Face stores data sets: written once to a folder of the cache as files.
 
-In: parquet files with a column of pictures (`struct{bytes, path}` or bytes) and one of captions (text, or a list of texts, one
-of which is taken each time). Out: a file for each picture, with its caption; and each row that holds none as one line for a
-person.
+In: parquet files with a column of pictures (`struct{bytes, path}` or bytes), one of captions (text, or a list of texts, one of
+which is taken each time), and if wanted one of masks. Out: a file for each picture, with its caption, and for its mask; and each
+row that holds none as one line for a person.
 
 What is written goes by the content of the parquet file and is whole or not there. One row group is in memory at a time.
 """
@@ -10,12 +10,13 @@ What is written goes by the content of the parquet file and is whole or not ther
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import astuple, dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -31,7 +32,7 @@ PARQUET = ".parquet"
 IMAGE_COLUMNS = ("image", "img", "picture", "photo", "jpg", "png")
 """Names by which the column of pictures is found where there are several, in order of precedence."""
 
-_VERSION = "2"  # of what is written; a new number makes old folders unused
+_VERSION = "3"  # of what is written; a new number makes old folders unused
 _ROWS = "rows.json"
 _ROWS_AT_ONCE = 16
 _ONE_DAY = 86_400  # s
@@ -49,6 +50,8 @@ class Unpacked:
     """Parquet file -> its column of captions."""
     others: dict[str, list[str]] = field(default_factory=dict)
     """Parquet file -> all its columns."""
+    masks: dict[str, Path] = field(default_factory=dict)
+    """Picture -> its mask, where it has one."""
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -70,6 +73,9 @@ class _Row:
     origin: str
     caption: str
     problem: str
+    mask: str = ""
+    """File of the mask, likewise."""
+    mask_size: int = 0
 
 
 @dataclass(frozen=True)
@@ -80,7 +86,10 @@ class _Content:
 
 
 def unpack(
-    files: Mapping[str, Path], cache: Path | None = None, progress: Callable[[int, int], None] | None = None
+    files: Mapping[str, Path],
+    cache: Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    masks: str | None = None,
 ) -> Unpacked:
     """Writes the pictures of parquet files to the cache, unless they are there already.
 
@@ -88,10 +97,11 @@ def unpack(
         files: name for messages -> file.
         cache: by default the user's cache folder.
         progress: called with (rows done, rows of the file); not at all when all is there.
+        masks: the column that holds the masks.
 
     Raises:
         ConfigError: without pyarrow.
-        DataError: for a file that cannot be read or has no column of pictures, or a cache that cannot be written.
+        DataError: for a file that cannot be read or has no column of pictures or of masks, or a cache that cannot be written.
     """
     if cache is None:
         from visionlora.data.cache import default_cache_folder  # brings torch
@@ -99,7 +109,7 @@ def unpack(
         cache = default_cache_folder()
     found = Unpacked()
     for shown, path in files.items():
-        folder, content = _unpacked(path, shown, cache / "parquet", progress)
+        folder, content = _unpacked(path, shown, cache / "parquet", progress, masks)
         found.columns[shown], found.others[shown] = content.caption_column, content.columns
         for row in content.rows:
             name = f"{shown} row {row.number}"
@@ -111,14 +121,17 @@ def unpack(
                 found.captions[name] = row.caption
             if row.origin:
                 found.origins[name] = row.origin
+            if row.mask:
+                found.masks[name] = folder / row.mask
     return found
 
 
 def _unpacked(
-    path: Path, shown: str, cache: Path, progress: Callable[[int, int], None] | None
+    path: Path, shown: str, cache: Path, progress: Callable[[int, int], None] | None, masks: str | None
 ) -> tuple[Path, _Content]:
     try:
-        final = cache / f"{_VERSION}-{sha256_of(path)[:32]}"
+        name = f"{_VERSION}-{sha256_of(path)[:32]}"
+        final = cache / (name if masks is None else f"{name}-{hashlib.sha256(masks.encode()).hexdigest()[:8]}")
     except OSError as error:
         raise DataError(f"{printable(path)} cannot be read ({error.strerror}); check its permissions.") from None
     if (known := _known(final)) is not None:
@@ -128,7 +141,7 @@ def _unpacked(
         _remove_leftovers(cache)
         temporary = Path(tempfile.mkdtemp(".tmp", ".rows-", cache))
         try:
-            content = _write_rows(path, shown, temporary, progress)
+            content = _write_rows(path, shown, temporary, progress, masks)
             if _known(final) is None:  # of another process, which began at the same time
                 shutil.rmtree(final, ignore_errors=True)
             with contextlib.suppress(OSError):  # likewise
@@ -152,7 +165,8 @@ def _known(folder: Path) -> _Content | None:
     try:
         kept = json.loads((folder / _ROWS).read_text(encoding="utf-8"))
         content = _Content(kept["columns"], kept["captions"], [_Row(*row) for row in kept["rows"]])
-        whole = all(not row.file or (folder / row.file).stat().st_size == row.size for row in content.rows)
+        sizes = [pair for row in content.rows for pair in ((row.file, row.size), (row.mask, row.mask_size)) if pair[0]]
+        whole = all((folder / file).stat().st_size == size for file, size in sizes)
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return content if whole else None
@@ -166,20 +180,25 @@ def _remove_leftovers(cache: Path) -> None:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def _write_rows(path: Path, shown: str, folder: Path, progress: Callable[[int, int], None] | None) -> _Content:
+def _write_rows(
+    path: Path, shown: str, folder: Path, progress: Callable[[int, int], None] | None, masks: str | None
+) -> _Content:
     pyarrow = pyarrow_for(path, "save its pictures as files")
     try:
         table = pyarrow.parquet.ParquetFile(path)
     except (OSError, ValueError, pyarrow.ArrowException) as error:
         raise not_parquet(error) from None
     with table:
-        names, image, text = _columns(pyarrow, table.schema_arrow)
+        names, image, text = _columns(pyarrow, table.schema_arrow, masks)
         rows: list[_Row] = []
-        for cell, caption in _cells(pyarrow, table, image, text):
-            row, content = _row(len(rows) + 1, cell, caption, text)
-            rows.append(row)
+        for cell, caption, mask in _cells(pyarrow, table, (image, text, masks)):
+            row, content = _row(len(rows) + 1, cell, caption)
             if row.file:
                 (folder / row.file).write_bytes(content)
+                if grey := _bytes_of(mask):
+                    row = replace(row, mask=f"{row.number:08}-mask", mask_size=len(grey))
+                    (folder / row.mask).write_bytes(grey)
+            rows.append(row)
             if progress is not None:
                 progress(len(rows), table.metadata.num_rows)
     kept = {"columns": names, "captions": text, "rows": [astuple(row) for row in rows]}
@@ -187,9 +206,9 @@ def _write_rows(path: Path, shown: str, folder: Path, progress: Callable[[int, i
     return _Content(names, text, rows)
 
 
-def _cells(pyarrow: Any, table: Any, image: str, text: str | None) -> Iterator[tuple[Any, Any]]:
-    """The cells of the two columns, row by row."""
-    columns = [image] if text is None else [image, text]
+def _cells(pyarrow: Any, table: Any, names: Sequence[str | None]) -> Iterator[tuple[Any, ...]]:
+    """The cells of some columns, row by row; None for a column that is not there."""
+    columns = [name for name in names if name is not None]
     for group in range(table.num_row_groups):
         batches = table.iter_batches(_ROWS_AT_ONCE, row_groups=[group], columns=columns)
         while True:
@@ -199,13 +218,21 @@ def _cells(pyarrow: Any, table: Any, image: str, text: str | None) -> Iterator[t
                 raise not_parquet(error) from None
             if batch is None:
                 break
-            captions = batch.column(text).to_pylist() if text is not None else [None] * batch.num_rows
-            yield from zip(batch.column(image).to_pylist(), captions, strict=True)
+            nothing = [None] * batch.num_rows
+            yield from zip(
+                *(nothing if name is None else batch.column(name).to_pylist() for name in names), strict=True
+            )
 
 
-def _row(number: int, cell: Any, caption: Any, column: str | None) -> tuple[_Row, bytes]:
-    origin = str(cell.get("path") or "") if isinstance(cell, dict) else ""
+def _bytes_of(cell: Any) -> bytes:
+    """Of a picture; none where there is none."""
     content: bytes = (cell.get("bytes") if isinstance(cell, dict) else cell) or b""
+    return content
+
+
+def _row(number: int, cell: Any, caption: Any) -> tuple[_Row, bytes]:
+    origin = str(cell.get("path") or "") if isinstance(cell, dict) else ""
+    content = _bytes_of(cell)
     several = [c for c in caption if isinstance(c, str)] if isinstance(caption, list) else []
     words = one_of(several) if several else " ".join(caption.split()) if isinstance(caption, str) else ""
     problem = ""
@@ -223,10 +250,14 @@ def _row(number: int, cell: Any, caption: Any, column: str | None) -> tuple[_Row
     return _Row(number, file, len(content), origin, words, ""), content
 
 
-def _columns(pyarrow: Any, schema: Any) -> tuple[list[str], str, str | None]:
+def _columns(pyarrow: Any, schema: Any, masks: str | None) -> tuple[list[str], str, str | None]:
     """All columns, that of pictures and, if there is one, that of captions."""
     names = list(schema.names)
     pictures = [f.name for f in schema if _holds_pictures(pyarrow.types, f.type)]
+    if masks is not None and masks not in pictures:
+        there = f"its pictures are in {quoted(pictures)}" if pictures else f"it has {quoted(names)}"
+        raise Unusable(f"has no column {masks!r} of pictures to take the masks from; {there}")
+    pictures = [name for name in pictures if name != masks]
     named = [name for wanted in IMAGE_COLUMNS for name in pictures if name.casefold() == wanted]
     if not pictures:
         raise Unusable(

@@ -22,12 +22,12 @@ from visionlora.lora.layers import (
     AdaptedLayer,
     AdaptedLinear,
     adapted_class,
-    branches_of,
     restore_class,
     swap_class,
     with_adapters,
 )
 from visionlora.lora.methods.base import Method
+from visionlora.lora.together import branches_of
 
 
 class AdaptedAttention(AdaptedLayer):

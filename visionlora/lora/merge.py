@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from visionlora.errors import ConfigError
-from visionlora.lora.layers import AdaptedLayer, stacked_update, with_adapters
+from visionlora.lora.layers import AdaptedLayer, with_adapters
 from visionlora.lora.methods.base import Method
 from visionlora.lora.packed import Packed
+from visionlora.lora.together import stacked_update
 
 if TYPE_CHECKING:
     from visionlora.lora.inject import Handle

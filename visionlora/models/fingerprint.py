@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from visionlora.lora.inject import base_parameters
+from visionlora.lora.mapped import Mappings
 
 SAMPLES = 8
 """Values read from each tensor, spread over it: enough to tell fine-tunes apart without reading gigabytes."""
@@ -27,8 +28,9 @@ def architecture_fingerprint(module: nn.Module) -> str:
 @torch.no_grad()
 def weights_fingerprint(module: nn.Module) -> str:
     """16 hex digits over a few values of each parameter, read as fp16: a model's fp32 and fp16 files agree."""
-    digest = hashlib.sha256()
+    digest, mappings = hashlib.sha256(), Mappings()
     for name, p in base_tensors(module):
-        index = torch.linspace(0, p.numel() - 1, SAMPLES, dtype=torch.float64).long().to(p.device)
-        digest.update(name.encode() + p.detach().flatten()[index].to(torch.float16).cpu().numpy().tobytes())
+        index = torch.linspace(0, p.numel() - 1, SAMPLES, dtype=torch.float64).long().tolist()
+        values = mappings.values(p.detach(), index)
+        digest.update(name.encode() + values.to(torch.float16).cpu().numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -17,6 +17,7 @@ from PIL import Image
 import visionlora.data.parquet as parquet
 from visionlora.data.folder import ImageFolder, read_image_folder
 from visionlora.data.images import decode
+from visionlora.data.masks import mask_of
 from visionlora.data.tags import caption_variants
 from visionlora.errors import ConfigError, DataError
 
@@ -203,8 +204,57 @@ def test_tables_that_cannot_be_used(tmp_path: Path) -> None:
     assert said(tmp_path / "plane.parquet") == (
         f"There is no parquet file {tmp_path}/plane.parquet; did you mean {tmp_path}/plain.parquet?"
     )
-    with pytest.raises(ConfigError, match=r"masks: .*a.parquet is a parquet table, whose pictures only alpha can mask"):
-        read_image_folder(write(tmp_path / "a.parquet", rows()), masks=str(tmp_path))
+    with pytest.raises(
+        DataError, match="a.parquet has no column 'grey' of pictures to take the masks from; its pictures are"
+    ):
+        read_image_folder(write(tmp_path / "a.parquet", rows()), masks="grey")
+    with pytest.raises(
+        DataError, match=r"plain.parquet has no column 'grey' of pictures .*; it has \"path\", \"text\""
+    ):
+        read_image_folder(plain, masks="grey")
+
+
+def grey(size: tuple[int, int] = (8, 8), level: int = 255) -> bytes:
+    """A mask whose left column is `level`, black elsewhere."""
+    file, values = io.BytesIO(), np.zeros(size, np.uint8)
+    values[:, 0] = level
+    Image.fromarray(values).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("column", ["mask", "second"])
+def test_masks_of_a_column(column: str, tmp_path: Path) -> None:
+    """The column of masks is none of the pictures' own, whatever its name; the same table without masks is another."""
+    table = write(
+        tmp_path / "a.parquet", [{"first": png(i), column: grey(level=100 * i + 55), "text": "b"} for i in range(3)]
+    )
+    for _ in range(2):
+        items = read_image_folder(table, masks=column).items
+        found = [mask_of(item) for item in items]
+        for i, mask in enumerate(found):
+            np.testing.assert_allclose(mask[:, 0], (100 * i + 55) / 255, rtol=1e-6)
+            assert not mask[:, 1:].any()
+            np.testing.assert_array_equal(np.asarray(decode(items[i].path)), pixels(i))
+    assert len({item.content for item in items}) == 3
+    assert said(table).startswith('a.parquet has several columns of pictures, "first"')
+
+
+def test_masks_of_a_column_that_do_not_fit(tmp_path: Path) -> None:
+    table = write(tmp_path / "a.parquet", [
+        {"image": png(0), "mask": grey((4, 8)), "text": "b"},
+        {"image": png(1), "mask": grey(level=0), "text": "b"},
+        {"image": png(2), "mask": None, "text": "b"},
+        {"image": png(3), "mask": b"no picture", "text": "b"},
+    ], pa.binary())  # fmt: skip
+    with pytest.raises(DataError) as caught:
+        read_image_folder(table, masks="mask")
+    lines = str(caught.value)
+    assert "a.parquet row 1 is 8 x 8 px, but its mask in the column 'mask' 8 x 4" in lines
+    assert "a.parquet row 2 has a mask that is black all over, in the column 'mask'" in lines
+    assert (
+        "a.parquet row 3 has nothing in the column 'mask' of masks; add one, white where to learn, or remove" in lines
+    )
+    assert "the mask of a.parquet row 4 " in lines
 
 
 def test_alpha_masks(tmp_path: Path) -> None:

@@ -16,7 +16,8 @@ from visionlora.data.folder import ImageFolder, ImageItem
 from visionlora.diffusion.validation import Evaluation, hold_out, verdict
 from visionlora.errors import ConfigError, DataError
 from visionlora.loaders import load_adapter
-from visionlora.report.listener import Listener
+
+from ...doubles import Ears
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of diffusers' schedulers
 
@@ -48,16 +49,6 @@ def test_the_verdict_names_what_happened() -> None:
     assert said(1.0, 0.8, 0.6).endswith("0.6000 at the end.")
     assert "by heart" in said(1.0, 0.6, 0.9) and "step 10" in said(1.0, 0.6, 0.9)
     assert "never got better" in said(1.0, 1.1, 1.2)
-
-
-class Ears(Listener):
-    """Keeps what is said."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def say(self, line: str) -> None:
-        self.lines.append(line)
 
 
 @pytest.fixture

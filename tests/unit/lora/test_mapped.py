@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from visionlora.lora.mapped import Mappings, cast
+from visionlora.models.fingerprint import weights_fingerprint
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells what is mapped")
 SIZE = 2**20
@@ -44,19 +45,25 @@ def test_mapped_weights_stay_unread(model: nn.Module) -> None:
     mappings = Mappings()
     assert [mappings.file_of(p) is None for p in model.parameters()] == [False] * 8 + [True] * 2
     before = resident()
+    assert len(weights_fingerprint(model)) == 16
+    assert resident() - before < 4 * SIZE // 1024
     cast(model, torch.bfloat16)
     assert resident() - before < 4 * SIZE // 1024  # all eight take 32 MiB
 
 
 @linux
-def test_a_file_that_changed_or_is_gone_is_not_believed(model: nn.Module, tmp_path: Path) -> None:
-    parameter = next(model.parameters())
-    place = Mappings().file_of(parameter)
-    assert place is not None
-    copy = tmp_path / "other"
-    copy.write_bytes(bytes(place[1] + parameter.nbytes))
+@pytest.mark.parametrize("change", ["nothing", "removed", "replaced", "written to"])
+def test_what_is_no_longer_in_the_file_is_read_from_memory(change: str, model: nn.Module, tmp_path: Path) -> None:
+    file, parameter = tmp_path / "m.safetensors", next(model.parameters())
+    if change in ("removed", "replaced"):
+        content = file.read_bytes()
+        file.unlink()
+        if change == "replaced":
+            file.write_bytes(bytes(len(content)))
+    if change == "written to":
+        parameter.data[SIZE // 512, 7] += 1  # somewhere in its middle
     mappings = Mappings()
-    for path in (str(copy), str(tmp_path / "none")):
-        mappings.places = [(s, e, o, path if p == place[0] else p) for s, e, o, p in mappings.places]
-        place = (path, place[1])
-        assert torch.equal(mappings.copied(parameter.data, torch.float64), parameter.double())
+    assert (mappings.file_of(parameter) is None) == (change != "nothing")
+    assert torch.equal(mappings.copied(parameter.data, torch.float64), parameter.double())
+    index = [0, SIZE // 512 * 256 + 7, SIZE - 1]
+    assert torch.equal(mappings.values(parameter, index), parameter.flatten()[index])

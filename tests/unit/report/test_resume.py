@@ -14,21 +14,12 @@ import torch
 from visionlora.atomic import hold, let_go
 from visionlora.config import ClassifyConfig, TrainSDConfig, build, to_yaml
 from visionlora.errors import ConfigError, RunFinished, RunFolderError
-from visionlora.report.listener import Listener
 from visionlora.report.resume import LearnedFrom, Start, begin, finished_run, holding, plain
 from visionlora.training.checkpoint import PREVIOUS_FILE, STATE_FILE, write_state
 
+from ...doubles import Ears
+
 FILLED = TrainSDConfig(images="dog", steps=12, batch_size=2, learning_rate=0.01)
-
-
-class Said(Listener):
-    """Keeps what it hears."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def say(self, line: str) -> None:
-        self.lines.append(line)
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +44,7 @@ def a_run(folder: str, config: object = FILLED, step: int | None = 3, age: int =
 
 def started(config: object = None, **given: object) -> tuple[Start, list[str]]:
     """What `begin` finds, and what it says."""
-    said = Said()
+    said = Ears()
     found = begin(config or build(TrainSDConfig, {"images": "dog", **given}), "sd", said)
     let_go()
     return found, said.lines

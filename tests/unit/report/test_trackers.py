@@ -5,27 +5,20 @@ from pathlib import Path
 import pytest
 
 from visionlora.errors import ConfigError
-from visionlora.report.listener import Listener
 from visionlora.report.runfolder import RunFolder
 from visionlora.report.trackers import Trackers, run_id
 from visionlora.training.loop import new_accelerator
+
+from ...doubles import Ears
 
 pytest.importorskip("tensorboard")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of tensorboard's protobuf
 
 
-class Heard(Listener):
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def say(self, line: str) -> None:
-        self.lines.append(line)
-
-
 def trackers(folder: Path, *words: str, run: bool = True) -> Trackers:
     folder.mkdir(exist_ok=True)
     accelerator = new_accelerator("fp32", words, folder)
-    return Trackers(accelerator, RunFolder(folder) if run else None, Heard(), {"rank": 4, "targets": ["a"]})
+    return Trackers(accelerator, RunFolder(folder) if run else None, Ears(), {"rank": 4, "targets": ["a"]})
 
 
 def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:

@@ -13,24 +13,10 @@ from visionlora.errors import ConfigError, TrainingError
 from visionlora.training.loop import LoopConfig, Progress, new_accelerator, resolve_precision, train
 from visionlora.training.schedules import rate_at
 
+from ...doubles import Learner
+
 CONFIG = LoopConfig(steps=20, batch_size=2, gradient_accumulation=1, learning_rate=0.1, warmup_steps=2,
                     weight_decay=0.0, max_grad_norm=1.0, seed=0)  # fmt: skip
-
-
-class Learner:
-    """All parameters of a model, in one group."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model, self.told = model, []
-
-    def parameter_groups(self, lr: float, weight_decay: float) -> list[dict]:
-        return [{"params": list(self.model.parameters()), "lr": lr, "weight_decay": weight_decay}]
-
-    def regularisation(self) -> None:
-        return None
-
-    def after_step(self, step: int, steps: int) -> None:
-        self.told.append((step, steps, all(p.grad is not None for p in self.model.parameters())))
 
 
 class Regression:

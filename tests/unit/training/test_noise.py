@@ -12,29 +12,10 @@ from visionlora.data.groups import Group
 from visionlora.training.loop import Fit, LoopConfig, Progress
 from visionlora.training.noise import GradientNoise, NoiseScale, noise_lines
 
+from ...doubles import Learner
+
 CONFIG = LoopConfig(steps=200, batch_size=4, gradient_accumulation=1, learning_rate=1e-9, warmup_steps=0,
                     weight_decay=0.0, max_grad_norm=1.0, seed=0, schedule="constant")  # fmt: skip
-
-
-class Learner:
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-
-    def parameter_groups(self, lr: float, weight_decay: float) -> list[dict]:
-        return [{"params": list(self.model.parameters()), "lr": lr, "weight_decay": weight_decay}]
-
-    def regularisation(self) -> None:
-        return None
-
-    def after_step(self, step: int, steps: int) -> None:
-        pass
-
-    def training_state(self) -> dict[str, Tensor]:
-        return {n: p.detach() for n, p in self.model.named_parameters()}
-
-    def load_training_state(self, state: dict[str, Tensor]) -> None:
-        for n, p in self.model.named_parameters():
-            p.data.copy_(state[n])
 
 
 class Known:

@@ -14,36 +14,11 @@ from visionlora.training.loop import Fit, LoopConfig
 from visionlora.training.optimizers import BUILDERS, as_evaluated, build_optimizer
 from visionlora.training.settings import loop_config, suited, suited_rate
 
+from ...doubles import Learner
+
 CONFIG = LoopConfig(steps=40, batch_size=8, gradient_accumulation=1, learning_rate=0.02, warmup_steps=2,
                     weight_decay=0.0, max_grad_norm=1e9, seed=0, schedule="constant")  # fmt: skip
 WORDS = [word for word, found in OPTIMIZERS.items() if found.package is None or installed(found.package)]
-
-
-class Learner:
-    """All parameters of a model; those named in `fast` learn at 16 times the rate."""
-
-    def __init__(self, model: nn.Module, fast: tuple[str, ...] = ()) -> None:
-        self.model, self.fast = model, fast
-
-    def parameter_groups(self, lr: float, weight_decay: float) -> list[dict]:
-        named = dict(self.model.named_parameters())
-        slow = {"params": [p for n, p in named.items() if n not in self.fast], "lr": lr, "weight_decay": weight_decay}
-        fast = {"params": [named[n] for n in self.fast], "lr": 16 * lr, "weight_decay": weight_decay}
-        return [group for group in (slow, fast) if group["params"]]
-
-    def regularisation(self) -> None:
-        return None
-
-    def after_step(self, step: int, steps: int) -> None:
-        pass
-
-    def training_state(self) -> dict[str, Tensor]:
-        return {n: p.detach() for n, p in self.model.named_parameters()}
-
-    def load_training_state(self, state: dict[str, Tensor]) -> None:
-        with torch.no_grad():
-            for n, p in self.model.named_parameters():
-                p.copy_(state[n])
 
 
 class Plane:
