@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from visionlora.lora.config import AdapterConfig
 from visionlora.lora.inject import attach, inject
+from visionlora.lora.layers import heavy_by_matmul
 from visionlora.training.memory import bytes_kept
 
 TURNS = 5
@@ -123,7 +124,10 @@ def measure_unet(dtype: torch.dtype) -> dict[str, Any]:
 def train_steps(base: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Any]:
     """Step times over the bare forward, and bytes kept."""
     bare = sharing(base, unet_of_sd15)
-    models = {name: sharing(base, unet_of_sd15) for name in ("ours", "peft", "our DoRA", "peft DoRA")}
+    names = ("ours", "ours, as in train-sd", "peft", "our DoRA", "peft DoRA")
+    models = {name: sharing(base, unet_of_sd15) for name in names}
+    heavy_by_matmul(models["ours, as in train-sd"])
+    inject(models["ours, as in train-sd"], AdapterConfig(rank=RANK, targets="attn"))
     inject(models["ours"], AdapterConfig(rank=RANK, targets="attn"))
     inject(models["our DoRA"], AdapterConfig(method="dora", rank=RANK, targets="attn"))
     peft_on(models["peft"], target_modules=ATTENTION)

@@ -86,6 +86,8 @@ def core_rows() -> list[tuple[str, str, str, str]]:
         if (same := step.get("peft, adapters in the base's dtype")) is not None:
             floor += f", PEFT with bf16 adapters {same:.2f}"
         rows.append(("training step / two bare forwards", where, f"{step['ours']:.2f}", floor))
+        if (products := step.get("ours, as in train-sd")) is not None:
+            rows.append(("the same as train-sd runs it", where, f"{products:.2f}", floor))
         kept = r["kept_mib"]
         rows.append(("kept for backward, MiB", where, f"{kept['ours']:.0f}", f"PEFT {kept['peft']:.0f}"))
         dora = r["dora_over_lora"]

@@ -1,7 +1,7 @@
 """Which parts of a picture are learned: from its own alpha channel, or from a grey picture of the same name or row.
 
-In: `alpha`, a folder of masks or a column of them, and pictures that have been decoded. Out: for each picture the file of its mask, or one
-line that says what is wrong with it; and `mask_of`, the mask itself.
+In: `alpha`, a folder of masks or a column of them, and pictures that have been decoded. Out: for each picture the file of its
+mask, or one line that says what is wrong with it; and `mask_of`, the mask itself.
 
 Letters in shapes: `h`, `w` height and width of the upright picture in px.
 """
@@ -142,7 +142,8 @@ def masks_of_column(column: str, pictures: Mapping[str, Path], masks: Mapping[st
     """
     missing = [name for name in pictures if name not in masks]
     problems = {
-        name: f"{printable(name)} has nothing in the column {column!r} of masks; add one, white where to learn, or remove the row"
+        name: f"{printable(name)} has nothing in the column {column!r} of masks; add one, white where to learn, or remove the "
+        "row"
         for name in missing
     }
     files = {name: masks.get(name, path) for name, path in pictures.items()}

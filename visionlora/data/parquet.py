@@ -1,8 +1,8 @@
 """Pictures within parquet files, as Hugging Face stores data sets: written once to a folder of the cache as files.
 
 In: parquet files with a column of pictures (`struct{bytes, path}` or bytes), one of captions (text, or a list of texts, one of
-which is taken each time), and if wanted one of masks. Out: a file for each picture, with its caption, and for its mask; and each
-row that holds none as one line for a person.
+which is taken each time), and if wanted one of masks. Out: a file for each picture, with its caption, and for its mask; and
+each row that holds none as one line for a person.
 
 What is written goes by the content of the parquet file and is whole or not there. One row group is in memory at a time.
 """

@@ -61,7 +61,7 @@ class Mappings:
         if (place := self.file_of(tensor)) is not None:
             path, offset = place
             size = tensor.element_size()
-            with open(path, "rb", buffering=0) as file:
+            with Path(path).open("rb", buffering=0) as file:
                 raw = b"".join(os.pread(file.fileno(), size, offset + i * size) for i in index)
             if len(raw) == size * len(index):
                 return torch.frombuffer(bytearray(raw), dtype=tensor.dtype)
@@ -71,7 +71,7 @@ class Mappings:
 def is_file(path: str, inode: int) -> bool:
     """Whether the file at a path is the one that was mapped; it may have been replaced, or removed, since."""
     try:
-        return os.stat(path).st_ino == inode
+        return Path(path).stat().st_ino == inode
     except OSError:
         return False
 
@@ -87,7 +87,7 @@ def as_in_file(first: int, count: int) -> bool:
     """
     start, end = first // mmap.PAGESIZE, (first + count - 1) // mmap.PAGESIZE + 1
     try:
-        with open(PAGES, "rb", buffering=0) as file:
+        with PAGES.open("rb", buffering=0) as file:
             entries = np.frombuffer(os.pread(file.fileno(), 8 * (end - start), 8 * start), np.uint64)
     except OSError:
         return False

@@ -205,7 +205,7 @@ def test_tables_that_cannot_be_used(tmp_path: Path) -> None:
         f"There is no parquet file {tmp_path}/plane.parquet; did you mean {tmp_path}/plain.parquet?"
     )
     with pytest.raises(
-        DataError, match="a.parquet has no column 'grey' of pictures to take the masks from; its pictures are"
+        DataError, match=r"a.parquet has no column 'grey' of pictures to take the masks from; its pictures are"
     ):
         read_image_folder(write(tmp_path / "a.parquet", rows()), masks="grey")
     with pytest.raises(
