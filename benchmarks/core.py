@@ -155,13 +155,37 @@ def train_steps(base: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Any]:
     steps = {name: step(m, lambda m=m: call(m, inputs)) for name, m in models.items()}  # type: ignore[misc]
     t = take_turns({"forward": forward, "frozen": frozen, **steps}, turns=9)
     kept = {name: bytes_kept(m, lambda m=m: call(m, inputs)) for name, m in models.items()}  # type: ignore[misc]
+    kinds = {"two forwards": seconds_by_kind(lambda: (forward(), forward()))}
+    kinds |= {name: seconds_by_kind(run) for name, run in (("frozen", frozen), ("ours", steps["ours"]))}
     return {
+        "seconds_by_kind": kinds,
         "forward_s": t["forward"],
         "step_over_two_forwards": {n: t[n] / (2 * t["forward"]) for n in t if n != "forward"},
         "kept_mib": {n: v / 2**20 for n, v in kept.items()},
         "kept_ours_over_peft": kept["ours"] / kept["peft"],
         "dora_over_lora": {"ours": t["our DoRA"] / t["ours"], "peft": t["peft DoRA"] / t["peft"]},
     }
+
+
+KINDS = {
+    "attention": ("aten::_scaled_dot_product",),
+    "convolutions": ("aten::mkldnn_convolution", "aten::convolution", "aten::_slow_conv", "aten::thnn_conv"),
+    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"),
+}
+"""Beginnings of the names of operations."""
+
+
+def seconds_by_kind(run: Callable[[], object]) -> dict[str, float]:
+    """Where the time goes: seconds spent in operations of a kind, those that they call not counted; the rest under `others`."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        run()
+    found = dict.fromkeys([*KINDS, "others"], 0.0)
+    for event in profiled.key_averages():
+        kind = next((k for k, names in KINDS.items() if event.key.startswith(names)), "others")
+        found[kind] += event.self_cpu_time_total / 1e6
+    return found
 
 
 def in_fp32(model: nn.Module) -> None:

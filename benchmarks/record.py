@@ -40,11 +40,19 @@ def machine() -> dict[str, Any]:
     }
 
 
-def record(name: str, results: Mapping[str, Any]) -> Path:
-    """Writes ``results/<name>.json`` and returns its path."""
+def record(name: str, results: Mapping[str, Any], machines: Mapping[str, Any] | None = None) -> Path:
+    """Writes ``results/<name>.json`` and returns its path.
+
+    Args:
+        name: of the results.
+        results: what was measured.
+        machines: part -> the machine it was measured on, where that is not this one.
+    """
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps({**results, "machine": machine()}, indent=1) + "\n")
+    path, here = RESULTS / f"{name}.json", machine()
+    elsewhere = {part: m for part, m in (machines or {}).items() if m != here}
+    more = {"machines": elsewhere} if elsewhere else {}
+    path.write_text(json.dumps({**results, "machine": here, **more}, indent=1) + "\n")
     return path
 
 
@@ -69,11 +77,13 @@ def run_parts(name: str, parts: Parts, about: str | None, trial: Callable[[int],
     steps = getattr(args, "steps", None)
     measured = parts if trial is None or steps is None else trial(steps)
     known = results(name)
+    machines = {part: known["machine"] for part in parts if part in known} | known.get("machines", {})
     for part in args.parts or parts:
         known[part] = measured[part]()
         print(part, known[part], flush=True)
         if measured is parts:
-            print("recorded:", record(name, {k: v for k, v in known.items() if k in parts}))
+            machines.pop(part, None)
+            print("recorded:", record(name, {k: v for k, v in known.items() if k in parts}, machines))
         gc.collect()
 
 

@@ -116,7 +116,24 @@ def core_table() -> str:
     """The core beside PEFT and diffusers."""
     lines = ["| what | where | visionlora | peer |", "|---|---|---|---|"]
     lines += ["| " + " | ".join(row) + " |" for row in core_rows()]
-    return "\n".join(lines) + "\n\n`benchmarks/core.py`. " + machine_text("core")
+    return "\n".join(lines) + f"\n\n{where_time_goes()}\n\n`benchmarks/core.py`. " + machine_text("core")
+
+
+def where_time_goes() -> str:
+    """Why a training step takes more than two forward passes: seconds by kind of operation."""
+    found, sentences = results("core"), []
+    for part, dtype in (("unet-fp32", "fp32"), ("unet-bf16", "bf16")):
+        if (kinds := found.get(part, {}).get("seconds_by_kind")) is None:
+            continue
+        shares = ", ".join(
+            f"{kind} {kinds['two forwards'][kind]:.2f} / {kinds['frozen'][kind]:.2f} / {kinds['ours'][kind]:.2f}"
+            for kind in kinds["ours"]
+        )
+        sentences.append(f"{dtype}: {shares}")
+    return (
+        "Where the time goes, by torch's profiler: seconds of two bare forwards / of forward and backward of the frozen model "
+        f"/ of our training step. {'. '.join(sentences)}."
+    )
 
 
 def mixing_text() -> str:
@@ -315,12 +332,18 @@ def train_sd_text() -> str:
 
 
 def machine_text(name: str) -> str:
-    """Where a result was measured."""
-    m = results(name)["machine"]
-    return (
-        f"Measured on {m['processor']}, {m['threads']} threads, torch {m['torch']}, diffusers {m['diffusers']}, "
-        f"transformers {m['transformers']}."
-    )
+    """Where a result was measured, and where those of its parts that were measured elsewhere."""
+
+    def words(machine: dict[str, Any]) -> str:
+        versions = ", ".join(f"{library} {machine[library]}" for library in ("torch", "diffusers", "transformers"))
+        return f"on {machine['processor']}, {machine['threads']} threads, {versions}"
+
+    found = results(name)
+    elsewhere: dict[str, list[str]] = {}
+    for part, machine in found.get("machines", {}).items():
+        elsewhere.setdefault(words(machine), []).append(f"`{part}`")
+    places = [f"{' and '.join(parts)} {where}" for where, parts in elsewhere.items()]
+    return f"Measured {'; '.join([words(found['machine']), *places])}."
 
 
 def documents() -> dict[Path, str]:
