@@ -50,6 +50,7 @@ bench: $(STAMP)  ## the benchmarks
 	$(BIN)/python benchmarks/mixing.py
 	$(BIN)/python benchmarks/classify.py
 	$(BIN)/python benchmarks/train_sd.py
+	$(BIN)/python benchmarks/one_picture.py
 	$(BIN)/python benchmarks/write_tables.py
 
 assets: $(STAMP)  ## rebuild the picture sets and the embedded model (needs npm; takes long)

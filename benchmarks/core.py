@@ -7,6 +7,7 @@ Weights are random; only shapes matter. Ours and theirs share the base weights, 
 number is the median of at least 5 turns, every comparison a ratio.
 
     unet-fp32, unet-bf16   the UNet of Stable Diffusion 1.5 (860 M), 32x32 latents, batch 1, rank 8 on q, k, v, out
+    kinds                  where the time of a step on that UNet goes
     vit                    timm ViT-B/16 at 224 px, batch 8
     load                   a Stable Diffusion 1.5 adapter into a ready UNet
 """
@@ -121,6 +122,18 @@ def measure_unet(dtype: torch.dtype) -> dict[str, Any]:
     return found
 
 
+@torch.no_grad()
+def forward(model: nn.Module, inputs: dict[str, Tensor]) -> None:
+    """What a training step is compared with, twice."""
+    call(model, inputs)
+
+
+def frozen(model: nn.Module, inputs: dict[str, Tensor]) -> None:
+    """What no adapter can go below: forward and backward of the frozen model, to its input."""
+    latents = inputs["sample"].clone().requires_grad_(True)
+    call(model, {**inputs, "sample": latents}).float().square().mean().backward()
+
+
 def train_steps(base: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Any]:
     """Step times over the bare forward, and bytes kept."""
     bare = sharing(base, unet_of_sd15)
@@ -143,22 +156,10 @@ def train_steps(base: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Any]:
     for model in models.values():
         fill(model.train())
 
-    def forward() -> None:
-        with torch.no_grad():
-            call(bare, inputs)
-
-    def frozen() -> None:
-        """What no adapter can go below: forward and backward of the frozen model, to its input."""
-        latents = inputs["sample"].clone().requires_grad_(True)
-        call(bare, {**inputs, "sample": latents}).float().square().mean().backward()
-
     steps = {name: step(m, lambda m=m: call(m, inputs)) for name, m in models.items()}  # type: ignore[misc]
-    t = take_turns({"forward": forward, "frozen": frozen, **steps}, turns=9)
+    t = take_turns({"forward": lambda: forward(bare, inputs), "frozen": lambda: frozen(bare, inputs), **steps}, turns=9)
     kept = {name: bytes_kept(m, lambda m=m: call(m, inputs)) for name, m in models.items()}  # type: ignore[misc]
-    kinds = {"two forwards": seconds_by_kind(lambda: (forward(), forward()))}
-    kinds |= {name: seconds_by_kind(run) for name, run in (("frozen", frozen), ("ours", steps["ours"]))}
     return {
-        "seconds_by_kind": kinds,
         "forward_s": t["forward"],
         "step_over_two_forwards": {n: t[n] / (2 * t["forward"]) for n in t if n != "forward"},
         "kept_mib": {n: v / 2**20 for n, v in kept.items()},
@@ -175,10 +176,28 @@ KINDS = {
 """Beginnings of the names of operations."""
 
 
+def measure_kinds() -> dict[str, Any]:
+    """Where the time of a training step on the UNet goes."""
+    found: dict[str, Any] = {}
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        torch.manual_seed(0)
+        base, inputs = unet_of_sd15().to(dtype).requires_grad_(False), inputs_of_unet(dtype)
+        ours = sharing(base, unet_of_sd15)
+        inject(ours, AdapterConfig(rank=RANK, targets="attn"))
+        fill(ours.train())
+        found[name] = {
+            "two forwards": seconds_by_kind(lambda b=base, i=inputs: (forward(b, i), forward(b, i))),
+            "frozen": seconds_by_kind(lambda b=base, i=inputs: frozen(b, i)),
+            "ours": seconds_by_kind(step(ours, lambda m=ours, i=inputs: call(m, i))),
+        }
+    return found
+
+
 def seconds_by_kind(run: Callable[[], object]) -> dict[str, float]:
-    """Where the time goes: seconds spent in operations of a kind, those that they call not counted; the rest under `others`."""
+    """Seconds spent in operations of a kind, those that they call not counted; the rest under `others`. It runs twice."""
     from torch.profiler import ProfilerActivity, profile
 
+    run()
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
         run()
     found = dict.fromkeys([*KINDS, "others"], 0.0)
@@ -329,6 +348,7 @@ def compare_loads(path: Path, ours: Any, theirs: Any, load_adapter: Callable[[Pa
 PARTS: dict[str, Callable[[], dict[str, Any]]] = {
     "unet-fp32": lambda: measure_unet(torch.float32),
     "unet-bf16": lambda: measure_unet(torch.bfloat16),
+    "kinds": measure_kinds,
     "vit": measure_vit,
     "load": measure_load,
 }

@@ -122,9 +122,7 @@ def core_table() -> str:
 def where_time_goes() -> str:
     """Why a training step takes more than two forward passes: seconds by kind of operation."""
     found, sentences = results("core"), []
-    for part, dtype in (("unet-fp32", "fp32"), ("unet-bf16", "bf16")):
-        if (kinds := found.get(part, {}).get("seconds_by_kind")) is None:
-            continue
+    for dtype, kinds in found.get("kinds", {}).items():
         shares = ", ".join(
             f"{kind} {kinds['two forwards'][kind]:.2f} / {kinds['frozen'][kind]:.2f} / {kinds['ours'][kind]:.2f}"
             for kind in kinds["ours"]
@@ -210,6 +208,27 @@ def formats_text() -> str:
         f"{1000 * merge['to_rank_16_s']:.1f} ms; one dense SVD of that layer: {1000 * merge['dense_svd_s']:.0f} ms.\n"
         "- `benchmarks/formats.py`. " + machine_text("formats")
     )
+
+
+def one_picture_text() -> str:
+    """LoRA and T-LoRA on one picture."""
+    if not (found := results("one_picture")):
+        return ""
+    lines = [
+        "| learned from one picture | pictures of it differ from it by | other concepts kept | overrun by it |",
+        "|---|---|---|---|",
+    ]
+    for method, m in found["means"].items():
+        lines.append(
+            f"| {method} | {m['difference']:.3f} | {percent_of(m['kept_top5'])} | {percent_of(m['overrun'])} |"
+        )
+    s = found["settings"]
+    about = (
+        f"Means over {len(found['runs'])} subjects in styles that `emoji-64` does not know, {s['steps']} steps of "
+        f"{s['batch_size']} pictures, rate {s['learning_rate']:g}. Difference: mean of the pixels, 0 to 1. Kept: the concept is "
+        "among the 5 nearest base pictures by `emoji-vit`; overrun: the subject is the nearest. `benchmarks/one_picture.py`. "
+    )
+    return "\n".join(lines) + "\n\n" + about + machine_text("one_picture")
 
 
 def classify_row(title: str, r: dict[str, Any], automatic: dict[str, Any] | None = None) -> str:
@@ -356,6 +375,7 @@ def documents() -> dict[Path, str]:
         *(["## Training, end to end", training] if training else []),
         "## The core",
         core_table(),
+        *(["## One picture", one] if (one := one_picture_text()) else []),
         "## Several adapters at once",
         mixing_text(),
         "## Classification",
