@@ -20,6 +20,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -186,20 +187,21 @@ def measure_kinds() -> dict[str, Any]:
         inject(ours, AdapterConfig(rank=RANK, targets="attn"))
         fill(ours.train())
         found[name] = {
-            "two forwards": seconds_by_kind(lambda b=base, i=inputs: (forward(b, i), forward(b, i))),
-            "frozen": seconds_by_kind(lambda b=base, i=inputs: frozen(b, i)),
-            "ours": seconds_by_kind(step(ours, lambda m=ours, i=inputs: call(m, i))),
+            "two forwards": seconds_by_kind([partial(forward, base, inputs)] * 2),
+            "frozen": seconds_by_kind([partial(frozen, base, inputs)]),
+            "ours": seconds_by_kind([step(ours, partial(call, ours, inputs))]),
         }
     return found
 
 
-def seconds_by_kind(run: Callable[[], object]) -> dict[str, float]:
-    """Seconds spent in operations of a kind, those that they call not counted; the rest under `others`. It runs twice."""
+def seconds_by_kind(runs: list[Callable[[], object]]) -> dict[str, float]:
+    """Seconds spent in operations of a kind, those that they call not counted; the rest under `others`."""
     from torch.profiler import ProfilerActivity, profile
 
-    run()
+    runs[0]()
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
-        run()
+        for run in runs:
+            run()
     found = dict.fromkeys([*KINDS, "others"], 0.0)
     for event in profiled.key_averages():
         kind = next((k for k, names in KINDS.items() if event.key.startswith(names)), "others")

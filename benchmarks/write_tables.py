@@ -225,8 +225,8 @@ def one_picture_text() -> str:
     s = found["settings"]
     about = (
         f"Means over {len(found['runs'])} subjects in styles that `emoji-64` does not know, {s['steps']} steps of "
-        f"{s['batch_size']} pictures, rate {s['learning_rate']:g}. Difference: mean of the pixels, 0 to 1. Kept: the concept is "
-        "among the 5 nearest base pictures by `emoji-vit`; overrun: the subject is the nearest. `benchmarks/one_picture.py`. "
+        f"{s['batch_size']} pictures, rate {s['learning_rate']:g}. Difference: mean of the pixels, 0 to 1. Kept: the concept "
+        "is among the 5 nearest base pictures by `emoji-vit`; overrun: the subject is nearest. `benchmarks/one_picture.py`. "
     )
     return "\n".join(lines) + "\n\n" + about + machine_text("one_picture")
 
