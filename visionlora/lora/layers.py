@@ -49,7 +49,7 @@ class AdaptedLayer(nn.Module):
     adapters: nn.ModuleDict
     originals: dict[str, Tensor]
     """The untouched weight and bias while some adapter is merged."""
-    _kept: dict[Any, tuple[tuple[Any, ...], Any]]
+    _kept: dict[Any, tuple[list[Any], Any]]
 
     def methods(self) -> Iterator[Method]:
         """Every adapter's part on this layer."""
@@ -135,9 +135,11 @@ class AdaptedLayer(nn.Module):
 
         Those in training are not kept: writes through `.data`, which much training code does, leave no trace.
         """
-        if any(m.trainable for m in active):
-            return build()
-        state = tuple(s for m in active for s in m.state())
+        state: list[Any] = []
+        for m in active:
+            if m.trainable:
+                return build()
+            state += m.state()
         found = self._kept.get(what)
         if found is None or found[0] != state:
             found = self._kept[what] = (state, build())

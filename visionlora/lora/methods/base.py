@@ -174,12 +174,16 @@ class Method(nn.Module):
     @property
     def trainable(self) -> bool:
         """Whether any parameter trains."""
-        return any(p.requires_grad for p in self.parameters())
+        # Asked in every layer at every step, where `parameters()`, which looks into children, takes longer than a matmul.
+        for p in self._parameters.values():
+            if p is not None and p.requires_grad:
+                return True
+        return bool(self._modules) and any(p.requires_grad for child in self.children() for p in child.parameters())
 
     def state(self) -> tuple[Any, ...]:
         """Changes whenever the effect may have: scale and the versions of all tensors."""
         tensors = (*self._parameters.values(), *self._buffers.values(), self.sample_scale)
-        return (self._scale, *((id(t), t._version) for t in tensors if t is not None))
+        return (self._scale, *[(id(t), t._version) for t in tensors if t is not None])
 
     def memory(self) -> dict[str, Tensor]:
         """What training changes: the parameters, and what else the method keeps between steps."""
