@@ -228,7 +228,14 @@ def one_picture_text() -> str:
         f"{s['batch_size']} pictures, rate {s['learning_rate']:g}. Difference: mean of the pixels, 0 to 1. Kept: the concept "
         "is among the 5 nearest base pictures by `emoji-vit`; overrun: the subject is nearest. `benchmarks/one_picture.py`. "
     )
-    return "\n".join(lines) + "\n\n" + about + machine_text("one_picture")
+    low, high, timed = (found["means"][m] for m in ("LoRA, rank 4", "LoRA, rank 8", "T-LoRA, rank 4 to 8"))
+    between = all(
+        min(low[key], high[key]) <= timed[key] <= max(low[key], high[key]) for key in ("difference", "kept_top5")
+    )
+    verdict = (
+        "T-LoRA lies between the two ranks in both: on this small model it is no better trade than a rank between. "
+    )
+    return "\n".join(lines) + "\n\n" + (verdict if between else "") + about + machine_text("one_picture")
 
 
 def classify_row(title: str, r: dict[str, Any], automatic: dict[str, Any] | None = None) -> str:

@@ -25,15 +25,16 @@ def loras(tiny_model: Path, tmp_path: Path) -> Path:
 
 
 def save_loras(model: Path, folder: Path) -> Path:
-    """Two adapters for a model."""
+    """Three adapters for a model: two on the UNet, one on a text encoder."""
     base = open_base(str(model))
-    for seed, name in enumerate(("dog", "ink")):
-        handle = vl.inject(base.pipe.unet, vl.AdapterConfig(rank=2, targets="attn,mlp,conv"))
+    for seed, name in enumerate(("dog", "ink", "word")):
+        part, targets = ("text_encoder", "attn,mlp") if name == "word" else ("unet", "attn,mlp,conv")
+        handle = vl.inject(getattr(base.pipe, part), vl.AdapterConfig(rank=2, targets=targets))
         generator = torch.Generator().manual_seed(seed)
         for lora in handle.methods.values():
             lora.lora_B.data = torch.randn(lora.lora_B.shape, generator=generator) * 0.2
         info = {"base": {"id": str(model), "fingerprints": base.fingerprints()}}
-        vl.save_adapter(handle.adapter("unet", info), folder / f"{name}.safetensors")
+        vl.save_adapter(handle.adapter(part, info), folder / f"{name}.safetensors")
         handle.eject()
     return folder
 
@@ -190,6 +191,7 @@ def test_processes_share_the_pictures(tiny_model: Path, tmp_path: Path, monkeypa
 
 TOGETHER = {
     "tags": ("--num-images", 2, "--prompt", "a cat <lora:dog:0.5>", "--prompt", "a dog <lora:ink:1>"),
+    "text encoders": ("--prompt", "a cat <lora:word:2>", "--prompt", "a dog <lora:word:1><lora:ink:0.5>"),
     "blocks and steps": ("--lora", "{loras}/ink.safetensors:0.7@start=0.5,up=2", "--prompt", "a cat <lora:dog:0.5>"),
     "one composition": (
         "--lora", "{loras}/ink.safetensors", "--lora", "{loras}/dog.safetensors", "--compose", "composite", "--num-images", 2,

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from visionlora.errors import ConfigError
 from visionlora.lora.functional import wide
 from visionlora.lora.kernels import CONVOLVE, HEAVY, Geometry, convolution, low_rank_conv, low_rank_linear
-from visionlora.lora.methods.base import Method
+from visionlora.lora.methods.base import Method, last_switch, switched
 from visionlora.lora.together import (
     Batch,
     Stack,
@@ -56,15 +56,22 @@ class AdaptedLayer(nn.Module):
         return (cast(Method, m) for m in self.adapters.values())
 
     def active(self) -> list[Method]:
-        """The parts that are to be run beside the weight."""
-        found = []
+        """The parts that are to be run beside the weight; looked for again only after some adapter was switched."""
+        compiling = torch.compiler.is_compiling()
+        now = None if compiling else last_switch()  # compiled code would be traced again for it
+        if not compiling and (known := self.__dict__.get("_active")) is not None and known[0] is now:
+            return cast("list[Method]", known[1])
+        found, everywhere = [], True
         for m in self.methods():
             if m.merged:
                 continue
             if m.sample_scale is not None:
                 self.check_inference(m)
-            if torch.compiler.is_compiling() or m.scale != 0:
+                everywhere = False
+            if compiling or m.scale != 0:
                 found.append(m)
+        if not compiling and everywhere:
+            self.__dict__["_active"] = (now, found)
         return found
 
     def check_inference(self, method: Method) -> None:
@@ -468,12 +475,14 @@ def adapt(module: nn.Module, method: Method, mixin: type[nn.Module] | None = Non
             f"An adapter named {method.adapter_name!r} is there already: eject it first or choose another name."
         )
     layer.adapters[method.key] = method.train(module.training)
+    switched()
 
 
 def release(module: nn.Module, key: str) -> None:
     """Takes one adapter's part off a layer; with the last one the layer becomes the plain base layer again."""
     layer = cast(AdaptedLayer, module)
     del layer.adapters[key]
+    switched()
     layer._kept.clear()
     output = getattr(layer, "out_proj", None)  # of torch's attention, which must stay adapted while this child is
     if not layer.adapters and not isinstance(output, AdaptedLayer):
@@ -484,7 +493,8 @@ def restore_class(layer: AdaptedLayer) -> None:
     """Makes a layer without adapters the plain base layer again."""
     for name in ("adapters", "originals", "_kept"):
         delattr(layer, name)
-    layer.__dict__.pop("calling", None)
+    for name in ("calling", "_active"):
+        layer.__dict__.pop(name, None)
     layer.__class__ = cast(Any, layer).base_class
 
 

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from visionlora.errors import ConfigError
 from visionlora.lora.config import AdapterConfig
 from visionlora.lora.inject import Handle, inject
+from visionlora.lora.methods.base import Method
 
 
 def network() -> nn.Module:
@@ -54,6 +55,33 @@ def test_copies_and_pickles_are_independent() -> None:
     for other in (twin, back):
         torch.testing.assert_close(other(x), expected, rtol=0, atol=0)
         assert other.state_dict().keys() > model.state_dict().keys()
+
+
+def test_what_is_switched_acts_at_once_also_in_copies() -> None:
+    model, handle, x = adapted()
+    with torch.no_grad():
+        outputs = {1.0: model(x)}
+        twin, back = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+        for scale in (0.0, 0.5, 1.0):
+            handle.set_scale(scale)
+            outputs[scale] = model(x)
+        assert torch.equal(outputs[0.0], network()(x))
+        for other in (twin, back):
+            for scale in (0.5, 0.0, 1.0):
+                for m in other.modules():
+                    if isinstance(m, Method):
+                        m.scale = scale
+                assert torch.equal(other(x), outputs[scale])
+        other = inject(model, AdapterConfig(rank=2, targets=("3",)), name="more")
+        for m in other.methods.values():
+            m.lora_B.data.fill_(1.0)
+        assert not torch.equal(model(x), outputs[1.0]), "an adapter that has come"
+        other.eject()
+        assert torch.equal(model(x), outputs[1.0])
+        handle.merge()
+        torch.testing.assert_close(model(x), outputs[1.0])
+        handle.unmerge()
+        assert torch.equal(model(x), outputs[1.0])
 
 
 def test_state_dict_keeps_the_names_of_the_base() -> None:

@@ -34,6 +34,19 @@ class Gain(NamedTuple):
     """Whether the bias is multiplied too."""
 
 
+_SWITCHED: list[object] = [object()]
+
+
+def last_switch() -> object:
+    """Stands for the last time that any adapter anywhere was switched on or off, or changed its scale."""
+    return _SWITCHED[0]
+
+
+def switched() -> None:
+    """From now on `last_switch` is another object; no number, so that what was copied or unpickled never looks current."""
+    _SWITCHED[0] = object()
+
+
 @dataclass(frozen=True)
 class Site:
     """A place for an adapter: a layer, or the rows of a fused layer that belong to one projection."""
@@ -89,11 +102,10 @@ class Method(nn.Module):
     def __init__(self, site: Site, dropout: float = 0.0) -> None:
         super().__init__()
         self._site = (site,)  # in a tuple: a module here would become a child of its own child
-        self.dropout, self.merged = float(dropout), False
+        self.dropout, self._merged = float(dropout), False
         self.adapter_name = "default"
         self._scale = 1.0
-        self.sample_scale: Tensor | None = None
-        """(b,): multiplies the effect on each picture of a batch by its own number; at inference alone."""
+        self._sample_scale: Tensor | None = None
         self.row_mask: Tensor | None = None
         """(b, r): which components of the factors act on each picture; all when None."""
         # For compiled code, which must not be traced again when only a scale changes.
@@ -165,6 +177,27 @@ class Method(nn.Module):
     def scale(self, value: float) -> None:
         self._scale = float(value)
         self.scale_tensor.fill_(value)
+        switched()
+
+    @property
+    def sample_scale(self) -> Tensor | None:
+        """(b,): multiplies the effect on each picture of a batch by its own number; at inference alone."""
+        return self._sample_scale
+
+    @sample_scale.setter
+    def sample_scale(self, value: Tensor | None) -> None:
+        self._sample_scale = value
+        switched()
+
+    @property
+    def merged(self) -> bool:
+        """Whether the effect is in the layer's weight now."""
+        return self._merged
+
+    @merged.setter
+    def merged(self, value: bool) -> None:
+        self._merged = value
+        switched()
 
     @property
     def factor(self) -> float | Tensor:
@@ -182,7 +215,7 @@ class Method(nn.Module):
 
     def state(self) -> tuple[Any, ...]:
         """Changes whenever the effect may have: scale and the versions of all tensors."""
-        tensors = (*self._parameters.values(), *self._buffers.values(), self.sample_scale)
+        tensors = (*self._parameters.values(), *self._buffers.values(), self._sample_scale)
         return (self._scale, *[(id(t), t._version) for t in tensors if t is not None])
 
     def memory(self) -> dict[str, Tensor]:
