@@ -43,6 +43,7 @@ from visionlora.lora.adapter import Adapter
 from visionlora.lora.config import AdapterConfig
 from visionlora.lora.inject import Handle, check_targets, inject
 from visionlora.models.base import BaseModel, open_base
+from visionlora.models.memory import give_back
 from visionlora.report.listener import Listener, bars
 from visionlora.report.resume import Start, begin, holding
 from visionlora.report.runfolder import RunFolder
@@ -51,7 +52,7 @@ from visionlora.report.sd_fitting import Fitting
 from visionlora.report.sd_run import header, learned_from, public_metadata, report
 from visionlora.training.learner import JointLearner, Part
 from visionlora.training.loop import new_accelerator, process_state, recent_loss
-from visionlora.training.memory import at_once, bytes_kept, free_memory, give_back
+from visionlora.training.memory import at_once, bytes_kept, free_memory
 from visionlora.training.order import generator_at
 from visionlora.training.settings import adapter_config, automatic_ranks, loop_config, suited, text_adapter_config
 

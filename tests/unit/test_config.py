@@ -192,7 +192,7 @@ def test_problems_of_folders_are_named_by_their_place() -> None:
         "- folders[3].3 is not a setting. Allowed: captions, masks, path, prompt, repeats.",
         "- folders[4].prompt is ''; write a caption, or leave it out",
         "- folders[4].captions is 'filname'; Did you mean 'filename'?",
-        "- folders[4].masks is ' '; write alpha or the path of a folder",
+        "- folders[4].masks is ' '; write alpha, the path of a folder or the column of a table",
         "- folders[5].captions is 'filename'; a prompt is given: leave one of them out",
         "- lerning_rate is not a setting. Did you mean 'learning_rate'?",
     ]

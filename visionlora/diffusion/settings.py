@@ -21,7 +21,7 @@ from visionlora.lora.layers import heavy_by_matmul
 from visionlora.lora.mapped import cast
 from visionlora.lora.packed import CODES, pack, packed_layers
 from visionlora.models.base import BaseModel, quiet
-from visionlora.training.memory import give_back
+from visionlora.models.memory import give_back
 
 USUAL_STEP = 64
 """Of the sides of buckets, px."""

@@ -44,17 +44,6 @@ def free_memory(device: torch.device) -> int | None:
     return None
 
 
-def give_back() -> None:
-    """Returns freed memory to the system. glibc keeps much of it: after the VAE has encoded pictures, hundreds of MiB."""
-    if sys.platform != "linux":
-        return
-    import ctypes
-
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none
-    if trim is not None:
-        trim(0)
-
-
 def at_once(together: int, per_picture: int, free: int | None) -> int:
     """How many of the pictures of a step go through the model at once: as many as fit, and a divisor of them all.
 
