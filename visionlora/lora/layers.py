@@ -59,8 +59,9 @@ class AdaptedLayer(nn.Module):
         """The parts that are to be run beside the weight; looked for again only after some adapter was switched."""
         compiling = torch.compiler.is_compiling()
         now = None if compiling else last_switch()  # compiled code would be traced again for it
-        if not compiling and (known := self.__dict__.get("_active")) is not None and known[0] is now:
-            return cast("list[Method]", known[1])
+        mine = self._modules["adapters"]  # other than that of the layer that this one is a replica of
+        if not compiling and (known := self.__dict__.get("_active")) and known[0] is now and known[1] is mine:
+            return cast("list[Method]", known[2])
         found, everywhere = [], True
         for m in self.methods():
             if m.merged:
@@ -71,7 +72,7 @@ class AdaptedLayer(nn.Module):
             if compiling or m.scale != 0:
                 found.append(m)
         if not compiling and everywhere:
-            self.__dict__["_active"] = (now, found)
+            self.__dict__["_active"] = (now, mine, found)
         return found
 
     def check_inference(self, method: Method) -> None:

@@ -84,6 +84,22 @@ def test_what_is_switched_acts_at_once_also_in_copies() -> None:
         assert torch.equal(model(x), outputs[1.0])
 
 
+def test_a_replica_runs_its_own_adapters() -> None:
+    """As nn.DataParallel makes them: a copy of everything about a module but its children."""
+    layer = nn.Linear(4, 4)
+    inject(layer_in := nn.Sequential(layer), AdapterConfig(rank=2, targets=("0",)))
+    (method,) = (m for m in layer_in.modules() if isinstance(m, Method))
+    x = torch.randn(2, 4)
+    layer_in(x)
+    replica = layer._replicate_for_data_parallel()
+    replica.weight, replica.bias = layer.weight.detach(), layer.bias.detach()
+    replica._modules["adapters"] = nn.ModuleDict({name: copy.deepcopy(m) for name, m in layer.adapters.items()})
+    (own,) = replica.adapters.values()
+    own.lora_B.data.fill_(1.0)
+    assert method not in replica.active() and replica.active() == [own]
+    assert not torch.equal(replica(x), layer(x))
+
+
 def test_state_dict_keeps_the_names_of_the_base() -> None:
     model, _handle, x = adapted()
     other, _, _ = adapted()
