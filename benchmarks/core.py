@@ -191,6 +191,15 @@ def measure_kinds() -> dict[str, Any]:
             "frozen": seconds_by_kind([partial(frozen, base, inputs)]),
             "ours": seconds_by_kind([step(ours, partial(call, ours, inputs))]),
         }
+        several = sharing(base, unet_of_sd15).eval()
+        for i in range(8):
+            inject(several, AdapterConfig(rank=RANK, targets="attn"), name=f"a{i}", seed=i)
+        fill(several)
+        several.requires_grad_(False)
+        found[name] |= {
+            "one forward": seconds_by_kind([partial(forward, base, inputs)]),
+            "eight adapters": seconds_by_kind([partial(forward, several, inputs)]),
+        }
     return found
 
 
