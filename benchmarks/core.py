@@ -186,36 +186,40 @@ def measure_kinds() -> dict[str, Any]:
         ours = sharing(base, unet_of_sd15)
         inject(ours, AdapterConfig(rank=RANK, targets="attn"))
         fill(ours.train())
-        found[name] = {
-            "two forwards": seconds_by_kind([partial(forward, base, inputs)] * 2),
-            "frozen": seconds_by_kind([partial(frozen, base, inputs)]),
-            "ours": seconds_by_kind([step(ours, partial(call, ours, inputs))]),
-        }
         several = sharing(base, unet_of_sd15).eval()
         for i in range(8):
             inject(several, AdapterConfig(rank=RANK, targets="attn"), name=f"a{i}", seed=i)
         fill(several)
         several.requires_grad_(False)
-        found[name] |= {
-            "one forward": seconds_by_kind([partial(forward, base, inputs)]),
-            "eight adapters": seconds_by_kind([partial(forward, several, inputs)]),
-        }
+        found[name] = seconds_by_kind({
+            "one forward": partial(forward, base, inputs),
+            "eight adapters": partial(forward, several, inputs),
+            "frozen": partial(frozen, base, inputs),
+            "ours": step(ours, partial(call, ours, inputs)),
+        })  # fmt: skip
     return found
 
 
-def seconds_by_kind(runs: list[Callable[[], object]]) -> dict[str, float]:
-    """Seconds spent in operations of a kind, those that they call not counted; the rest under `others`."""
+def seconds_by_kind(contestants: dict[str, Callable[[], object]]) -> dict[str, dict[str, float]]:
+    """Of each, median seconds in operations of a kind, those that they call not counted; the rest under `others`."""
     from torch.profiler import ProfilerActivity, profile
 
-    runs[0]()
-    with profile(activities=[ProfilerActivity.CPU]) as profiled:
-        for run in runs:
-            run()
-    found = dict.fromkeys([*KINDS, "others"], 0.0)
-    for event in profiled.key_averages():
-        kind = next((k for k, names in KINDS.items() if event.key.startswith(names)), "others")
-        found[kind] += event.self_cpu_time_total / 1e6
-    return found
+    turns: dict[str, list[dict[str, float]]] = {name: [] for name in contestants}
+
+    def profiled(name: str) -> None:
+        with profile(activities=[ProfilerActivity.CPU]) as profiled:
+            contestants[name]()
+        found = dict.fromkeys([*KINDS, "others"], 0.0)
+        for event in profiled.key_averages():
+            kind = next((k for k, names in KINDS.items() if event.key.startswith(names)), "others")
+            found[kind] += event.self_cpu_time_total / 1e6
+        turns[name].append(found)
+
+    take_turns({name: partial(profiled, name) for name in contestants})
+    return {
+        name: {kind: statistics.median(turn[kind] for turn in found[1:]) for kind in found[0]}
+        for name, found in turns.items()
+    }
 
 
 def in_fp32(model: nn.Module) -> None:

@@ -24,6 +24,7 @@ from visionlora.loaders import add_tokens, check_base, load_adapter
 from visionlora.lora.adapter import Adapter
 from visionlora.mixing.batches import adapters_of, batches_of
 from visionlora.mixing.mix import Mix, attach
+from visionlora.mixing.scales import Scale
 from visionlora.models.base import BaseModel, open_base, open_controlnet
 
 Progress = Callable[[int, int], None]
@@ -231,11 +232,12 @@ def draw_all(
     mix, current = None, None
     while batches:
         batch = batches.pop(0)
-        wanted = (adapters_of(batch), batch[0].compose, batch[0].compose_options)
+        uses = adapters_of(batch)
+        wanted = (uses, batch[0].compose, batch[0].compose_options)
         if wanted != current:
             if mix is not None:
                 mix.detach()
-            mix, current = mixed(pipe, batch, adapters, config.allow_partial), wanted
+            mix, current = mixed(pipe, uses, batch[0], adapters, config.allow_partial), wanted
             for name, pairs in mix.handles.items() if mix is not None else ():
                 say(f"Adapter {name}: " + "; ".join(str(handle.report) for _, handle in pairs) + ".")
         try:
@@ -253,10 +255,9 @@ def draw_all(
         progress(done, len(recipes))
     if mix is not None:
         mix.detach()
-    drawn = []
-    for path, recipe in zip(paths, recipes, strict=True):
-        drawn.append(Drawn(path, recipe, missing.pop(path, None) is not None))
-    return drawn
+    return [
+        Drawn(path, recipe, missing.pop(path, None) is not None) for path, recipe in zip(paths, recipes, strict=True)
+    ]
 
 
 def pipeline_for(base: BaseModel, given: Given, controlnet: str | None) -> Any:
@@ -279,9 +280,10 @@ def pipeline_for(base: BaseModel, given: Given, controlnet: str | None) -> Any:
     return pipe
 
 
-def mixed(pipe: Any, batch: Sequence[Recipe], adapters: dict[str, Adapter], allow_partial: bool) -> Mix | None:
-    """The adapters of a batch on the pipeline."""
-    uses = adapters_of(batch)
+def mixed(
+    pipe: Any, uses: dict[str, tuple[str, Scale]], recipe: Recipe, adapters: dict[str, Adapter], allow_partial: bool
+) -> Mix | None:
+    """The adapters of a batch on the pipeline, composed as its recipes say."""
     if not uses:
         return None
     found: Mix = attach(
@@ -289,8 +291,8 @@ def mixed(pipe: Any, batch: Sequence[Recipe], adapters: dict[str, Adapter], allo
         {name: adapters[path] for name, (path, _) in uses.items()},
         allow_partial=allow_partial,
         scales={name: scale for name, (_, scale) in uses.items()},
-        compose=batch[0].compose,
-        **batch[0].compose_options,
+        compose=recipe.compose,
+        **recipe.compose_options,
     )
     return found
 

@@ -7,8 +7,10 @@ from dataclasses import replace
 
 from visionlora.diffusion.recipe import LoraUse, Recipe
 from visionlora.lora.adapter import Adapter
-from visionlora.lora.inject import IN_PLACE
 from visionlora.mixing.scales import Scale, scale_from
+
+SMALL = ("lora", "vera", "ia3")
+"""What a ΔW is made of where its factors are small; in a DoRA too."""
 
 
 def batches_of(
@@ -37,11 +39,12 @@ def batches_of(
 
 
 def differs(adapter: Adapter) -> bool:
-    """Whether an adapter can act on one picture of a batch and not on another.
+    """Whether an adapter can act on one picture of a batch and not on another, and takes little memory for each.
 
-    Norms and biases that it changes are one for all; a T-LoRA follows one timestep.
+    Norms and biases that it changes are one for all, and a T-LoRA follows one timestep. The factors of other kinds, such as
+    LoHa and full differences, are as large as the weights, and each picture would have its own.
     """
-    return not any(m.kind in (*IN_PLACE, "tlora") for m in adapter.modules.values())
+    return all(m.product in SMALL for m in adapter.modules.values())
 
 
 def adapters_of(batch: Sequence[Recipe]) -> dict[str, tuple[str, Scale]]:

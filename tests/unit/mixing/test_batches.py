@@ -43,8 +43,13 @@ def test_everything_else_is_shared() -> None:
     assert sizes([weighted, recipe("a (red:1.2) dog", seed=1), recipe("a (red:1.3) dog")]) == [2, 1]
 
 
-def test_what_is_one_for_all_pictures_cannot_differ() -> None:
-    assert [differs(adapter(kind)) for kind in ("lora", "full", "tlora")] == [True, False, False]
+def test_what_is_one_for_all_pictures_or_large_for_each_cannot_differ() -> None:
+    kinds = {
+        kind: differs(adapter(kind)) for kind in ("lora", "dora", "ia3", "vera", "full", "tlora", "loha", "diff", "oft")
+    }
+    assert [kind for kind, may in kinds.items() if may] == ["lora", "dora", "ia3", "vera"]
+    module = AdapterModule("dora", {}, 1.0, {"product": "loha"})
+    assert not differs(Adapter({"unet.q": module}, {})), "a DoRA over a LoHa is as large"
 
 
 def test_equal_pictures_have_plain_scales_and_others_a_factor_each() -> None:
