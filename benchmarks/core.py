@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from visionlora.lora.config import AdapterConfig
 from visionlora.lora.inject import attach, inject
 from visionlora.lora.layers import heavy_by_matmul
+from visionlora.models.class_token import shorten
 from visionlora.training.memory import bytes_kept
 
 TURNS = 5
@@ -295,28 +296,38 @@ def measure_vit() -> dict[str, Any]:
         return made
 
     base, x = build().requires_grad_(False), torch.randn(8, 3, 224, 224)
-    ours, theirs, our_all, their_all, bare = (sharing(base, build).train() for _ in range(5))
+    ours, short, theirs, our_all, their_all, bare = (sharing(base, build).train() for _ in range(6))
     inject(ours, AdapterConfig(rank=RANK, targets="attn.qv"))
+    shorter = inject(short, AdapterConfig(rank=RANK, targets="attn.qv"))
+    if not shorten(short.eval(), x[:1]):
+        raise RuntimeError("The last block of this ViT is not shortened.")
+    short.train()
     inject(our_all, AdapterConfig(rank=RANK, targets="attn,mlp"))
     peft_on(theirs, target_modules=["qkv"])
     peft_on(their_all, target_modules=r"blocks\..*\.(qkv|attn\.proj|fc1|fc2)")
-    for model in (ours, theirs, our_all, their_all):
+    models = {"ours": ours, "ours, as classify": short, "peft": theirs, "our all": our_all, "peft all": their_all}
+    for model in models.values():
         fill(model)
 
-    def forward() -> None:
-        with torch.no_grad():
-            bare(x)
+    @torch.no_grad()
+    def forward(model: nn.Module) -> None:
+        model(x)
 
-    t = take_turns({"forward": forward, **{n: step(m, lambda m=m: m(x)) for n, m in  # type: ignore[misc]
-                   (("ours", ours), ("peft", theirs), ("our all", our_all), ("peft all", their_all))}})  # fmt: skip
-    kept = {n: bytes_kept(m, lambda m=m: m(x)) for n, m in  # type: ignore[misc]
-            (("ours", ours), ("peft", theirs), ("our all", our_all), ("peft all", their_all))}  # fmt: skip
+    steps = {n: step(m, lambda m=m: m(x)) for n, m in models.items()}  # type: ignore[misc]
+    t = take_turns({"forward": partial(forward, bare), **steps}, turns=9)
+    shorter.merge()
+    predict = take_turns({"bare": partial(forward, bare), "ours, as classify": partial(forward, short)}, turns=15)
+    shorter.unmerge()
+    kept = {n: bytes_kept(m, lambda m=m: m(x)) for n, m in models.items()}  # type: ignore[misc]
     return {
         "forward_s": t["forward"],
-        "step_over_two_forwards": {n: t[n] / (2 * t["forward"]) for n in ("ours", "peft", "our all", "peft all")},
+        "step_over_two_forwards": {n: t[n] / (2 * t["forward"]) for n in models},
         "qv_step_ours_over_peft": t["ours"] / t["peft"],
+        "qv_step_as_classify_over_peft": t["ours, as classify"] / t["peft"],
+        "predict_over_bare": predict["ours, as classify"] / predict["bare"],
         "kept_mib_per_picture": {n: v / 2**20 / len(x) for n, v in kept.items()},
         "kept_qv_ours_over_peft": kept["ours"] / kept["peft"],
+        "kept_qv_as_classify_over_peft": kept["ours, as classify"] / kept["peft"],
         "kept_all_ours_over_peft": kept["our all"] / kept["peft all"],
     }
 

@@ -99,13 +99,21 @@ def core_rows() -> list[tuple[str, str, str, str]]:
         rows.append(("merging 8 at new scales, s", where, f"{merge['ours_s']:.2f}", f"PEFT {merge['peft_s']:.2f}"))
     if (r := found.get("vit")) is not None:
         where, step, kept = "ViT-B/16, batch 8", r["step_over_two_forwards"], r["kept_mib_per_picture"]
-        for word, ours, theirs in (("q, v", "ours", "peft"), ("every linear layer", "our all", "peft all")):
+        for word, ours, theirs in (
+            ("q, v", "ours", "peft"),
+            ("q, v, as classify runs it", "ours, as classify", "peft"),
+            ("every linear layer", "our all", "peft all"),
+        ):
+            if ours not in step:  # measured before it was
+                continue
             rows.append(
                 (f"training step / two bare forwards, {word}", where, f"{step[ours]:.2f}", f"PEFT {step[theirs]:.2f}")
             )
             rows.append(
                 (f"kept for backward, MiB a picture, {word}", where, f"{kept[ours]:.1f}", f"PEFT {kept[theirs]:.1f}")
             )
+        if (predict := r.get("predict_over_bare")) is not None:
+            rows.append(("predicting, adapter merged / bare model", where, f"{predict:.2f}", "timm 1"))
     for already, r in found.get("load", {}).items():
         count = already.removeprefix("from_")
         rows.append((f"reading and attaching a file, {count} there, s", "SD 1.5 UNet", f"{r['ours_s']:.3f}",

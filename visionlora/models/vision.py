@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from visionlora.data.preprocess import INTERPOLATIONS, Preprocessing
 from visionlora.errors import AdapterFileError, ModelError, nearest
 from visionlora.models.base import choose, quiet
+from visionlora.models.class_token import shorten
 from visionlora.models.fingerprint import architecture_fingerprint, weights_fingerprint
 
 EMBEDDED = "emoji-vit"
@@ -271,7 +272,7 @@ def from_torchvision(id: str, weights: str | None) -> VisionModel:
 
 @torch.no_grad()
 def measured(id: str, library: str, model: nn.Module, head: str, preprocessing: Preprocessing) -> VisionModel:
-    """Takes the head off and looks how wide the features are."""
+    """Takes the head off, looks how wide the features are, and leaves out what does not reach them."""
     try:
         model.get_submodule(head)
     except AttributeError:
@@ -280,9 +281,11 @@ def measured(id: str, library: str, model: nn.Module, head: str, preprocessing: 
             f"{id} has no head named {head!r} (there: {', '.join(names)}), so it cannot classify."
         ) from None
     model.set_submodule(head, nn.Identity())
-    features = as_logits(model.eval()(torch.zeros(1, 3, preprocessing.size, preprocessing.size)))
+    picture = torch.randn(1, 3, preprocessing.size, preprocessing.size, generator=torch.Generator().manual_seed(0))
+    features = as_logits(model.eval()(picture))
     if features.dim() != 2:
         raise ModelError(f"{id} gives features of shape {tuple(features.shape)} where one row per picture is needed.")
+    shorten(model, picture)
     return VisionModel(id, library, "", model, head, int(features.shape[-1]), preprocessing)
 
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from visionlora.errors import ConfigError, DataError, ModelError
+from visionlora.models.class_token import whole
 from visionlora.models.vision import as_logits
 from visionlora.vision.places import as_map, default_layer, first_tensor, input_size, patch_grid, submodule
 
@@ -101,7 +102,7 @@ def attention_rollout(model: nn.Module, x: Tensor) -> Tensor:
         ModelError: when the model has no attention over the whole picture.
     """
     model = getattr(model, "_orig_mod", model)
-    with evaluating(model), AttentionMaps() as watch:
+    with evaluating(model), whole(), AttentionMaps() as watch:
         model(x)
     kind, (n, (h, w)) = type(model).__name__, (len(x), x.shape[-2:])
     blocks = [a for a in watch.found if a.shape[1] > 1]
