@@ -108,11 +108,15 @@ class Mix:
         self.change({**self.members, name: self.member(name, adapter, scale)})
 
     def member(self, name: str, adapter: str | Path | Adapter, scale: Any) -> Member:
-        """A checked member."""
+        """A checked member under a new name."""
         if name in self.members:
             raise ConfigError(
                 f"An adapter named {name!r} is in this mix already; remove it first or choose another name."
             )
+        return self.checked(adapter, scale)
+
+    def checked(self, adapter: str | Path | Adapter, scale: Any) -> Member:
+        """A member that is for a model of this family."""
         loaded = adapter if isinstance(adapter, Adapter) else load_adapter(adapter, self.allow_partial)
         if "unet" in self.parts:
             check_family_of(loaded, self.parts["unet"], type(self.target).__name__)
@@ -126,6 +130,20 @@ class Mix:
         """
         self.known(name)
         self.change({n: m for n, m in self.members.items() if n != name})
+
+    def replace(self, name: str, adapter: str | Path | Adapter, scale: Any = None) -> None:
+        """Puts another adapter in the place of one, at its scale unless another is given.
+
+        A compiled model is not compiled again, if it runs merged, or stacked and the ranks are the same.
+
+        Raises:
+            ConfigError: when there is none of this name, or the scale cannot be used.
+            AdapterFileError: when the file cannot be read or is for another family of base models.
+            TargetError: when it does not fit; in all cases the model is as before.
+        """
+        self.known(name)
+        fresh = self.checked(adapter, self.members[name].scale if scale is None else scale)
+        self.change({n: fresh if n == name else m for n, m in self.members.items()})
 
     def known(self, name: str) -> None:
         """Raises ConfigError when no adapter has this name."""

@@ -246,6 +246,11 @@ REFUSALS = {
     "images": (lambda m, a: vl.Scale(images=[]), "images is empty: give one number per picture of the batch."),
     "steps": (lambda m, a: vl.Scale(steps=[]), "steps is empty: give at least one number."),
     "same name": (lambda m, a: m.add("a", a), "An adapter named 'a' is in this mix already; remove it first"),
+    "replace": (lambda m, a: m.replace("b", a), "No adapter named 'b' is attached."),
+    "replaced by none": (
+        lambda m, a: m.replace("a", Adapter({"text_encoder_2.a": next(iter(a.modules.values()))})),
+        "The adapter has a part for 'text_encoder_2'",
+    ),
     "remove": (lambda m, a: m.remove("b"), "No adapter named 'b' is attached."),
     "mode": (lambda m, a: Mix(m.target, "marged"), "mode is 'marged'. Did you mean 'merged'?"),
     "composition": (lambda m, a: m.set_composition("swich"), "There is no composition 'swich'. Did you mean 'switch'?"),
@@ -287,17 +292,33 @@ def test_another_family_is_refused_and_the_pipeline_unchanged(pipe) -> None:
     assert torch.equal(run(pipe), before)
 
 
+def test_one_takes_the_place_of_another(pipe) -> None:
+    made = [adapter(pipe, k) for k in range(3)]
+    mix = vl.attach(pipe, {"a": made[0], "b": made[1]}, scales={"a": 0.7, "b": 0.4})
+    mix.replace("a", made[2])
+    assert mix.names == ["a", "b"] and mix.members["a"].scale.strength == 0.7
+    found = run(pipe)
+    mix.detach()
+    mix = vl.attach(pipe, {"a": made[2], "b": made[1]}, scales={"a": 0.7, "b": 0.4})
+    assert torch.equal(found, run(pipe))
+    mix.replace("a", made[2], 0.0)
+    mix.set_scales({"b": 0.0})
+    rest = run(pipe)
+    mix.detach()
+    assert torch.equal(rest, run(pipe))
+
+
 @pytest.mark.parametrize("mode", ["merged", "stacked"])
-def test_compiled_code_is_not_traced_again_when_scales_change(mode: str) -> None:
+def test_compiled_code_is_not_traced_again_when_scales_or_adapters_change(mode: str) -> None:
     torch.manual_seed(0)
     torch._dynamo.reset()
     model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Flatten(2), nn.Linear(16, 8), nn.GELU(), nn.Linear(8, 4))
     model.requires_grad_(False).eval()
     made = {
         n: Adapter({f"model.{k}": module("lora", model[k].weight, seed) for k in (0, 2, 4)})
-        for seed, n in enumerate("ab")
+        for seed, n in enumerate("abc")
     }
-    mix = vl.attach(model, made, scales={"a": 1.0, "b": 0.0}, mode=mode)
+    mix = vl.attach(model, {n: made[n] for n in "ab"}, scales={"a": 1.0, "b": 0.0}, mode=mode)
     traces = []
 
     def backend(graph, inputs):
@@ -308,10 +329,15 @@ def test_compiled_code_is_not_traced_again_when_scales_change(mode: str) -> None
     with torch.no_grad():
         found = {1: compiled(x)}
         count = len(traces)
-        mix.set_scales({"a": 0.0, "b": 1.0})  # one adapter swapped for the other
+        mix.set_scales({"a": 0.0, "b": 1.0})
         found[2] = compiled(x)
         mix.set_scales({"a": 0.5, "b": 0.25})
         found[3] = compiled(x)
         assert len(traces) == count >= 1
         torch.testing.assert_close(found[3], model(x), rtol=1e-5, atol=1e-6)
         assert not torch.allclose(found[1], found[2])
+        mix.replace("a", made["c"])
+        found[4] = compiled(x)
+        assert len(traces) == count
+        torch.testing.assert_close(found[4], model(x), rtol=1e-5, atol=1e-6)
+        assert not torch.allclose(found[3], found[4])
