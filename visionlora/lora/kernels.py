@@ -154,6 +154,8 @@ def low_rank_linear(
 
 HEAVY, FEW = 2**22, 128
 """Numbers in a weight, and positions of an output over a whole batch, from which on and up to which `by_matmul` pays."""
+HEAVIER, HEAVIER_HALF, MORE = 2**23, 2**24, 256
+"""The same for heavier weights, in fp32 and in half precision: the rearranging grows with them, the columns do not."""
 
 
 def by_matmul(weight: Tensor, positions: int, geometry: Geometry) -> bool:
@@ -163,7 +165,9 @@ def by_matmul(weight: Tensor, positions: int, geometry: Geometry) -> bool:
     the lowest levels of a UNet, that takes most of the time; a product of matrices reads the weight as it lies.
     """
     heavy = weight.dim() == 4 and weight.numel() >= HEAVY and weight.shape[2:] != (1, 1)
-    return heavy and positions <= FEW and weight.device.type == "cpu" and geometry.groups == 1
+    heavier = weight.numel() >= (HEAVIER if weight.dtype == torch.float32 else HEAVIER_HALF)
+    few = positions <= (MORE if heavier else FEW)
+    return heavy and few and weight.device.type == "cpu" and geometry.groups == 1
 
 
 def convolution(

@@ -74,6 +74,47 @@ class LeanSiLU(Lean):
         return out
 
 
+class GatedGELU(torch.autograd.Function):
+    """a · gelu(gate) of two halves side by side, (..., 2 d) -> (..., d), keeping the halves and not gelu(gate)."""
+
+    @staticmethod
+    def forward(ctx: Any, halves: Tensor) -> Tensor:  # noqa: D102
+        ctx.save_for_backward(halves)
+        return gated_gelu(halves)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # noqa: D102
+        (halves,) = ctx.saved_tensors
+        a, gate = halves.chunk(2, -1)
+        found = torch.empty_like(halves)
+        into_a, into_gate = found.chunk(2, -1)
+        torch.mul(grad, F.gelu(gate), out=into_a)
+        into_gate.copy_(torch.ops.aten.gelu_backward(grad * a, gate))
+        return found
+
+
+def gated_gelu(halves: Tensor) -> Tensor:
+    """The gate is the second half, as in diffusers."""
+    a, gate = halves.chunk(2, -1)
+    return a * F.gelu(gate)
+
+
+class LeanGEGLU(Lean):
+    """The gated GELU (arXiv 2002.05202) of diffusers' transformer blocks: most of what a UNet keeps at large sizes."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """x (..., i) -> (..., d)."""
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or args or kwargs:
+            return cast(Tensor, super().forward(x, *args, **kwargs))
+        halves: Tensor = cast(Any, self).proj(x)
+        if not halves.requires_grad:
+            return gated_gelu(halves)
+        out: Tensor = GatedGELU.apply(halves)
+        out.made_from = (halves, gated_gelu, out._version)  # type: ignore[attr-defined]
+        return out
+
+
 class LeanPointwise(Lean):
     """A normalisation or activation whose output can be made again from its input."""
 
@@ -107,6 +148,8 @@ def mixin_for(module: nn.Module) -> type[Lean] | None:
         return LeanSiLU
     if isinstance(module, (nn.LayerNorm, nn.GroupNorm, nn.GELU)):
         return LeanPointwise
+    if (type(module).__module__, type(module).__name__) == ("diffusers.models.activations", "GEGLU"):
+        return LeanGEGLU
     return None
 
 

@@ -171,6 +171,47 @@ def test_lean_layers_keep_less_and_give_the_same_gradients() -> None:
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("targets", ["first", "net.0.proj", "net.2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gated_gelu_keeps_its_two_halves_alone(targets: str, dtype: torch.dtype) -> None:
+    from diffusers.models.attention import FeedForward
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.feed = nn.Linear(8, 8), FeedForward(8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.feed(self.first(x))
+
+    kept, outs, gradients = [], [], []
+    for lean in (False, True):
+        torch.manual_seed(0)
+        model = Block().to(dtype).train()
+        handle = inject(model, AdapterConfig(rank=2, targets=targets, save_memory=lean))
+        for m in handle.methods.values():
+            m.lora_B.data.normal_(generator=torch.Generator().manual_seed(0))
+        x = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(1)).to(dtype)
+        sizes: dict[int, int] = {}
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, s=sizes: s.update({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()}) or t,
+            lambda t: t,
+        ):
+            outs.append(model(x))
+        outs[-1].square().sum().backward()
+        kept.append(sum(sizes.values()))
+        gradients.append([p.grad for p in handle.parameters()])
+        with torch.no_grad():
+            assert torch.equal(model(x), outs[-1])
+        handle.eject()
+        assert "Lean" not in "".join(type(m).__name__ for m in model.modules())
+    assert torch.equal(outs[0], outs[1])
+    for a, b in zip(*gradients, strict=True):
+        assert torch.equal(a, b) and a.abs().max() > 0
+    # Frozen before it, the gate has no gradient and nothing is kept for it.
+    assert kept[1] == kept[0] - (0 if targets == "net.2" else 2 * 5 * 32 * x.element_size())
+
+
 def test_parameter_groups_give_b_alone_its_ratio() -> None:
     model = nn.ModuleDict({"body": nn.Linear(4, 4), "head": nn.Linear(4, 2)})
     handle = inject(model, AdapterConfig(method="lora+", rank=2, targets="body", train="head"))

@@ -8,7 +8,7 @@ from torch import nn
 
 import visionlora as vl
 from visionlora.lora import kernels, layers
-from visionlora.lora.kernels import FEW, Geometry, by_matmul
+from visionlora.lora.kernels import FEW, MORE, Geometry, by_matmul
 from visionlora.lora.layers import HeavyByMatmul, heavy_by_matmul
 
 CASES = {
@@ -68,11 +68,14 @@ def test_autocast_decides_the_dtype(light_is_heavy) -> None:
 
 
 def test_only_heavy_weights_over_few_positions_are_worth_it() -> None:
-    heavy, light = torch.empty(1280, 1280, 3, 3), torch.empty(320, 320, 3, 3)
+    heavy, light = torch.empty(1280, 500, 3, 3), torch.empty(320, 320, 3, 3)
+    heavier = torch.empty(1280, 1280, 3, 3)
     one, grouped = (Geometry((1, 1), (1, 1), (1, 1), g) for g in (1, 2))
     assert by_matmul(heavy, FEW, one)
     assert not by_matmul(heavy, FEW + 1, one)
     assert not by_matmul(light, 1, one)
+    assert by_matmul(heavier, MORE, one) and not by_matmul(heavier, MORE + 1, one)
+    assert not by_matmul(heavier.bfloat16(), MORE, one) and by_matmul(heavier.bfloat16(), FEW, one)
     assert not by_matmul(heavy, 1, grouped)
     assert not by_matmul(torch.empty(4096, 4096, 1, 1), 1, one)
     assert heavy_by_matmul(nn.Sequential(nn.Conv2d(8, 8, 3), nn.Linear(4, 4))) == 0
