@@ -32,9 +32,9 @@ from PIL import Image
 from visionlora.atomic import replace_file
 from visionlora.data.alike import perceptual_hash, thumbnail
 from visionlora.data.cache import key_of
-from visionlora.data.classes import LabelledData
 from visionlora.data.files import sha256_of
 from visionlora.data.images import decode_again, decode_noted, printable
+from visionlora.data.labelled import LabelledData
 from visionlora.data.preprocess import Preprocessing
 from visionlora.data.wording import count_of, first_names, left_out, problem_report, remedy
 from visionlora.errors import DataError

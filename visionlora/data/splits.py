@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from visionlora.data.classes import LabelledData
+from visionlora.data.labelled import LabelledData
 from visionlora.data.wording import count_of, first_names, problem_report
 from visionlora.errors import ConfigError, DataError
 

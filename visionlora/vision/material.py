@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from visionlora.config import ClassifyConfig
-from visionlora.data.classes import LabelledData
 from visionlora.data.decoded import Checked
+from visionlora.data.labelled import LabelledData
 from visionlora.data.splits import Splits
 from visionlora.errors import ConfigError, nearest
 from visionlora.models.vision import VisionModel, as_logits

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from visionlora.data.classes import LabelledData, natural, read_labelled
+from visionlora.data.classes import natural, read_labelled
+from visionlora.data.labelled import LabelledData
 from visionlora.errors import ConfigError, DataError
 
 

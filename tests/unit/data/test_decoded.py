@@ -14,9 +14,10 @@ from PIL import Image
 
 import visionlora.data.decoded as decoded
 from visionlora.data.alike import perceptual_hash, thumbnail
-from visionlora.data.classes import LabelledData, LabelledItem, read_labelled
+from visionlora.data.classes import read_labelled
 from visionlora.data.decoded import Checked, check_pictures
 from visionlora.data.images import decode, decode_again
+from visionlora.data.labelled import LabelledData, LabelledItem
 from visionlora.data.preprocess import Preprocessing
 from visionlora.errors import DataError
 

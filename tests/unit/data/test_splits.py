@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from visionlora.data.classes import LabelledData, LabelledItem
+from visionlora.data.labelled import LabelledData, LabelledItem
 from visionlora.data.splits import Splits, split
 from visionlora.errors import ConfigError, DataError
 

@@ -1,0 +1,245 @@
+"""Labels from tables: CSV, JSON lines, parquet, and the metadata files of a folder. No picture is opened here."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+from visionlora.data.files import Listing, Unusable, is_hidden, list_folder
+from visionlora.data.images import printable
+from visionlora.data.labelled import Found, Row, Wanted, split_folders, split_of, top_of
+from visionlora.data.tables import Table, read_table, text_of, truth_of
+from visionlora.data.wording import ENDINGS, MAX_LINES, count_of, first_names, quoted
+from visionlora.errors import ConfigError, DataError
+
+PATH_COLUMNS = ("path", "file_name", "filename", "file", "image", "image_path")
+"""Names by which the column of picture paths is found, in order of precedence."""
+LABEL_COLUMNS = ("label", "class", "category", "target", "label_name")
+"""Names by which the column of labels is found, in order of precedence."""
+SPLIT_COLUMNS = ("split", "subset", "set")
+"""Names by which the column of splits is found, in order of precedence."""
+MAX_COMPARED = 2000
+"""Names that a wrong one is compared with: difflib compares letter by letter."""
+
+
+def from_table(root: Path, path: Path, wanted: Wanted, *, everything: bool) -> Found:
+    """What one table says of the pictures below `root`; of `everything` there, or of what it names alone."""
+    table = read_table(path)
+    if everything:
+        return from_tables(root, {"": table}, wanted, list_folder(root))
+    # A table may lie in a large folder next to the one that it is about: only what it names is listed.
+    column = _path_column(table, wanted)
+    names = [row[column].replace("\\", "/") for _, row in table.rows if isinstance(row.get(column), str)]
+    tops = {PurePosixPath(_relative(root, name)).parts[:1] for name in names}
+    return from_tables(root, {"": table}, wanted, list_folder(root, {top for parts in tops for top in parts}))
+
+
+def from_tables(root: Path, tables: Mapping[str, Table], wanted: Wanted, listing: Listing) -> Found:
+    """What tables say of the pictures of a listing; each by the place that its paths are relative to."""
+    found = Found(root, multi_label=bool(wanted.labels))
+    pictures, others = frozenset(listing.pictures), frozenset(listing.others)
+    absent: list[tuple[str, str]] = []
+    seen: dict[str, tuple[str, Row]] = {}
+    doubles: list[str] = []
+    sources, split_sources = [], []
+    for place, table in tables.items():
+        found.skippable += table.problems
+        path_column = _path_column(table, wanted)
+        label_columns = _label_columns(table, wanted)
+        group_column = table.given(wanted.group, "group_column") if wanted.group else None
+        split_column = _split_column(table, wanted, found)
+        if split_column:
+            split_sources.append(f'the column "{printable(split_column)}"')
+        if wanted.labels:
+            found.classes |= dict.fromkeys(label_columns)
+        sources.append(f"{'columns' if len(label_columns) > 1 else 'column'} {quoted(label_columns)} of {table.shown}")
+        if not table.rows:
+            found.fatal.append(f"{table.shown} has no rows; add one line for each picture")
+        for line, cells in table.rows:
+            where = f"{table.shown} line {line}"
+            try:
+                labels = _labels(cells, label_columns, multi=found.multi_label)
+                if not found.multi_label:
+                    found.classes[labels[0]] = None
+                split = _split(cells, split_column) if split_column else None
+                group = text_of(cells.get(group_column), group_column) or None if group_column else None
+                name = _name(cells.get(path_column), path_column, root, place)
+                if name in others:
+                    raise Unusable(f"names {printable(name)}, which is no picture; {ENDINGS}")
+            except Unusable as error:
+                found.skippable.append(f"{where} {error}")
+                continue
+            if name not in pictures:
+                absent.append((where, name))
+                continue
+            row = Row(name, labels, split, group)
+            if name not in seen:
+                seen[name] = where, row
+            elif row == seen[name][1]:
+                doubles.append(name)
+            else:
+                found.fatal.append(_contradiction(row, where, *seen[name]))
+    # Only problems that are shown get a hint: each is compared with many names.
+    hints = _hints([name for _, name in absent[:MAX_LINES]], listing.pictures)
+    if absent and not seen:
+        place, table = next(iter(tables.items()))
+        raise DataError(
+            f"None of the {count_of(len(absent), 'picture')} that {table.shown} names is there; the first is "
+            f"{printable(absent[0][1])}, and paths are relative to {printable(root / place)}{hints[0]}"
+        )
+    for i, (where, name) in enumerate(absent):
+        hint = hints[i] if i < len(hints) else ""
+        found.skippable.append(f"{where} names {printable(name)}, which is not there{hint}")
+    found.rows = [row for _, row in seen.values()]
+    found.source = f"labels from the {' and the '.join(sources)}"
+    splits = None if split_sources else split_folders(row.name for row in found.rows)
+    if splits and all("/" in row.name for row in found.rows):
+        found.rows = [Row(r.name, r.labels, splits[top_of(r.name)], r.group) for r in found.rows]
+        split_sources.append(f"the folders {first_names(sorted(splits))}")
+    if split_sources:
+        found.source += f", splits from {' and '.join(dict.fromkeys(split_sources))}"
+    if doubles:
+        found.notes.append(f"listed more than once, with the same label: {first_names(dict.fromkeys(doubles))}")
+    unnamed = [name for name in listing.pictures if name not in seen]
+    if unnamed:
+        found.notes.append(
+            f"left out, no row names {count_of(len(unnamed), 'picture')} of the folder: {first_names(unnamed)}"
+        )
+    joined = [name for name in found.classes if ";" in name or "|" in name]
+    if joined and not found.multi_label:
+        found.notes.append(
+            f'{count_of(len(joined), "label")} such as "{printable(joined[0])}" may be several in one; each is taken as '
+            "one class; for several labels a picture, make a column of 0 and 1 for each class and name them with "
+            "label_columns=[A,B]"
+        )
+    return found
+
+
+def _labels(cells: Mapping[str, Any], columns: Sequence[str], *, multi: bool) -> tuple[str, ...]:
+    """The names of the classes that a row gives to its picture."""
+    if multi:
+        return tuple(column for column in columns if truth_of(cells.get(column), column))
+    value = cells.get(columns[0])
+    if isinstance(value, (list, tuple)):
+        raise Unusable(
+            f'has several values in "{printable(columns[0])}"; make a column of 0 and 1 for each class and name them with '
+            "label_columns=[A,B]"
+        )
+    text = text_of(value, columns[0])
+    if not text.strip():
+        raise Unusable(f'has an empty "{printable(columns[0])}"; write the class there, or remove the row')
+    return (text,)
+
+
+def _split(cells: Mapping[str, Any], column: str) -> str:
+    text = text_of(cells.get(column), column)
+    split = split_of(text)
+    if split is None:
+        given = f'"{printable(text)}"' if text.strip() else "nothing"
+        raise Unusable(f'has {given} in "{printable(column)}"; allowed are train, val and test')
+    return split
+
+
+def _name(value: Any, column: str, root: Path, place: str) -> str:
+    """The picture that a row means, as a posix path relative to the root."""
+    if not isinstance(value, str) or not value.strip():
+        raise Unusable(f'names no picture in "{printable(column)}"; write its path there, or remove the row')
+    text = value.strip()
+    given = text.replace("\\", "/")  # as Windows programs write it
+    name = _relative(root, given)
+    path = PurePosixPath(name)
+    if path.is_absolute() or PureWindowsPath(name).anchor or ".." in path.parts:
+        raise Unusable(f"names {printable(text)}, which leaves {printable(root)}; use a path inside it")
+    if any(is_hidden(part) for part in path.parts):
+        raise Unusable(f"names {printable(text)}, which is hidden; rename it to use it")
+    return path.as_posix() if name != given else (PurePosixPath(place) / path).as_posix()
+
+
+def _relative(root: Path, name: str) -> str:
+    """An absolute path inside the root without the root, all else as it is."""
+    if not name.startswith("/") and not PureWindowsPath(name).drive:
+        return name
+    path = Path(name)
+    for base in (root.absolute(), root.resolve()):
+        if path.is_relative_to(base):
+            return path.relative_to(base).as_posix()
+    return name
+
+
+def _contradiction(row: Row, where: str, before_where: str, before: Row) -> str:
+    line = before_where.rsplit(" ", 1)[-1]
+    if row.labels != before.labels:
+        what = f"labels {printable(row.name)} {quoted(row.labels)}, after {quoted(before.labels)} in line {line}"
+    else:
+        kind, now, then = next(
+            (kind, now, then)
+            for kind, now, then in (("split", row.split, before.split), ("group", row.group, before.group))
+            if now != then
+        )
+        what = f'puts {printable(row.name)} into {kind} "{now}", after "{then}" in line {line}'
+    return f"{where} {what}; keep one of the two"
+
+
+def _hints(names: Iterable[str], pictures: list[str]) -> list[str]:
+    """What each name was probably meant to be: a file of the same name elsewhere or with an ending, or a similar one."""
+    by_name: dict[str, str] = {}
+    for picture in pictures:
+        last = picture.rsplit("/", 1)[-1].casefold()
+        for key in (last, last.rsplit(".", 1)[0]):
+            by_name.setdefault(key, picture)
+    hints = []
+    for name in names:
+        close = by_name.get(name.rsplit("/", 1)[-1].casefold()) or next(
+            iter(difflib.get_close_matches(name, pictures[:MAX_COMPARED], n=1)), None
+        )
+        hints.append(f"; did you mean {printable(close)}?" if close else "")
+    return hints
+
+
+# Columns.
+
+
+def _path_column(table: Table, wanted: Wanted) -> str:
+    if wanted.path is not None:
+        return table.given(wanted.path, "path_column")
+    if (column := table.guess(PATH_COLUMNS)) is None:
+        text = f"{table.shown} has no column of picture paths (it has {quoted(table.columns)}); "
+        if table.embedded:
+            text += f"{quoted(table.embedded)} cannot be used: save the pictures as files and write their paths; "
+        raise DataError(f'{text}name it with path_column=NAME, or call it "path".')
+    return column
+
+
+def _label_columns(table: Table, wanted: Wanted) -> list[str]:
+    if wanted.labels:
+        if len(set(wanted.labels)) < len(wanted.labels):
+            raise ConfigError(f"label_columns names a column twice: {first_names(wanted.labels)}.")
+        return [table.given(name, "label_columns") for name in wanted.labels]
+    if wanted.label is not None:
+        return [table.given(wanted.label, "label_column")]
+    if (column := table.guess(LABEL_COLUMNS)) is None:
+        raise DataError(
+            f"{table.shown} has no column of labels (it has {quoted(table.columns)}); name it with "
+            'label_column=NAME, or call it "label"; for one column of 0 and 1 a class, name them with label_columns=[A,B].'
+        )
+    return [column]
+
+
+def _split_column(table: Table, wanted: Wanted, found: Found) -> str | None:
+    if wanted.split is not None:
+        column: str | None = table.given(wanted.split, "split_column")
+    elif (column := table.guess(SPLIT_COLUMNS)) is None:
+        return None
+    values = {value if isinstance(value := cells.get(column or ""), str) else "" for _, cells in table.rows}
+    splits = {split_of(value) for value in values}
+    if wanted.split is None and (None in splits or "train" not in splits):
+        # "set" can mean many things; only a column that was asked for must hold splits.
+        found.notes.append(f'the column "{printable(column or "")}" is not used: it does not name train, val and test')
+        return None
+    if "train" not in splits:
+        found.fatal.append(
+            f'no row is in train by the column "{printable(column or "")}"; allowed are train, val, test'
+        )
+    return column

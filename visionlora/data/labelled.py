@@ -1,0 +1,117 @@
+"""Pictures with labels, and what is gathered on the way to them: columns that were asked for, rows, problems, splits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+SPLIT_NAMES: Mapping[str, str] = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "test": "test",
+    "testing": "test",
+}
+"""How a split may be spelled, in any case -> what it is."""
+
+
+@dataclass(frozen=True)
+class LabelledItem:
+    """One picture and what it shows."""
+
+    path: Path
+    labels: tuple[int, ...]
+    """Positions in `LabelledData.classes`, ascending; exactly one unless `multi_label`, then any number."""
+    split: str | None = None
+    """train, val or test where the data says so; all items have one, or none."""
+    group: str | None = None
+    """What must stay on one side of a split, e.g. a patient."""
+
+
+@dataclass(frozen=True)
+class LabelledData:
+    """The pictures of a data set, sorted by path, and the names of their classes."""
+
+    root: Path
+    classes: tuple[str, ...]
+    """In natural order, from all of the data: a class that is missing in one split shifts nothing."""
+    items: tuple[LabelledItem, ...]
+    multi_label: bool
+    notes: tuple[str, ...]
+    """What a person should know, one line each."""
+    source: str
+    """One line: where the labels came from."""
+
+    def name_of(self, i: int) -> str:
+        """How messages name the picture at position `i`: by its path relative to the root, where it lies there."""
+        path = self.items[i].path
+        return (path.relative_to(self.root) if path.is_relative_to(self.root) else path).as_posix()
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The columns that were asked for by name."""
+
+    path: str | None
+    label: str | None
+    labels: tuple[str, ...]
+    group: str | None
+    split: str | None
+
+    def options(self) -> list[str]:
+        """The settings that name one."""
+        given = {
+            "path_column": self.path,
+            "label_column": self.label,
+            "label_columns": self.labels,
+            "group_column": self.group,
+            "split_column": self.split,
+        }
+        return [option for option, value in given.items() if value]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One picture of a table or a class folder."""
+
+    name: str
+    """Posix path relative to the root."""
+    labels: tuple[str, ...]
+    split: str | None = None
+    group: str | None = None
+
+
+@dataclass
+class Found:
+    """What a folder or a table holds, and all that is wrong with it."""
+
+    root: Path
+    rows: list[Row] = field(default_factory=list)
+    classes: dict[str, None] = field(default_factory=dict)
+    """As spelled in the data, also those of which no picture can be used; an ordered set."""
+    skippable: list[str] = field(default_factory=list)
+    """Problems that --skip-broken passes over by leaving something out."""
+    fatal: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    multi_label: bool = False
+    source: str = ""
+
+
+def top_of(name: str) -> str:
+    """The first folder of a posix path."""
+    return name.split("/", 1)[0]
+
+
+def split_of(name: str) -> str | None:
+    """train, val or test, however it is spelled; None for other words."""
+    return SPLIT_NAMES.get(name.strip().casefold())
+
+
+def split_folders(names: Iterable[str]) -> dict[str, str] | None:
+    """Top folder -> split, when all top folders of these pictures are splits and one of them is for training."""
+    splits = {top: split_of(top) for top in {top_of(name) for name in names if "/" in name}}
+    known = {top: split for top, split in splits.items() if split is not None}
+    return known if len(known) == len(splits) and "train" in known.values() else None
