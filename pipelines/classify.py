@@ -27,7 +27,8 @@ from visionlora.errors import DataError
 from visionlora.formats import native
 from visionlora.lora.adapter import Adapter
 from visionlora.lora.config import AdapterConfig
-from visionlora.lora.inject import Handle, check_targets, inject
+from visionlora.lora.handle import Handle
+from visionlora.lora.inject import check_targets, inject
 from visionlora.models.vision import VisionModel, open_backbone
 from visionlora.report.classify_page import Contender
 from visionlora.report.classify_run import Finished, header, learned_from, overlay_sheet, report

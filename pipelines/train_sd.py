@@ -41,7 +41,8 @@ from visionlora.errors import ConfigError, DataError
 from visionlora.formats import native
 from visionlora.lora.adapter import Adapter
 from visionlora.lora.config import AdapterConfig
-from visionlora.lora.inject import Handle, check_targets, inject
+from visionlora.lora.handle import Handle
+from visionlora.lora.inject import check_targets, inject
 from visionlora.models.base import BaseModel, open_base
 from visionlora.models.memory import give_back
 from visionlora.report.listener import Listener, bars

@@ -16,7 +16,7 @@ _HOMES = {
     "AdapterPool": "visionlora.mixing.pool",
     "Classifier": "visionlora.classifier",
     "ClassifyConfig": "visionlora.config",
-    "Handle": "visionlora.lora.inject",
+    "Handle": "visionlora.lora.handle",
     "Prediction": "visionlora.classifier",
     "TrainSDConfig": "visionlora.config",
     "VisionLoRAError": "visionlora.errors",
@@ -60,7 +60,7 @@ if TYPE_CHECKING:
     from visionlora.lora.arithmetic import merge_adapters as merge_adapters
     from visionlora.lora.arithmetic import resize_adapter as resize_adapter
     from visionlora.lora.config import AdapterConfig as AdapterConfig
-    from visionlora.lora.inject import Handle as Handle
+    from visionlora.lora.handle import Handle as Handle
     from visionlora.lora.inject import inject as inject
     from visionlora.lora.merge import merge_together as merge_together
     from visionlora.lora.rank import choose_ranks as choose_ranks

@@ -31,7 +31,8 @@ from visionlora.data.preprocess import Preprocessing
 from visionlora.errors import AdapterFileError, ConfigError, DataError, nearest
 from visionlora.loaders import check_fingerprints, load_adapter
 from visionlora.lora.adapter import Adapter
-from visionlora.lora.inject import Handle, attach
+from visionlora.lora.handle import Handle
+from visionlora.lora.inject import attach
 from visionlora.lora.merge import merge_together
 from visionlora.models.vision import VisionModel, as_logits, open_backbone
 

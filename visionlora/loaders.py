@@ -11,7 +11,8 @@ from visionlora.formats import diffusers, kohya, native, peft
 from visionlora.formats.families import context_width, family_of, family_of_unet, flat_shapes
 from visionlora.formats.read import read
 from visionlora.lora.adapter import Adapter
-from visionlora.lora.inject import Handle, attach
+from visionlora.lora.handle import Handle
+from visionlora.lora.inject import attach
 from visionlora.models.base import BaseModel, open_base
 
 WRITERS: dict[str, Callable[[Adapter, Path], None]] = {

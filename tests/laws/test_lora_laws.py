@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from visionlora.lora.config import AdapterConfig
-from visionlora.lora.inject import Handle, inject
+from visionlora.lora.handle import Handle
+from visionlora.lora.inject import inject
 
 KINDS = ("linear", "conv1d", "conv2d", "dilated", "reflect", "strided", "grouped", "conv3d")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -9,7 +9,8 @@ from torch import nn
 from visionlora.formats import native
 from visionlora.lora.adapter import Adapter
 from visionlora.lora.config import AdapterConfig
-from visionlora.lora.inject import Handle, attach, inject
+from visionlora.lora.handle import Handle
+from visionlora.lora.inject import attach, inject
 
 METHODS = ("lora", "rslora", "lora+", "lora-fa", "dora", "adalora", "vera", "ia3", "pissa", "orthogonal")
 KINDS = ("linear", "conv2d", "reflect", "grouped", "fused", "attention")

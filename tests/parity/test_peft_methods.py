@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from visionlora.lora.config import AdapterConfig
-from visionlora.lora.inject import Handle, inject
+from visionlora.lora.handle import Handle
+from visionlora.lora.inject import inject
 from visionlora.lora.methods.adalora import allocate, budget_at
 
 with warnings.catch_warnings():

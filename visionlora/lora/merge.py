@@ -16,7 +16,7 @@ from visionlora.lora.packed import Packed
 from visionlora.lora.together import stacked_update
 
 if TYPE_CHECKING:
-    from visionlora.lora.inject import Handle
+    from visionlora.lora.handle import Handle
 
 
 LARGEST = 1e30

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from visionlora.errors import ConfigError, nearest
 from visionlora.loaders import check_family_of, load_adapter
 from visionlora.lora.adapter import Adapter
-from visionlora.lora.inject import Handle
+from visionlora.lora.handle import Handle
 from visionlora.lora.inject import attach as attach_one
 from visionlora.lora.merge import merge_together
 from visionlora.lora.overlap import PairOverlap, overlap

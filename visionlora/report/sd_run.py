@@ -14,7 +14,7 @@ from visionlora.diffusion.encode import Encoded
 from visionlora.diffusion.validation import Evaluation
 from visionlora.formats.families import FAMILIES, family_of_unet
 from visionlora.lora.config import AdapterConfig
-from visionlora.lora.inject import Handle
+from visionlora.lora.handle import Handle
 from visionlora.models.base import EMBEDDED, BaseModel
 from visionlora.report.card import model_card
 from visionlora.report.curves import draw_curves

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from visionlora.lora.inject import Handle
+from visionlora.lora.handle import Handle
 
 
 @dataclass(frozen=True)

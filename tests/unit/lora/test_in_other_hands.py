@@ -10,7 +10,8 @@ from torch.utils.checkpoint import checkpoint
 
 from visionlora.errors import ConfigError
 from visionlora.lora.config import AdapterConfig
-from visionlora.lora.inject import Handle, inject
+from visionlora.lora.handle import Handle
+from visionlora.lora.inject import inject
 from visionlora.lora.methods.base import Method
 
 

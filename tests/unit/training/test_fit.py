@@ -12,7 +12,8 @@ from visionlora.config import OPTIMIZERS
 from visionlora.data.groups import Group
 from visionlora.errors import ConfigError, RunFolderError
 from visionlora.lora.config import AdapterConfig
-from visionlora.lora.inject import Handle, inject
+from visionlora.lora.handle import Handle
+from visionlora.lora.inject import inject
 from visionlora.training.checkpoint import read_state, write_state
 from visionlora.training.ema import EMA
 from visionlora.training.learner import LayeredLearner, rates_by_depth

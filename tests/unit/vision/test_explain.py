@@ -11,7 +11,8 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from visionlora.errors import ConfigError, ModelError
 from visionlora.lora.config import AdapterConfig
-from visionlora.lora.inject import Handle, inject
+from visionlora.lora.handle import Handle
+from visionlora.lora.inject import inject
 from visionlora.vision.explain import (
     attention_rollout,
     grad_cam,

@@ -1,0 +1,302 @@
+"""One adapter on one model: its parameters for the optimizer, its scale, merging, taking it off, writing it to a file."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from visionlora.errors import ConfigError, TargetError
+from visionlora.lora.adapter import Adapter, AdapterModule
+from visionlora.lora.attention import give_back
+from visionlora.lora.config import AdapterConfig
+from visionlora.lora.layers import AdaptedLayer, release
+from visionlora.lora.lean import make_plain
+from visionlora.lora.merge import write_weights
+from visionlora.lora.methods.adalora import AdaLoRA, allocate
+from visionlora.lora.methods.base import Method
+
+
+@dataclass(frozen=True)
+class InjectionReport:
+    """What an adapter reached."""
+
+    hits: tuple[tuple[str, str], ...]
+    """Pairs of module name and the target that reached it."""
+    skipped: tuple[tuple[str, str], ...]
+    """Pairs of module name and the reason why it is not adapted."""
+    trained_parameters: int
+    base_parameters: int
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    """Rank by module name."""
+    in_full: tuple[str, ...] = ()
+    """Parameters of the base that train in full."""
+    zero: tuple[str, ...] = ()
+    """Modules of a file that change nothing: a factor of theirs is all zeros."""
+
+    def __str__(self) -> str:
+        if not self.base_parameters:  # of a finished adapter
+            text = f"{len(self.hits)} modules used"
+            text += (
+                f", {len(self.skipped)} left out ({self.skipped[0][0]}: {self.skipped[0][1]})" if self.skipped else ""
+            )
+            return text + (f", {len(self.zero)} change nothing" if self.zero else "")
+        share = 100 * self.trained_parameters / self.base_parameters
+        text = f"{len(self.hits)} layers adapted, {self.trained_parameters:,} parameters ({share:.2f} % of the base)"
+        text += f", {len(self.in_full)} of them trained in full" if self.in_full else ""
+        return text + (f", {len(self.skipped)} names skipped" if self.skipped else "")
+
+
+@dataclass
+class InFull:
+    """A parameter of the base that an adapter replaces."""
+
+    parameter: nn.Parameter
+    original: Tensor
+    """As it was before."""
+    trained: Tensor | None = None
+    """The adapter's value while the scale is not 1."""
+
+    @torch.no_grad()
+    def set_scale(self, scale: float) -> None:
+        """original + scale · (trained - original); 1 and 0 are exact."""
+        if self.trained is None:
+            self.trained = self.parameter.detach().clone()
+        if scale == 1:
+            self.parameter.copy_(self.trained)
+            self.trained = None
+        else:
+            self.parameter.copy_(torch.lerp(self.original, self.trained, scale) if scale else self.original)
+
+    def value(self) -> Tensor:
+        """The adapter's value."""
+        return (self.parameter if self.trained is None else self.trained).detach()
+
+
+class Handle:
+    """One adapter on one model."""
+
+    def __init__(self, model: nn.Module, name: str, config: AdapterConfig | None = None) -> None:
+        self.model, self.name, self.config = model, name, config
+        self.methods: dict[str, Method] = {}
+        """The adapter's part on each site, by the site's name."""
+        self.in_full: dict[str, InFull] = {}
+        """Parameters that it replaces, by name."""
+        self.report = InjectionReport((), (), 0, 0)
+        self._owners: tuple[nn.Module, ...] = ()
+        self._lean: list[nn.Module] = []
+        self._hook: Any = None
+        self._trained_before: list[nn.Parameter] = []
+
+    # ----------------------------------------------------------------------------------------------------- training
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Everything that trains."""
+        own = [p for m in self.methods.values() for p in m.parameters() if p.requires_grad]
+        return own + [f.parameter for f in self.in_full.values() if f.parameter.requires_grad]
+
+    def parameter_groups(
+        self,
+        lr: float,
+        weight_decay: float = 0.0,
+        full_lr: float | None = None,
+        rate_of: Callable[[str], float] | None = None,
+    ) -> list[dict[str, Any]]:
+        """Groups for an optimizer. B has its own rate (LoRA+, arXiv 2402.12354); vectors are not decayed.
+
+        Args:
+            lr: of everything but B and what trains in full.
+            weight_decay: of matrices.
+            full_lr: of modules trained in full, such as a head; `lr` when not given.
+            rate_of: from the name of a layer or parameter to a factor on its rate, for rates by depth.
+        """
+        ratio = self.config.effective_lr_ratio if self.config else 1.0
+        factor_of = rate_of or (lambda _: 1.0)
+        groups: dict[tuple[str, float], list[nn.Parameter]] = {}
+        for site, m in self.methods.items():
+            for name, p in m.named_parameters():
+                if p.requires_grad:
+                    kind = "lora_B" if name == "lora_B" else "vectors" if p.dim() < 2 else "adapter"
+                    groups.setdefault((kind, factor_of(site)), []).append(p)
+        for path, f in self.in_full.items():
+            if f.parameter.requires_grad:
+                kind = "full_1d" if f.parameter.dim() < 2 else "full"
+                groups.setdefault((kind, factor_of(path)), []).append(f.parameter)
+        head = lr if full_lr is None else full_lr
+        rates = {"adapter": lr, "lora_B": lr * ratio, "vectors": lr, "full": head, "full_1d": head}
+        decays = {"adapter": weight_decay, "lora_B": weight_decay, "vectors": 0.0, "full": weight_decay, "full_1d": 0.0}
+        return [
+            {
+                "name": kind if factor == 1 else f"{kind} x {factor:g}",
+                "params": params,
+                "lr": rates[kind] * factor,
+                "weight_decay": decays[kind],
+            }
+            for (kind, factor), params in sorted(groups.items(), key=lambda g: (list(rates).index(g[0][0]), -g[0][1]))
+        ]
+
+    def training_state(self) -> dict[str, Tensor]:
+        """What training changes, by name, for a checkpoint: parameters and what methods remember between steps."""
+        found = {f"{site}|{n}": t.detach() for site, m in self.methods.items() for n, t in m.memory().items()}
+        return found | {f"full|{path}": f.parameter.detach() for path, f in self.in_full.items()}
+
+    @torch.no_grad()
+    def load_training_state(self, state: Mapping[str, Tensor]) -> None:
+        """Puts a checkpoint's values back, into an adapter made anew with the same settings.
+
+        Raises:
+            ConfigError: when the checkpoint is of another adapter; nothing is changed then.
+        """
+        own = self.training_state()
+        by_site: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in state.items():
+            site, _, name = key.rpartition("|")
+            by_site.setdefault(site, {})[name] = tensor
+            if key in own and own[key].shape != tensor.shape:
+                raise ConfigError(
+                    f"The checkpoint's {key!r} has shape {tuple(tensor.shape)}, not {tuple(own[key].shape)}."
+                )
+        known = {*self.methods, *(["full"] if self.in_full else [])}
+        if own.keys() - state.keys() or by_site.keys() - known:
+            raise ConfigError("The checkpoint is of another adapter: its layers are not those of this one.")
+        for site, values in by_site.items():
+            if site != "full":
+                self.methods[site].remember(values)
+        for path, f in self.in_full.items():
+            f.parameter.copy_(state[f"full|{path}"])
+
+    def regularisation(self) -> Tensor | None:
+        """A term that the loss should include; AdaLoRA alone has one (the mean of its sites, times 0.5)."""
+        parts = [r for m in self.methods.values() if (r := m.regularisation()) is not None]
+        return 0.5 * torch.stack(parts).mean() if parts else None
+
+    def after_step(self, step: int, steps: int) -> None:
+        """Call after the optimizer step, before the gradients are cleared; AdaLoRA prunes its ranks here.
+
+        Args:
+            step: counted from 1.
+            steps: of the whole training.
+
+        Raises:
+            TargetError: on the first step, when some adapted layer got no gradient: the model never calls it.
+        """
+        if step == 1:
+            self.check_gradients()
+        adaptive = [m for m in self.methods.values() if isinstance(m, AdaLoRA)]
+        if adaptive and self.config is not None:
+            allocate(adaptive, step, steps, sum(self.config.rank_of(m.site.name) for m in adaptive))
+
+    def check_gradients(self) -> None:
+        """Raises TargetError when, after a backward pass, some adapted layer has no gradient: it trains in vain."""
+        dead = [
+            name
+            for name, m in self.methods.items()
+            if m.trainable and all(p.grad is None for p in m.parameters() if p.requires_grad)
+        ]
+        if dead:
+            raise TargetError(
+                f"{len(dead)} adapted layers got no gradient, the first {dead[0]!r}: the model never calls them, or "
+                "uses their weights past them. Leave them out: exclude=" + repr(tuple(dead[:3])) + "."
+            )
+
+    # ------------------------------------------------------------------------------------------------ scale and merge
+
+    @property
+    def merged(self) -> bool:
+        """Whether ΔW is in the weights."""
+        return any(m.merged for m in self.methods.values())
+
+    def set_scale(self, scale: float) -> None:
+        """Multiplies the adapter's effect in every layer; 0 gives the base model's output bit for bit.
+
+        A merged adapter is merged anew from the untouched originals.
+
+        Raises:
+            ConfigError: when the scale is not finite.
+        """
+        if not math.isfinite(scale):
+            raise ConfigError(f"The scale of adapter {self.name!r} is {scale!r}; it must be a finite number.")
+        for m in self.methods.values():
+            m.scale = float(scale)
+        for f in self.in_full.values():
+            f.set_scale(float(scale))
+        if self.merged:
+            self._write()
+
+    def merge(self) -> None:
+        """Adds ΔW to the base weights in fp32, keeping the originals; twice is the same as once.
+
+        Raises:
+            ConfigError: when a merged weight would not be finite, before any weight is changed.
+        """
+        pending = [m for m in self.methods.values() if not m.merged]
+        for m in pending:
+            m.merged = True
+        try:
+            self._write()
+        except ConfigError:
+            for m in pending:
+                m.merged = False
+            raise
+
+    def unmerge(self) -> None:
+        """Takes ΔW out again, bit for bit."""
+        for m in self.methods.values():
+            m.merged = False
+        self._write()
+
+    def _write(self) -> None:
+        """Writes the weights of every layer that this adapter is on."""
+        write_weights([self])
+
+    @torch.no_grad()
+    def eject(self) -> None:
+        """Takes the adapter off; the model is as it was before `inject`."""
+        if self.merged:
+            self.unmerge()
+        for m in self.methods.values():
+            release(m.site.layer, m.key)
+        for f in self.in_full.values():
+            f.parameter.copy_(f.original)
+        for owner in self._owners:
+            give_back(owner)
+        if self._hook is not None:
+            self._hook.remove()
+        make_plain(self._lean)
+        if not any(isinstance(m, AdaptedLayer) for m in self.model.modules()):
+            for p in self.model.parameters():
+                p.requires_grad_(False)
+            for p in self._trained_before:
+                p.requires_grad_(True)
+        self.methods, self.in_full, self._owners, self._lean = {}, {}, (), []
+
+    # -------------------------------------------------------------------------------------------------------- files
+
+    def modules(self, prefix: str) -> dict[str, AdapterModule]:
+        """Copies of the parameters on the CPU in fp32, named `prefix.module`, for an `Adapter`."""
+        found = {f"{prefix}.{name}": m.export() for name, m in self.methods.items()}
+        for name, f in self.in_full.items():
+            found[f"{prefix}.{name}"] = AdapterModule("full", {"value": f.value().cpu().clone()}, 1.0)
+        return found
+
+    def adapter(self, component: str = "model", info: Mapping[str, Any] | None = None) -> Adapter:
+        """The adapter as it is now, in memory."""
+        config = {} if self.config is None else {"method": self.config.method, "config": self.config.to_dict()}
+        return Adapter(self.modules(component), {**config, **(info or {})})
+
+    def save(self, path: str | Path, component: str = "model", info: Mapping[str, Any] | None = None) -> None:
+        """Writes the adapter to a file of our own format, atomically.
+
+        Args:
+            path: of the file.
+            component: the part of a pipeline that the model is (`unet`, `text_encoder`), before the names in the file.
+            info: more for the header.
+        """
+        # The loaders lie above this room, so they are looked up when they are called for.
+        import_module("visionlora.loaders").save_adapter(self.adapter(component, info), path)
