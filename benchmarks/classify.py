@@ -44,7 +44,9 @@ from visionlora.models.vision import as_logits, open_backbone
 SEEDS = (0, 1, 2)
 STYLES = Path(__file__).parents[1] / "assets" / "styles"
 LORA: dict[str, Any] = {"method": "lora", "rank": 6, "targets": "attn,mlp", "learning_rate": 0.012}
-DIGITS: dict[str, Any] = {"flip": False, "augment": "affine", "warmup_steps": 60, "precision": "bf16"}
+DIGITS: dict[str, Any] = {
+    "flip": False, "augment": "affine", "warmup_steps": 60, "precision": "bf16", "label_smoothing": 0.1,
+}  # fmt: skip
 STYLE: dict[str, Any] = {"augment": "affine", "learning_rate": 0.001, "precision": "bf16"}
 FILES = 50_000
 
