@@ -15,13 +15,11 @@ import contextlib
 import io
 import json
 import os
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO
 from zipfile import BadZipFile
 
 import numpy as np
@@ -35,12 +33,10 @@ from visionlora.data.cache import key_of
 from visionlora.data.files import sha256_of
 from visionlora.data.images import decode_again, decode_noted, printable
 from visionlora.data.labelled import LabelledData
+from visionlora.data.pixels import Keeper, Stamp, check_unchanged, keeper_for, remove_leftovers, stamp_of
 from visionlora.data.preprocess import Preprocessing
 from visionlora.data.wording import count_of, first_names, left_out, problem_report, remedy
 from visionlora.errors import DataError
-
-if sys.platform != "win32":
-    import fcntl
 
 _VERSION = "1"  # of what the two files hold; a new number makes old files unused
 _THREADS = 4
@@ -115,6 +111,11 @@ class _Facts:
     thumbnail: npt.NDArray[np.uint8]
     note: str
 
+    @property
+    def stamp(self) -> Stamp:
+        """By which the file is known to be unchanged."""
+        return self.size, self.mtime_ns
+
 
 def check_pictures(
     data: LabelledData,
@@ -139,15 +140,15 @@ def check_pictures(
         DataError: pictures that cannot be decoded, a class that has none left, or pictures that are in two classes.
     """
     if cache is not None:
-        _remove_leftovers(cache)
-    keeper, why_not = _keeper(len(data.items), preprocessing, cache, cache_limit)
+        remove_leftovers(cache)
+    keeper, why_not = keeper_for(len(data.items), preprocessing, cache, cache_limit)
     facts_file = cache / f"facts-{key_of(_VERSION, str(data.root.resolve()))}.npz" if cache else None
     known = _read_facts(facts_file) if facts_file else {}
     places = _places([item.path for item in data.items])
     facts: dict[int, _Facts] = {}
     for i, (place, item) in enumerate(zip(places, data.items, strict=True)):
         fact = known.get(place)
-        if fact is not None and (fact.size, fact.mtime_ns) == _stamp(item.path):
+        if fact is not None and fact.stamp == stamp_of(item.path):
             facts[i] = fact
     try:
         problems = _look_at_all(data, places, facts, keeper, facts_file, progress)
@@ -160,7 +161,7 @@ def check_pictures(
             json.dumps(preprocessing.to_dict(), sort_keys=True),
             *(facts[i].sha256 for i in good),
         )
-        kept = keeper.finish(key, {i: (data.items[i].path, facts[i]) for i in good}, progress)
+        kept = keeper.finish(key, {i: (data.items[i].path, facts[i].stamp) for i in good}, progress)
     finally:
         keeper.close()
     why_not = why_not or keeper.failed
@@ -180,7 +181,7 @@ def _look_at_all(
     data: LabelledData,
     places: Sequence[str],
     facts: dict[int, _Facts],
-    keeper: _Keeper,
+    keeper: Keeper,
     facts_file: Path | None,
     progress: Callable[[int, int], None] | None,
 ) -> list[str]:
@@ -205,18 +206,12 @@ def _look_at_all(
 
 def _look(path: Path, shown: str) -> tuple[_Facts, Image.Image]:
     """Reads a file: what is to be known of it, and the picture."""
-    stamp = _stamp(path)
+    stamp = stamp_of(path)
     decoded = decode_noted(path, shown=shown)
     sha256 = sha256_of(path)
-    _check_unchanged(path, printable(shown), stamp)
+    check_unchanged(path, printable(shown), stamp)
     image = decoded.image
     return _Facts(*stamp, sha256, perceptual_hash(image), thumbnail(image), decoded.note or ""), image
-
-
-def _check_unchanged(path: Path, shown: str, stamp: tuple[int, int]) -> None:
-    """Pixels must never be kept under the hash of other content."""
-    if _stamp(path) != stamp:
-        raise DataError(f"{shown} was changed while it was read; start again when it is complete")
 
 
 # What is wrong, and what to say.
@@ -282,15 +277,6 @@ def _places(paths: Sequence[Path]) -> list[str]:
     return places
 
 
-def _stamp(path: Path) -> tuple[int, int]:
-    """Size and time of change; of a file that is not there, what no file has."""
-    try:
-        stat = path.stat()
-    except OSError:
-        return -1, -1
-    return stat.st_size, stat.st_mtime_ns
-
-
 def _read_facts(path: Path) -> dict[str, _Facts]:
     """By place; nothing when the file is missing or broken."""
     try:
@@ -315,7 +301,7 @@ def _write_facts(path: Path, facts: Mapping[str, _Facts]) -> None:
         content,
         places=_blob(facts),
         notes=_blob(fact.note for fact in values),
-        stamps=np.array([(fact.size, fact.mtime_ns) for fact in values], np.int64),
+        stamps=np.array([fact.stamp for fact in values], np.int64),
         sha256=np.frombuffer(bytes.fromhex("".join(fact.sha256 for fact in values)), np.uint8).reshape(-1, 32),
         hashes=np.array([fact.hash for fact in values], np.uint64),
         thumbnails=np.stack([fact.thumbnail for fact in values]),
@@ -332,173 +318,3 @@ def _blob(texts: Mapping[str, _Facts] | Iterator[str]) -> npt.NDArray[np.uint8]:
 
 def _lines(blob: npt.NDArray[np.uint8]) -> list[str]:
     return blob.tobytes().decode("utf-8", "surrogateescape").split("\0")
-
-
-# Pixels on disk.
-
-
-def _keeper(n: int, preprocessing: Preprocessing, cache: Path | None, limit: int) -> tuple[_Keeper, str]:
-    """Where pixels go, and if they go nowhere, why."""
-    need = n * preprocessing.stored_size**2 * 3
-    reason = ""
-    if cache is None:
-        reason = "no cache folder is used"
-    elif need > limit:
-        reason = f"kept on disk they would take {need / 1e9:.1f} GB, more than the limit of {limit / 1e9:.1f} GB"
-    return _Keeper(None if reason else cache, preprocessing), reason
-
-
-class _Keeper:
-    """Writes pixels to a temporary file as they come, which becomes the kept file when all are there in order."""
-
-    def __init__(self, folder: Path | None, preprocessing: Preprocessing) -> None:
-        self.folder = folder
-        self.preprocessing = preprocessing
-        self.rows: list[int] = []
-        """The picture of each row that was written."""
-        self.failed = ""
-        self._writer: _Writer | None = None
-
-    def add(self, i: int, square: npt.NDArray[np.uint8]) -> None:
-        """Keeps the square of picture `i`."""
-        if self.folder is None or self.failed:
-            return
-        try:
-            if self._writer is None:
-                self._writer = _Writer(self.folder, "new", self.preprocessing.stored_size)
-            self._writer.add(square)
-            self.rows.append(i)
-        except OSError as error:
-            self._fail(error)
-
-    def finish(
-        self, key: str, files: Mapping[int, tuple[Path, _Facts]], progress: Callable[[int, int], None] | None
-    ) -> npt.NDArray[np.uint8] | None:
-        """The pixels of all pictures in order, or None where they are not kept.
-
-        Args:
-            key: of these pictures.
-            files: position -> file, in order; what was not added is decoded.
-            progress: see `check_pictures`.
-        """
-        if self.folder is None or self.failed:
-            return None
-        final = self.folder / f"pictures-{key}.npy"
-        if (kept := self._open(final, len(files))) is not None:
-            return kept
-        try:
-            if self._writer is not None and self.rows == list(files):
-                self._writer.finish(final)
-            else:
-                self._gather(final, files, progress)
-        except OSError as error:
-            self._fail(error)
-            return None
-        if (kept := self._open(final, len(files))) is None:
-            self.failed = f"{final} cannot be read"
-        return kept
-
-    def close(self) -> None:
-        """Removes what is temporary."""
-        if self._writer is not None:
-            self._writer.remove()
-
-    def _gather(
-        self,
-        final: Path,
-        files: Mapping[int, tuple[Path, _Facts]],
-        progress: Callable[[int, int], None] | None,
-    ) -> None:
-        """Writes the file anew from what was added and, for all others, from the pictures."""
-        added = self._writer.rows() if self._writer is not None else None
-        row_of = {i: row for row, i in enumerate(self.rows)}
-        total, done = sum(i not in row_of for i in files), 0
-        writer = _Writer(final.parent, "all", self.preprocessing.stored_size)
-        try:
-            for i, (path, fact) in files.items():
-                if added is not None and i in row_of:
-                    writer.add(added[row_of[i]])
-                    continue
-                writer.add(self.preprocessing.stored(decode_again(path)))
-                _check_unchanged(path, printable(path), (fact.size, fact.mtime_ns))
-                done += 1
-                if progress is not None:
-                    progress(done, total)
-            writer.finish(final)
-        finally:
-            writer.remove()
-
-    def _open(self, path: Path, n: int) -> npt.NDArray[np.uint8] | None:
-        side = self.preprocessing.stored_size
-        try:
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError):
-            return None
-        return np.asarray(array) if array.shape == (n, side, side, 3) and array.dtype == np.uint8 else None
-
-    def _fail(self, error: OSError) -> None:
-        self.failed = f"{self.folder} cannot be written ({error.strerror or error})"
-        self.close()
-
-
-def _remove_leftovers(folder: Path) -> None:
-    """Removes the files of writers that were killed, which may be large; a living one holds a lock on its file."""
-    for path in folder.glob(".pictures.*.tmp"):
-        with contextlib.suppress(OSError):
-            with path.open("r+b") as file:
-                _lock(file)
-            path.unlink()
-
-
-def _lock(file: IO[bytes]) -> None:
-    """Locks a file until it is closed or the process ends.
-
-    Raises:
-        OSError: when another has locked it, or the disk knows no locks.
-    """
-    if sys.platform != "win32":  # there a file that is open cannot be removed anyway
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
-class _Writer:
-    """A .npy file that grows picture by picture; its length is filled in at the end."""
-
-    def __init__(self, folder: Path, name: str, side: int) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / f".pictures.{name}.{os.getpid()}.{id(self):x}.tmp"
-        self.side, self.n = side, 0
-        self.file = self.path.open("w+b", buffering=1 << 20)
-        with contextlib.suppress(OSError):
-            _lock(self.file)  # see _remove_leftovers
-        self._head()
-
-    def add(self, square: npt.NDArray[np.uint8]) -> None:
-        self.file.write(np.ascontiguousarray(square).tobytes())
-        self.n += 1
-
-    def rows(self) -> npt.NDArray[np.uint8]:
-        """What was written so far."""
-        self._complete()
-        array: npt.NDArray[np.uint8] = np.load(self.path, mmap_mode="r", allow_pickle=False)
-        return array
-
-    def finish(self, final: Path) -> None:
-        self._complete()
-        os.fsync(self.file.fileno())
-        self.file.close()
-        self.path.replace(final)
-
-    def remove(self) -> None:
-        with contextlib.suppress(OSError):
-            self.file.close()
-        with contextlib.suppress(OSError):
-            self.path.unlink(missing_ok=True)
-
-    def _complete(self) -> None:
-        self.file.seek(0)
-        self._head()  # as long as at first: NumPy leaves room for the first axis to grow
-        self.file.flush()
-
-    def _head(self) -> None:
-        shape = (self.n, self.side, self.side, 3)
-        np.lib.format.write_array_header_1_0(self.file, {"descr": "|u1", "fortran_order": False, "shape": shape})

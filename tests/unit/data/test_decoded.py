@@ -13,11 +13,13 @@ import pytest
 from PIL import Image
 
 import visionlora.data.decoded as decoded
+import visionlora.data.pixels as pixels
 from visionlora.data.alike import perceptual_hash, thumbnail
 from visionlora.data.classes import read_labelled
 from visionlora.data.decoded import Checked, check_pictures
 from visionlora.data.images import decode, decode_again
 from visionlora.data.labelled import LabelledData, LabelledItem
+from visionlora.data.pixels import Writer
 from visionlora.data.preprocess import Preprocessing
 from visionlora.errors import DataError
 
@@ -57,7 +59,8 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
     decode_noted = decoded.decode_noted
     monkeypatch.setattr(decoded, "decode_noted", noted)
-    monkeypatch.setattr(decoded, "decode_again", again)
+    for module in (decoded, pixels):
+        monkeypatch.setattr(module, "decode_again", again)
     yield names
 
 
@@ -192,8 +195,8 @@ def test_a_full_disk(pets: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -
             raise OSError(28, "No space left on device")
         add(self, square)
 
-    add = decoded._Writer.add
-    monkeypatch.setattr(decoded._Writer, "add", full)
+    add = Writer.add
+    monkeypatch.setattr(Writer, "add", full)
     result = checked(pets, cache)
     check_content(result)
     assert result.notes[0].endswith("cannot be written (No space left on device)")
@@ -205,7 +208,7 @@ def test_what_a_killed_pass_left_is_removed(pets: Path, cache: Path) -> None:
     left, other = cache / ".pictures.new.1.7f.tmp", cache / ".else.tmp"
     for file in (left, other):
         file.write_bytes(b"half")
-    living = decoded._Writer(cache, "new", 8)
+    living = Writer(cache, "new", 8)
     check_content(checked(pets, cache))
     assert (left.exists(), other.exists(), living.path.exists()) == (False, True, True)
     living.remove()
