@@ -121,7 +121,7 @@ def dry_run(config: TrainSDConfig, listener: Listener | None = None) -> Estimate
     columns = config.sample_columns + 1 if config.sample_columns else 0
     return Estimate(
         model=ready.base.id,
-        targets=config.targets,
+        targets=config.targets if ready.first is None else f"those of {config.start_from}",
         layers=len(learning.handle.report.hits) + sum(len(h.report.hits) for h in learning.others.values()),
         trained_parameters=sum(p.numel() for p in fit.trained),
         sizes=sizes,

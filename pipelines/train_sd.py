@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from visionlora.config import TrainSDConfig
+from visionlora.config import TrainSDConfig, given_names
 from visionlora.data.buckets import described
 from visionlora.data.cache import Share
 from visionlora.data.folder import ImageFolder, ImageItem, read_image_folder, read_pictures
@@ -37,10 +38,12 @@ from visionlora.diffusion.settings import (
 )
 from visionlora.diffusion.task import DenoisingTask, Preservation
 from visionlora.diffusion.validation import Validation, hold_out, verdict
-from visionlora.errors import ConfigError, DataError
+from visionlora.errors import AdapterFileError, ConfigError, DataError
 from visionlora.formats import native
-from visionlora.lora.adapter import Adapter
+from visionlora.loaders import check_family, check_fingerprints, load_adapter
+from visionlora.lora.adapter import Adapter, AdapterModule
 from visionlora.lora.config import AdapterConfig
+from visionlora.lora.further import further_config, method_for
 from visionlora.lora.handle import Handle
 from visionlora.lora.inject import check_targets, inject
 from visionlora.models.base import BaseModel, open_base
@@ -56,6 +59,9 @@ from visionlora.training.loop import new_accelerator, process_state, recent_loss
 from visionlora.training.memory import at_once, bytes_kept, free_memory
 from visionlora.training.order import generator_at
 from visionlora.training.settings import adapter_config, automatic_ranks, loop_config, suited, text_adapter_config
+
+FIRST_FILE = "start.safetensors"
+"""In a run folder: the adapter that the run learns on from."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +100,8 @@ def train_sd(config: TrainSDConfig, listener: Listener | None = None) -> RunResu
         config = batch_in_memory(ready, material, learning, tell)
     loop = loop_config(config)
     run = start.open(config) if accelerator.is_main_process else RunFolder(start.folder)
+    if ready.first is not None and accelerator.is_main_process and not (run.path / FIRST_FILE).is_file():
+        native.write(ready.first, run.path / FIRST_FILE)  # the run can go on when the original is gone
     accelerator.wait_for_everyone()
 
     # Training
@@ -165,6 +173,8 @@ class Ready:
     """Of the text encoders that are adapted."""
     word: LearnedWord | None
     accelerator: Any
+    first: Adapter | None
+    """What the run learns on from."""
 
 
 def prepare(start: Start[TrainSDConfig], tell: Listener) -> Ready:
@@ -190,8 +200,15 @@ def prepare(start: Start[TrainSDConfig], tell: Listener) -> Ready:
     plan_of(config, base, size)
     fingerprints = base.fingerprints()
     noise_scheduler = noise_scheduler_of(config, base)
+    first = finished_adapter(start, base, fingerprints, tell)
+    if first is not None:
+        method = method_for(first.component("unet"), config.method, str(config.start_from))
+        config = dataclasses.replace(config, method=method)
     adapter = adapter_config(config, min_rank=config.min_rank)
-    check_targets(base.pipe.unet, adapter)
+    if first is None:
+        check_targets(base.pipe.unet, adapter)
+    else:
+        adapter = further_config(adapter, first.component("unet"), first.info)
     text_adapters = {}
     if config.train_text_encoder:
         parts = base.components()
@@ -200,7 +217,11 @@ def prepare(start: Start[TrainSDConfig], tell: Listener) -> Ready:
             for name, _, _ in base.text_parts()
         }
         for name, own in text_adapters.items():
-            check_targets(parts[name], own)
+            if first is not None and (modules := first.component(name)):
+                method_for(modules, own.method, f"The part of {config.start_from} for {name}")
+                text_adapters[name] = further_config(own, modules, {})
+            else:
+                check_targets(parts[name], own)
     for caption, lost in cut_captions(base, [item.caption for item in folder.items]):
         tell.say(f"The caption {caption!r} is longer than the model reads; it never sees: {lost}")
     accelerator = new_accelerator(
@@ -221,8 +242,61 @@ def prepare(start: Start[TrainSDConfig], tell: Listener) -> Ready:
             )
         word = LearnedWord(base, config.token, config.token_vectors, config.token_initializer)
     return Ready(
-        config, folder, apart, base, fingerprints, noise_scheduler, size, adapter, text_adapters, word, accelerator
+        config,
+        folder,
+        apart,
+        base,
+        fingerprints,
+        noise_scheduler,
+        size,
+        adapter,
+        text_adapters,
+        word,
+        accelerator,
+        first,
     )
+
+
+def finished_adapter(
+    start: Start[TrainSDConfig], base: BaseModel, fingerprints: Mapping[str, Mapping[str, str]], tell: Listener
+) -> Adapter | None:
+    """The adapter that the run learns on from; a run that goes on reads its own copy.
+
+    Raises:
+        AdapterFileError: when it cannot be read, or is for another family of base models.
+        ConfigError: when it has a part that the run does not train.
+    """
+    config = start.config
+    if config.start_from is None:
+        return None
+    own = start.folder / FIRST_FILE
+    first = load_adapter(own if start.state is not None and own.is_file() else config.start_from)
+    check_family(first, base)
+    try:
+        check_fingerprints(first, base.id, fingerprints)
+    except AdapterFileError:
+        check_fingerprints(first, base.id, fingerprints, force=True)
+        tell.say(
+            f"{config.start_from} was made for {first.info['base'].get('id')}, of the same architecture as {base.id}."
+        )
+    if "unet" not in first.components:
+        raise ConfigError(f"{config.start_from} has no part for the UNet, so there is nothing to learn on from.")
+    if first.embeddings:
+        raise ConfigError(
+            f"{config.start_from} holds the learned word {next(iter(first.embeddings))!r}: no run can learn on from a word."
+        )
+    trained = {"unet", *(name for name, _, _ in base.text_parts() if config.train_text_encoder)}
+    if extra := [name for name in first.components if name not in trained]:
+        raise ConfigError(
+            f"{config.start_from} also changes {', '.join(extra)}, which this run would lose: set train_text_encoder=true."
+        )
+    given = given_names(config)
+    ignored = [f"{n}={getattr(config, n)}" for n in ("rank", "alpha", "targets", "init") if n in given]
+    tell.say(
+        f"Learning on from {config.start_from}, with its layers and ranks"
+        + (f" ({', '.join(ignored)} is left aside)." if ignored else ".")
+    )
+    return first
 
 
 # ----------------------------------------------------------------------------------------------------------- material
@@ -343,7 +417,7 @@ class Learning:
 
 
 def new_adapter(ready: Ready, material: Material, tell: Listener) -> Learning:
-    """The adapters on their parts of the model, untrained."""
+    """The adapters on their parts of the model, untrained or as far as the run learns on from."""
     config, base, adapter, accelerator = ready.config, ready.base, ready.adapter, ready.accelerator
     give_back()  # what encoding took, before the UNet is there
     prepare_unet(base, config, accelerator.device, accelerator.mixed_precision)
@@ -354,12 +428,17 @@ def new_adapter(ready: Ready, material: Material, tell: Listener) -> Learning:
         )  # fmt: skip
         tell.say("Mean rank by block:\n" + bars(choice.by_block()))
         adapter = choice.config
-    handle = inject(base.pipe.unet, adapter, seed=config.seed)
+    first = ready.first
+
+    def modules(name: str) -> dict[str, AdapterModule] | None:
+        return None if first is None else first.component(name) or None
+
+    handle = inject(base.pipe.unet, adapter, seed=config.seed, start_from=modules("unet"))
     tell.say(f"Adapter: {handle.report}.")
     rate = config.learning_rate or 1.0
     parts, others, components = [Part("unet", handle)], {}, base.components()
     for name, own in ready.text_adapters.items():
-        others[name] = inject(components[name], own, seed=config.seed)
+        others[name] = inject(components[name], own, seed=config.seed, start_from=modules(name))
         tell.say(f"Adapter of {name}: {others[name].report}.")
         factor = (config.text_encoder_learning_rate or rate / 2) / rate
         parts.append(Part(name, others[name], factor, config.text_encoder_stop))

@@ -91,6 +91,19 @@ def test_cut_off_at_any_word(tiny_model: Path, dogs: Path, tmp_path: Path, whole
     assert [m["loss"] for m in lines[0]] == [m["loss"] for m in lines[1]]
 
 
+def test_it_goes_on_when_the_adapter_that_it_learns_on_from_is_gone(
+    tiny_model: Path, dogs: Path, tmp_path: Path, whole: Path
+) -> None:
+    first = tmp_path / "first.safetensors"
+    shutil.copy(whole / "adapter.safetensors", first)
+    expected = train_sd(config(tiny_model, dogs, tmp_path / "uncut", start_from=str(first))).folder
+    with pytest.raises(Killed):
+        train_sd(config(tiny_model, dogs, tmp_path / "cut", start_from=str(first)), Killer(16))
+    first.unlink()
+    train_sd(resumed(tmp_path / "cut"))
+    assert (tmp_path / "cut" / "adapter.safetensors").read_bytes() == (expected / "adapter.safetensors").read_bytes()
+
+
 def test_sigterm_saves_and_says_how_to_go_on(tiny_model: Path, dogs: Path, tmp_path: Path, whole: Path, cli) -> None:
     words = [f"{k}={v}" for k, v in SETTINGS.items()]
     command = [

@@ -124,6 +124,29 @@ def test_an_adapter_of_another_base_is_refused(cli, tiny_model: Path, dogs: Path
     assert cli(*arguments, "--force")[0] == 0
 
 
+def test_learning_on_from_an_adapter_of_any_trainer(cli, tiny_model: Path, dogs: Path, tmp_path: Path) -> None:
+    words = ("train-sd", "--images", dogs, "--model", tiny_model, "sample_columns=0", "learning_rate=0.01", "alpha=3")
+    assert cli(*words, "--steps", 2, "--rank", 2, "--output", tmp_path / "first")[0] == 0
+    assert cli("convert", tmp_path / "first", tmp_path / "kohya.safetensors", "--to", "kohya")[0] == 0
+    first = load_adapter(tmp_path / "first")
+    found = []
+    for source in ("first", "kohya.safetensors"):
+        code, out, err = cli(*words, "--steps", 2, "--rank", 4, "--output", tmp_path / f"on-{source}",
+                             f"start_from={tmp_path / source}")  # fmt: skip
+        assert code == 0, err
+        assert (
+            f"Learning on from {tmp_path / source}, with its layers and ranks (rank=4, alpha=3.0 is left aside)." in out
+        )
+        found.append(load_adapter(tmp_path / f"on-{source}"))
+        assert found[-1].info["training"]["start_from"] == source
+    for name, m in first.modules.items():
+        own, foreign = (adapter.modules[name] for adapter in found)
+        assert own.rank == 2 and own.alpha == foreign.alpha == 3.0
+        assert torch.equal(own.tensors["lora_B"], foreign.tensors["lora_B"])
+        moved = (own.tensors["lora_B"] - m.tensors["lora_B"]).abs().max()
+        assert 0 < moved <= 2 * 0.0101, "two steps of AdamW away from where the first run ended"
+
+
 @pytest.mark.parametrize("method", ["dora", "adalora", "vera", "ia3", "lora-fa", "full"])
 def test_every_method_trains_saves_and_loads(cli, tiny_model: Path, dogs: Path, tmp_path: Path, method: str) -> None:
     code, _, err = cli("train-sd", "--images", dogs, "--model", tiny_model, "--method", method, "--steps", 3,

@@ -4,7 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+
+from visionlora.loaders import save_adapter
+from visionlora.lora.adapter import Adapter, AdapterModule
 
 
 def check_refused(result: tuple[int, str, str], *words: str) -> None:
@@ -51,6 +55,50 @@ def test_wrong_options_are_explained_and_nothing_is_written(case: str, train, tm
     before = sorted(tmp_path.rglob("*"))
     check_refused(train(**flags), *words)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+STARTS = {
+    "no such file": ({}, "start_from=nowhere.safetensors", "There is no adapter file at nowhere.safetensors"),
+    "rank": ({"rank": "auto"}, "start_from=a.safetensors", "the ranks are the adapter's: leave rank=auto out"),
+    "method": (
+        {"method": "full"},
+        "start_from=a.safetensors",
+        "full cannot go on from an adapter: leave the method out",
+    ),
+    "other method": (
+        {"method": "dora"},
+        "start_from={lora}",
+        "can only learn on by lora or rslora or lora+ or lora-fa",
+    ),
+    "a kind that does not learn": ({}, "start_from={loha}", "cannot learn on: it holds 1 of kind loha"),
+    "text encoder": ({}, "start_from={text}", "also changes text_encoder, which this run would lose"),
+    "no UNet": ({}, "start_from={text_alone}", "has no part for the UNet"),
+    "word": ({}, "start_from={word}", "holds the learned word '<rex>': no run can learn on from a word"),
+    "other layers": ({}, "start_from={strange}", "It was made for another base model"),
+}
+
+
+@pytest.mark.parametrize("case", STARTS)
+def test_what_no_run_can_learn_on_from(case: str, train, tmp_path: Path) -> None:
+    layer = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    d, down = 16, torch.ones(2, 16)
+    lora = AdapterModule.lora(down, down.t(), 2.0)
+    loha = AdapterModule("loha", {f"hada_w{k}_{s}": down if s == "b" else down.t() for k in (1, 2) for s in "ab"}, 2.0)
+    text = {"text_encoder.text_model.encoder.layers.0.self_attn.q_proj": lora}
+    adapters = {
+        "lora": Adapter({f"unet.{layer}": lora}),
+        "loha": Adapter({f"unet.{layer}": loha}),
+        "text": Adapter({f"unet.{layer}": lora, **text}),
+        "text_alone": Adapter(text),
+        "word": Adapter({f"unet.{layer}": lora}, embeddings={"<rex>": {"text_encoder": torch.ones(1, d)}}),
+        "strange": Adapter({"unet.mid_block.nothing.to_q": lora}),
+    }
+    paths = {name: tmp_path / f"{name}.safetensors" for name in adapters}
+    for name, adapter in adapters.items():
+        save_adapter(adapter, paths[name])
+    flags, word, said = STARTS[case]
+    check_refused(train(word.format(**paths), **flags), said)
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_unknown_setting_names_the_nearest(train) -> None:

@@ -9,6 +9,7 @@ import struct
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,10 +53,18 @@ class Header:
     metadata: Mapping[str, str]
 
 
+SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+"""Of files that may hold an adapter."""
+
+
 def missing(path: Path) -> AdapterFileError:
     """What a path without a file gets."""
     found = [p.name for p in sorted(path.glob("*.safetensors"))] if path.is_dir() else []
     hint = f" It is a folder with {', '.join(found[:5])}: name the file." if found else ""
+    if not path.exists() and path.parent.is_dir():
+        beside = {p.stem: p for p in sorted(path.parent.iterdir()) if p.is_dir() or p.suffix in SUFFIXES}
+        close = [n for n in beside if n.startswith(path.stem)] or get_close_matches(path.stem, beside, n=1)
+        hint = f" Did you mean {beside[close[-1]]}?" if close else ""  # of runs the newest
     return AdapterFileError(f"There is no adapter file at {path}.{hint}")
 
 

@@ -50,7 +50,10 @@ def method_class(name: str) -> type[Method]:
     return cast("type[Method]", found)
 
 
-def inject(model: nn.Module, config: AdapterConfig, name: str = "default", seed: int = 0) -> Handle:
+def inject(
+    model: nn.Module, config: AdapterConfig, name: str = "default", seed: int = 0,
+    start_from: Mapping[str, AdapterModule] | None = None,
+) -> Handle:  # fmt: skip
     """Adds a new adapter to `model` and freezes everything else. The output of the model does not change by a bit.
 
     Args:
@@ -58,9 +61,11 @@ def inject(model: nn.Module, config: AdapterConfig, name: str = "default", seed:
         config: method, rank, targets.
         name: to tell adapters on one model apart.
         seed: of the random factor A, the same on every device.
+        start_from: modules of a finished adapter by layer, to learn on from: their layers, ranks, scalings and values count
+            instead of the config's (`visionlora.lora.further` makes one that agrees), and the output is the adapter's.
 
     Raises:
-        TargetError: when the targets reach nothing (see `visionlora.lora.targets.resolve`).
+        TargetError: when the targets reach nothing, or a module does not fit (see `visionlora.lora.targets.resolve`).
         ConfigError: when an adapter of that name is there, or all is to train and weights are packed. In all cases the
             model is left untouched.
     """
@@ -72,7 +77,9 @@ def inject(model: nn.Module, config: AdapterConfig, name: str = "default", seed:
     replaced = select_in_full(model, config, base)
     methods: list[Method] = []
     skipped: tuple[tuple[str, str], ...] = ()
-    if config.method not in ("full", "linear-probe"):
+    if start_from is not None:
+        methods = learning_on(model, config, start_from)
+    elif config.method not in ("full", "linear-probe"):
         resolution = resolve(model, config)
         cls, generator = method_class(config.method), torch.Generator().manual_seed(seed)
         if cls.bounded_rank:
@@ -96,6 +103,26 @@ def inject(model: nn.Module, config: AdapterConfig, name: str = "default", seed:
         tuple(handle.in_full),
     )
     return handle
+
+
+def learning_on(model: nn.Module, config: AdapterConfig, modules: Mapping[str, AdapterModule]) -> list[Method]:
+    """The modules of a finished adapter as methods that train.
+
+    Raises:
+        TargetError: when one does not fit the model.
+        ConfigError: when one is not of the configuration's method.
+    """
+    methods, replaced, skipped = fit(model, modules, "model")
+    if skipped:
+        raise misfits(model, "model", skipped, len(modules))
+    strange = [path for _, path, _ in replaced] + [
+        m.site.name for m in methods if type(m) is not METHODS.get(config.method)
+    ]
+    if strange:
+        raise ConfigError(f"Method {config.method!r} cannot go on with {strange[0]}, which is of another kind.")
+    for m in methods:
+        m.learn_on(config)
+    return methods
 
 
 @contextmanager

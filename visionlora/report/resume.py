@@ -33,7 +33,7 @@ T = TypeVar("T")
 NOT_COMPARED = ("output", "resume", "force", "images", "folders")
 """Settings that a resumed run does not compare; the pictures themselves are compared."""
 SHAPING = ("model", "weights", "method", "rank", "rank_budget", "alpha", "targets", "init", "basis_index",
-           "train_text_encoder", "token", "token_vectors", "optimizer", "betas", "ema_decay")  # fmt: skip
+           "start_from", "train_text_encoder", "token", "token_vectors", "optimizer", "betas", "ema_decay")  # fmt: skip
 """Settings that shape the adapter or the state of its optimizer: no run can go on with others."""
 APART = ("seed", "validation", "val_share", "test_share", "group_column", "split_column")
 """Settings by which pictures are kept apart: with others, the run would be judged by what it has learned from."""

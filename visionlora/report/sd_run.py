@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any
 
 from visionlora import __version__
@@ -27,11 +28,13 @@ from visionlora.training.settings import adapter_config
 
 
 def ranks_of(config: TrainSDConfig, handle: Handle) -> str:
-    """The rank, or what rank auto came to."""
-    if config.rank != "auto" or not handle.report.ranks:
-        return f"rank {config.rank}"
+    """The rank, or what rank auto came to, or what the run learned on from."""
     ranks = list(handle.report.ranks.values())
-    return f"ranks {min(ranks)} to {max(ranks)} on {len(ranks)} layers (auto)"
+    if not ranks:
+        return f"rank {config.rank}"
+    if len(set(ranks)) == 1:
+        return f"rank {ranks[0]}"
+    return f"ranks {min(ranks)} to {max(ranks)} on {len(ranks)} layers" + (" (auto)" if config.rank == "auto" else "")
 
 
 def data_hash(folder: ImageFolder) -> str:
@@ -76,6 +79,7 @@ def header(
             "learning_rate": loop.learning_rate,
             "seed": config.seed,
             "data_sha256": data_hash(folder),
+            **({} if config.start_from is None else {"start_from": Path(config.start_from).name}),
         },
     }
 
@@ -136,7 +140,7 @@ def report(
     """grid.png, loss.png, README.md and run.json."""
     name = config.title
     if sheet.columns:
-        run.write_picture("grid.png", sheet.grid(f"{name}: {loop.steps} steps, rank {config.rank}"))
+        run.write_picture("grid.png", sheet.grid(f"{name}: {loop.steps} steps, {ranks_of(config, handle)}"))
     draw_curves(
         run.path / "loss.png",
         {"training" if evaluations else "loss": [(p.step, p.loss) for p in history]}
@@ -149,9 +153,11 @@ def report(
     facts = {
         "Base model": base.id,
         "Pictures": str(len(folder.items)),
-        "Method": f"{config.method}, {ranks_of(config, handle)}, alpha {adapter.effective_alpha:g}, targets {config.targets}",
+        "Method": f"{config.method}, {ranks_of(config, handle)}, alpha {adapter.effective_alpha:g}, "
+        f"targets {config.targets if config.start_from is None else 'of ' + Path(config.start_from).name}",
         "Trained parameters": f"{handle.report.trained_parameters:,}",
         "Steps": f"{loop.steps} of {loop.batch_size * loop.gradient_accumulation} pictures",
+        **({} if config.start_from is None else {"Learned on from": Path(config.start_from).name}),
         "Learning rate": f"{loop.learning_rate:g}",
         "Seed": str(config.seed),
         **changed(changes),

@@ -121,6 +121,13 @@ class Method(nn.Module):
         """From what a file says about this site."""
         raise NotImplementedError(f"{cls.__name__} cannot be read from a file")
 
+    def learn_on(self, config: AdapterConfig) -> None:
+        """From here on it trains, as one made anew would."""
+        self.dropout = float(config.dropout)
+        for p in self.parameters():
+            p.data = p.data.to(torch.float32, copy=True)  # the adapter that it came from stays as it is
+            p.requires_grad_(True)
+
     def export(self) -> AdapterModule:
         """Copies for a file, fp32 on the CPU."""
         raise NotImplementedError(f"{type(self).__name__} cannot be written to a file")

@@ -81,6 +81,12 @@ class LoRA(Method):
         made.requires_grad_(False)
         return made
 
+    def learn_on(self, config: AdapterConfig) -> None:
+        """Both factors, or B alone."""
+        super().learn_on(config)
+        if config.method == "lora-fa":
+            self.freeze_down()
+
     def freeze_down(self) -> None:
         """LoRA-FA: A does not train, and the gradient of B is corrected for it, whatever the optimizer."""
         self.lora_A.requires_grad_(False)
