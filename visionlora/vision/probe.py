@@ -1,14 +1,14 @@
 """The linear probe: logistic regression on the features of the frozen backbone, the baseline that an adapter must beat.
 
-It is fitted to the optimum with a few strengths of decay, of which the validation pictures choose; so it is also a good
-start of the head (linear probing, then fine-tuning: arXiv 2202.10054).
+It is fitted to the optimum with a few strengths of decay, with and without label smoothing, of which the validation
+pictures choose; so it is also a good start of the head (linear probing, then fine-tuning: arXiv 2202.10054).
 Letters in shapes: n pictures, d features, c classes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from visionlora.vision.task import Objective
 
 DECAYS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 """Weights of half the squared norm, for features of unit spread and the mean loss."""
+SMOOTHING = 0.1
+"""The least label smoothing of the smoothed fits: it keeps pictures that are classified well from being ignored, which on
+features that were learned for something else can tell classes apart far better."""
 ITERATIONS = 200
 
 
@@ -39,7 +42,7 @@ class Probe:
 def fit_probe(
     features: Tensor, targets: Tensor, objective: Objective, score: Callable[[Callable[[Tensor], Tensor]], float]
 ) -> Probe:
-    """The best of several strengths of decay.
+    """The best of several strengths of decay, with the objective's label smoothing and with `SMOOTHING` at least.
 
     Args:
         features: of the training pictures, (n, d).
@@ -49,14 +52,17 @@ def fit_probe(
     """
     best: tuple[float, Probe] | None = None
     mean, std = features.mean(0), features.std(0, correction=0).clamp(min=1e-6)
-    start: tuple[Tensor, Tensor] | None = None
-    for decay in sorted(DECAYS, reverse=True):  # from the smoothest; each starts where the last one ended
-        start = fit_one((features - mean) / std, targets, objective, decay, start)
-        weight = start[0] / std
-        probe = Probe(weight, start[1] - weight @ mean, decay)
-        found = score(probe.logits)
-        if best is None or found > best[0]:
-            best = found, probe
+    own = objective.label_smoothing
+    for smoothing in dict.fromkeys((own, max(own, SMOOTHING))):
+        fitted = replace(objective, label_smoothing=smoothing)
+        start: tuple[Tensor, Tensor] | None = None
+        for decay in sorted(DECAYS, reverse=True):  # from the smoothest; each starts where the last one ended
+            start = fit_one((features - mean) / std, targets, fitted, decay, start)
+            weight = start[0] / std
+            probe = Probe(weight, start[1] - weight @ mean, decay)
+            found = score(probe.logits)
+            if best is None or found > best[0]:
+                best = found, probe
     assert best is not None
     return best[1]
 

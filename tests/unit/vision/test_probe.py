@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from visionlora.vision.probe import fit_one, fit_probe
+from visionlora.vision.probe import DECAYS, fit_one, fit_probe
 from visionlora.vision.task import Objective
 
 
@@ -35,14 +35,21 @@ def test_it_is_scikit_learns_logistic_regression() -> None:
     assert np.abs(np.exp(ours) - theirs.predict_proba(x.numpy())).max() < 5e-4
 
 
-def test_the_score_chooses_the_strength() -> None:
+@pytest.mark.parametrize(("best", "smoothing", "decay"), [(2, 0.0, 1e-2), (8, 0.0, 1e-3), (4, 0.3, 1e-4)])
+def test_the_score_chooses_strength_and_smoothing(best: int, smoothing: float, decay: float) -> None:
     x, targets = clouds(30)
     norms: list[float] = []
 
     def score(logits) -> float:
         norms.append(float(logits(torch.eye(5)).sub(logits(torch.zeros(1, 5))).norm()))
-        return -abs(len(norms) - 2)  # the second one is the best
+        return -abs(len(norms) - best)
 
-    probe = fit_probe(x, targets, Objective(), score)
-    assert norms == sorted(norms)  # weaker and weaker decay
-    assert probe.decay == 1e-2
+    probe = fit_probe(x, targets, Objective(label_smoothing=smoothing), score)
+    strengths = len(DECAYS)
+    assert norms[:strengths] == sorted(norms[:strengths])  # weaker and weaker decay
+    assert norms[strengths:] == sorted(norms[strengths:]) and probe.decay == decay
+    assert len(norms) == (strengths if smoothing else 2 * strengths), (
+        "what smooths more than enough is not fitted twice"
+    )
+    if not smoothing:
+        assert norms[-1] < norms[strengths - 1], "smoothed targets ask for no endless confidence"
