@@ -136,7 +136,7 @@ def test_sigterm_saves_and_says_how_to_go_on(tiny_model: Path, dogs: Path, tmp_p
 
 
 def test_what_cannot_be_resumed(tiny_model: Path, dogs: Path, tmp_path: Path, whole: Path) -> None:
-    with pytest.raises(RunFolderError, match="is finished"):
+    with pytest.raises(RunFolderError, match=r"is finished; .* Start a new one, .*: start_from="):
         train_sd(resumed(whole))
     folder = tmp_path / "cut"
     with pytest.raises(Killed):

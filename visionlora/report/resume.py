@@ -248,11 +248,11 @@ def _choose(config: TrainingConfig, kind: str) -> tuple[Path, How, str]:
         folder = Path(config.resume)
         if not (folder / "config.yaml").is_file():
             raise RunFolderError(f"{folder} is no run that can be resumed: it has no config.yaml. Name a run folder.")
-        _check_unfinished(folder)
+        _check_unfinished(folder, config)
         _take(folder)
         return folder, "on", ""
     if config.output and (_is_run(fresh) or _is_unstarted(fresh)):
-        _check_unfinished(fresh)
+        _check_unfinished(fresh, config)
         _take(fresh)
         if (fresh / "config.yaml").is_file():
             _settings_in(fresh, type(config))
@@ -307,9 +307,10 @@ def _is_unstarted(folder: Path) -> bool:
     return "config.yaml" in names or bool(names and all(re.fullmatch(r"\.config\.yaml\.\d+\.tmp", n) for n in names))
 
 
-def _check_unfinished(folder: Path) -> None:
+def _check_unfinished(folder: Path, config: TrainingConfig) -> None:
     if (folder / "run.json").is_file():
-        raise RunFinished(f"The run in {folder} is finished; there is nothing to resume. Start a new one.")
+        further = f", which may learn on from its adapter: start_from={folder}" if hasattr(config, "start_from") else ""
+        raise RunFinished(f"The run in {folder} is finished; there is nothing to resume. Start a new one{further}.")
 
 
 def _take(folder: Path) -> None:
