@@ -286,7 +286,11 @@ def classify_text() -> str:
         "| top-1, mean ± spread of 3 seeds (trained share of the backbone, file) | test pictures | LoRA | LoRA, rank auto | "
         "linear probe | full fine-tuning |",
         "|---|---|---|---|---|---|",
-        classify_row("scikit-learn's digits, half of them", r["digits"], r["digits-auto"]),
+        classify_row(
+            f"scikit-learn's digits, half of them; label smoothing {r['digits']['settings'].get('label_smoothing', 0):g}",
+            r["digits"],
+            r["digits-auto"],
+        ),
         classify_row("style of an emoji (4), concepts never seen", r["styles"]),
     ]
     p, i, rank = r["predict"], r["index"], r["rank"]
