@@ -100,7 +100,7 @@ def train_sd(config: TrainSDConfig, listener: Listener | None = None) -> RunResu
         config = batch_in_memory(ready, material, learning, tell)
     loop = loop_config(config)
     run = start.open(config) if accelerator.is_main_process else RunFolder(start.folder)
-    if ready.first is not None and accelerator.is_main_process and not (run.path / FIRST_FILE).is_file():
+    if ready.first is not None and accelerator.is_main_process and start.state is None:
         native.write(ready.first, run.path / FIRST_FILE)  # the run can go on when the original is gone
     accelerator.wait_for_everyone()
 

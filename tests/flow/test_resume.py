@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from visionlora.pipelines.train_sd import train_sd
 
@@ -102,6 +103,25 @@ def test_it_goes_on_when_the_adapter_that_it_learns_on_from_is_gone(
     first.unlink()
     train_sd(resumed(tmp_path / "cut"))
     assert (tmp_path / "cut" / "adapter.safetensors").read_bytes() == (expected / "adapter.safetensors").read_bytes()
+
+
+def test_begun_anew_it_keeps_the_adapter_that_it_then_learns_on_from(
+    tiny_model: Path, dogs: Path, tmp_path: Path, whole: Path
+) -> None:
+    first, folder = tmp_path / "first.safetensors", tmp_path / "cut"
+    shutil.copy(whole / "adapter.safetensors", first)
+    for words in range(1, 30):  # cut off when the copy is there and no step was done
+        with pytest.raises(Killed):
+            train_sd(config(tiny_model, dogs, folder, start_from=str(first), resume="auto"), Killer(words))
+        if (folder / "start.safetensors").exists():
+            break
+    assert not (folder / "checkpoints" / "state.pt").exists()
+    before = vl.load_adapter(first)
+    vl.save_adapter(vl.merge_adapters([(before, 0.5)]).adapter, first)
+    train_sd(config(tiny_model, dogs, folder, start_from=str(first), resume="auto"))
+    name, kept = next(iter(before.modules)), vl.load_adapter(folder / "start.safetensors")
+    found = [a.modules[name].delta_weight() for a in (kept, vl.load_adapter(first), before)]
+    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
 
 
 def test_sigterm_saves_and_says_how_to_go_on(tiny_model: Path, dogs: Path, tmp_path: Path, whole: Path, cli) -> None:
