@@ -285,7 +285,7 @@ def measured(id: str, library: str, model: nn.Module, head: str, preprocessing: 
     features = as_logits(model.eval()(picture))
     if features.dim() != 2:
         raise ModelError(f"{id} gives features of shape {tuple(features.shape)} where one row per picture is needed.")
-    shorten(model, picture)
+    shorten(model, picture, features)
     return VisionModel(id, library, "", model, head, int(features.shape[-1]), preprocessing)
 
 
