@@ -16,19 +16,24 @@ from typing import Any
 
 import torch
 from torch import nn
+from visionlora.pipelines.further import check_first, keep_first, learned_before, named_base, read_first
 
+from visionlora.classifier import COMPONENT, ClassTask
 from visionlora.config import ClassifyConfig, to_yaml
 from visionlora.data.alike import linked
 from visionlora.data.cache import default_cache_folder
 from visionlora.data.classes import read_labelled
 from visionlora.data.decoded import check_pictures
+from visionlora.data.learned import Learned
 from visionlora.data.splits import split
-from visionlora.errors import DataError
+from visionlora.data.wording import count_of, first_names
+from visionlora.errors import ConfigError, DataError
 from visionlora.formats import native
-from visionlora.lora.adapter import Adapter
+from visionlora.lora.adapter import Adapter, AdapterModule
 from visionlora.lora.config import AdapterConfig
+from visionlora.lora.further import further_config, method_for
 from visionlora.lora.handle import Handle
-from visionlora.lora.inject import check_targets, inject
+from visionlora.lora.inject import attach, check_targets, inject
 from visionlora.models.vision import VisionModel, open_backbone
 from visionlora.report.classify_page import Contender
 from visionlora.report.classify_run import Finished, header, learned_from, overlay_sheet, report
@@ -84,13 +89,21 @@ def classify(config: ClassifyConfig, listener: Listener | None = None) -> Classi
     config = start.config
 
     # Backbone, pictures, split
-    backbone = open_backbone(config.model, config.weights)
+    first = read_first(start)
+    model, weights = named_base(config, first)
+    backbone = open_backbone(model, config.weights or weights)
     tell.say(backbone.why)
     accelerator = new_accelerator(config.precision, config.trackers, start.folder)
     backbone.model.to(accelerator.device)
     fingerprints = backbone.fingerprints()
-    material = prepare(config, backbone, tell)
-    config = resolved(material, tell)
+    before = None
+    if first is not None:
+        check_first(first, config, backbone.id, fingerprints, tell)
+        before = Before.of(first, backbone, str(config.start_from))
+        config = dataclasses.replace(config, method=method_for(before.modules, config.method, str(config.start_from)))
+    learned, not_known = learned_before(first, config)
+    material = prepare(config, backbone, learned, not_known, tell)
+    config = resolved(material, before, tell)
     material = dataclasses.replace(material, config=config)
 
     # The linear probe: a baseline, and where the head starts
@@ -99,10 +112,13 @@ def classify(config: ClassifyConfig, listener: Listener | None = None) -> Classi
     tell.progress("Linear probe", 1, 1)
 
     # Adapter, from here on the run leaves files
-    first = probe if config.head_init == "probe" else None
-    new_head(material, first)
+    start_of_head: Probe | ClassTask | None = probe if config.head_init == "probe" else None
     adapter = adapter_config(config, train=backbone.head)
-    if config.method != "linear-probe":
+    if before is not None:
+        adapter = further_config(adapter, before.modules, before.info)
+        start_of_head = before.head(material, tell)
+    new_head(material, start_of_head)
+    if before is None and config.method != "linear-probe":
         check_targets(backbone.model, adapter)
     if config.rank == "auto":
         choice = automatic_ranks(
@@ -111,16 +127,18 @@ def classify(config: ClassifyConfig, listener: Listener | None = None) -> Classi
         )  # fmt: skip
         tell.say("Mean rank by block:\n" + bars(choice.by_block()))
         adapter = choice.config
-    handle = inject(backbone.model, adapter, seed=config.seed)
+    handle = inject(backbone.model, adapter, seed=config.seed, start_from=None if before is None else before.modules)
     tell.say(f"Adapter: {handle.report}.")
     run = start.open(config) if main else RunFolder(start.folder)
+    if main:
+        keep_first(first, run, start)
     accelerator.wait_for_everyone()
 
-    def about(method: AdapterConfig) -> Header:
-        return lambda own, step, temperature: header(own, method, fingerprints, step, temperature)
+    def about(method: AdapterConfig, further: Adapter | None = None) -> Header:
+        return lambda own, step, temperature: header(own, method, fingerprints, step, temperature, further)
 
     # Training and baselines
-    fitting = Fitting(material, handle, accelerator, run, tell, about(adapter), start)
+    fitting = Fitting(material, handle, accelerator, run, tell, about(adapter, first), start)
     if start.state is not None:
         fitting.restore(start.state)
     elif config.find_rate:
@@ -138,7 +156,8 @@ def classify(config: ClassifyConfig, listener: Listener | None = None) -> Classi
         )
         head.eject()
     if "full" in config.baselines and config.method != "full":
-        finished.append(full_fine_tuning(material, first, accelerator, run, tell, about, start))
+        untouched = None if config.head_init == "random" else probe
+        finished.append(full_fine_tuning(material, untouched, accelerator, run, tell, about, start))
 
     # Report
     seconds = time.monotonic() - started
@@ -154,9 +173,20 @@ def classify(config: ClassifyConfig, listener: Listener | None = None) -> Classi
 # ----------------------------------------------------------------------------------------------------------- settings
 
 
-def resolved(material: Material, tell: Listener) -> ClassifyConfig:
-    """Every default filled in that depends on the backbone or the pictures."""
+def resolved(material: Material, before: Before | None, tell: Listener) -> ClassifyConfig:
+    """Every default filled in that depends on the backbone, the pictures, or what the run learns on from.
+
+    Raises:
+        ConfigError: when the head cannot start as it was said to.
+    """
     config, small = material.config, material.backbone.small
+    new = [] if before is None else before.new_classes(material)
+    if config.head_init == "adapter" and new:
+        raise ConfigError(
+            f"head_init is 'adapter', but the head of {config.start_from} does not know {first_names(new)}: leave it out."
+        )
+    if config.head_init is None:
+        config = dataclasses.replace(config, head_init="probe" if before is None or new else "adapter")
     suits: dict[str, Any] = (
         {"epochs": 30.0, "learning_rate": 1e-2, "head_learning_rate": 1e-3, "batch_size": 32}
         if small
@@ -183,8 +213,10 @@ def resolved(material: Material, tell: Listener) -> ClassifyConfig:
 # --------------------------------------------------------------------------------------------------------------- data
 
 
-def prepare(config: ClassifyConfig, backbone: VisionModel, tell: Listener) -> Material:
-    """The pictures, checked and split."""
+def prepare(
+    config: ClassifyConfig, backbone: VisionModel, learned: Learned, not_known: str, tell: Listener
+) -> Material:
+    """The pictures, checked and split; those that were learned from before are trained on again, and judge nothing."""
     data = read_labelled(
         Path(config.images),
         table=Path(config.table) if config.table else None,
@@ -206,13 +238,22 @@ def prepare(config: ClassifyConfig, backbone: VisionModel, tell: Listener) -> Ma
     data = checked.data
     groups = [item.group for item in data.items]
     components = linked(checked.hashes, checked.thumbnails, checked.sha256, groups)
-    splits = split(data, components, config.val_share, config.test_share, config.seed)
+    trained, chosen = learned.positions(checked.sha256)
+    barred = {"val": trained, "test": trained | chosen}
+    splits = split(data, components, config.val_share, config.test_share, config.seed, barred)
+    if not_known:
+        splits = dataclasses.replace(splits, notes=(*splits.notes, not_known))
     for note in (*data.notes, *checked.notes, *splits.notes):
         tell.say(note)
     tell.say(
         f"{len(data.classes)} classes; {len(splits.train)} pictures to train on, {len(splits.val)} to choose by, "
         f"{len(splits.test)} to test on."
     )
+    if not splits.val and trained:
+        raise DataError(
+            f"{config.start_from} has learned from {len(trained)} of the {len(data.items)} pictures, and with those that are "
+            "linked to them nothing is left that could choose the best moment: add new pictures, or give some in a folder val/."
+        )
     if not splits.val:
         raise DataError(
             "There are no validation pictures, by which the best moment is chosen: give a larger val_share, or a folder val/."
@@ -232,7 +273,7 @@ def prepare(config: ClassifyConfig, backbone: VisionModel, tell: Listener) -> Ma
 
 
 def linear_probe(material: Material) -> tuple[Probe, float]:
-    """A head fitted to the features of the untouched backbone, and the seconds it took."""
+    """A head fitted to the features of the backbone as it is now, and the seconds it took."""
     started = time.monotonic()
     material.backbone.set_head(nn.Identity())
     train, val = (logits_of(material, side) for side in (material.splits.train, material.chosen_by))
@@ -244,12 +285,66 @@ def linear_probe(material: Material) -> tuple[Probe, float]:
 
 
 @torch.no_grad()
-def new_head(material: Material, probe: Probe | None) -> None:
-    """A head that starts as the linear probe (arXiv 2202.10054), or at random."""
+def new_head(material: Material, start: Probe | ClassTask | None) -> None:
+    """A head that starts as the linear probe (arXiv 2202.10054), as another head, or at random."""
     head = material.backbone.new_head(len(material.data.classes), material.config.seed)
-    if probe is not None:
-        head.weight.copy_(probe.weight)
-        head.bias.copy_(probe.bias)
+    if start is not None:
+        head.weight.copy_(start.weight)
+        head.bias.copy_(start.bias)
+
+
+@dataclass(frozen=True)
+class Before:
+    """What a run learns on from, as far as it is this backbone's."""
+
+    info: Mapping[str, Any]
+    """The header."""
+    modules: Mapping[str, AdapterModule]
+    """By layer, without the head."""
+    task: ClassTask | None
+    """Classes and head, of an adapter that has them."""
+
+    @classmethod
+    def of(cls, first: Adapter, backbone: VisionModel, where: str) -> Before:
+        """Takes an adapter apart.
+
+        Raises:
+            ConfigError: when it has parts for several models.
+        """
+        if len(first.components) != 1:
+            raise ConfigError(
+                f"{where} has parts for {', '.join(first.components)}, where one for a vision transformer is needed."
+            )
+        task = ClassTask.of(first, backbone.head) if first.info.get("classifier") else None
+        modules = first.component(first.components[0])
+        return cls(first.info, {n: m for n, m in modules.items() if not n.startswith(backbone.head + ".")}, task)
+
+    def new_classes(self, material: Material) -> list[str]:
+        """The classes that its head does not know; all of them when a picture has one label here and several there."""
+        task = self.task
+        known = task.classes if task is not None and task.multi_label == material.data.multi_label else ()
+        return [name for name in material.data.classes if name not in known]
+
+    def head(self, material: Material, tell: Listener) -> Probe | ClassTask | None:
+        """What the head starts as, and why."""
+        how, names = material.config.head_init, material.data.classes
+        if how == "random":
+            return None
+        if how == "adapter" and self.task is not None:
+            rows = [self.task.classes.index(name) for name in names]
+            left = len(self.task.classes) - len(rows)
+            tell.say(
+                f"The head learns on too: it knows all {len(rows)} classes"
+                + (f"; {count_of(left, 'other class is', 'other classes are')} left out." if left else ".")
+            )
+            return dataclasses.replace(
+                self.task, classes=names, weight=self.task.weight[rows], bias=self.task.bias[rows]
+            )
+        tell.say("The head starts as a linear probe of what the adapter makes of the pictures.")
+        handle = attach(material.backbone.model, Adapter({f"{COMPONENT}.{n}": m for n, m in self.modules.items()}))
+        probe, _ = linear_probe(material)
+        handle.eject()
+        return probe
 
 
 def full_fine_tuning(

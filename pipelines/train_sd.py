@@ -8,18 +8,19 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from visionlora.pipelines.further import check_first, keep_first, learned_before, named_base, read_first
 
-from visionlora.config import TrainSDConfig, given_names
+from visionlora.config import TrainSDConfig
 from visionlora.data.buckets import described
 from visionlora.data.cache import Share
 from visionlora.data.folder import ImageFolder, ImageItem, read_image_folder, read_pictures
+from visionlora.data.learned import Learned
 from visionlora.diffusion.denoiser import Denoiser, LearnedWord, Tokens
 from visionlora.diffusion.encode import Encoded, cut_captions, encode_dataset
 from visionlora.diffusion.prior import check_class_folder, class_pictures, draw_missing
@@ -38,9 +39,9 @@ from visionlora.diffusion.settings import (
 )
 from visionlora.diffusion.task import DenoisingTask, Preservation
 from visionlora.diffusion.validation import Validation, hold_out, verdict
-from visionlora.errors import AdapterFileError, ConfigError, DataError
+from visionlora.errors import ConfigError, DataError
 from visionlora.formats import native
-from visionlora.loaders import check_family, check_fingerprints, load_adapter
+from visionlora.loaders import check_family
 from visionlora.lora.adapter import Adapter, AdapterModule
 from visionlora.lora.config import AdapterConfig
 from visionlora.lora.further import further_config, method_for
@@ -59,9 +60,6 @@ from visionlora.training.loop import new_accelerator, process_state, recent_loss
 from visionlora.training.memory import at_once, bytes_kept, free_memory
 from visionlora.training.order import generator_at
 from visionlora.training.settings import adapter_config, automatic_ranks, loop_config, suited, text_adapter_config
-
-FIRST_FILE = "start.safetensors"
-"""In a run folder: the adapter that the run learns on from."""
 
 
 @dataclass(frozen=True)
@@ -100,8 +98,8 @@ def train_sd(config: TrainSDConfig, listener: Listener | None = None) -> RunResu
         config = batch_in_memory(ready, material, learning, tell)
     loop = loop_config(config)
     run = start.open(config) if accelerator.is_main_process else RunFolder(start.folder)
-    if ready.first is not None and accelerator.is_main_process and start.state is None:
-        native.write(ready.first, run.path / FIRST_FILE)  # the run can go on when the original is gone
+    if accelerator.is_main_process:
+        keep_first(ready.first, run, start)
     accelerator.wait_for_everyone()
 
     # Training
@@ -116,7 +114,9 @@ def train_sd(config: TrainSDConfig, listener: Listener | None = None) -> RunResu
         run,
         sheet,
         tell,
-        lambda step: header(config, learning.config, loop, base, ready.fingerprints, ready.folder, ready.size, step),
+        lambda step: header(
+            config, learning.config, loop, base, ready.fingerprints, ready.folder, ready.size, step, ready.first
+        ),
         learned_from(ready.folder, ready.apart),
         start,
         material.validation,
@@ -179,18 +179,21 @@ class Ready:
 
 def prepare(start: Start[TrainSDConfig], tell: Listener) -> Ready:
     """Reads the pictures, opens the model, and checks all settings against both."""
-    config = start.config
+    config, first = start.config, read_first(start)
     folder = read_pictures(config, progress=lambda done, total: tell.progress("Checking pictures", done, total))
     for note in folder.notes:
         tell.say(note)
     tell.say(folder.caption_source)
-    folder, apart = held_out(folder, config)
+    before, not_known = learned_before(first, config)
+    folder, apart = held_out(folder, config, before)
+    if apart and not_known:
+        tell.say(not_known)
     if apart:
         tell.say(f"{len(folder.items)} pictures to train on, {len(apart)} apart to see whether it learned.")
     if config.prior_images is not None:
         check_class_folder(Path(config.prior_images), Path(config.images) if config.images else None)
 
-    base = open_base(config.model)
+    base = open_base(named_base(config, first)[0])
     tell.say(base.why)
     config, notes = suited(config, base.suggested)
     for note in notes:
@@ -200,8 +203,9 @@ def prepare(start: Start[TrainSDConfig], tell: Listener) -> Ready:
     plan_of(config, base, size)
     fingerprints = base.fingerprints()
     noise_scheduler = noise_scheduler_of(config, base)
-    first = finished_adapter(start, base, fingerprints, tell)
     if first is not None:
+        check_parts(first, base, config)
+        check_first(first, start.config, base.id, fingerprints, tell)
         method = method_for(first.component("unet"), config.method, str(config.start_from))
         config = dataclasses.replace(config, method=method)
     adapter = adapter_config(config, min_rank=config.min_rank)
@@ -257,28 +261,14 @@ def prepare(start: Start[TrainSDConfig], tell: Listener) -> Ready:
     )
 
 
-def finished_adapter(
-    start: Start[TrainSDConfig], base: BaseModel, fingerprints: Mapping[str, Mapping[str, str]], tell: Listener
-) -> Adapter | None:
-    """The adapter that the run learns on from; a run that goes on reads its own copy.
+def check_parts(first: Adapter, base: BaseModel, config: TrainSDConfig) -> None:
+    """Refuses to learn on from an adapter with a part that the run does not train.
 
     Raises:
-        AdapterFileError: when it cannot be read, or is for another family of base models.
-        ConfigError: when it has a part that the run does not train.
+        AdapterFileError: when it is for another family of base models.
+        ConfigError: when it has such a part.
     """
-    config = start.config
-    if config.start_from is None:
-        return None
-    own = start.folder / FIRST_FILE
-    first = load_adapter(own if start.state is not None and own.is_file() else config.start_from)
     check_family(first, base)
-    try:
-        check_fingerprints(first, base.id, fingerprints)
-    except AdapterFileError:
-        check_fingerprints(first, base.id, fingerprints, force=True)
-        tell.say(
-            f"{config.start_from} was made for {first.info['base'].get('id')}, of the same architecture as {base.id}."
-        )
     if "unet" not in first.components:
         raise ConfigError(f"{config.start_from} has no part for the UNet, so there is nothing to learn on from.")
     if first.embeddings:
@@ -290,13 +280,6 @@ def finished_adapter(
         raise ConfigError(
             f"{config.start_from} also changes {', '.join(extra)}, which this run would lose: set train_text_encoder=true."
         )
-    given = given_names(config)
-    ignored = [f"{n}={getattr(config, n)}" for n in ("rank", "alpha", "targets", "init") if n in given]
-    tell.say(
-        f"Learning on from {config.start_from}, with its layers and ranks"
-        + (f" ({', '.join(ignored)} is left aside)." if ignored else ".")
-    )
-    return first
 
 
 # ----------------------------------------------------------------------------------------------------------- material
@@ -469,10 +452,16 @@ def batch_in_memory(ready: Ready, material: Material, learning: Learning, tell: 
 # ----------------------------------------------------------------------------------------------------------- pictures
 
 
-def held_out(folder: ImageFolder, config: TrainSDConfig) -> tuple[ImageFolder, tuple[ImageItem, ...]]:
-    """The pictures to train on, and those that are kept apart."""
+def held_out(folder: ImageFolder, config: TrainSDConfig, before: Learned) -> tuple[ImageFolder, tuple[ImageItem, ...]]:
+    """The pictures to train on, and those that are kept apart: none that was trained on before."""
+    trained, _ = before.positions([item.sha256 for item in folder.items])
     if config.val_share:
-        return hold_out(folder, config.val_share, config.seed)
+        if len(trained) == len(folder.items):
+            raise DataError(
+                f"{config.start_from} has learned from all of these pictures, so that none of them can tell whether it learns "
+                "more: leave val_share out, or name others with --validation."
+            )
+        return hold_out(folder, config.val_share, config.seed, trained)
     if config.validation is None:
         return folder, ()
     apart = read_image_folder(
@@ -483,6 +472,12 @@ def held_out(folder: ImageFolder, config: TrainSDConfig) -> tuple[ImageFolder, t
         raise DataError(
             f"{len(doubles)} pictures of {config.validation} are also among those to train on (first {doubles[0]}), so they "
             "cannot tell whether it learned. Take them out of one folder."
+        )
+    trained, _ = before.positions([item.sha256 for item in apart.items])
+    if trained:
+        raise DataError(
+            f"{config.start_from} has learned from {len(trained)} pictures of {config.validation} (first "
+            f"{apart.items[min(trained)].path.name}), so they cannot tell whether it learns more. Take them out."
         )
     return folder, apart.items
 

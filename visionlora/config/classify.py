@@ -45,8 +45,9 @@ class ClassifyConfig(TrainingConfig):
     """Find the learning rate on the pictures before training."""
     head_learning_rate: float | None = None
     """Of the head; by default what suits the backbone."""
-    head_init: Literal["probe", "random"] = "probe"
-    """probe: the head starts as a linear probe of the untouched backbone (arXiv 2202.10054)."""
+    head_init: Literal["probe", "random", "adapter"] | None = None
+    """probe: the head starts as a linear probe of the frozen features (arXiv 2202.10054); adapter: as that of start_from. By
+    default as that of start_from where it knows all the classes, else as a probe."""
     layer_decay: float = 1.0
     """Each block learns at this share of the rate of the block above it."""
     weight_decay: float = 0.05
@@ -101,6 +102,11 @@ class ClassifyConfig(TrainingConfig):
                 "head_learning_rate",
                 self.head_learning_rate is None or 0 < self.head_learning_rate < math.inf,
                 "it must be positive",
+            ),
+            (
+                "head_init",
+                self.head_init != "adapter" or self.start_from is not None,
+                "there is no start_from whose head it could be",
             ),
             ("layer_decay", 0 < self.layer_decay <= 1, "it must be above 0 and at most 1"),
             ("augment", self.augment in AUGMENTS, nearest(self.augment, AUGMENTS)),

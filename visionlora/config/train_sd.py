@@ -71,8 +71,6 @@ class TrainSDConfig(TrainingConfig):
     """More noise on the input than is to be predicted, such as 0.1: against learning by heart."""
     zero_terminal_snr: bool = False
     """Rescale the noise levels so that the last is nothing but noise; for models that predict the velocity."""
-    start_from: str | None = None
-    """An adapter of any trainer, or a run, to learn on from: rank, alpha, targets and init are then the adapter's."""
     min_rank: int | None = None
     """Of method tlora: components that act at the noisiest timestep too; by default half of the rank."""
     train_text_encoder: bool = False
@@ -222,16 +220,6 @@ class TrainSDConfig(TrainingConfig):
                 "token_learning_rate",
                 self.token_learning_rate is None or self.token_learning_rate > 0,
                 "it must be positive",
-            ),
-            (
-                "start_from",
-                self.start_from is None or self.rank != "auto",
-                "the ranks are the adapter's: leave rank=auto out",
-            ),
-            (
-                "start_from",
-                self.start_from is None or self.method not in ("full", "adalora"),
-                f"{self.method} cannot go on from an adapter: leave the method out",
             ),
             (
                 "min_rank",

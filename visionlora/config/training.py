@@ -87,6 +87,9 @@ class TrainingConfig:
     """Keep a running average of what trains, and use it; 0.99 to 0.9999."""
     trackers: tuple[str, ...] = ()
     """Also log to tensorboard, wandb or trackio, under logs/ of the run folder; metrics.jsonl is always written."""
+    start_from: str | None = None
+    """Adapter to learn on from, of any trainer: a file, a run or a PEFT folder. Layers, ranks and scalings are its own then,
+    and with model auto the base."""
     resume: str | None = None
     """Run folder to go on with, or `auto`: the newest unfinished run of these pictures, a new one where there is none."""
     force: bool = False
@@ -120,6 +123,16 @@ class TrainingConfig:
             ("patience", self.patience is None or self.patience >= 1, "it must be at least 1"),
             ("ema_decay", self.ema_decay is None or 0 <= self.ema_decay < 1, "it must be at least 0 and below 1"),
             ("precision", self.precision in PRECISIONS, nearest(self.precision, PRECISIONS)),
+            (
+                "start_from",
+                self.start_from is None or self.rank != "auto",
+                "the ranks are the adapter's: leave rank=auto out",
+            ),
+            (
+                "start_from",
+                self.start_from is None or self.method not in ("full", "adalora", "linear-probe"),
+                f"{self.method} cannot go on from an adapter: leave the method out",
+            ),
             *self.tracker_rules(),
         ]
 

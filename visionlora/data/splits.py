@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,6 +39,7 @@ def split(
     val_share: float = 0.15,
     test_share: float = 0.15,
     seed: int = 0,
+    barred: Mapping[str, Collection[int]] | None = None,
 ) -> Splits:
     """Cuts the data into train, val and test, class by class, and keeps what is linked on one side.
 
@@ -53,6 +54,9 @@ def split(
         val_share: of the pictures that are to be cut, from 0 to below 1.
         test_share: likewise; both together below 1.
         seed: of the drawing.
+        barred: by side (val, test), positions of pictures that cannot judge there, because what learns now has learned from
+            them before; with what is linked to them they go where they can. Splits that the data names are kept all the
+            same, and a note says how many are among them.
 
     Raises:
         ConfigError: for a share out of range.
@@ -74,12 +78,19 @@ def split(
     wanted = {side: share for side, share in shares.items() if side not in named}
     order = sorted(range(len(sides)), key=lambda i: data.items[i].path.as_posix())
     pool = [i for i in order if sides[i] == "train"]
-    for i, side in _drawn(data, pool, [int(c) for c in components], wanted, random.Random(seed)):
+    barred = barred or {}
+    for i, side in _drawn(data, pool, [int(c) for c in components], wanted, random.Random(seed), barred):
         sides[i] = side
     train, val, test = (tuple(i for i, s in enumerate(sides) if s == side) for side in _SIDES)
     notes = _notes(data, sides, shares, named)
     if named:
         notes += _leaks(data, order, sides, [int(c) for c in components])
+        for side in named:
+            if count := sum(sides[i] == side for i in barred.get(side, ())):
+                notes.append(
+                    f"{count_of(count, 'picture', 'pictures')} of {side} had a part in an earlier training, so that scores may "
+                    "be too good"
+                )
     return Splits(train, val, test, tuple(notes))
 
 
@@ -87,12 +98,13 @@ def split(
 
 
 def _drawn(
-    data: LabelledData, pool: Sequence[int], components: Sequence[int], shares: dict[str, float], rng: random.Random
-) -> Iterator[tuple[int, str]]:
+    data: LabelledData, pool: Sequence[int], components: Sequence[int], shares: dict[str, float], rng: random.Random,
+    barred: Mapping[str, Collection[int]],
+) -> Iterator[tuple[int, str]]:  # fmt: skip
     """Each position of the pool and its side.
 
     Components are placed from the largest to the smallest, each on a side that still needs all of it, drawn by how
-    much the side needs; where no side does, on the one that it overfills least.
+    much the side needs; where no side does, on the one that it overfills least. Those that may not be everywhere come first.
     """
     bundles: dict[int, list[int]] = {}
     for i in pool:
@@ -104,7 +116,12 @@ def _drawn(
         totals.update(content)
     need = _targets(totals, shares)
     draw = [rng.random() for _ in members]
-    order = sorted(range(len(members)), key=lambda k: (-len(members[k]), min(totals[c] for c in contents[k]), draw[k]))
+    kept_off = {side: set(barred.get(side, ())) for side in need}
+    allowed = [[side for side in need if kept_off[side].isdisjoint(bundle)] for bundle in members]
+    order = sorted(
+        range(len(members)),
+        key=lambda k: (len(allowed[k]), -len(members[k]), min(totals[c] for c in contents[k]), draw[k]),
+    )
     side_of: dict[int, str] = {}
 
     def place(k: int, side: str) -> None:
@@ -115,6 +132,9 @@ def _drawn(
     def overfill(k: int, side: str) -> int:
         return sum(max(0, count - max(0, need[side][c])) for c, count in contents[k].items())
 
+    for k in order:
+        if allowed[k] == ["train"] != [*need]:
+            place(k, "train")
     # Train first gets one of each class, of the rarest first: they have the fewest places to be.
     holders: dict[int, list[int]] = {c: [] for c in totals}
     for k in sorted(order, key=draw.__getitem__):
@@ -126,7 +146,7 @@ def _drawn(
     for k in order:
         if k in side_of:
             continue
-        fitting = [side for side in need if not overfill(k, side)]
+        fitting = [side for side in allowed[k] if not overfill(k, side)]
         if fitting:
             weights = [sum(need[side][c] for c in contents[k]) for side in fitting]
             at = rng.random() * sum(weights)
@@ -135,7 +155,7 @@ def _drawn(
                 fitting.pop(0)
             place(k, fitting[0])
         else:
-            place(k, min(need, key=lambda side: overfill(k, side)))
+            place(k, min(allowed[k], key=lambda side: overfill(k, side)))
     for k, side in side_of.items():
         yield from ((i, side) for i in members[k])
 

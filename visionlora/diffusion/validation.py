@@ -6,7 +6,7 @@ Nothing in it is random, so the curve of one run can be compared with that of an
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,8 +87,16 @@ def losses_at(
     return found
 
 
-def hold_out(folder: ImageFolder, share: float, seed: int) -> tuple[ImageFolder, tuple[ImageItem, ...]]:
+def hold_out(
+    folder: ImageFolder, share: float, seed: int, never: Collection[int] = ()
+) -> tuple[ImageFolder, tuple[ImageItem, ...]]:
     """Keeps a share of the pictures apart, at least one; the same ones whatever the order of the files.
+
+    Args:
+        folder: the pictures.
+        share: of them, as far as there are others than `never`.
+        seed: of the drawing.
+        never: positions of pictures that are not kept apart.
 
     Raises:
         DataError: when nothing would be left to train on.
@@ -101,7 +109,7 @@ def hold_out(folder: ImageFolder, share: float, seed: int) -> tuple[ImageFolder,
         )
     by_content = sorted(range(len(folder.items)), key=lambda i: folder.items[i].sha256)
     order = torch.randperm(len(by_content), generator=torch.Generator().manual_seed(seed)).tolist()
-    apart = {by_content[i] for i in order[:count]}
+    apart = set([by_content[i] for i in order if by_content[i] not in never][:count])
     kept = tuple(item for i, item in enumerate(folder.items) if i not in apart)
     return dataclasses.replace(folder, items=kept), tuple(folder.items[i] for i in sorted(apart))
 

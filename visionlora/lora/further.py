@@ -36,9 +36,13 @@ def method_for(modules: Mapping[str, AdapterModule], asked: str, where: str) -> 
     kinds = Counter(m.kind if m.product in (m.kind, "lora") else f"{m.kind} on {m.product}" for m in modules.values())
     if len(kinds) != 1 or next(iter(kinds)) not in LEARNED_BY:
         there = ", ".join(f"{n} of kind {kind}" for kind, n in kinds.most_common()) or "no layers"
+        advice = "`visionlora resize FILE --energy 0.999 -o lora.safetensors` makes a LoRA of what has a low rank."
+        if set(kinds) <= {"full"}:
+            advice = (
+                "A model that was trained in full is a base of its own: export or bake it, and name it with --model."
+            )
         raise ConfigError(
-            f"{where} cannot learn on: it holds {there}, and all must be of one kind of {', '.join(LEARNED_BY)}. "
-            "`visionlora resize FILE --energy 0.999 -o lora.safetensors` makes a LoRA of what has a low rank."
+            f"{where} cannot learn on: it holds {there}, and all must be of one kind of {', '.join(LEARNED_BY)}. {advice}"
         )
     methods = LEARNED_BY[next(iter(kinds))]
     if asked in methods:

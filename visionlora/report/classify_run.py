@@ -14,6 +14,8 @@ from torch import Tensor
 
 from visionlora import __version__
 from visionlora.config import to_yaml
+from visionlora.data.learned import Learned, history
+from visionlora.lora.adapter import Adapter
 from visionlora.lora.config import AdapterConfig
 from visionlora.models.vision import EMBEDDED
 from visionlora.report.card import CLASSIFIER_TAGS, model_card
@@ -63,11 +65,15 @@ class Finished:
 
 
 def header(
-    material: Material, adapter: AdapterConfig, fingerprints: Mapping[str, Any], step: int, temperature: float
-) -> dict[str, Any]:
-    """What the adapter file says about itself: all that `predict` needs."""
+    material: Material, adapter: AdapterConfig, fingerprints: Mapping[str, Any], step: int, temperature: float,
+    first: Adapter | None,
+) -> dict[str, Any]:  # fmt: skip
+    """What the adapter file says about itself: all that `predict` needs; `first` is what it learned on from."""
     config, backbone, data = material.config, material.backbone, material.data
     base: dict[str, Any] = {"id": backbone.id, "fingerprints": dict(fingerprints)}
+    sha256, sides = material.checked.sha256, material.splits
+    own = Learned.of(*([sha256[i] for i in side] for side in (sides.train, sides.val)))
+    before = (None, None) if first is None else (config.start_from, first.info)
     if backbone.weights is not None:
         base["weights"] = backbone.weights
     return {
@@ -89,6 +95,7 @@ def header(
             "learning_rate": config.learning_rate,
             "seed": config.seed,
             "data_sha256": material.data_hash,
+            **history(own, *before),
         },
     }
 
@@ -359,6 +366,7 @@ def write_card(
         if config.method not in ("full", "linear-probe")
         else config.method,
         "Trained parameters": f"{own.contender.trained_parameters:,} and the head",
+        **({} if config.start_from is None else {"Learned on from": Path(config.start_from).name}),
         "Best moment": f"step {own.step} of {config.steps}",
         **{f"{key} ({material.looked_at_side})": f"{value:.4f}" for key, value in figures.items()},
         **{

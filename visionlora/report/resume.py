@@ -309,8 +309,10 @@ def _is_unstarted(folder: Path) -> bool:
 
 def _check_unfinished(folder: Path, config: TrainingConfig) -> None:
     if (folder / "run.json").is_file():
-        further = f", which may learn on from its adapter: start_from={folder}" if hasattr(config, "start_from") else ""
-        raise RunFinished(f"The run in {folder} is finished; there is nothing to resume. Start a new one{further}.")
+        raise RunFinished(
+            f"The run in {folder} is finished; there is nothing to resume. Start a new one, which may learn on from its "
+            f"adapter: start_from={folder}."
+        )
 
 
 def _take(folder: Path) -> None:

@@ -11,9 +11,11 @@ from typing import Any
 from visionlora import __version__
 from visionlora.config import TrainSDConfig
 from visionlora.data.folder import ImageFolder, ImageItem
+from visionlora.data.learned import Learned, history
 from visionlora.diffusion.encode import Encoded
 from visionlora.diffusion.validation import Evaluation
 from visionlora.formats.families import FAMILIES, family_of_unet
+from visionlora.lora.adapter import Adapter
 from visionlora.lora.config import AdapterConfig
 from visionlora.lora.handle import Handle
 from visionlora.models.base import EMBEDDED, BaseModel
@@ -63,8 +65,10 @@ def header(
     folder: ImageFolder,
     size: int,
     step: int,
+    first: Adapter | None,
 ) -> dict[str, Any]:
-    """What the adapter file says about itself."""
+    """What the adapter file says about itself; `first` is what it learned on from."""
+    learned, before = Learned.of(item.sha256 for item in folder.items), None if first is None else first.info
     return {
         "version": __version__,
         "base": {"id": base.id, "fingerprints": dict(fingerprints)},
@@ -79,7 +83,7 @@ def header(
             "learning_rate": loop.learning_rate,
             "seed": config.seed,
             "data_sha256": data_hash(folder),
-            **({} if config.start_from is None else {"start_from": Path(config.start_from).name}),
+            **history(learned, config.start_from, before),
         },
     }
 

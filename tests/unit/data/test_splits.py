@@ -63,6 +63,37 @@ def test_shares_of_single_pictures(labels: list[int], shares: tuple[float, float
             assert getattr(splits, side) == ()
 
 
+@given(
+    labels=st.lists(st.integers(0, 3), min_size=4, max_size=60),
+    groups=st.integers(1, 60),
+    trained=st.sets(st.integers(0, 59)),
+    chosen=st.sets(st.integers(0, 59)),
+    seed=st.integers(0, 9),
+)
+def test_who_was_learned_from_judges_nothing(
+    labels: list[int], groups: int, trained: set[int], chosen: set[int], seed: int
+) -> None:
+    data, components = data_of(labels), [i % groups for i in range(len(labels))]
+    barred = {"val": trained, "test": trained | chosen}
+    splits = split(data, components, 0.2, 0.2, seed, barred)
+    assert sorted(splits.train + splits.val + splits.test) == list(range(len(labels)))
+    side_of = {i: side for side in SIDES for i in getattr(splits, side)}
+    for i in range(len(labels)):
+        linked = {j for j in range(len(labels)) if components[j] == components[i]}
+        assert {side_of[j] for j in linked} == {side_of[i]}
+        assert side_of[i] == "train" or not linked & trained
+        assert side_of[i] != "test" or not linked & chosen
+    assert {labels[i] for i in splits.train} == set(labels)
+
+
+def test_the_others_judge_in_their_place() -> None:
+    data = data_of([0, 1] * 50)
+    barred = {"val": range(40), "test": range(50)}
+    splits = split(data, alone(data), 0.2, 0.2, 0, barred)
+    assert (len(splits.train), len(splits.val), len(splits.test)) == (60, 20, 20)
+    assert split(data, alone(data), 0.2, 0.2, 0, {}) == split(data, alone(data), 0.2, 0.2, 0)
+
+
 def test_roundings_are_carried_from_class_to_class() -> None:
     data = data_of([c % 16 for c in range(16 * 3)])
     splits = split(data, alone(data))  # 0.45 pictures of each class for val, and as many for test
@@ -195,6 +226,14 @@ def test_duplicates_across_named_splits_stay_and_are_noted() -> None:
         "good: 0000.png (train) and 0008.png (val), 0000.png (train) and 0014.png (test), 0001.png (train) and 0009.png "
         "(val), 0002.png (train) and 0010.png (val), 0003.png (train) and 0011.png (val) and 1 more"
     )
+
+
+def test_named_splits_that_were_learned_from_stay_and_are_noted() -> None:
+    data = data_of([0, 0, 0, 0], ["train", "val", "test", "test"])
+    splits = split(data, alone(data), barred={"val": {0}, "test": {0, 2, 3}})
+    assert splits.test == (2, 3) and splits.val == (1,)
+    assert "2 pictures of test had a part in an earlier training, so that scores may be too good" in splits.notes
+    assert not any("of val" in note for note in splits.notes)
 
 
 def test_a_class_that_is_not_in_train() -> None:

@@ -42,6 +42,16 @@ def test_every_picture_is_on_one_side_whatever_the_order(count: int, share: floa
     assert set(hold_out(ImageFolder(Path(), tuple(shuffled), (), ""), share, seed)[1]) == set(apart)
 
 
+def test_some_are_never_kept_apart() -> None:
+    whole = folder_of(10)
+    usual = hold_out(whole, 0.4, 0)[1]
+    never = [whole.items.index(item) for item in usual[:2]]
+    kept, apart = hold_out(whole, 0.4, 0, never)
+    assert len(apart) == 4 and not {whole.items[i] for i in never} & set(apart)
+    assert set(usual[2:]) < set(apart) and len(kept.items) == 6
+    assert len(hold_out(whole, 0.4, 0, range(9))[1]) == 1
+
+
 def test_the_verdict_names_what_happened() -> None:
     def said(*losses: float) -> str:
         return verdict([Evaluation(10 * i, loss, {}) for i, loss in enumerate(losses)])

@@ -84,6 +84,9 @@ def test_the_default_method_gives_way_and_no_other() -> None:
     over = {n: AdapterModule("dora", m.tensors, 1.0, {"product": "loha"}) for n, m in dora.items()}
     with pytest.raises(ConfigError, match="3 of kind dora on loha"):
         method_for(over, "lora", "x")
+    full = {"0": AdapterModule("full", {"value": torch.zeros(2)}, 1.0)}
+    with pytest.raises(ConfigError, match="trained in full is a base of its own: export or bake it"):
+        method_for(full, "lora", "x")
     with pytest.raises(ConfigError, match="it holds no layers"):
         method_for({}, "lora", "x")
 
