@@ -98,7 +98,7 @@ def dry_run(config: TrainSDConfig, listener: Listener | None = None) -> Estimate
         start = time.monotonic()
         data = encode_dataset(
             ready.base, some, plan, TensorCache(Path(folder)), captions=captions,
-            more_captions=[config.held_caption] if config.held_caption else [],
+            more_captions=[config.held_caption] if config.held_caption else [], in_bf16=ready.in_bf16,
         )  # fmt: skip
         encoding = (time.monotonic() - start) / len(some)
         material = material_of(ready, data, None)

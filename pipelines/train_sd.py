@@ -176,6 +176,11 @@ class Ready:
     first: Adapter | None
     """What the run learns on from."""
 
+    @property
+    def in_bf16(self) -> bool:
+        """Whether the VAE multiplies in bf16, as the UNet does; not in fp16, which overflows in some."""
+        return bool(self.accelerator.mixed_precision == "bf16")
+
 
 def prepare(start: Start[TrainSDConfig], tell: Listener) -> Ready:
     """Reads the pictures, opens the model, and checks all settings against both."""
@@ -337,7 +342,7 @@ def encode(ready: Ready, tell: Listener) -> Material:
     salt = "" if ready.word is None else f"{config.token} {config.token_vectors} {config.token_initializer}"
     data = encode_dataset(
         base, ready.folder.items, plan, None, tell.progress, captions=captions, class_items=class_items, share=share,
-        more_captions=[config.held_caption] if config.held_caption else [], salt=salt,
+        more_captions=[config.held_caption] if config.held_caption else [], salt=salt, in_bf16=ready.in_bf16,
     )  # fmt: skip
     for line in described(
         [(item.name or item.path.name, f) for item, f in zip(data.items, data.framings, strict=True)]
@@ -347,7 +352,9 @@ def encode(ready: Ready, tell: Listener) -> Material:
         tell.say(alone)
     kept = None
     if ready.apart:
-        kept = encode_dataset(base, ready.apart, validation_plan(plan), None, tell.progress, share=share, salt=salt)
+        kept = encode_dataset(
+            base, ready.apart, validation_plan(plan), None, tell.progress, share=share, salt=salt, in_bf16=ready.in_bf16
+        )
     return material_of(ready, data, kept)
 
 

