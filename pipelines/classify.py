@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from visionlora.pipelines.further import check_first, keep_first, learned_before, named_base, read_first
+from visionlora.pipelines.head import Before, linear_probe, new_head
 
-from visionlora.classifier import COMPONENT, ClassTask
+from visionlora.classifier import ClassTask
 from visionlora.config import ClassifyConfig, to_yaml
 from visionlora.data.alike import linked
 from visionlora.data.cache import default_cache_folder
@@ -26,14 +26,14 @@ from visionlora.data.classes import read_labelled
 from visionlora.data.decoded import check_pictures
 from visionlora.data.learned import Learned
 from visionlora.data.splits import split
-from visionlora.data.wording import count_of, first_names
+from visionlora.data.wording import first_names
 from visionlora.errors import ConfigError, DataError
 from visionlora.formats import native
-from visionlora.lora.adapter import Adapter, AdapterModule
+from visionlora.lora.adapter import Adapter
 from visionlora.lora.config import AdapterConfig
 from visionlora.lora.further import further_config, method_for
 from visionlora.lora.handle import Handle
-from visionlora.lora.inject import attach, check_targets, inject
+from visionlora.lora.inject import check_targets, inject
 from visionlora.models.vision import VisionModel, open_backbone
 from visionlora.report.classify_page import Contender
 from visionlora.report.classify_run import Finished, header, learned_from, overlay_sheet, report
@@ -48,7 +48,7 @@ from visionlora.training.rate import find_rate
 from visionlora.training.settings import adapter_config, automatic_ranks, loop_config, suited, suited_rate
 from visionlora.vision.material import Material, class_weights, logits_of, targets_of
 from visionlora.vision.metrics import AnyMetrics, fit_temperature
-from visionlora.vision.probe import Probe, fit_probe
+from visionlora.vision.probe import Probe
 from visionlora.vision.task import Objective
 
 SMALL_FULL_RATE, FULL_RATE = 1e-3, 3e-5
@@ -269,82 +269,7 @@ def prepare(
     return Material(checked, splits, targets, objective, backbone, dataclasses.replace(config, select_by=select))
 
 
-# ------------------------------------------------------------------------------------------------------------- probe
-
-
-def linear_probe(material: Material) -> tuple[Probe, float]:
-    """A head fitted to the features of the backbone as it is now, and the seconds it took."""
-    started = time.monotonic()
-    material.backbone.set_head(nn.Identity())
-    train, val = (logits_of(material, side) for side in (material.splits.train, material.chosen_by))
-    probe = fit_probe(
-        train, material.targets[list(material.splits.train)], dataclasses.replace(material.objective, focal_gamma=0.0),
-        lambda logits: material.selected(material.measured(logits(val), material.chosen_by)),
-    )  # fmt: skip
-    return probe, time.monotonic() - started
-
-
-@torch.no_grad()
-def new_head(material: Material, start: Probe | ClassTask | None) -> None:
-    """A head that starts as the linear probe (arXiv 2202.10054), as another head, or at random."""
-    head = material.backbone.new_head(len(material.data.classes), material.config.seed)
-    if start is not None:
-        head.weight.copy_(start.weight)
-        head.bias.copy_(start.bias)
-
-
-@dataclass(frozen=True)
-class Before:
-    """What a run learns on from, as far as it is this backbone's."""
-
-    info: Mapping[str, Any]
-    """The header."""
-    modules: Mapping[str, AdapterModule]
-    """By layer, without the head."""
-    task: ClassTask | None
-    """Classes and head, of an adapter that has them."""
-
-    @classmethod
-    def of(cls, first: Adapter, backbone: VisionModel, where: str) -> Before:
-        """Takes an adapter apart.
-
-        Raises:
-            ConfigError: when it has parts for several models.
-        """
-        if len(first.components) != 1:
-            raise ConfigError(
-                f"{where} has parts for {', '.join(first.components)}, where one for a vision transformer is needed."
-            )
-        task = ClassTask.of(first, backbone.head) if first.info.get("classifier") else None
-        modules = first.component(first.components[0])
-        return cls(first.info, {n: m for n, m in modules.items() if not n.startswith(backbone.head + ".")}, task)
-
-    def new_classes(self, material: Material) -> list[str]:
-        """The classes that its head does not know; all of them when a picture has one label here and several there."""
-        task = self.task
-        known = task.classes if task is not None and task.multi_label == material.data.multi_label else ()
-        return [name for name in material.data.classes if name not in known]
-
-    def head(self, material: Material, tell: Listener) -> Probe | ClassTask | None:
-        """What the head starts as, and why."""
-        how, names = material.config.head_init, material.data.classes
-        if how == "random":
-            return None
-        if how == "adapter" and self.task is not None:
-            rows = [self.task.classes.index(name) for name in names]
-            left = len(self.task.classes) - len(rows)
-            tell.say(
-                f"The head learns on too: it knows all {len(rows)} classes"
-                + (f"; {count_of(left, 'other class is', 'other classes are')} left out." if left else ".")
-            )
-            return dataclasses.replace(
-                self.task, classes=names, weight=self.task.weight[rows], bias=self.task.bias[rows]
-            )
-        tell.say("The head starts as a linear probe of what the adapter makes of the pictures.")
-        handle = attach(material.backbone.model, Adapter({f"{COMPONENT}.{n}": m for n, m in self.modules.items()}))
-        probe, _ = linear_probe(material)
-        handle.eject()
-        return probe
+# ---------------------------------------------------------------------------------------------------------- baselines
 
 
 def full_fine_tuning(

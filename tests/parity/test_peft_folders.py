@@ -17,16 +17,17 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 class Net(nn.Module):
-    """A convolution, a fused projection and an MLP, in timm's names."""
+    """Two convolutions, a fused projection and an MLP, in timm's names."""
 
     def __init__(self) -> None:
         super().__init__()
         self.conv1, self.attn, self.mlp = nn.Conv2d(3, 12, 3, padding=1), nn.Module(), nn.Module()
+        self.square = nn.Conv2d(12, 12, 1)
         self.attn.qkv, self.attn.proj = nn.Linear(12, 36), nn.Linear(12, 12)
         self.mlp.fc1, self.mlp.fc2, self.head = nn.Linear(12, 20), nn.Linear(20, 12), nn.Linear(12, 5)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.conv1(x).flatten(2).mT
+        x = self.square(self.conv1(x)).flatten(2).mT
         q, k, v = self.attn.qkv(x).chunk(3, dim=-1)
         x = x + self.attn.proj(torch.softmax(q @ k.mT, -1) @ v)
         return self.head((x + self.mlp.fc2(torch.relu(self.mlp.fc1(x)))).mean(1))
@@ -54,6 +55,7 @@ OURS = {
     ),
     "dora": vl.AdapterConfig(method="dora", rank=3, alpha=5.0, targets="attn.out,mlp,conv"),
     "ia3": vl.AdapterConfig(method="ia3", targets="attn.out,mlp"),
+    "ia3 on convolutions": vl.AdapterConfig(method="ia3", targets="conv,mlp"),
     "with a head": vl.AdapterConfig(rank=2, targets="mlp", train="head"),
 }
 
@@ -89,6 +91,9 @@ THEIRS = {
     "loha, tucker": lambda: peft.LoHaConfig(r=3, alpha=5, target_modules=["conv1"], use_effective_conv2d=True),
     "lokr": lambda: peft.LoKrConfig(r=2, alpha=5, target_modules=["fc1", "conv1"]),
     "lokr, full": lambda: peft.LoKrConfig(r=50, alpha=5, target_modules=["fc1"]),
+    "ia3, convolution by rows": lambda: peft.IA3Config(target_modules=["square", "fc1"], feedforward_modules=["fc1"]),
+    "ia3, convolution by columns": lambda: peft.IA3Config(target_modules=["square", "fc2"], feedforward_modules=["square"]),
+    "ia3, by a pattern": lambda: peft.IA3Config(target_modules=["square", "proj"], feedforward_modules=r".*\.square|square"),
 }  # fmt: skip
 
 
@@ -101,6 +106,65 @@ def test_pefts_here(name: str, tmp_path: Path) -> None:
     vl.attach(model, vl.load_adapter(tmp_path / "a"))
     with torch.no_grad():
         torch.testing.assert_close(model(X), wrapped(X), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("alpha", [5, 0])
+def test_an_adalora_that_was_pruned(alpha: int, tmp_path: Path) -> None:
+    """PEFT saves the rows that are left, and divides by the rank at the start all the same."""
+    config = peft.AdaLoraConfig(
+        init_r=6, target_r=2, lora_alpha=alpha, total_step=9, target_modules=["fc1", "fc2", "qkv"]
+    )
+    wrapped = peft.get_peft_model(net(), config).eval()
+    shake(wrapped)
+    kept = {"fc1": [True, False, True, False, False, False], "fc2": [False] * 6, "qkv": [True] * 5 + [False]}
+    names = [n for n, _ in wrapped.base_model.model.named_parameters() if n.endswith("lora_E.default")]
+    pattern = {n: kept[n.split(".")[-3]] for n in names}
+    wrapped.peft_config["default"].rank_pattern = pattern
+    for n, p in wrapped.named_parameters():
+        for name, rows in kept.items():
+            if f"{name}.lora_E" in n:
+                p.data[~torch.tensor(rows)] = 0
+    wrapped.save_pretrained(tmp_path / "a")
+    theirs = peft.PeftModel.from_pretrained(net(), tmp_path / "a").eval()
+    model = net()
+    vl.attach(model, vl.load_adapter(tmp_path / "a"))
+    with torch.no_grad():
+        assert (theirs(X) - net()(X)).abs().max() > 1e-3
+        torch.testing.assert_close(model(X), theirs(X), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora"])
+def test_what_changes_the_base_when_peft_loads_it(init: str, tmp_path: Path) -> None:
+    """PEFT takes the first B·A off the weights then: on the base as it is, the file would do something else."""
+    wrapped = peft.get_peft_model(net(), peft.LoraConfig(r=3, target_modules=["fc1"], init_lora_weights=init))
+    start = tmp_path / "start"
+    wrapped.peft_config["default"].init_lora_weights = True
+    wrapped.save_pretrained(start)
+    wrapped.peft_config["default"].init_lora_weights = init
+    shake(wrapped)
+    wrapped.save_pretrained(tmp_path / "a")
+    with pytest.raises(
+        vl.VisionLoRAError, match=f"was started by '{init}', .* path_initial_model_for_weight_conversion"
+    ):
+        vl.load_adapter(tmp_path / "a")
+    wrapped.save_pretrained(tmp_path / "b", path_initial_model_for_weight_conversion=str(start))
+    model = net()
+    vl.attach(model, vl.load_adapter(tmp_path / "b"))
+    with torch.no_grad():
+        torch.testing.assert_close(model(X), wrapped.eval()(X), rtol=1e-3, atol=1e-4)
+
+
+def test_its_weights_file_is_read_with_what_lies_beside_it(tmp_path: Path) -> None:
+    """The scale is in the other file alone."""
+    wrapped = peft.get_peft_model(net(), peft.LoraConfig(r=4, lora_alpha=32, target_modules=["fc1"])).eval()
+    shake(wrapped)
+    wrapped.save_pretrained(tmp_path / "a")
+    file = tmp_path / "a" / "adapter_model.safetensors"
+    (found,) = vl.load_adapter(file).modules.values()
+    assert found.scaling == 8
+    file.rename(tmp_path / "alone.safetensors")
+    with pytest.raises(vl.VisionLoRAError, match=r"its scale is in adapter_config\.json alone"):
+        vl.load_adapter(tmp_path / "alone.safetensors")
 
 
 def test_refusals(tmp_path: Path) -> None:

@@ -157,11 +157,13 @@ def one_module(
         constraint = 0.0 if alpha is None else number(path, layer, alpha)
         return AdapterModule("oft", own, 1.0, {"constraint": constraint})
     if "on_input" in own and "weight" in own:
-        options = {"on_input": bool(own.pop("on_input").item()), "relative": True, "bias": False}
-        return AdapterModule("ia3", {"vector": own.pop("weight").flatten(), **own}, 1.0, options)
+        relative = {"on_input": bool(own.pop("on_input").item()), "relative": True, "bias": False}
+        return AdapterModule("ia3", {"vector": own.pop("weight").flatten(), **own}, 1.0, relative)
     if "ia3_l" in own:
         vector = own.pop("ia3_l")
-        options = {"on_input": vector.dim() > 1 and vector.shape[0] == 1 and vector.shape[1] > 1}
+        options: dict[str, Any] = {"on_input": vector.dim() > 1 and vector.shape[0] == 1 and vector.shape[1] > 1}
+        if vector.dim() > 2:
+            options["spatial"] = vector.dim() - 2
         return AdapterModule("ia3", {"vector": vector.flatten(), **own}, 1.0, options)
     magnitude = {n: own.pop(n) for n in ("magnitude", "dora_scale") if n in own}
     kind = next((k for k, n in (("loha", "hada_w1_b"), ("diff", "diff")) if n in own), None)

@@ -16,12 +16,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from visionlora.atomic import replace_file
 from visionlora.errors import AdapterFileError
-from visionlora.formats.container import open_file
+from visionlora.formats.container import Contents, open_file
 from visionlora.formats.header import unshared
 from visionlora.formats.parts import check_finite, check_used, split_key, take_modules
 from visionlora.formats.whole import whole_layers
@@ -29,6 +30,8 @@ from visionlora.lora.adapter import Adapter, AdapterModule
 
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 READABLE = ("LORA", "ADALORA", "LOHA", "LOKR", "VERA", "IA3")
+CHANGING_THE_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
+"""Starts (`init_lora_weights`) for which PEFT takes the first B·A off the base weights, or replaces them, on every load."""
 
 
 def is_folder(path: Path) -> bool:
@@ -36,16 +39,35 @@ def is_folder(path: Path) -> bool:
     return (path / CONFIG).is_file()
 
 
+def lacks_its_scale(contents: Contents) -> bool:
+    """Whether a file is the weights of such a folder, which say nothing of their scale.
+
+    Raises:
+        AdapterFileError: when it is, and the config does not lie beside it.
+    """
+    keys = contents.tensors.keys()
+    if not keys or "lora_adapter_metadata" in contents.metadata or not all(k.startswith("base_model.") for k in keys):
+        return False
+    if not is_folder(contents.path.parent):
+        raise AdapterFileError(
+            f"{contents.path} holds PEFT's weights, and its scale is in {CONFIG} alone: put that file beside it."
+        )
+    return True
+
+
 # ----------------------------------------------------------------------------------------------------------------- read
 
 
-def read(folder: Path, component: str | None = None, allow_partial: bool = False) -> Adapter:
+def read(
+    folder: Path, component: str | None = None, allow_partial: bool = False, weights: Path | None = None
+) -> Adapter:
     """Reads a folder; every tensor is used or the folder is refused.
 
     Args:
         folder: with adapter_config.json and adapter_model.safetensors (or .bin).
         component: the part of a pipeline that the adapter is for; told by the names when not given.
         allow_partial: leave out tensors that nothing here takes.
+        weights: the file, when it has another name.
 
     Raises:
         AdapterFileError: when a file is missing or broken, the method cannot be read, or a tensor fits nothing.
@@ -58,7 +80,9 @@ def read(folder: Path, component: str | None = None, allow_partial: bool = False
         raise AdapterFileError(f"{folder / CONFIG} cannot be read ({e}). Copy or download the folder again.") from None
     if kind not in READABLE:
         raise AdapterFileError(f"{folder} holds PEFT's {kind}; {', '.join(READABLE)} are read.")
-    weights = next((folder / n for n in (WEIGHTS, "adapter_model.bin") if (folder / n).is_file()), None)
+    check_start(folder, config.get("init_lora_weights"))
+    named = (weights,) if weights is not None else (folder / WEIGHTS, folder / "adapter_model.bin")
+    weights = next((file for file in named if file.is_file()), None)
     if weights is None:
         raise AdapterFileError(f"{folder} has no {WEIGHTS}: copy the whole folder that PEFT saved.")
     contents = open_file(weights)
@@ -72,6 +96,8 @@ def read(folder: Path, component: str | None = None, allow_partial: bool = False
             tensors[name] = tensor
     if kind == "VERA":
         tensors = with_projections(folder, tensors)
+    if kind == "ADALORA":
+        tensors, alpha = divided_by_start(tensors, float(config.get("init_r") or 0)), max(alpha, 0.0)
 
     def alpha_of(component: str, path: str, rank: int) -> float:
         return rank if kind == "VERA" else effective_alpha(config, path, rank, alpha)
@@ -79,6 +105,8 @@ def read(folder: Path, component: str | None = None, allow_partial: bool = False
     modules, unused = take_modules(folder, tensors, alpha_of)
     if kind == "VERA":
         modules = {n: first_columns(m) for n, m in modules.items()}
+    if kind == "IA3":
+        modules = {n: on_its_side(n, m, config.get("feedforward_modules")) for n, m in modules.items()}
     if kind == "LOKR":
         modules = {n: scaled_when_full(n, m, config, alpha) for n, m in modules.items()}
     check_finite(folder, values)
@@ -89,6 +117,42 @@ def read(folder: Path, component: str | None = None, allow_partial: bool = False
         modules = {f"{component}.{n.partition('.')[2]}": m for n, m in modules.items()}
     info = {"method": kind.lower(), "base": {"id": config.get("base_model_name_or_path")}}
     return Adapter(modules, info, format="peft", metadata=contents.metadata, unused=tuple(unused))
+
+
+def check_start(where: Path, start: Any) -> None:
+    """Refuses an adapter that means another base than the one it names.
+
+    Raises:
+        AdapterFileError: saying how to save it so that it means the base as it is.
+    """
+    if isinstance(start, str) and start.lower().startswith(CHANGING_THE_BASE):
+        raise AdapterFileError(
+            f"{where} was started by {start!r}, for which PEFT changes the base weights whenever it loads the adapter: on the "
+            "base as it is it would do something else. Save it again by save_pretrained(…, "
+            "path_initial_model_for_weight_conversion=…), as PEFT's documentation shows."
+        )
+
+
+def divided_by_start(tensors: Mapping[str, Tensor], start: float) -> dict[str, Tensor]:
+    """PEFT's AdaLoRA saves the rows that are left, and divides by the rank at the start; a layer may have none left."""
+    found = {}
+    for key, tensor in tensors.items():
+        layer, slot = split_key(key) or ("", "")
+        if slot in ("down", "up", "diagonal") and not tensor.numel():
+            continue
+        found[key] = tensor
+        if slot == "diagonal" and start:
+            found[layer + ".ranknum"] = torch.tensor(start)
+    return found
+
+
+def on_its_side(name: str, module: AdapterModule, inputs: Any) -> AdapterModule:
+    """PEFT's rule for (IA)³: the config says which layers have it on their input; of convolutions the shape does not tell."""
+    path = name.partition(".")[2]
+    if module.kind != "ia3" or inputs is None:
+        return module
+    found = re.fullmatch(inputs, path) is not None if isinstance(inputs, str) else path.endswith(tuple(inputs))
+    return replace(module, options={**module.options, "on_input": found})
 
 
 def first_columns(module: AdapterModule) -> AdapterModule:
@@ -232,8 +296,9 @@ def keyed(name: str, module: AdapterModule) -> dict[str, Tensor]:
     if module.kind == "full":
         return {name: module.tensors["value"]}
     if module.kind == "ia3":
-        vector = module.tensors["vector"]
-        return {name + ".ia3_l": vector.view(1, -1) if module.options.get("on_input") else vector.view(-1, 1)}
+        vector, spatial = module.tensors["vector"], int(module.options.get("spatial", 0))
+        by_columns = spatial or module.options.get("on_input")
+        return {name + ".ia3_l": vector.view(1, -1, *(1,) * spatial) if by_columns else vector.view(-1, 1)}
     found = {f"{name}.lora_A.weight": module.tensors["lora_A"], f"{name}.lora_B.weight": module.tensors["lora_B"]}
     if "magnitude" in module.tensors:
         spatial = module.tensors["lora_A"].dim() - 2

@@ -41,6 +41,8 @@ def read(path: Path, allow_partial: bool = False) -> Adapter:
     if "visionlora" in contents.metadata:
         return native.parse(contents)
     check_kind(contents)
+    if peft.lacks_its_scale(contents):
+        return peft.read(path.parent, allow_partial=allow_partial, weights=path)
     tensors = dict(contents.tensors)
     if cloneofsimo.matches(tensors):
         embeddings = take_embeddings(path, tensors)
@@ -106,7 +108,11 @@ def scale_in(contents: Contents) -> Scale:
     try:
         found = dict(json.loads(text))
         configs = {"": found} if "r" in found or "lora_alpha" in found else by_component(found)
+        for config in configs.values():
+            peft.check_start(contents.path, config.get("init_lora_weights"))
         usable = {c: (float(e.get("lora_alpha", e.get("r")) or 0), e) for c, e in configs.items()}
+    except AdapterFileError:
+        raise
     except (ValueError, TypeError, AttributeError) as e:
         raise AdapterFileError(
             f"{contents.path} has a broken header ({type(e).__name__}: {e}). Copy it again."

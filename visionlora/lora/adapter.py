@@ -28,7 +28,8 @@ TENSOR_NAMES = {
     lora_A, lora_B   of tlora, with options `least` and `timesteps`: `visionlora.lora.methods.tlora`
     magnitude   of dora, (o,); with option `axis` "in" (i,), the norms of the columns
     lambda_b (o,), lambda_d (r,) of vera
-    vector      of ia3, (o,) or (i,) with option `on_input`; with `relative` it is the factor minus 1
+    vector      of ia3, (o,) or (i,) with option `on_input`; with `relative` it is the factor minus 1; `spatial` is the number
+                of a convolution's dimensions
     oft_blocks (n, b, b) or (m, n, b, b) and rescale (o, 1, ...), which may be missing: `visionlora.lora.methods.oft`
     value, shift   in the shape of a parameter of the base, which they replace or are added to
 """

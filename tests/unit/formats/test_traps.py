@@ -183,6 +183,7 @@ def test_layers_of_ones_own_model_keep_their_names_and_stay_together(names: tupl
         },
         tmp_path / "a.safetensors",
     )
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "lora_alpha": 2}')
     adapter = vl.load_adapter(tmp_path / "a.safetensors")
     assert set(adapter.modules) == {f"model.{n}" for n in names}
     assert set(vl.attach(model, adapter).methods) == set(names)

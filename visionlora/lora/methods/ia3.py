@@ -74,5 +74,9 @@ class IA3(Method):
 
     def export(self) -> AdapterModule:
         """The vector and where it acts."""
-        foreign = {"relative": True, "bias": self.with_bias} if self.relative else {}
-        return AdapterModule("ia3", {"vector": cpu(self.factor_vector)}, 1.0, {"on_input": self.on_input, **foreign})
+        options: dict[str, object] = {"on_input": self.on_input}
+        if self.relative:
+            options |= {"relative": True, "bias": self.with_bias}
+        if (spatial := self.site.weight.dim() - 2) > 0:
+            options["spatial"] = spatial
+        return AdapterModule("ia3", {"vector": cpu(self.factor_vector)}, 1.0, options)
