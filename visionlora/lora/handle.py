@@ -16,6 +16,7 @@ from visionlora.errors import ConfigError, TargetError
 from visionlora.lora.adapter import Adapter, AdapterModule
 from visionlora.lora.attention import give_back
 from visionlora.lora.config import AdapterConfig
+from visionlora.lora.in_full import InFull
 from visionlora.lora.layers import AdaptedLayer, release
 from visionlora.lora.lean import make_plain
 from visionlora.lora.merge import write_weights
@@ -51,32 +52,6 @@ class InjectionReport:
         text = f"{len(self.hits)} layers adapted, {self.trained_parameters:,} parameters ({share:.2f} % of the base)"
         text += f", {len(self.in_full)} of them trained in full" if self.in_full else ""
         return text + (f", {len(self.skipped)} names skipped" if self.skipped else "")
-
-
-@dataclass
-class InFull:
-    """A parameter of the base that an adapter replaces."""
-
-    parameter: nn.Parameter
-    original: Tensor
-    """As it was before."""
-    trained: Tensor | None = None
-    """The adapter's value while the scale is not 1."""
-
-    @torch.no_grad()
-    def set_scale(self, scale: float) -> None:
-        """original + scale · (trained - original); 1 and 0 are exact."""
-        if self.trained is None:
-            self.trained = self.parameter.detach().clone()
-        if scale == 1:
-            self.parameter.copy_(self.trained)
-            self.trained = None
-        else:
-            self.parameter.copy_(torch.lerp(self.original, self.trained, scale) if scale else self.original)
-
-    def value(self) -> Tensor:
-        """The adapter's value."""
-        return (self.parameter if self.trained is None else self.trained).detach()
 
 
 class Handle:
@@ -263,7 +238,7 @@ class Handle:
         for m in self.methods.values():
             release(m.site.layer, m.key)
         for f in self.in_full.values():
-            f.parameter.copy_(f.original)
+            f.take_off()
         for owner in self._owners:
             give_back(owner)
         if self._hook is not None:

@@ -21,8 +21,8 @@ from visionlora.errors import AdapterFileError, ConfigError, TargetError
 from visionlora.lora.adapter import Adapter, AdapterModule
 from visionlora.lora.attention import AdaptedAttention, take_over
 from visionlora.lora.config import PLUGIN_GROUPS, AdapterConfig
-from visionlora.lora.functional import wide
-from visionlora.lora.handle import Handle, InFull, InjectionReport
+from visionlora.lora.handle import Handle, InjectionReport
+from visionlora.lora.in_full import InFull
 from visionlora.lora.layers import AdaptedLayer, adapt
 from visionlora.lora.lean import Lean, make_lean, unlean
 from visionlora.lora.methods import KINDS, METHODS
@@ -91,7 +91,7 @@ def inject(
     for n, parameter in base.items():
         parameter.requires_grad_(n in replaced)
         if n in replaced:
-            handle.in_full[n] = InFull(parameter, parameter.detach().clone())
+            handle.in_full[n] = InFull(parameter)
     if config.save_memory and methods:
         handle._lean = make_lean(model)
     handle.report = InjectionReport(
@@ -166,10 +166,8 @@ def attach(
     if skipped and (not allow_partial or len(skipped) == len(modules)):
         raise misfits(model, component, skipped, len(modules))
     _place(handle, methods, name)
-    with torch.no_grad():
-        for parameter, path, m in replaced:
-            handle.in_full[path] = InFull(parameter, parameter.detach().clone())
-            parameter.copy_(m.tensors["value"] if m.kind == "full" else wide(parameter) + wide(m.tensors["shift"]))
+    for parameter, path, m in replaced:
+        handle.in_full[path] = InFull(parameter, m.tensors.get("value"), m.tensors.get("shift"))
     left_out = {path for path, _ in skipped}
     used = {path: m for path, m in modules.items() if path not in left_out}
     count = sum(t.numel() for m in used.values() for t in m.tensors.values())

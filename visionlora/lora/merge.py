@@ -145,6 +145,8 @@ def bake(handles: Sequence[Handle], scales: Sequence[float] | None = None) -> No
         for m in handle.methods.values():
             cast(AdaptedLayer, m.site.layer).originals.clear()
             m.merged = False
+        for changed in handle.in_full.values():
+            changed.bake()
         handle.in_full = {}
     for handle in handles:
         handle.eject()

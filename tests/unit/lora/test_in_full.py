@@ -1,0 +1,103 @@
+"""Several adapters that change one parameter in place: the sum of what each does at its scale, in any order."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import visionlora as vl
+from visionlora.lora.adapter import Adapter, AdapterModule
+from visionlora.lora.inject import attach
+from visionlora.lora.merge import bake
+
+ORIGINAL = torch.tensor([1.0, -2.0, 0.3])
+SCALES = st.sampled_from([0.0, 0.5, 1.0, -1.0, 2.0])
+
+
+def norm(dtype: torch.dtype = torch.float32) -> nn.Module:
+    model = nn.Sequential(nn.LayerNorm(3))
+    model[0].bias.data = ORIGINAL.to(dtype, copy=True)
+    return model
+
+
+def shift(by: float) -> Adapter:
+    return Adapter({"model.0.bias": AdapterModule("shift", {"shift": torch.full((3,), by)}, 1.0)})
+
+
+def value(to: float) -> Adapter:
+    return Adapter({"model.0.bias": AdapterModule("full", {"value": torch.full((3,), to)}, 1.0)})
+
+
+@given(
+    kinds=st.lists(st.tuples(st.booleans(), st.sampled_from([0.25, 10.0, -3.0])), min_size=1, max_size=4),
+    steps=st.lists(st.tuples(st.integers(0, 3), SCALES), max_size=8),
+    order=st.permutations(range(4)),
+)
+def test_each_adds_its_own_difference(kinds, steps, order) -> None:
+    model = norm()
+    handles = [attach(model, shift(x) if by_shift else value(x), name=f"a{i}") for i, (by_shift, x) in enumerate(kinds)]
+    differences = [torch.full((3,), x) - (0 if by_shift else ORIGINAL) for by_shift, x in kinds]
+    scales = [1.0] * len(handles)
+    for which, scale in steps:
+        if which < len(handles):
+            handles[which].set_scale(scale)
+            scales[which] = scale
+        wanted = ORIGINAL + sum(s * d for s, d in zip(scales, differences, strict=True))
+        torch.testing.assert_close(model[0].bias.data, wanted)
+    left = dict(enumerate(handles))
+    for which in (i for i in order if i in left):
+        left.pop(which).eject()
+        wanted = ORIGINAL + sum(scales[i] * differences[i] for i in left)
+        torch.testing.assert_close(model[0].bias.data, wanted)
+    assert torch.equal(model[0].bias, ORIGINAL) and not hasattr(model[0].bias, "_changed")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_alone_is_exact(dtype: torch.dtype) -> None:
+    model = norm(dtype)
+    handle = attach(model, value(0.3))
+    wanted = torch.full((3,), 0.3).to(dtype)
+    for scale in (0.7, 0.0, 1.0):
+        handle.set_scale(scale)
+    assert torch.equal(model[0].bias, wanted)
+    handle.set_scale(0.0)
+    assert torch.equal(model[0].bias, ORIGINAL.to(dtype))
+
+
+def test_one_that_trains_goes_on_beside_others() -> None:
+    model = norm()
+    trained = vl.inject(model, vl.AdapterConfig(method="linear-probe", train="0"))
+    other = attach(model, shift(10.0), name="other")
+    model[0].bias.data += 1.0  # a step of the optimizer
+    torch.testing.assert_close(model[0].bias.data, ORIGINAL + 11)
+    other.set_scale(0.5)
+    torch.testing.assert_close(model[0].bias.data, ORIGINAL + 6)
+    model[0].bias.data += 1.0
+    other.eject()
+    torch.testing.assert_close(model[0].bias.data, ORIGINAL + 2)
+    (found,) = (m for n, m in trained.modules("model").items() if n.endswith("bias"))
+    torch.testing.assert_close(found.tensors["value"], ORIGINAL + 2)
+    trained.eject()
+    assert torch.equal(model[0].bias, ORIGINAL)
+
+
+def test_one_that_is_baked_stays_when_the_others_go() -> None:
+    model = norm()
+    kept, other = attach(model, shift(1.0), name="kept"), attach(model, shift(10.0), name="other")
+    bake([kept], [0.5])
+    torch.testing.assert_close(model[0].bias.data, ORIGINAL + 10.5)
+    other.set_scale(0.1)
+    torch.testing.assert_close(model[0].bias.data, ORIGINAL + 1.5)
+    other.eject()
+    torch.testing.assert_close(model[0].bias.data, ORIGINAL + 0.5)
+
+
+def test_a_mix_of_two() -> None:
+    model = norm()
+    mix = vl.attach(model, {"a": shift(1.0), "b": shift(10.0)}, scales={"a": 0.5, "b": 1.0})
+    torch.testing.assert_close(model[0].bias.data, ORIGINAL + 10.5)
+    mix.set_scales({"a": 0.0, "b": 1.0})
+    torch.testing.assert_close(model[0].bias.data, ORIGINAL + 10)
+    mix.detach()
+    assert torch.equal(model[0].bias, ORIGINAL)
