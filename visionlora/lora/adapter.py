@@ -149,6 +149,12 @@ class AdapterModule:
             down = self.tensors["lora_A"][:, : shape[1]].contiguous()
             return replace(self, tensors={**self.tensors, "lora_A": down}, options={})
         own = self.shape()
+        if len(shape) > 2 and own == (shape[0], math.prod(shape[1:])):  # inputs and kernel in one
+            tensors = dict(self.tensors)
+            to = {"lora_A": (-1, *shape[1:]), "lora_B": (shape[0], -1, *(1,) * (len(shape) - 2)), "diff": tuple(shape)}
+            for name in tensors.keys() & to.keys():
+                tensors[name] = tensors[name].reshape(*to[name])
+            return replace(self, tensors=tensors)
         if (
             own is None
             or own == tuple(shape)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,6 +22,10 @@ SMALL = 512
 OVERSAMPLING = 16
 """Directions beyond those wanted that a randomised SVD looks at, and its power iterations (arXiv 0909.4061, §4)."""
 POWER_ITERATIONS = 4
+CONVOLUTIONS = re.compile(r"^unet\..*(?:\bconv[12]|\bconv_in|\bconv_out|samplers\.\d+\.conv)$|^unet\.conv_(?:in|out)$")
+"""The 3x3 convolutions of Stable Diffusion's UNets."""
+TABLES = ("token_embedding", "position_embedding", "embeddings")
+"""Ends of the names of embedding tables, on which no adapter acts."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,11 @@ def additive(name: str, module: AdapterModule, what: str) -> AdapterModule:
         raise AdapterFileError(
             f"{name} is T-LoRA: its rank follows the timestep, so it cannot be {what}. `visionlora generate --lora` "
             "applies it as it is, beside others."
+        )
+    if module.kind == "full":
+        raise AdapterFileError(
+            f"{name} was trained in full: it means something on its own base alone, so it cannot be {what}. Export the whole "
+            "to a model (`visionlora export`), or make an adapter without it."
         )
     kind = {"dora": "DoRA", "ia3": "(IA)³", "oft": "OFT", "vera": "VeRA"}.get(module.kind, module.kind)
     raise AdapterFileError(
@@ -139,10 +149,10 @@ def matching(name: str, present: Sequence[tuple[AdapterModule, float]]) -> list[
         AdapterFileError: when their weights differ in shape.
     """
     found: list[Factors] = []
-    shape: tuple[int, ...] | None = None
+    shape = weight_shape(name, [module for module, _ in present])
     for module, scale in present:
         own = additive(name, module, "merged")
-        down, up = own.lora_factors(own.shape() if shape is None else None)
+        down, up = own.lora_factors()
         if shape is None:
             shape = (len(up), *down.shape[1:])
         if (len(up), math.prod(down.shape[1:])) != (shape[0], math.prod(shape[1:])):
@@ -153,6 +163,19 @@ def matching(name: str, present: Sequence[tuple[AdapterModule, float]]) -> list[
         spatial = (1,) * (len(shape) - 2)
         found.append((down.reshape(len(down), *shape[1:]), up.reshape(*up.shape[:2], *spatial), own.scaling * scale))
     return found
+
+
+def weight_shape(name: str, modules: Sequence[AdapterModule]) -> tuple[int, ...] | None:
+    """The shape of a base weight, as far as modules for it tell, or its name in Stable Diffusion's UNets.
+
+    The files of LoHa and factored LoKr have the inputs and the kernel of a convolution in one.
+    """
+    if (told := next((s for m in modules if (s := m.shape()) is not None), None)) is not None:
+        return told
+    flat = next((f for m in modules if (f := m.flat_shape()) is not None), None)
+    if flat is None or flat[1] % 9 or not CONVOLUTIONS.search(name):
+        return None
+    return flat[0], flat[1] // 9, 3, 3
 
 
 def merged_info(adapters: Sequence[tuple[Adapter, float]], method: str) -> dict[str, Any]:
@@ -205,7 +228,7 @@ def resize_adapter(adapter: Adapter, size: Size, progress: Progress | None = Non
             modules[name] = m
         else:
             own = additive(name, m, "resized")
-            down, up = own.lora_factors()
+            down, up = own.lora_factors(weight_shape(name, [own]))
             modules[name], errors[name] = sized(down, up * own.scaling, size)
         if progress is not None:
             progress(done, len(adapter.modules))
@@ -227,8 +250,8 @@ def extract_adapter(
         progress: called with (parameters done, parameters).
 
     Returns:
-        The adapter; parameters that did not change are not in it. Its errors have an entry of 1 for every vector that
-        changed and was left out.
+        The adapter; parameters that did not change are not in it. Its errors have an entry of 1 for every vector or table
+        of embeddings that changed and was left out.
 
     Raises:
         ConfigError: when no size is given.
@@ -245,9 +268,9 @@ def extract_adapter(
             raise AdapterFileError(f"{name} differs by NaN or infinite values: one of the models is broken.")
         layer, _, last = name.rpartition(".")
         if bool((delta != 0).any()):
-            if delta.dim() >= 2 and last == "weight":
+            if delta.dim() >= 2 and last == "weight" and not layer.endswith(TABLES):
                 modules[f"{component}.{layer}"], errors[f"{component}.{layer}"] = approximated(delta, size)
-            elif shifts:
+            elif shifts and not layer.endswith(TABLES):
                 modules[f"{component}.{name}"] = AdapterModule("shift", {"shift": delta}, 1.0)
             else:
                 errors[f"{component}.{name}"] = 1.0

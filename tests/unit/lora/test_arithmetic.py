@@ -9,6 +9,7 @@ from visionlora.lora.adapter import Adapter, AdapterModule
 from visionlora.lora.arithmetic import Size, extract_adapter, merge_adapters, resize_adapter
 from visionlora.lora.combine import COMBINATIONS, Options
 from visionlora.lora.functional import decompose
+from visionlora.lora.inject import attach
 
 SHAPES = {"unet.linear": (8, 6), "unet.conv": (8, 4, 3, 3)}
 
@@ -174,7 +175,64 @@ def test_extract_finds_the_adapter_that_was_merged() -> None:
     torch.testing.assert_close(fresh.norm.weight, after["norm.weight"])
 
 
+def test_tables_of_embeddings_are_left_out() -> None:
+    """No adapter acts on them, so a file with one could not be attached."""
+    before = {"text_model.embeddings.token_embedding.weight": torch.zeros(9, 4), "fc.weight": torch.zeros(4, 4)}
+    after = {n: t + 1 for n, t in before.items()}
+    for shifts in (False, True):
+        found = extract_adapter(before, after, Size(rank=1), "text_encoder", shifts=shifts)
+        assert list(found.adapter.modules) == ["text_encoder.fc"]
+        assert found.errors["text_encoder.text_model.embeddings.token_embedding.weight"] == 1.0
+
+
+@pytest.mark.parametrize("kind", ["loha", "lokr"])
+@pytest.mark.parametrize("name", ["unet.mid_block.resnets.0.conv1", "unet.other"])
+def test_convolutions_whose_files_do_not_say_their_kernel(kind: str, name: str) -> None:
+    """LyCORIS' LoHa and factored LoKr: made smaller or merged they are LoRA for a convolution, and can be attached."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    sides = {f"hada_w{k}_{s}": random(*((8, 2) if s == "a" else (2, 54))) for k in (1, 2) for s in "ab"}
+    lokr = {"lokr_w1": random(2, 2), "lokr_w2_a": random(4, 1), "lokr_w2_b": random(1, 27)}
+    own = Adapter({name: AdapterModule(kind, sides if kind == "loha" else lokr, 2.0)})
+    model, layer = nn.Module(), nn.Conv2d(6, 8, 3)
+    parent = model
+    for part in name.split(".")[1:-1]:
+        parent.add_module(part, nn.Module())
+        parent = getattr(parent, part)
+    parent.add_module(name.rpartition(".")[2], layer)
+    before, deltas = layer.weight.detach().clone(), []
+    loco = Adapter({name: AdapterModule.lora(random(2, 6, 3, 3), random(8, 2, 1, 1), 2.0)})
+    for made in (own, resize_adapter(own, Size(rank=8)).adapter, merge_adapters([(own, 1.0)]).adapter,
+                 merge_adapters([(own, 1.0), (loco, 0.0)]).adapter):  # fmt: skip
+        handle = attach(model, made)
+        handle.merge()
+        deltas.append(layer.weight.detach() - before)
+        handle.eject()
+        if made is not own and "conv1" in name:
+            assert made.modules[name].tensors["lora_A"].shape[1:] == (6, 3, 3), "other programs read the kernel there"
+    for found in deltas[1:]:
+        torch.testing.assert_close(found, deltas[0], rtol=1e-4, atol=1e-4)
+    assert deltas[0].abs().max() > 0.1
+
+
+@pytest.mark.parametrize("method", list(COMBINATIONS))
+def test_layers_that_no_adapter_changes(method: str) -> None:
+    """Trainers write zeros for layers that they never reached."""
+    none = Adapter({n: AdapterModule.lora(0 * m.tensors["lora_A"], 0 * m.tensors["lora_B"], 2.0)
+                    for n, m in adapter(0).modules.items()})  # fmt: skip
+    for delta in merge_adapters([(none, 1.0), (none, 1.0)], method).adapter.delta_weights().values():
+        assert not delta.any() and torch.isfinite(delta).all()
+
+
 MESSAGES = {
+    "head": (
+        lambda: resize_adapter(Adapter({"model.head.weight": AdapterModule("full", {"value": torch.ones(2, 2)}, 1.0)}),
+                               Size(rank=1)),
+        "was trained in full: it means something on its own base alone, so it cannot be resized. Export the whole",
+    ),
     "nothing": (lambda: merge_adapters([]), "There is nothing to merge: give at least one adapter."),
     "method": (lambda: merge_adapters([(adapter(0), 1.0)], "tis"), "There is no combination 'tis'. Did you mean 'ties'?"),
     "tokens": (

@@ -22,9 +22,9 @@ def knots(factors: Sequence[Factors], options: Options) -> tuple[Tensor, Tensor]
     parts = torch.split(r, [len(a) for a in downs], dim=1)
     coordinates = [part @ a for part, a in zip(parts, downs, strict=True)]  # (R, n) each: ΔW_i in the basis q
     values, vectors = torch.linalg.eigh(torch.stack([c @ c.t() for c in coordinates]).sum(0))
-    kept = values > values.max() * 1e-12
-    sigma, u = values[kept].sqrt(), vectors[:, kept]
-    sides = torch.stack([(u.t() @ c) / sigma[:, None] for c in coordinates])
+    kept = values >= values.max() * 1e-12
+    sigma, u = values[kept].clamp_min(0).sqrt(), vectors[:, kept]
+    sides = torch.stack([torch.where(sigma > 0, 1 / sigma, 0)[:, None] * (u.t() @ c) for c in coordinates])
     down, up = merged(sides, options.density), q @ (u * sigma)
     shape, spatial = factors[0][0].shape, factors[0][1].shape[2:]
     return down.float().reshape(len(down), *shape[1:]), up.float().reshape(*up.shape, *spatial)
