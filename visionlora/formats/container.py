@@ -19,7 +19,10 @@ from torch import Tensor
 
 from visionlora.errors import AdapterFileError
 
-WIDTHS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+WIDTHS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
+          "F8_E4M3": 1, "F8_E5M2": 1}  # fmt: skip
+EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2)
+"""Dtypes that torch can store and not calculate with; fp16 holds every value of both exactly."""
 LARGEST_HEADER = 100_000_000
 """Bytes; what the safetensors library allows."""
 
@@ -78,14 +81,20 @@ def open_file(path: Path) -> Contents:
         raise missing(path)
     try:
         if is_pickle(path):
-            return Contents(path, dict(pickled(path)), {})
+            return Contents(path, {name: calculable(t) for name, t in pickled(path)}, {})
         with safe_open(str(path), framework="pt") as file:
             metadata = {str(k): str(v) for k, v in dict(file.metadata() or {}).items()}
-            return Contents(path, {name: file.get_tensor(name) for name in file.keys()}, metadata)  # noqa: SIM118
+            tensors = {name: calculable(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
+            return Contents(path, tensors, metadata)
     except AdapterFileError:
         raise
     except Exception as e:  # safetensors raises its own, undocumented kinds on broken bytes
         raise AdapterFileError(f"{path} is not a whole safetensors file ({e}). Copy or download it again.") from None
+
+
+def calculable(tensor: Tensor) -> Tensor:
+    """The same values in a dtype that torch calculates with."""
+    return tensor.to(torch.float16) if tensor.dtype in EIGHT_BITS else tensor
 
 
 def read_header(path: Path) -> Header:

@@ -8,6 +8,7 @@ tensors of LyCORIS. The scale is alpha / rank.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from visionlora.formats.header import hashed, network_metadata, write_file
 from visionlora.formats.names import flattened, to_sgm, with_text_model
 from visionlora.formats.whole import pipeline_layers
 from visionlora.lora.adapter import PRODUCT_KINDS, Adapter, AdapterModule
+from visionlora.lora.arithmetic import weight_shape
 
 PLAIN = {"lora_A": "lora_down.weight", "lora_B": "lora_up.weight"}
 
@@ -97,7 +99,7 @@ def keyed(component: str, path: str, module: AdapterModule, xl: bool) -> dict[st
     if module.product != "diff":
         found[start + "alpha"] = scalar(module.alpha)
     if module.kind == "dora":
-        found[start + "dora_scale"] = column(module)
+        found[start + "dora_scale"] = column(module, weight_shape(f"{component}.{path}", [module]))
     return found
 
 
@@ -107,8 +109,8 @@ def scalar(value: float) -> Tensor:
     return single if float(single) == float(value) else torch.tensor(float(value), dtype=torch.float64)
 
 
-def column(module: AdapterModule) -> Tensor:
-    """The magnitudes as (o, 1, ...) or (1, i, ...), with as many dimensions as the weight."""
-    magnitude, shape = module.tensors["magnitude"], module.shape()
+def column(module: AdapterModule, shape: Sequence[int] | None) -> Tensor:
+    """The magnitudes as (o, 1, ...) or (1, i, ...), with as many dimensions as the weight, where its shape is known."""
+    magnitude = module.tensors["magnitude"]
     ones = (1,) * ((len(shape) if shape else 2) - 2)
     return magnitude.view(1, -1, *ones) if module.options.get("axis") == "in" else magnitude.view(-1, 1, *ones)

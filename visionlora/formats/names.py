@@ -19,6 +19,13 @@ FLAT_PREFIXES = {
     "lycoris_": "",
 }
 """kohya's and LyCORIS' prefixes; what follows `lycoris_` may be any model's."""
+COMFY_PREFIXES = {
+    "diffusion_model.": "unet",
+    "text_encoders.clip_l.transformer.": "text_encoder",
+    "text_encoders.clip_h.transformer.": "text_encoder",
+    "text_encoders.clip_g.transformer.": "text_encoder_2",
+}
+"""ComfyUI's own, before sgm's names with dots and CLIP's."""
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 PEFT_PREFIX = "base_model.model."
 UNET_BLOCKS = ("down_blocks.", "up_blocks.", "mid_block.")
@@ -198,6 +205,9 @@ def spelled(layer: str) -> tuple[str, str]:
         if "." not in layer and layer.startswith(prefix):
             body = from_sgm(layer.removeprefix(prefix))
             return component, with_text_model(component, dotted(body) or body)
+    for prefix, component in COMFY_PREFIXES.items():
+        if layer.startswith(prefix) and (found := dotted(from_sgm(flattened(layer.removeprefix(prefix))))) is not None:
+            return component, with_text_model(component, found)
     first, _, rest = layer.removeprefix(PEFT_PREFIX).partition(".")
     component, path = (first, rest) if first in COMPONENTS and rest else ("", layer.removeprefix(PEFT_PREFIX))
     if match := PROCESSOR.match(path):  # the oldest spelling has the factors on the attention's processor

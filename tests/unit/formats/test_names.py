@@ -147,6 +147,14 @@ OLD_SPELLINGS = {
         ("text_encoder", "text_model.encoder.layers.0.self_attn.out_proj"),
     "text_encoder.encoder.layers.0.mlp.fc1": ("text_encoder", "text_model.encoder.layers.0.mlp.fc1"),
     "base_model.model.blocks.0.attn.qkv": ("model", "blocks.0.attn.qkv"),
+    "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q":
+        ("unet", "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"),
+    "diffusion_model.middle_block.0.in_layers.2": ("unet", "mid_block.resnets.0.conv1"),
+    "diffusion_model.double_blocks.0.img_attn.qkv": ("model", "diffusion_model.double_blocks.0.img_attn.qkv"),
+    "text_encoders.clip_l.transformer.text_model.encoder.layers.3.self_attn.q_proj":
+        ("text_encoder", "text_model.encoder.layers.3.self_attn.q_proj"),
+    "text_encoders.clip_g.transformer.text_model.encoder.layers.3.mlp.fc1":
+        ("text_encoder_2", "text_model.encoder.layers.3.mlp.fc1"),
     "lycoris_blocks_0_attn_qkv": ("model", "blocks_0_attn_qkv"),
     "lora_te_text_model_encoder_layers_11_mlp_fc2": ("text_encoder", "text_model.encoder.layers.11.mlp.fc2"),
 }  # fmt: skip

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import visionlora as vl
@@ -210,3 +210,30 @@ def test_diffusers_refuses_our_file_of_a_dora_by_columns(tmp_path: Path) -> None
     assert module.options == {"axis": "in"} and torch.equal(module.tensors["magnitude"], torch.ones(8))
     with pytest.raises(ValueError, match="Invalid LoRA checkpoint"):
         StableDiffusionPipeline.load_lora_weights(StableDiffusionPipeline, tmp_path, weight_name="a.safetensors")
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_files_in_eight_bits(dtype: torch.dtype, tmp_path: Path) -> None:
+    """torch stores such tensors and does not calculate with them; fp16 holds their values exactly."""
+    torch.manual_seed(0)
+    layer = "unet.mid_block.attentions.0.proj_in"
+    tensors = {
+        f"{layer}.lora_A.weight": torch.randn(2, 6).to(dtype),
+        f"{layer}.lora_B.weight": torch.randn(8, 2).to(dtype),
+    }
+    save_file(tensors, tmp_path / "a.safetensors")
+    (module,) = vl.load_adapter(tmp_path / "a.safetensors").modules.values()
+    wanted = tensors[f"{layer}.lora_B.weight"].float() @ tensors[f"{layer}.lora_A.weight"].float()
+    torch.testing.assert_close(module.delta_weight(), wanted, rtol=0, atol=0)
+
+
+def test_a_dora_of_a_loha_on_a_convolution_keeps_its_shape_for_others(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    sides = {f"hada_w{k}_{s}": torch.randn(*((8, 2) if s == "a" else (2, 54)), generator=generator)
+             for k in (1, 2) for s in "ab"}  # fmt: skip
+    name = "unet.mid_block.resnets.0.conv1"
+    own = vl.Adapter({name: AdapterModule("dora", {**sides, "magnitude": torch.ones(8)}, 2.0, {"product": "loha"})})
+    vl.save_adapter(own, tmp_path / "a.safetensors", "kohya")
+    (scale,) = (t for n, t in load_file(tmp_path / "a.safetensors").items() if n.endswith("dora_scale"))
+    assert scale.shape == (8, 1, 1, 1)
+    assert vl.load_adapter(tmp_path / "a.safetensors").modules[name].options == {"product": "loha"}
