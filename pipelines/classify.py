@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,7 +41,7 @@ from visionlora.report.classify_run import Finished, header, learned_from, overl
 from visionlora.report.curves import draw_curves
 from visionlora.report.listener import Listener, bars
 from visionlora.report.logbook import Logbook
-from visionlora.report.resume import Start, begin, holding
+from visionlora.report.resume import Start, base_digest, begin, holding
 from visionlora.report.runfolder import RunFolder
 from visionlora.training.learner import LayeredLearner, rates_by_depth
 from visionlora.training.loop import Fit, Progress, StopTraining, new_accelerator, process_state
@@ -138,7 +139,7 @@ def classify(config: ClassifyConfig, listener: Listener | None = None) -> Classi
         return lambda own, step, temperature: header(own, method, fingerprints, step, temperature, further)
 
     # Training and baselines
-    fitting = Fitting(material, handle, accelerator, run, tell, about(adapter, first), start)
+    fitting = Fitting(material, handle, accelerator, run, tell, about(adapter, first), start, base_digest(fingerprints))
     if start.state is not None:
         fitting.restore(start.state)
     elif config.find_rate:
@@ -203,7 +204,7 @@ def resolved(material: Material, before: Before | None, tell: Listener) -> Class
     for note in notes:
         tell.say(note)
     if config.epochs is not None:
-        per_step = (config.batch_size or 1) * config.gradient_accumulation
+        per_step = (config.batch_size or 1) * config.gradient_accumulation * process_state().num_processes
         config = dataclasses.replace(
             config, steps=max(1, round(config.epochs * len(material.splits.train) / per_step)), epochs=None
         )
@@ -237,12 +238,16 @@ def prepare(
     )
     data = checked.data
     groups = [item.group for item in data.items]
-    components = linked(checked.hashes, checked.thumbnails, checked.sha256, groups)
+    components = linked(checked.hashes, checked.thumbnails, checked.sha256, groups, config.near_duplicates)
     trained, chosen = learned.positions(checked.sha256)
     barred = {"val": trained, "test": trained | chosen}
     splits = split(data, components, config.val_share, config.test_share, config.seed, barred)
-    if not_known:
-        splits = dataclasses.replace(splits, notes=(*splits.notes, not_known))
+    largest = max(Counter(components.tolist()).values())
+    together = ""
+    if tied := sum(count for count in Counter(components.tolist()).values() if count > 1):
+        together = f"{tied} pictures stay on one side with others (near duplicates, or of one group), the largest set has {largest}"
+    more = tuple(line for line in (together, not_known) if line)
+    splits = dataclasses.replace(splits, notes=(*splits.notes, *more))
     for note in (*data.notes, *checked.notes, *splits.notes):
         tell.say(note)
     tell.say(
@@ -253,6 +258,13 @@ def prepare(
         raise DataError(
             f"{config.start_from} has learned from {len(trained)} of the {len(data.items)} pictures, and with those that are "
             "linked to them nothing is left that could choose the best moment: add new pictures, or give some in a folder val/."
+        )
+    if not splits.val and config.val_share and 2 * largest > len(data.items):
+        raise DataError(
+            f"There are no validation pictures, by which the best moment is chosen: {largest} of {len(data.items)} pictures "
+            "are tied to each other, as near duplicates or by their group, and have to stay on one side. Where all of them "
+            "look alike and yet differ, near_duplicates=false ties equal files alone; or give the sides as folders train/ and "
+            "val/."
         )
     if not splits.val:
         raise DataError(
@@ -278,7 +290,10 @@ def full_fine_tuning(
 ) -> Finished:  # fmt: skip
     """The baseline in which everything trains."""
     rate = suited_rate(SMALL_FULL_RATE if material.backbone.small else FULL_RATE, material.config.optimizer)
-    config = dataclasses.replace(material.config, method="full", learning_rate=rate, head_learning_rate=rate)
+    config = dataclasses.replace(
+        material.config, method="full", learning_rate=rate, head_learning_rate=rate, init="kaiming", start_from=None,
+        head_init="random" if material.config.head_init == "random" else "probe",
+    )  # fmt: skip
     own = dataclasses.replace(material, config=config)
     adapter = adapter_config(config, train=material.backbone.head)
     new_head(material, probe)
@@ -305,6 +320,8 @@ class Fitting:
     header: Header
     start: Start[ClassifyConfig]
     """Where the run began."""
+    base: str = ""
+    """Tells the weights of the backbone apart from any others."""
     evaluations: list[tuple[int, float, float]] = field(default_factory=list)
     """(step, score, loss) on the validation pictures."""
     best: tuple[int, tuple[float, float], dict[str, torch.Tensor]] | None = None
@@ -326,7 +343,7 @@ class Fitting:
         )
         self.fit = Fit(self.accelerator, LayeredLearner(self.handle, rate_of), loop_config(config), config.ema_decay)
         self.log = Logbook(
-            self.fit, self.written, self.tell, learned_from(self.material), self.material.config, self.start
+            self.fit, self.written, self.tell, learned_from(self.material, self.base), self.material.config, self.start
         )
 
     @property
@@ -398,13 +415,13 @@ class Fitting:
 
         try:
             if not self.enough:  # a run that was cut off after it had stopped
-                self.fit.run(self.material.task, on_step)
+                self.fit.run(self.material.task, on_step, self.log.stopping)
         except KeyboardInterrupt:
-            if self.log.history and (run := self.written) is not None:
-                self.checkpoint()
+            if self.log.history and self.written is not None:
+                if self.fit.whole:
+                    self.checkpoint()
                 self.tell.say(
-                    f"Interrupted at step {self.fit.step} of {self.fit.config.steps}. Go on with: "
-                    f"visionlora classify --resume {run.path}"
+                    f"Interrupted at step {self.fit.step} of {self.fit.config.steps}. {self.log.go_on('classify')}"
                 )
             raise
         if self.enough and self.best is not None:

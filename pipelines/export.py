@@ -48,7 +48,7 @@ class Exported:
 
 def export(
     adapter: str | Path, output: str | Path, to: str, model: str | None = None, force: bool = False,
-    overwrite: bool = False,
+    overwrite: bool = False, weights: str | None = None,
 ) -> Exported:  # fmt: skip
     """Writes a classifier for another library and compares.
 
@@ -59,6 +59,7 @@ def export(
         model: another place of the backbone than the adapter names.
         force: accept a backbone of the same architecture with other weights.
         overwrite: replace what is there.
+        weights: another place of the backbone's state dict.
 
     Raises:
         ConfigError: when the target does not fit the backbone's library, needs a package, or the output exists.
@@ -73,7 +74,8 @@ def export(
         raise ConfigError(f"{path} is a {there}, and {to} is written to a {needed}: name another output.")
     loaded = load_adapter(adapter)
     base = loaded.info.get("base", {})
-    backbone = open_backbone(model or str(base.get("id", "auto")), base.get("weights") if model is None else None)
+    chosen = weights or (base.get("weights") if model is None else None)
+    backbone = open_backbone(model or str(base.get("id", "auto")), chosen)
     task = ClassTask.of(loaded, backbone.head)
     check_fingerprints(loaded, backbone.id, backbone.fingerprints(), force)
     if to in ("timm", "transformers") and backbone.library != to:
@@ -185,9 +187,11 @@ def to_transformers(backbone: VisionModel, task: ClassTask, path: Path, x: Tenso
     model.config.problem_type = "multi_label_classification" if task.multi_label else "single_label_classification"
     model.save_pretrained(path)
     numbers = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
+    side = p.stored_size
+    size = {"height": side, "width": side} if p.crop_mode == "squash" else {"shortest_edge": side}
     ViTImageProcessor(
-        size={"height": p.size, "width": p.size}, image_mean=list(p.mean), image_std=list(p.std),
-        resample=numbers[p.interpolation],
+        size=size, do_center_crop=True, crop_size={"height": p.size, "width": p.size}, image_mean=list(p.mean),
+        image_std=list(p.std), resample=numbers[p.interpolation],
     ).save_pretrained(path)  # fmt: skip
     again = AutoModelForImageClassification.from_pretrained(path)
     how = f'AutoModelForImageClassification.from_pretrained("{path}")'

@@ -40,6 +40,7 @@ def predict(
     model: str | None = None,
     device: str = "auto",
     force: bool = False,
+    weights: str | None = None,
     skip_broken: bool = False,
     overwrite: bool = False,
     listener: Listener | None = None,
@@ -55,6 +56,7 @@ def predict(
         model: another place of the backbone than the adapter names.
         device: to run on; auto takes a GPU where there is one.
         force: accept a backbone of the same architecture with other weights.
+        weights: another place of the backbone's state dict.
         skip_broken: leave out pictures that cannot be read, and say so, instead of stopping.
         overwrite: replace the output.
         listener: hears what happens.
@@ -63,6 +65,8 @@ def predict(
         DataError: when there are no pictures, or some cannot be read: all of them are listed.
         AdapterFileError, ModelError: see `visionlora.classifier.load_classifier`.
     """
+    if batch_size < 1:
+        raise ConfigError(f"batch_size is {batch_size}; it must be at least 1.")
     tell = listener or Listener()
     target = None if output is None else Path(output).expanduser()
     if target is not None:
@@ -78,7 +82,7 @@ def predict(
         import torch
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    classifier = load_classifier(adapter, model, device, force)
+    classifier = load_classifier(adapter, model, device, force, weights)
     tell.say(f"{classifier.backbone.why} {len(classifier.tasks[classifier.names[0]].classes)} classes.")
     found: list[Predicted] = []
     broken: list[str] = []
@@ -136,7 +140,7 @@ def record(one: Predicted) -> dict[str, Any]:
     """A picture and its classes as plain values."""
     p = one.prediction
     return {
-        "path": one.path.as_posix(),
+        "path": printable(one.path),
         "label": p.label,
         "probability": p.probability,
         "top": [{"label": n, "probability": v} for n, v in zip(p.labels, p.probabilities, strict=True)],
@@ -146,7 +150,7 @@ def record(one: Predicted) -> dict[str, Any]:
 def row(one: Predicted, top_k: int) -> dict[str, Any]:
     """A picture as a row of a table: the first class, and further ones in columns of their own."""
     p = one.prediction
-    found: dict[str, Any] = {"path": one.path.as_posix(), "label": p.label, "probability": p.probability}
+    found: dict[str, Any] = {"path": printable(one.path), "label": p.label, "probability": p.probability}
     for k in range(1, max(top_k, len(p.labels))):
         there = k < len(p.labels)
         found[f"label_{k + 1}"] = p.labels[k] if there else None

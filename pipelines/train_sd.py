@@ -50,7 +50,7 @@ from visionlora.lora.inject import check_targets, inject
 from visionlora.models.base import BaseModel, open_base
 from visionlora.models.memory import give_back
 from visionlora.report.listener import Listener, bars
-from visionlora.report.resume import Start, begin, holding
+from visionlora.report.resume import Start, base_digest, begin, holding
 from visionlora.report.runfolder import RunFolder
 from visionlora.report.samples import SampleSheet
 from visionlora.report.sd_fitting import Fitting
@@ -117,7 +117,7 @@ def train_sd(config: TrainSDConfig, listener: Listener | None = None) -> RunResu
         lambda step: header(
             config, learning.config, loop, base, ready.fingerprints, ready.folder, ready.size, step, ready.first
         ),
-        learned_from(ready.folder, ready.apart),
+        learned_from(ready.folder, ready.apart, base_digest(ready.fingerprints)),
         start,
         material.validation,
     )

@@ -26,7 +26,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from visionlora.data.images import decode
+from visionlora.data.images import as_seen, decode
 from visionlora.data.preprocess import Preprocessing
 from visionlora.errors import AdapterFileError, ConfigError, DataError, nearest
 from visionlora.loaders import check_fingerprints, load_adapter
@@ -321,7 +321,7 @@ def opened(picture: Picture) -> Image.Image:
     if isinstance(picture, (str, Path)):
         return decode(Path(picture).expanduser())
     if isinstance(picture, Image.Image):
-        return picture.convert("RGB")
+        return as_seen(picture)
     array = np.asarray(picture)
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[-1] != 3:
         raise DataError(f"A picture is a uint8 array (h, w, 3); this one is {array.dtype} {array.shape}.")
@@ -333,6 +333,7 @@ def load_classifier(
     model: str | None = None,
     device: str | torch.device = "cpu",
     force: bool = False,
+    weights: str | None = None,
 ) -> Classifier:
     """A ready classifier.
 
@@ -341,6 +342,7 @@ def load_classifier(
         model: the backbone; by default the one that the first adapter names.
         device: to run on.
         force: accept a backbone of the same architecture with other weights.
+        weights: a state dict of the backbone, where it is no longer where the first adapter says.
 
     Raises:
         AdapterFileError: when an adapter cannot be read, is no classifier's or is of another backbone.
@@ -354,7 +356,7 @@ def load_classifier(
     chosen = model or base.get("id")
     if chosen is None:
         raise AdapterFileError("This adapter does not say which backbone it is for: name it with --model.")
-    backbone = open_backbone(chosen, base.get("weights") if model is None else None)
+    backbone = open_backbone(chosen, weights or (base.get("weights") if model is None else None))
     classifier = Classifier(backbone, device)
     for name, adapter in loaded.items():
         classifier.add(name, adapter, force)

@@ -116,8 +116,39 @@ def test_a_transformers_folder_trains_and_is_exported(cli, shapes: Path, tmp_pat
     code, _, err = cli("export", tmp_path / "run", "--to", "transformers", "--output", tmp_path / "out")
     assert code == 0, err
     assert json.loads((tmp_path / "out" / "config.json").read_text())["id2label"]["1"] == "cross"
+    check_same_input(tmp_path / "out", tmp_path / "run")
     code, _, err = cli("export", tmp_path / "run", "--to", "timm", "--output", tmp_path / "other")
     assert code == 2 and "is a model of transformers" in err
+
+
+def check_same_input(exported: Path, run: Path) -> None:
+    """The processor beside the model sees a picture that is no square as training did."""
+    from transformers import AutoImageProcessor
+
+    from visionlora.data.preprocess import Preprocessing
+
+    noise = np.random.default_rng(0).integers(0, 256, (20, 40, 3), dtype=np.uint8)
+    picture = Image.fromarray(noise).resize((200, 100), Image.Resampling.BICUBIC)
+    own = Preprocessing.from_dict(load_adapter(run).info["classifier"]["preprocessing"])
+    theirs = AutoImageProcessor.from_pretrained(exported)(picture, return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(theirs, own.batch(own.stored(picture)[None]), rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("shown", [{"shortest_edge": 32}, {"height": 32, "width": 32}, {"shortest_edge": 40}])
+def test_an_export_sees_pictures_as_its_base_did(cli, shapes: Path, tmp_path: Path, shown: dict[str, int]) -> None:
+    from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
+
+    torch.manual_seed(0)
+    config = ViTConfig(hidden_size=24, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48,
+                       image_size=32, patch_size=8)  # fmt: skip
+    ViTForImageClassification(config).save_pretrained(tmp_path / "base")
+    ViTImageProcessor(size=shown, do_center_crop=True, crop_size=32).save_pretrained(tmp_path / "base")
+    code, _, err = cli("classify", "--images", shapes, "--model", tmp_path / "base", "--steps", 1, "--output", "run",
+                       "--rank", 2)  # fmt: skip
+    assert code == 0, err
+    code, _, err = cli("export", "run", "--to", "transformers", "--output", "out")
+    assert code == 0, err
+    check_same_input(tmp_path / "out", tmp_path / "run")
 
 
 @pytest.mark.parametrize("method", ["full", "linear-probe", "rslora", "lora+", "dora", "adalora", "vera", "ia3"])
@@ -142,6 +173,62 @@ def test_all_the_options_of_training_together(cli, shapes: Path, tiny_vit: Path,
     assert code == 0, err
     assert "Mean rank by block" in out and "Learning rate:" in out and (tmp_path / "run" / "rate.png").exists()
     assert "macro_f1 on 9 held-out pictures" in out
+
+
+def test_a_start_that_full_fine_tuning_has_not(shapes: Path, tiny_vit: Path, tmp_path: Path) -> None:
+    config = vl.ClassifyConfig(images=str(shapes), model=str(tiny_vit), steps=2, rank=2, init="pissa",
+                               baselines=("full",), output=str(tmp_path / "run"))  # fmt: skip
+    assert [c.name for c in vl.classify(config).contenders] == ["lora", "full"]
+
+
+def test_a_random_backbone_is_the_same_again(cli, shapes: Path, tmp_path: Path) -> None:
+    words = ("--model", "vit_tiny_patch16_224", "--weights", "random", "--steps", 1, "--rank", 2, "--output", "run")
+    code, _, err = cli("classify", "--images", shapes, *words, "--baselines", "none")
+    assert code == 0, err
+    code, out, err = cli("predict", "--adapter", "run", shapes / "circle" / "00.png", "--json")
+    assert code == 0 and json.loads(out)[0]["label"] in ("circle", "cross", "square"), err
+
+
+def test_weights_that_were_moved(cli, shapes: Path, tiny_vit: Path, tmp_path: Path) -> None:
+    import shutil
+
+    own = tmp_path / "own.safetensors"
+    shutil.copy(tiny_vit / "model.safetensors", own)
+    words = ("--model", tiny_vit, "--weights", "own.safetensors", "--steps", 1, "--rank", 2, "--output", "run")
+    code, _, err = cli("classify", "--images", shapes, *words, "--baselines", "none")
+    assert code == 0, err
+    assert load_adapter(tmp_path / "run").info["base"]["weights"] == str(own), "another folder can be the working one"
+    own.rename(tmp_path / "moved.safetensors")
+    picture = shapes / "circle" / "00.png"
+    code, _, err = cli("predict", "--adapter", "run", picture)
+    assert code == 2 and "There is no file" in err
+    code, _, err = cli("predict", "--adapter", "run", picture, "--weights", "moved.safetensors")
+    assert code == 0, err
+    code, _, err = cli("export", "run", "--to", "timm", "--output", "out", "--weights", "moved.safetensors")
+    assert code == 0, err
+    code, _, err = cli("export", tmp_path / "run", "--to", "peft", "--output", "p", "--weights", "moved.safetensors")
+    assert code == 0, err
+
+
+def test_a_head_alone_is_no_folder_of_peft(cli, shapes: Path, tiny_vit: Path, tmp_path: Path) -> None:
+    words = ("--model", tiny_vit, "--steps", 1, "--method", "linear-probe", "--output", "run")
+    assert cli("classify", "--images", shapes, *words)[0] == 0
+    code, _, err = cli("export", "run", "--to", "peft", "--output", "p")
+    assert code == 2 and "A PEFT folder holds at least one adapted layer" in err
+
+
+def test_a_resumed_run_has_the_same_backbone(cli, shapes: Path, tiny_vit: Path, tmp_path: Path) -> None:
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    own = Path(shutil.copytree(tiny_vit, tmp_path / "vit"))
+    state = tmp_path / "cut" / "checkpoints" / "state.pt"
+    run_until(command_for(shapes, own, "cut"), tmp_path, state.exists, signal.SIGKILL)
+    tensors = load_file(own / "model.safetensors")
+    save_file({n: t + 0.01 for n, t in tensors.items()}, own / "model.safetensors")
+    code, _, err = cli("classify", "--resume", "cut")
+    assert code == 2 and "has changed since it was cut off (the weights of the base model)" in err
 
 
 def test_several_labels_from_a_table(cli, shapes: Path, tiny_vit: Path, tmp_path: Path) -> None:

@@ -161,6 +161,12 @@ def test_what_cannot_learn_on(kind: str, two: Path, tiny_vit: Path, tmp_path: Pa
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_full_fine_tuning_beside_it_starts_from_the_base(first: Path, two: Path, tmp_path: Path) -> None:
+    _, folder = run(two, tmp_path / "on", start_from=str(first), baselines=("probe", "full"))
+    contenders = json.loads((folder / "metrics.json").read_text())["contenders"]
+    assert list(contenders) == ["lora", "linear-probe", "full"]
+
+
 def test_nothing_new_is_left_to_judge_by(first: Path, two: Path, tmp_path: Path) -> None:
     splits = json.loads((first / "run.json").read_text())["splits"]
     for path in (*splits["val"], *splits["test"]):

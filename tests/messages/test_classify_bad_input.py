@@ -3,6 +3,7 @@
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 from visionlora.pipelines.export import export
@@ -112,6 +113,10 @@ SETTINGS = {
     "targets": ({"targets": "atn.q"}, ["Did you mean 'attn.q'?"]),
     "rank": ({"rank": 500}, ["Rank 500 is larger than layer"]),
     "two rates": ({"find_rate": True, "learning_rate": 1.0}, ["leave one of them out"]),
+    "a rate for the head": ({"find_rate": True, "head_learning_rate": 1.0}, ["find_rate finds one for the head too"]),
+    "adalora averaged": ({"method": "adalora", "ema_decay": 0.9}, ["adalora prunes what it averages"]),
+    "adalora stopped": ({"method": "adalora", "patience": 2}, ["adalora reaches its budget in the end alone"]),
+    "start": ({"start_from": "nowhere.safetensors"}, ["There is no adapter file at nowhere.safetensors"]),
     "no such table": ({"table": "nowhere.csv"}, ["nowhere.csv"]),
 }
 
@@ -120,6 +125,17 @@ SETTINGS = {
 def test_settings_that_cannot_be(case: str, classify, tmp_path: Path) -> None:
     settings, words = SETTINGS[case]
     check_refused(lambda: classify(**settings), tmp_path, *words)
+
+
+def test_pictures_that_all_look_alike(classify, own: Path, tmp_path: Path) -> None:
+    """Parts before one camera: they are tied to each other, and there is a way to say that they are not the same."""
+    for k, path in enumerate(sorted(own.glob("*/*.png"))):
+        pixels = np.full((32, 32, 3), 128, np.uint8)
+        pixels[k % 30, k // 30] = 0
+        Image.fromarray(pixels).save(path)
+    check_refused(classify, tmp_path, "60 of 60 pictures are tied to each other", "near_duplicates=false")
+    classify(near_duplicates=False, baselines=("none",))
+    assert (tmp_path / "run" / "adapter.safetensors").exists()
 
 
 def test_broken_pictures_are_left_out_on_request(classify, own: Path, tmp_path: Path) -> None:

@@ -148,6 +148,28 @@ def check_says(error: type[Exception], said: str, call: Any) -> None:
         call()
 
 
+def odd_pictures(folder: Path) -> dict[str, Path]:
+    """Files whose pixels are not what a person sees."""
+    random = np.random.default_rng(0)
+    clear = Image.fromarray(random.integers(0, 256, (40, 36, 4), dtype=np.uint8), "RGBA")
+    turned = Image.fromarray(random.integers(0, 256, (30, 50, 3), dtype=np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    clear.save(folder / "clear.png")
+    turned.save(folder / "turned.jpg", exif=exif)
+    Image.fromarray(np.linspace(0, 65535, 40 * 40).reshape(40, 40).astype(np.uint16)).save(folder / "deep.png")
+    return {p.stem: p for p in folder.iterdir()}
+
+
+@pytest.mark.parametrize("name", ["clear", "turned", "deep"])
+def test_an_opened_picture_is_seen_as_its_file_is(name: str, tiny_vit: Path, tmp_path: Path) -> None:
+    """Training reads files; who opens them with Pillow must not be told something else."""
+    path = odd_pictures(tmp_path)[name]
+    classifier = load_classifier(adapter_of(tiny_vit, TASKS["pets"], 0))
+    with Image.open(path) as opened:
+        assert torch.equal(classifier.prepared(opened, "default"), classifier.prepared(path, "default"))
+
+
 def test_wrong_use_is_explained(several: Classifier, tiny_vit: Path) -> None:
     picture = pictures(1)
     check_says(ConfigError, "There are 3 tasks", lambda: several.predict(picture))

@@ -115,6 +115,7 @@ def predict(
     top_k: Annotated[int, typer.Option(help="Classes per picture.")] = 1,
     batch_size: Annotated[int, typer.Option(help="Pictures per forward pass.")] = 32,
     model: Annotated[Optional[str], typer.Option(help="Another place of the backbone.")] = None,  # noqa: UP045
+    weights: Annotated[Optional[str], typer.Option(help="Another place of its state dict.")] = None,  # noqa: UP045
     device: Annotated[str, typer.Option(help="auto, cpu, cuda …")] = "auto",
     force: Annotated[bool, typer.Option("--force", help="Accept other weights of the same architecture.")] = False,
     skip_broken: Annotated[bool, typer.Option("--skip-broken", help="Leave out pictures that cannot be read.")] = False,
@@ -127,7 +128,7 @@ def predict(
 
         found = predict(
             adapter, [*(files or []), *(images or [])], output, top_k=top_k, batch_size=batch_size, model=model,
-            device=device, force=force, skip_broken=skip_broken, overwrite=overwrite, listener=listener,
+            device=device, force=force, weights=weights, skip_broken=skip_broken, overwrite=overwrite, listener=listener,
         )  # fmt: skip
     if as_json:
         typer.echo(json.dumps([record(one) for one in found], ensure_ascii=False))
@@ -147,13 +148,14 @@ def export(
     to: Annotated[str, typer.Option(help="timm, transformers, state-dict, peft or onnx.")],
     output: Annotated[Path, typer.Option(help="The folder or file to write.")],
     model: Annotated[Optional[str], typer.Option(help="Another place of the backbone.")] = None,  # noqa: UP045
+    weights: Annotated[Optional[str], typer.Option(help="Another place of its state dict.")] = None,  # noqa: UP045
     force: Annotated[bool, typer.Option("--force", help="Accept other weights of the same architecture.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
 ) -> None:
     """Write a classifier for another library, and compare its answers: `visionlora export runs/pets --to onnx`."""
     from visionlora.pipelines.export import export
 
-    found = export(adapter, output, to, model, force, overwrite)
+    found = export(adapter, output, to, model, force, overwrite, weights)
     typer.echo(f"Wrote {found.path}. Open it with: {found.how}")
     if found.difference is None:
         typer.echo("Not compared: the library is not installed.")

@@ -31,6 +31,8 @@ class ClassifyConfig(TrainingConfig):
     """For pictures with several labels: one column of 0 and 1 per class."""
     group_column: str | None = None
     """Pictures of one group (a patient, a place) stay on one side of the split."""
+    near_duplicates: bool = True
+    """Pictures that look alike stay on one side of the split; false, for pictures that all do, ties equal files alone."""
     split_column: str | None = None
     """Column that says train, val or test."""
     val_share: float = 0.15
@@ -97,6 +99,11 @@ class ClassifyConfig(TrainingConfig):
                 "find_rate",
                 not (self.find_rate and self.optimizer in OPTIMIZERS and OPTIMIZERS[self.optimizer].finds_rate),
                 f"{self.optimizer} finds the rate itself: leave one of them out",
+            ),
+            (
+                "head_learning_rate",
+                self.head_learning_rate is None or not self.find_rate,
+                "find_rate finds one for the head too: leave one of them out",
             ),
             (
                 "head_learning_rate",

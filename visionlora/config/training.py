@@ -155,6 +155,16 @@ class TrainingConfig:
                 "adalora prunes what this one averages; take another optimizer",
             ),
             (
+                "ema_decay",
+                not (self.method == "adalora" and self.ema_decay is not None),
+                "adalora prunes what it averages, which then never becomes zero: leave one of them out",
+            ),
+            (
+                "patience",
+                not (self.method == "adalora" and self.patience is not None),
+                "adalora reaches its budget in the end alone: leave one of them out",
+            ),
+            (
                 "betas",
                 len(self.betas) in (0, word.betas) and all(lowest <= beta < 1 for beta in self.betas),
                 f"{self.optimizer} takes {('one number', 'two numbers')[word.betas - 1]}, at least {lowest:g} and below 1",

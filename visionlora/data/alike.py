@@ -83,6 +83,7 @@ def linked(
     thumbnails: npt.NDArray[np.uint8],
     sha256: Sequence[str],
     groups: Sequence[str | None],
+    near: bool = True,
 ) -> npt.NDArray[np.int64]:
     """Numbers the pictures so that those that must stay together have the same number.
 
@@ -93,6 +94,7 @@ def linked(
         thumbnails: small pictures, (n, 16, 16, 3).
         sha256: of the files.
         groups: names, None for no group.
+        near: whether near duplicates count, and not files of equal bytes alone.
 
     Returns:
         Numbers from 0 in order of first appearance, int64 (n,).
@@ -104,13 +106,15 @@ def linked(
         for i, key in enumerate(keys):
             if key is not None:
                 forest.join(i, first.setdefault(key, i))
+    if not near:
+        return forest.numbers()
     # Equal thumbnails under equal hashes need no comparing: thousands of flat pictures become one.
     flat = np.concatenate([hashes.astype("<u8").view(np.uint8).reshape(n, 8), thumbnails.reshape(n, 768)], axis=1)
     _, one, which = np.unique(_rows_as_bytes(flat), return_index=True, return_inverse=True)
     for i, j in enumerate(one[which]):
         forest.join(i, int(j))
-    near = _near_duplicates(hashes[one], thumbnails[one])
-    for i, j in enumerate(one[near].tolist()):
+    alike = _near_duplicates(hashes[one], thumbnails[one])
+    for i, j in enumerate(one[alike].tolist()):
         forest.join(int(one[i]), j)
     return forest.numbers()
 

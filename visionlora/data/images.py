@@ -92,6 +92,18 @@ def decode(path: Path) -> Image.Image:
     return decode_noted(path).image
 
 
+def as_seen(image: Image.Image) -> Image.Image:
+    """An opened picture as `decode` would give it: upright by its EXIF, RGB, transparent parts white, 16 bits brought to 8.
+
+    Raises:
+        DataError: when its colours have no defined look.
+    """
+    try:
+        return _upright(image).image
+    except _Unusable as error:
+        raise DataError(f"The picture {error}") from None
+
+
 def decode_noted(path: Path, shown: str | None = None) -> Decoded:
     """Like `decode`, and says what was converted.
 
@@ -181,11 +193,15 @@ def _decode(path: Path) -> Decoded:
         frames = getattr(image, "n_frames", 1)
         if frames > 1 and image.format != "MPO":  # the further frames of an MPO are previews of the same photo
             notes.append(f"the first of {frames} frames")
-        image.load()
-        # After load: only then has a PNG been read to its end, and a TIFF been turned by Pillow itself.
-        method = _UPRIGHT.get(_orientation(image))
-        rgb, alpha, converted = _to_rgb(image)
-    notes += converted
+        found = _upright(image)
+    return Decoded(found.image, "; ".join([*notes, *([found.note] if found.note else [])]) or None, found.alpha)
+
+
+def _upright(image: Image.Image) -> Decoded:
+    image.load()
+    # After load: only then has a PNG been read to its end, and a TIFF been turned by Pillow itself.
+    method = _UPRIGHT.get(_orientation(image))
+    rgb, alpha, notes = _to_rgb(image)
     if method is not None:
         rgb, alpha = rgb.transpose(method), alpha and alpha.transpose(method)
         notes.append("turned upright by its EXIF orientation")

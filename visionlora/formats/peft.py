@@ -229,6 +229,11 @@ def write(adapter: Adapter, folder: Path, component: str = "") -> None:
     modules = whole_layers(adapter.component(component or adapter.components[0]), "PEFT")
     check_held(adapter, modules)
     kinds = {m.kind for m in modules.values()} - {"full"}
+    if not kinds:
+        raise AdapterFileError(
+            "A PEFT folder holds at least one adapted layer; this adapter has a head, or whole parameters, alone. "
+            "visionlora's own format keeps it, and `visionlora export --to state-dict` writes the whole model."
+        )
     if len(kinds) > 1 or not kinds <= {"lora", "dora", "ia3"}:
         raise AdapterFileError(
             f"A PEFT folder holds one of lora, dora and ia3; this adapter holds {', '.join(sorted(kinds))}. "

@@ -122,23 +122,30 @@ def open_backbone(model: str = "auto", weights: str | None = None) -> VisionMode
         ModelError: when there is no such model, it cannot be had, or the state dict does not fit.
     """
     chosen, why = choose("Backbone", model, EMBEDDED, DEFAULT_ON_GPU, fetch_default)
+    with torch.random.fork_rng(devices=[]):  # so that `random` is the same model whenever it is opened
+        torch.manual_seed(0)
+        opened = named(chosen, weights)
+    if weights not in (None, "random"):
+        read_state(opened, Path(weights).expanduser())
+        weights = str(Path(weights).expanduser().resolve())  # the adapter may be used from another folder
+    opened.model.requires_grad_(False).eval()
+    return replace(opened, why=why, weights=weights)
+
+
+def named(chosen: str, weights: str | None) -> VisionModel:
+    """A backbone by its name, with its own weights or, where others are named, with random ones."""
     if chosen == EMBEDDED:
         with resources.as_file(resources.files("visionlora.assets") / EMBEDDED) as folder:
             if not (folder / "config.json").is_file():
                 raise ModelError(
                     f"The embedded backbone is missing at {folder}. Build it with `make assets`, or pass --model."
                 )
-            opened = replace(from_timm(EMBEDDED, f"local-dir:{folder}", weights), folder=folder)
-    elif chosen.startswith(TORCHVISION):
-        opened = from_torchvision(chosen, weights)
-    elif (path := Path(chosen).expanduser()).is_dir():
-        opened = from_folder(path, weights)
-    else:
-        opened = from_name(chosen, weights)
-    if weights not in (None, "random"):
-        read_state(opened, Path(weights).expanduser())
-    opened.model.requires_grad_(False).eval()
-    return replace(opened, why=why, weights=weights)
+            return replace(from_timm(EMBEDDED, f"local-dir:{folder}", weights), folder=folder)
+    if chosen.startswith(TORCHVISION):
+        return from_torchvision(chosen, weights)
+    if (path := Path(chosen).expanduser()).is_dir():
+        return from_folder(path, weights)
+    return from_name(chosen, weights)
 
 
 def from_folder(path: Path, weights: str | None) -> VisionModel:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from visionlora import __version__
 from visionlora.config import to_yaml
+from visionlora.data.images import printable
 from visionlora.data.learned import Learned, history
 from visionlora.lora.adapter import Adapter
 from visionlora.lora.config import AdapterConfig
@@ -27,7 +28,7 @@ from visionlora.report.grid import draw_grid
 from visionlora.report.listener import Listener
 from visionlora.report.resume import LearnedFrom, changed
 from visionlora.report.runfolder import RunFolder
-from visionlora.training.loop import Progress
+from visionlora.training.loop import Progress, process_state
 from visionlora.vision.explain import attention_rollout, grad_cam, overlay, supports
 from visionlora.vision.material import Material
 from visionlora.vision.metrics import AnyMetrics, Bin, Metrics, expected_calibration_error, reliability
@@ -91,7 +92,7 @@ def header(
         "training": {
             "steps": step,
             "pictures": len(material.splits.train),
-            "batch": (config.batch_size or 1) * config.gradient_accumulation,
+            "batch": (config.batch_size or 1) * config.gradient_accumulation * process_state().num_processes,
             "learning_rate": config.learning_rate,
             "seed": config.seed,
             "data_sha256": material.data_hash,
@@ -100,14 +101,14 @@ def header(
     }
 
 
-def learned_from(material: Material) -> LearnedFrom:
+def learned_from(material: Material, base: str) -> LearnedFrom:
     """What a run learns from, and by which pictures it is judged."""
     data, sides = material.data, {i: side for side in SIDES for i in getattr(material.splits, side)}
     pictures = tuple(
         (digest, sides.get(i, "unused"), " ".join(data.classes[label] for label in item.labels))
         for i, (digest, item) in enumerate(zip(material.checked.sha256, data.items, strict=True))
     )
-    return LearnedFrom(material.data_hash, pictures, tuple(data.classes), "classes")
+    return LearnedFrom(material.data_hash, pictures, tuple(data.classes), "classes", base)
 
 
 # -------------------------------------------------------------------------------------------------------------- sheets
@@ -288,7 +289,7 @@ def report(
             "seconds": round(seconds, 1),
             "noise_scale": own.history[-1].noise_scale if own.history else None,
             "changes": list(changes),
-            "splits": {side: [str(data.items[i].path) for i in getattr(material.splits, side)] for side in SIDES},
+            "splits": {side: [printable(data.items[i].path) for i in getattr(material.splits, side)] for side in SIDES},
         },
     )
 

@@ -39,6 +39,8 @@ class Logbook:
     history: list[Progress] = field(default_factory=list)
     changes: list[dict[str, Any]] = field(default_factory=list)
     """What was changed by force when the run went on: `step`, and `what` in words."""
+    kept: int = 0
+    """Step of the last checkpoint."""
 
     def __post_init__(self) -> None:
         self.trackers = Trackers(self.fit.accelerator, self.run, self.tell, plain(self.config))
@@ -77,6 +79,15 @@ class Logbook:
         ):
             self.tell.say(line)
 
+    def stopping(self) -> None:
+        """Says that Ctrl-C was heard."""
+        self.tell.say("Stopping after this step; once more stops at once.")
+
+    def go_on(self, command: str) -> str:
+        """How to go on with a run that was interrupted, and from where when that is not its last step."""
+        lost = "" if self.fit.whole else f" from step {self.kept} (the step was cut off)"
+        return f"Go on{lost} with: visionlora {command} --resume {self.start.folder}"
+
     def checkpoint(self, more: Mapping[str, Any]) -> None:
         """Writes all that the run needs to go on.
 
@@ -95,6 +106,7 @@ class Logbook:
             **more,
         }
         write_state(self.run.checkpoints / STATE_FILE, state)
+        self.kept = self.fit.step
 
     def restore(self, kept: Mapping[str, Any]) -> bool:
         """Goes on from a checkpoint.
@@ -108,10 +120,11 @@ class Logbook:
         other = self.data.change_since(kept)
         if other and not self.start.force:
             raise ConfigError(
-                f"The pictures or their {self.data.text} have changed since this run was cut off ({other}). Restore them, go "
-                "on with them by --force, or start a new run."
+                f"What this run learns from has changed since it was cut off ({other}). Restore it, go on with it by --force, "
+                "or start a new run."
             )
         self.fit.restore(kept["fit"])
+        self.kept = self.fit.step
         self.changes = [dict(change) for change in kept.get("changes", ())]
         what = [*self.start.changes, *([other] if other else [])]
         if what:

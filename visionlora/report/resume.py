@@ -59,6 +59,8 @@ class LearnedFrom:
     """Of a classifier."""
     text: str = "captions"
     """What a picture's words are."""
+    base: str = ""
+    """Tells the weights of the base model apart from any others."""
 
     @cached_property
     def lines(self) -> str:
@@ -67,7 +69,7 @@ class LearnedFrom:
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint."""
-        return {"data": self.digest, "pictures": self.lines, "classes": list(self.classes)}
+        return {"data": self.digest, "pictures": self.lines, "classes": list(self.classes), "base": self.base}
 
     def change_since(self, kept: Mapping[str, Any]) -> str:
         """What is different from a checkpoint, in a few words; nothing when all is the same.
@@ -75,8 +77,9 @@ class LearnedFrom:
         Raises:
             ConfigError: when a run can never go on like this: with other classes, or judged by what it has learned.
         """
+        other_base = "the weights of the base model" if kept.get("base", self.base) != self.base else ""
         if kept["data"] == self.digest:
-            return ""
+            return other_base
         if kept.get("classes", list(self.classes)) != list(self.classes):
             raise ConfigError(
                 f"The classes have changed since this run was cut off: they were {', '.join(kept['classes'])}, now they are "
@@ -97,13 +100,18 @@ class LearnedFrom:
         ]
         if all(word.startswith("0 ") for word in words):
             words = ["others twice, or in another part"]
-        return "pictures: " + ", ".join(words)
+        return ("the weights of the base model; " if other_base else "") + "pictures: " + ", ".join(words)
 
 
 def _by_content(lines: str) -> dict[str, tuple[str, str]]:
     """From the hash of a picture to its side and words."""
     parts = (line.split(" ", 2) for line in lines.splitlines())
     return {part[0]: (part[1], part[2] if len(part) > 2 else "") for part in parts}
+
+
+def base_digest(fingerprints: Mapping[str, Mapping[str, str]]) -> str:
+    """The weights of all parts of a base model, in short."""
+    return " ".join(f"{part} {found['weights']}" for part, found in sorted(fingerprints.items()))
 
 
 @dataclass(frozen=True)

@@ -144,15 +144,15 @@ class Fitting:
 
         try:
             if not self.enough:  # a run that was cut off after it had stopped
-                self.fit.run(task, on_step)
+                self.fit.run(task, on_step, self.log.stopping)
         except KeyboardInterrupt:
             if self.log.history and self.main:
-                kept = self.keep_adapter(self.fit.step)
-                self.checkpoint()
-                self.tell.say(
-                    f"Interrupted at step {self.fit.step} of {steps}; the adapter so far is in {kept}.\n"
-                    f"Go on with: visionlora train-sd --resume {self.run.path}"
-                )
+                place = ""
+                if self.fit.whole:
+                    kept = self.keep_adapter(self.fit.step)
+                    self.checkpoint()
+                    place = f"; the adapter so far is in {kept}" if kept.is_file() else ""
+                self.tell.say(f"Interrupted at step {self.fit.step} of {steps}{place}.\n{self.log.go_on('train-sd')}")
             raise
         if self.enough:
             best = min(self.evaluations, key=lambda e: e.loss)

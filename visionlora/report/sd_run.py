@@ -45,7 +45,7 @@ def data_hash(folder: ImageFolder) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def learned_from(folder: ImageFolder, apart: Sequence[ImageItem]) -> LearnedFrom:
+def learned_from(folder: ImageFolder, apart: Sequence[ImageItem], base: str) -> LearnedFrom:
     """What a run learns from, and by which pictures it is judged."""
     sides = (("train", folder.items), ("val", apart))
     pictures = tuple(
@@ -53,7 +53,7 @@ def learned_from(folder: ImageFolder, apart: Sequence[ImageItem]) -> LearnedFrom
         for side, items in sides
         for item in items
     )
-    return LearnedFrom(data_hash(folder), pictures)
+    return LearnedFrom(data_hash(folder), pictures, base=base)
 
 
 def header(

@@ -142,7 +142,7 @@ class JointLearner:
         """See `Handle.after_step`; parts stop here."""
         for part in self.parts:
             if not part.stopped:
-                part.learning.after_step(step, steps)
+                part.learning.after_step(step, max(1, round(part.stop * steps)))
                 if part.stop < 1 and step >= part.stop * steps:
                     part.stay()
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from visionlora.data.groups import Group
 from visionlora.errors import ConfigError, TrainingError
 from visionlora.training.ema import EMA
+from visionlora.training.interrupts import Interrupts
 from visionlora.training.noise import MOST_PARAMETERS, GradientNoise
 from visionlora.training.optimizers import as_evaluated, build_optimizer
 from visionlora.training.order import generator_at, positions_at
@@ -101,7 +102,7 @@ def resolve_precision(precision: str, device: torch.device) -> str:
     if precision == "auto":
         if device.type != "cuda":
             return "no"
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     if precision == "fp16" and device.type == "cpu":
         raise ConfigError(
             "precision is 'fp16', but training runs on the CPU, which needs fp32 or bf16: --precision bf16."
@@ -173,6 +174,14 @@ def recent_loss(history: Sequence[Progress]) -> float:
     return sum(last) / len(last) if last else math.nan
 
 
+def into_training(model: nn.Module) -> None:
+    """Training mode, but for batch normalisation: its running statistics are the base's, which adapters do not hold."""
+    model.train()
+    for m in model.modules():
+        if isinstance(m, nn.modules.batchnorm._BatchNorm):
+            m.eval()
+
+
 class StopTraining(Exception):
     """Raised by `on_step` when enough was learned: the run ends as if its steps were done."""
 
@@ -204,6 +213,8 @@ class Fit:
         """Steps done."""
         self.skipped = 0
         """Steps in a row, up to now, that were lost."""
+        self.whole = True
+        """Whether the last step is done with all that follows from it, so that its state may be kept."""
 
     @property
     def images_per_step(self) -> int:
@@ -211,8 +222,12 @@ class Fit:
         config = self.config
         return int(config.batch_size * config.gradient_accumulation * self.accelerator.num_processes)
 
-    def run(self, task: Task, on_step: Callable[[Progress], None]) -> None:
+    def run(
+        self, task: Task, on_step: Callable[[Progress], None], on_interrupt: Callable[[], None] | None = None
+    ) -> None:
         """Runs the steps that are left; `on_step` is called after each, and an exception it raises ends the run.
+
+        Ctrl-C waits for the end of a step and its `on_step`, after `on_interrupt` was called; a second one does not.
 
         Each step sees batch_size x gradient_accumulation pictures on every process; all processes draw the random numbers
         of the whole step and take their share, so the curve is the same on one process and on several. A step whose loss
@@ -221,10 +236,15 @@ class Fit:
         Raises:
             TrainingError: when three steps in a row are so; the weights are those of the last good one.
         """
-        self.model.train()
+        into_training(self.model)
+        with Interrupts(on_interrupt) as interrupts:
+            self._run(task, on_step, interrupts)
+
+    def _run(self, task: Task, on_step: Callable[[Progress], None], interrupts: Interrupts) -> None:
         first, spent = self.step, 0.0
         while self.step < self.config.steps:
-            start = time.monotonic()
+            interrupts.check()
+            start, self.whole = time.monotonic(), False
             try:
                 loss, norm = self.advance(task, rate_at(self.step, self.config))
                 self.skipped = 0
@@ -242,7 +262,9 @@ class Fit:
                 rate = rate_at(self.step - 1, self.config)
                 on_step(Progress(self.step, loss, rate, norm, seen, speed, self.noise_scale))
             except StopTraining:
+                self.whole = True
                 return
+            self.whole = True
 
     def advance(self, task: Task, rate: float) -> tuple[float, float]:
         """One step at this learning rate: (loss, norm of the gradient)."""

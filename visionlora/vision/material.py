@@ -23,6 +23,7 @@ from visionlora.data.splits import Splits
 from visionlora.errors import ConfigError, nearest
 from visionlora.models.vision import VisionModel, as_logits
 from visionlora.vision.augment import Augmentation
+from visionlora.vision.explain import evaluating
 from visionlora.vision.metrics import AnyMetrics, evaluate, evaluate_multi_label, score
 from visionlora.vision.task import ClassificationTask, Objective
 
@@ -144,12 +145,10 @@ def logits_of(material: Material, side: Sequence[int], accelerator: Any = None) 
     share = -(-len(side) // processes)
     padded = [*side, *[side[0]] * (share * processes - len(side))]
     own = padded if accelerator is None else padded[accelerator.process_index * share :][:share]
-    training, device = model.training, next(model.parameters()).device
-    model.eval()
-    found = []
-    for start in range(0, len(own), EVALUATED_AT_ONCE):
-        x = preprocessing.batch(material.checked.pictures.stored(own[start : start + EVALUATED_AT_ONCE]))
-        found.append(as_logits(model(x.to(device))).float())
-    model.train(training)
+    device, found = next(model.parameters()).device, []
+    with evaluating(model):
+        for start in range(0, len(own), EVALUATED_AT_ONCE):
+            x = preprocessing.batch(material.checked.pictures.stored(own[start : start + EVALUATED_AT_ONCE]))
+            found.append(as_logits(model(x.to(device))).float())
     whole = torch.cat(found)
     return (whole if processes == 1 else accelerator.gather(whole)).cpu()[: len(side)]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from visionlora.data.groups import Group
 from visionlora.errors import ConfigError, TrainingError
-from visionlora.training.loop import LoopConfig, Progress, new_accelerator, resolve_precision, train
+from visionlora.training.loop import Fit, LoopConfig, Progress, new_accelerator, resolve_precision, train
 from visionlora.training.schedules import rate_at
 
 from ...doubles import Learner
@@ -114,6 +114,41 @@ def test_three_in_a_row_stop_the_run_at_the_last_good_weights() -> None:
     assert learner.model.weight.item() == weights[4]
 
 
+def test_batch_normalisation_stays_the_bases() -> None:
+    """Its running statistics are in no adapter: were they to move, the file would mean another base than the one there is."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.BatchNorm1d(1), nn.Dropout(0.5), nn.Linear(1, 1, bias=False))
+    before = {n: b.clone() for n, b in model.named_buffers()}
+    train(Accelerator(cpu=True), Learner(model), Regression(), CONFIG, lambda _: None)
+    assert model[1].training and all(torch.equal(b, before[n]) for n, b in model.named_buffers())
+
+
+def test_ctrl_c_waits_for_the_end_of_a_step() -> None:
+    """Signals come at any moment; a step, and what is looked at after it, is kept whole or not at all."""
+    import signal
+
+    before = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    told, done = [], []
+
+    class Interrupted(Regression):
+        def losses(self, *arguments) -> Tensor:
+            if len(done) == 4:
+                signal.raise_signal(signal.SIGINT)
+            return super().losses(*arguments)
+
+    fit = Fit(Accelerator(cpu=True), Learner(nn.Linear(1, 1, bias=False)), CONFIG)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            fit.run(Interrupted(), lambda p: done.append(p.step), lambda: told.append("heard"))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert done == [1, 2, 3, 4, 5] and fit.step == 5 and fit.whole and told == ["heard"]
+    with pytest.raises(ZeroDivisionError):
+        fit.run(Regression(), lambda p: 1 / 0)
+    assert fit.step == 6 and not fit.whole, "nobody has seen that step"
+
+
 def test_groups_keep_their_ratio_to_the_schedule_and_the_penalty_counts() -> None:
     class Two(Learner):
         def parameter_groups(self, lr: float, weight_decay: float) -> list[dict]:
@@ -131,6 +166,12 @@ def test_groups_keep_their_ratio_to_the_schedule_and_the_penalty_counts() -> Non
     start = learner.model.bias.item()
     train(Accelerator(cpu=True), learner, Regression(), CONFIG, lambda progress: None)
     assert abs(learner.model.bias.item()) < abs(start)
+
+
+@pytest.mark.parametrize(("there", "expected"), [(True, "bf16"), (False, "fp16")])
+def test_precision_on_a_gpu_that_has_bf16_or_imitates_it(there: bool, expected: str, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: there or including_emulation)
+    assert resolve_precision("auto", torch.device("cuda")) == expected
 
 
 @pytest.mark.parametrize(("given", "expected"), [("auto", "no"), ("fp32", "no"), ("bf16", "bf16")])

@@ -71,7 +71,12 @@ class AdaLoRA(Method):
 
     @torch.no_grad()
     def measure(self) -> None:
-        """Updates the smoothed sensitivities from the present gradients (eq. 9, 10)."""
+        """Updates the smoothed sensitivities from the present gradients (eq. 9, 10), if they are finite.
+
+        A scaler of fp16 skips steps whose gradients are not.
+        """
+        if any(p.grad is not None and not bool(torch.isfinite(p.grad).all()) for p in self.parameters()):
+            return
         for name, p in self.named_parameters():
             if p.grad is None:
                 continue
@@ -83,6 +88,8 @@ class AdaLoRA(Method):
 
     def importance(self) -> Tensor:
         """Of each triplet, (r,) (eq. 8, 11)."""
+        if not self.sensitivity:
+            return torch.zeros_like(self.lora_E).flatten()
         score = {n: self.sensitivity[n] * self.deviation[n] for n in ("lora_A", "lora_B", "lora_E")}
         total: Tensor = score["lora_E"] + score["lora_A"].flatten(1).mean(1) + score["lora_B"].flatten(1).mean(0)
         return total
