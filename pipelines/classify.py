@@ -46,7 +46,15 @@ from visionlora.report.runfolder import RunFolder
 from visionlora.training.learner import LayeredLearner, rates_by_depth
 from visionlora.training.loop import Fit, Progress, StopTraining, new_accelerator, process_state
 from visionlora.training.rate import find_rate
-from visionlora.training.settings import adapter_config, automatic_ranks, loop_config, suited, suited_rate
+from visionlora.training.settings import (
+    adapter_config,
+    automatic_ranks,
+    loop_config,
+    ranks_state,
+    suited,
+    suited_rate,
+    with_kept_ranks,
+)
 from visionlora.vision.material import Material, class_weights, logits_of, targets_of
 from visionlora.vision.metrics import AnyMetrics, fit_temperature
 from visionlora.vision.probe import Probe
@@ -121,7 +129,9 @@ def classify(config: ClassifyConfig, listener: Listener | None = None) -> Classi
     new_head(material, start_of_head)
     if before is None and config.method != "linear-probe":
         check_targets(backbone.model, adapter)
-    if config.rank == "auto":
+    if config.rank == "auto" and (kept := with_kept_ranks(adapter, start.state)) is not None:
+        adapter = kept
+    elif config.rank == "auto":
         choice = automatic_ranks(
             backbone.model, adapter, material.task, config,
             lambda done, total: tell.progress("Measuring layers", done, total),
@@ -139,7 +149,17 @@ def classify(config: ClassifyConfig, listener: Listener | None = None) -> Classi
         return lambda own, step, temperature: header(own, method, fingerprints, step, temperature, further)
 
     # Training and baselines
-    fitting = Fitting(material, handle, accelerator, run, tell, about(adapter, first), start, base_digest(fingerprints))
+    fitting = Fitting(
+        material,
+        handle,
+        accelerator,
+        run,
+        tell,
+        about(adapter, first),
+        start,
+        base_digest(fingerprints),
+        ranks_state(adapter),
+    )
     if start.state is not None:
         fitting.restore(start.state)
     elif config.find_rate:
@@ -245,7 +265,9 @@ def prepare(
     largest = max(Counter(components.tolist()).values())
     together = ""
     if tied := sum(count for count in Counter(components.tolist()).values() if count > 1):
-        together = f"{tied} pictures stay on one side with others (near duplicates, or of one group), the largest set has {largest}"
+        together = (
+            f"{tied} pictures stay with others on one side (near duplicates or a group); the largest set has {largest}"
+        )
     more = tuple(line for line in (together, not_known) if line)
     splits = dataclasses.replace(splits, notes=(*splits.notes, *more))
     for note in (*data.notes, *checked.notes, *splits.notes):
@@ -322,6 +344,8 @@ class Fitting:
     """Where the run began."""
     base: str = ""
     """Tells the weights of the backbone apart from any others."""
+    ranks: Mapping[str, Any] = field(default_factory=dict)
+    """The ranks that were chosen, for the checkpoint."""
     evaluations: list[tuple[int, float, float]] = field(default_factory=list)
     """(step, score, loss) on the validation pictures."""
     best: tuple[int, tuple[float, float], dict[str, torch.Tensor]] | None = None
@@ -438,6 +462,7 @@ class Fitting:
             {
                 "evaluations": [list(e) for e in self.evaluations],
                 "best": {"step": step, "value": list(value), "state": state},
+                **self.ranks,
             }
         )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from visionlora.diffusion.settings import (
     attention_kernel,
     captions_of,
     check_attention,
+    check_base_precision,
     noise_scheduler_of,
     objective_of,
     plan_of,
@@ -59,7 +61,15 @@ from visionlora.training.learner import JointLearner, Part
 from visionlora.training.loop import new_accelerator, process_state, recent_loss
 from visionlora.training.memory import at_once, bytes_kept, free_memory
 from visionlora.training.order import generator_at
-from visionlora.training.settings import adapter_config, automatic_ranks, loop_config, suited, text_adapter_config
+from visionlora.training.settings import (
+    adapter_config,
+    automatic_ranks,
+    loop_config,
+    ranks_state,
+    suited,
+    text_adapter_config,
+    with_kept_ranks,
+)
 
 
 @dataclass(frozen=True)
@@ -93,7 +103,7 @@ def train_sd(config: TrainSDConfig, listener: Listener | None = None) -> RunResu
     material = encode(ready, tell)
     if not config.sample_columns and accelerator.num_processes == 1:  # others' latents may have to be made here
         release(base, text_is_cached=material.tokens is None)
-    learning = new_adapter(ready, material, tell)
+    learning = new_adapter(ready, material, tell, start.state)
     if config.auto_batch and start.state is None:
         config = batch_in_memory(ready, material, learning, tell)
     loop = loop_config(config)
@@ -120,6 +130,7 @@ def train_sd(config: TrainSDConfig, listener: Listener | None = None) -> RunResu
         learned_from(ready.folder, ready.apart, base_digest(ready.fingerprints)),
         start,
         material.validation,
+        ranks_state(learning.config),
     )
     if start.state is not None:
         fitting.restore(start.state)
@@ -196,7 +207,7 @@ def prepare(start: Start[TrainSDConfig], tell: Listener) -> Ready:
     if apart:
         tell.say(f"{len(folder.items)} pictures to train on, {len(apart)} apart to see whether it learned.")
     if config.prior_images is not None:
-        check_class_folder(Path(config.prior_images), Path(config.images) if config.images else None)
+        check_class_folder(Path(config.prior_images), [config.images, *(f.path for f in config.folders)])
 
     base = open_base(named_base(config, first)[0])
     tell.say(base.why)
@@ -239,7 +250,8 @@ def prepare(start: Start[TrainSDConfig], tell: Listener) -> Ready:
         start.folder,
         parts_stop=config.train_text_encoder and config.text_encoder_stop < 1,
     )
-    check_attention(config.attention, accelerator.device)
+    check_attention(config.attention, accelerator.device, accelerator.mixed_precision)
+    check_base_precision(config, accelerator.mixed_precision)
     prepare_encoders(base, config, accelerator.device, accelerator.mixed_precision)
     word = None
     if config.token is not None:
@@ -327,7 +339,7 @@ def encode(ready: Ready, tell: Listener) -> Material:
         share = Share(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone)
     class_items: tuple[ImageItem, ...] = ()
     if config.prior_images is not None and config.prior_prompt is not None:
-        where = Path(config.prior_images)
+        where = Path(config.prior_images).expanduser()
         prepare_unet(base, config, accelerator.device, accelerator.mixed_precision)  # it draws
         if accelerator.is_main_process:
             drawn = draw_missing(
@@ -406,15 +418,17 @@ class Learning:
         return Adapter(modules, embeddings={} if self.word is None else self.word.embeddings())
 
 
-def new_adapter(ready: Ready, material: Material, tell: Listener) -> Learning:
+def new_adapter(ready: Ready, material: Material, tell: Listener, state: Mapping[str, Any] | None = None) -> Learning:
     """The adapters on their parts of the model, untrained or as far as the run learns on from."""
     config, base, adapter, accelerator = ready.config, ready.base, ready.adapter, ready.accelerator
     give_back()  # what encoding took, before the UNet is there
     prepare_unet(base, config, accelerator.device, accelerator.mixed_precision)
-    if config.rank == "auto":
+    if config.rank == "auto" and (kept := with_kept_ranks(adapter, state)) is not None:
+        adapter = kept
+    elif config.rank == "auto":
         choice = automatic_ranks(
             base.pipe.unet, adapter, material.task(None), config,
-            lambda done, total: tell.progress("Measuring layers", done, total),
+            lambda done, total: tell.progress("Measuring layers", done, total), accelerator.autocast,
         )  # fmt: skip
         tell.say("Mean rank by block:\n" + bars(choice.by_block()))
         adapter = choice.config

@@ -105,6 +105,10 @@ def test_a_word_that_no_caption_has(train, tmp_path: Path) -> None:
         (["bucket_step=12"], "bucket_step is 12; sides must be multiples of 8 px for this model. Use 8 or 16"),
         (["min_snr_gamma=5", "debiased=true"], "debiased is True; min_snr_gamma is given: leave one of them out"),
         (["prior_images=DOGS", "prior_prompt=a dog"], "which is also the folder to learn from"),
+        (["prior_images=DOGS/class", "prior_prompt=a dog"], "the folder to learn from"),
+        (["base_precision=bf16", "precision=fp32"], "the run computes in fp32, for which the base must be too"),
+        (["base_precision=bf16", "method=full"], "which half precision would round away"),
+        (["base_precision=int8", "rank=auto"], "it measures the gradients of weights, which packed ones have not"),
         (["prior_images=dogs"], "it needs the class's caption: prior_prompt='a dog'"),
         (["token=a word"], "token is 'a word'; it must be one word, such as <dog>"),
         (["attention=sdpaa"], "Did you mean 'sdpa'?"),
@@ -148,6 +152,18 @@ def test_a_rank_that_follows_the_timestep_trains_and_draws(train, tiny_model: Pa
     assert mix.running == "stacked" and not torch.equal(drawn(), base)
     mix.detach()
     assert torch.equal(drawn(), base)
+
+
+def test_automatic_ranks_in_half_precision(train) -> None:
+    out, run = train("rank=auto", "rank_budget=2", "precision=bf16", "sample_columns=0")
+    assert "Mean rank by block" in out and all(np.isfinite(losses(run)))
+
+
+def test_a_model_trained_in_full_keeps_fp32_weights(train) -> None:
+    """In half precision most of AdamW's steps would round to nothing."""
+    _, run = train("method=full", "precision=bf16", "sample_columns=0")
+    values = [m.tensors["value"] for m in load_adapter(run).modules.values()]
+    assert all((v != v.bfloat16()).any() for v in values if v.numel() > 100)
 
 
 @pytest.mark.parametrize("code", ["int8", "nf4"])

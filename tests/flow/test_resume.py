@@ -167,7 +167,7 @@ def test_what_cannot_be_resumed(tiny_model: Path, dogs: Path, tmp_path: Path, wh
     for picture in dogs.glob("*.png"):
         picture.with_suffix(".txt").write_text("a spotted dog")
     with pytest.raises(
-        ConfigError, match=r"changed .*0 added, 0 removed, 3 with other captions.*go on with them by --force"
+        ConfigError, match=r"changed .*0 added, 0 removed, 3 with other captions.*go on with it by --force"
     ):
         train_sd(resumed(folder))
     assert (folder / "checkpoints" / "state.pt").read_bytes() == before
@@ -474,3 +474,15 @@ def test_killed_at_random_moments(tiny_model: Path, dogs: Path, tmp_path: Path, 
     assert run(folder.name) == 0
     check_bytes(folder.name)
     assert len(set(moments)) >= 6, f"the kills fell on too few moments: {moments}"
+
+
+def test_chosen_ranks_are_kept(tiny_model: Path, dogs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measured again, on another batch or device, they may be others, and the state would fit no more."""
+    settings = {"rank": "auto", "rank_budget": "2"}
+    expected = train_sd(config(tiny_model, dogs, tmp_path / "uncut", **settings)).folder
+    with pytest.raises(Killed):
+        train_sd(config(tiny_model, dogs, tmp_path / "cut", **settings), Killer(30))
+    assert (tmp_path / "cut" / "checkpoints" / "state.pt").exists()
+    monkeypatch.setattr("visionlora.pipelines.train_sd.automatic_ranks", None)
+    train_sd(resumed(tmp_path / "cut"))
+    assert (tmp_path / "cut" / "adapter.safetensors").read_bytes() == (expected / "adapter.safetensors").read_bytes()

@@ -244,5 +244,15 @@ class TrainSDConfig(TrainingConfig):
                 self.base_precision not in QUANTISED or not (self.compile or self.method == "full"),
                 "packed weights go neither with compile nor with method full",
             ),
+            (
+                "base_precision",
+                self.base_precision not in ("bf16", "fp16") or self.method != "full",
+                "method full trains the weights themselves, which half precision would round away",
+            ),
+            (
+                "rank",
+                self.rank != "auto" or self.base_precision not in QUANTISED,
+                "it measures the gradients of weights, which packed ones have not: give a rank, or leave base_precision out",
+            ),
             ("attention", self.attention in ATTENTION, nearest(self.attention, ATTENTION)),
         ]

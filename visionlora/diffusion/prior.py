@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from visionlora.atomic import replace_file
@@ -57,11 +57,26 @@ def class_pictures(folder: Path, prompt: str, skip_broken: bool) -> tuple[ImageI
     return read_image_folder(folder, prompt, skip_broken=skip_broken).items
 
 
-def check_class_folder(folder: Path, subject: Path | None) -> None:
-    """Raises DataError when the class's pictures are the subject's: the one would undo the other."""
-    if subject is not None and folder.resolve() == subject.resolve():
+def check_class_folder(folder: Path, subjects: Iterable[str]) -> None:
+    """Refuses pictures of the class that are the subject's: the one would undo the other.
+
+    Args:
+        folder: of the class.
+        subjects: folders to learn from; empty ones count for none.
+
+    Raises:
+        DataError: when it is one of them, in one, or around one: folders are read with their subfolders.
+    """
+    own = folder.expanduser().resolve()
+    for name in filter(None, subjects):
+        subject = Path(name).expanduser().resolve()
+        if own == subject:
+            how = "is also the folder to learn from"
+        elif own.is_relative_to(subject) or subject.is_relative_to(own):
+            how = f"lies {'in' if own.is_relative_to(subject) else 'around'} {name}, the folder to learn from"
+        else:
+            continue
         raise DataError(
-            f"prior_images is {folder}, which is also the folder to learn from: what is learned would be held back. Name "
-            "another folder; it is filled with pictures that the base draws. Or leave it out: the base's own predictions "
-            "then keep the class."
+            f"prior_images is {folder}, which {how}: what is learned would be held back. Name another folder, beside it; it "
+            "is filled with pictures that the base draws. Or leave it out: the base's own predictions then keep the class."
         )

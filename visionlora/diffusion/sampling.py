@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from PIL import Image
@@ -71,7 +72,7 @@ def draw(
     original = pipe.scheduler
     pipe.scheduler = sampling_scheduler(original)
     pictures: list[Image.Image] = []
-    try:
+    with any_kernel(), restored(pipe, original):
         for i in range(0, len(prompts), config.batch_size):
             part = list(prompts[i : i + config.batch_size])
             latents = pipe(
@@ -86,6 +87,21 @@ def draw(
             pictures += pictures_of(pipe, latents)
             if progress is not None:
                 progress(len(part))
-    finally:
-        pipe.scheduler = original
     return pictures
+
+
+@contextmanager
+def restored(pipe: Any, scheduler: Any) -> Iterator[None]:
+    """A pipeline has this scheduler again in the end."""
+    try:
+        yield
+    finally:
+        pipe.scheduler = scheduler
+
+
+def any_kernel() -> AbstractContextManager[None]:
+    """Every kernel of attention may be used: a VAE in fp32 has heads that the flash kernel does not take."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    kinds = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH)
+    return cast("AbstractContextManager[None]", sdpa_kernel(list(kinds)))

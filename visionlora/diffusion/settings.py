@@ -98,14 +98,25 @@ COMPUTED_IN = {"no": "fp32", "bf16": "bf16", "fp16": "fp16"}
 
 
 def base_dtype(config: TrainSDConfig, mixed_precision: str) -> torch.dtype:
-    """Of the weights that adapters are put on.
+    """Of the weights that adapters are put on; those that train themselves would lose small steps in half precision.
 
     Args:
         config: of the run.
         mixed_precision: of the computation, as accelerate calls it.
     """
+    if config.method == "full":
+        return torch.float32
     own = config.base_precision not in ("auto", *CODES)
     return BASE_DTYPES[config.base_precision if own else COMPUTED_IN[mixed_precision]]
+
+
+def check_base_precision(config: TrainSDConfig, mixed_precision: str) -> None:
+    """Raises ConfigError when the base would be kept in fewer bits than it computes in."""
+    if config.base_precision in ("bf16", "fp16") and mixed_precision == "no":
+        raise ConfigError(
+            f"base_precision is {config.base_precision!r}, but the run computes in fp32, for which the base must be too: "
+            f"--precision {config.base_precision}, or base_precision=int8 to save memory."
+        )
 
 
 def place(part: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
@@ -172,13 +183,17 @@ def release(base: BaseModel, text_is_cached: bool) -> None:
     give_back()
 
 
-def check_attention(attention: str, device: torch.device) -> None:
-    """Raises ConfigError when a kernel of attention needs a GPU, or a package, that is not there."""
+def check_attention(attention: str, device: torch.device, mixed_precision: str) -> None:
+    """Raises ConfigError when a kernel of attention needs a GPU, a precision, or a package, that is not there."""
     if attention == "sdpa":
         return
     if device.type != "cuda":
         raise ConfigError(
             f"attention is {attention!r}, which needs a GPU, and there is none. Take sdpa: it runs everywhere."
+        )
+    if attention == "flash" and mixed_precision == "no":
+        raise ConfigError(
+            "attention is 'flash', which computes in half precision alone: --precision bf16, or take sdpa."
         )
     if attention == "xformers":
         from importlib.util import find_spec

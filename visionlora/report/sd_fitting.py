@@ -45,6 +45,8 @@ class Fitting:
     """Where the run began."""
     validation: Validation | None = None
     """Pictures that are not trained on."""
+    ranks: Mapping[str, Any] = field(default_factory=dict)
+    """The ranks that were chosen, for the checkpoint."""
     evaluations: list[Evaluation] = field(default_factory=list)
     """On the validation pictures."""
     started: float = field(default_factory=lambda: float(os.environ.get("SOURCE_DATE_EPOCH", time.time())))
@@ -79,6 +81,7 @@ class Fitting:
                 "columns": [label for label, _ in self.sheet.columns],
                 "sheet": self.sheet.key,
                 "started": self.started,
+                **self.ranks,
             }
         )
 

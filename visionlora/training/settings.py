@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar, cast
 
 from torch import Tensor, nn
@@ -86,12 +87,26 @@ def suited(config: C, suggested: Mapping[str, Any]) -> tuple[C, tuple[str, ...]]
     return chosen, (", ".join(parts) + ".",)
 
 
+def ranks_state(adapter: AdapterConfig) -> dict[str, Any]:
+    """The ranks that were chosen, for a checkpoint: measured again, on another batch or device, they may be others."""
+    return {"ranks": {"rank_pattern": dict(adapter.rank_pattern), "exclude": list(adapter.exclude_list)}}
+
+
+def with_kept_ranks(adapter: AdapterConfig, state: Mapping[str, Any] | None) -> AdapterConfig | None:
+    """The configuration with the ranks of a checkpoint; None when there are none to keep."""
+    if state is None or "ranks" not in state:  # a new run, or an older checkpoint
+        return None
+    kept = state["ranks"]
+    return dataclasses.replace(adapter, rank_pattern=dict(kept["rank_pattern"]), exclude=tuple(kept["exclude"]))
+
+
 def automatic_ranks(
     model: nn.Module,
     adapter: AdapterConfig,
     task: Task,
     config: TrainingConfig,
     on_batch: Callable[[int, int], None],
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> RankChoice:
     """Ranks by layer, measured on the training pictures before the first step.
 
@@ -101,6 +116,7 @@ def automatic_ranks(
         task: gives the losses.
         config: the budget, batch and seed.
         on_batch: called with (batches done, batches in all).
+        autocast: what the model runs under, where its weights need it.
     """
     kind, amount = budget_of(config.rank_budget) or ("rank", 8)
     batch = config.batch_size or 1
@@ -109,6 +125,7 @@ def automatic_ranks(
         on_batch(number + 1, CALIBRATION_BATCHES)
         index = positions_at(config.seed, number * batch, batch, batch, task.groups)
         generator = generator_at(config.seed, number * batch, "calibration")
-        return task.losses(model, index, generator, slice(0, batch)).mean()
+        with autocast():
+            return task.losses(model, index, generator, slice(0, batch)).mean()
 
     return choose_ranks(model, adapter, loss_of, CALIBRATION_BATCHES, amount if kind == "parameters" else None)

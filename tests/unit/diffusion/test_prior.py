@@ -33,6 +33,11 @@ def test_a_folder_is_filled_and_what_is_there_is_kept(tiny_model: Path, tmp_path
 
 def test_the_subject_is_not_its_own_class(tmp_path: Path) -> None:
     (tmp_path / "dog").mkdir()
-    check_class_folder(tmp_path / "dogs", tmp_path / "dog")
+    dog = str(tmp_path / "dog")
+    check_class_folder(tmp_path / "dogs", ["", dog])
     with pytest.raises(DataError, match="which is also the folder to learn from: what is learned would be held back"):
-        check_class_folder(tmp_path / "x" / ".." / "dog", tmp_path / "dog")
+        check_class_folder(tmp_path / "x" / ".." / "dog", ["elsewhere", dog])
+    with pytest.raises(DataError, match=r"which lies in .*dog, the folder to learn from"):
+        check_class_folder(tmp_path / "dog" / "class", [dog])
+    with pytest.raises(DataError, match=r"which lies around .*dog, the folder to learn from"):
+        check_class_folder(tmp_path, [dog])

@@ -7,11 +7,14 @@ import pytest
 import torch
 
 from visionlora.config import TrainSDConfig
-from visionlora.diffusion.settings import prepare_encoders, prepare_unet, release
+from visionlora.diffusion.sampling import SamplingConfig, draw
+from visionlora.diffusion.settings import attention_kernel, check_attention, prepare_encoders, prepare_unet, release
+from visionlora.errors import ConfigError
 from visionlora.lora.packed import packed_layers
 from visionlora.models.base import open_base
 from visionlora.training.settings import adapter_config, suited
 
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of diffusers' schedulers
 CPU = torch.device("cpu")
 CONFIG = TrainSDConfig(images="here")
 
@@ -22,6 +25,7 @@ CONFIG = TrainSDConfig(images="here")
         ({}, "no", torch.float32),
         ({}, "bf16", torch.bfloat16),
         ({"base_precision": "fp32"}, "bf16", torch.float32),
+        ({"method": "full"}, "bf16", torch.float32),
         ({"base_precision": "int8", "gradient_checkpointing": True}, "no", torch.float32),
     ],
 )
@@ -42,6 +46,23 @@ def test_the_unet_waits_until_it_is_needed_and_twice_is_as_once(
         with torch.no_grad():
             outputs.append(unet(*inputs).sample)
     assert torch.equal(*outputs)
+
+
+def test_samples_are_drawn_with_any_kernel(tiny_model: Path) -> None:
+    """Also while the training may use flash attention alone: the VAE is in fp32, with one wide head."""
+    base, seen = open_base(str(tiny_model)), []
+    base.pipe.vae.decoder.register_forward_pre_hook(lambda *_: seen.append(torch.backends.cuda.math_sdp_enabled()))
+    with attention_kernel("flash"):
+        assert not torch.backends.cuda.math_sdp_enabled()
+        draw(base, ["a"], 32, SamplingConfig(steps=1))
+        assert not torch.backends.cuda.math_sdp_enabled()
+    assert seen == [True]
+
+
+def test_flash_attention_computes_in_half_precision_alone() -> None:
+    with pytest.raises(ConfigError, match="attention is 'flash', which computes in half precision alone"):
+        check_attention("flash", torch.device("cuda"), "no")
+    check_attention("flash", torch.device("cuda"), "bf16")
 
 
 def test_what_is_released_has_no_weights(tiny_model: Path) -> None:
