@@ -20,14 +20,16 @@ from visionlora.diffusion.sampling import pictures_of, sampling_scheduler
 from visionlora.errors import AdapterFileError, ConfigError, nearest
 from visionlora.formats.container import file_hashes
 from visionlora.formats.inspection import weights_file
-from visionlora.loaders import add_tokens, check_base, load_adapter
+from visionlora.loaders import check_base, load_adapter
 from visionlora.lora.adapter import Adapter
 from visionlora.mixing.batches import adapters_of, batches_of
 from visionlora.mixing.mix import Mix, attach
 from visionlora.mixing.scales import Scale
-from visionlora.models.base import BaseModel, open_base, open_controlnet
+from visionlora.models.base import BaseModel, open_base, open_controlnet, quiet
+from visionlora.training.loop import resolve_precision
 
 Progress = Callable[[int, int], None]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,10 @@ class GenerateConfig:
     control_scale: float = 1.0
     batch_size: int = 1
     """Pictures drawn in one forward pass where they agree in all but prompt, seed and adapters."""
+    device: str = "auto"
+    """To draw on; auto takes a GPU where there is one."""
+    precision: str = "auto"
+    """fp32, bf16, fp16, or auto: half precision on a GPU, fp32 on a CPU."""
     output: Path = Path("pictures")
     force: bool = False
     allow_partial: bool = False
@@ -120,15 +126,42 @@ def adapters_and_base(config: GenerateConfig, say: Callable[[str], None]) -> tup
         model = str(next(iter(adapters.values())).info.get("base", {}).get("id", "auto"))
     base = open_base(model)
     say(base.why)
+    device, precision = place_of(config)
+    base.fingerprints()  # before the cast, after which they would be others
+    with quiet("diffusers", "transformers"):
+        base.pipe.to(device=device, dtype=DTYPES[precision])
     for adapter in adapters.values():
         make_fit(adapter, base, config)
     return base, adapters
 
 
+def place_of(config: GenerateConfig) -> tuple[torch.device, str]:
+    """The device that pictures are drawn on, and the precision.
+
+    Raises:
+        ConfigError: when there is no such device or precision, or they do not go together.
+    """
+    if config.precision not in ("auto", *DTYPES):
+        raise ConfigError(f"precision is {config.precision!r}. {nearest(config.precision, ('auto', *DTYPES))}")
+    there = torch.cuda.is_available()
+    try:
+        device = torch.device(("cuda" if there else "cpu") if config.device == "auto" else config.device)
+    except RuntimeError:
+        raise ConfigError(
+            f"device is {config.device!r}; it must be auto, cpu or cuda (cuda:1 for the second)."
+        ) from None
+    if device.type == "cuda" and not there:
+        raise ConfigError(f"device is {config.device!r}, but there is no GPU that torch can use. Take cpu.")
+    if device.type == "cpu" and config.precision == "fp16":
+        raise ConfigError("precision is 'fp16', which a CPU has no fast kernels for: --precision bf16 or fp32.")
+    if config.precision != "auto":
+        return device, config.precision
+    return device, {"no": "fp32"}.get(found := resolve_precision("auto", device), found)
+
+
 def make_fit(adapter: Adapter, base: BaseModel, config: GenerateConfig) -> None:
-    """Checks an adapter against the base and gives the base its tokens."""
+    """Checks an adapter against the base."""
     check_base(adapter, base, config.force, config.allow_partial)
-    add_tokens(base, adapter)
 
 
 def uses_of(prompt: str, config: GenerateConfig) -> list[LoraUse]:
@@ -139,9 +172,12 @@ def uses_of(prompt: str, config: GenerateConfig) -> list[LoraUse]:
     """
     uses = {}
     for path, scale, blocks in config.loras:
-        name = name_of(path)
+        stem = name = name_of(path)
         if name in uses:
-            name = f"{Path(path).parent.name}/{name}"
+            stem = name = f"{Path(path).parent.name}/{stem}"
+        number = 1
+        while name in uses:
+            name, number = f"{stem}-{number + 1}", number + 1
         uses[name] = LoraUse(name, path, scale, blocks)
     for name, scale in take_tags(prompt)[1]:
         if name in uses:
@@ -205,9 +241,10 @@ def recipes_of(config: GenerateConfig, base: BaseModel, plans: Sequence[tuple[st
     )
     return [
         Recipe(
-            prompt, base.id, width, height, config.negative_prompt, tuple(uses), config.compose, dict(config.compose_options),
+            take_tags(prompt)[0], base.id, width, height, config.negative_prompt, tuple(uses), config.compose,
+            dict(config.compose_options),
             config.seed + k, config.steps, guidance, config.scheduler, start, start_hash, config.strength, mask, mask_hash,
-            config.controlnet or "", control, control_hash, config.control_scale,
+            config.controlnet or "", control, control_hash, config.control_scale, place_of(config)[1],
         )
         for prompt, uses in plans
         for k in range(config.num_images)
@@ -226,9 +263,7 @@ def draw_all(
     missing = {path: recipe for path, recipe in zip(paths, recipes, strict=True) if not path.exists()}
     done = len(recipes) - len(missing)
     progress(done, len(recipes))
-    batches = batches_of(
-        list(missing.values()), config.batch_size, lambda prompt: in_words(pipe, take_tags(prompt)[0]), adapters
-    )
+    batches = batches_of(list(missing.values()), config.batch_size, lambda prompt: in_words(pipe, prompt), adapters)
     mix, current = None, None
     while batches:
         batch = batches.pop(0)
@@ -304,7 +339,7 @@ def draw_batch(pipe: Any, batch: Sequence[Recipe], given: Given) -> list[Image.I
     try:
         with torch.no_grad():
             latents = pipe(
-                **prompt_arguments(pipe, [take_tags(recipe.prompt)[0] for recipe in batch], first.negative_prompt),
+                **prompt_arguments(pipe, [recipe.prompt for recipe in batch], first.negative_prompt),
                 num_inference_steps=first.steps,
                 guidance_scale=first.guidance_scale,
                 generator=[torch.Generator().manual_seed(recipe.seed) for recipe in batch],

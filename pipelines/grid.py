@@ -6,7 +6,7 @@ import base64
 import html
 import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from visionlora.pipelines.generate import (
 
 from visionlora.atomic import replace_file
 from visionlora.config import parse_composition
-from visionlora.diffusion.recipe import Recipe
+from visionlora.diffusion.recipe import LoraUse, Recipe, take_tags
 from visionlora.errors import ConfigError, nearest
 from visionlora.loaders import load_adapter
 from visionlora.report.grid import draw_grid
@@ -36,7 +36,8 @@ NUMBERS: dict[str, type] = {
     "control_scale": float,
 }  # fmt: skip
 WORDS = ("prompt", "negative_prompt", "scheduler", "compose")
-LORA = re.compile(r"lora:(?P<name>.+?)(?:\.(?P<what>scale|file|[a-z_.0-9]+))?")
+LORA = re.compile(r"lora:(?P<name>.+)\.(?P<what>[a-z_0-9]+)")
+"""An axis of an adapter; of one that is there what follows its name counts, dots and all."""
 MOST_CELLS = 10_000
 
 
@@ -80,7 +81,7 @@ def parse_axis(word: str) -> Axis:
     if not equals or not text.strip():
         raise ConfigError(f"An axis is written name=value,value…; this one is {word!r}.")
     lora = LORA.fullmatch(name)
-    if name not in (*NUMBERS, *WORDS) and not (lora and lora["what"]):
+    if name not in (*NUMBERS, *WORDS) and not lora:
         known = [*NUMBERS, *WORDS, "lora:NAME.scale", "lora:NAME.file"]
         raise ConfigError(f"There is no axis {name!r}. {nearest(name, known)}")
     parts = [p.strip() for p in text.split("|" if "|" in text else ",")]
@@ -102,8 +103,18 @@ def parse_axis(word: str) -> Axis:
     return Axis(name, tuple(kind(v) for v in values))
 
 
-def changed(recipe: Recipe, axis: Axis, value: Any) -> Recipe:
+Tags = Mapping[str, Sequence[LoraUse]]
+"""By prompt: the adapters that its tags name, at the tags' scales."""
+
+
+def changed(recipe: Recipe, axis: Axis, value: Any, tags: Tags | None = None) -> Recipe:
     """The recipe with one setting at one value.
+
+    Args:
+        recipe: to change.
+        axis: the setting.
+        value: its value.
+        tags: of prompts.
 
     Raises:
         ConfigError: when the axis is of an adapter that the recipe has not.
@@ -115,12 +126,19 @@ def changed(recipe: Recipe, axis: Axis, value: Any) -> Recipe:
         if len(recipe.loras) != 1:
             raise ConfigError(f"Axis 'step' needs one adapter, there are {len(recipe.loras)}: write lora:NAME.step=….")
         name, what = recipe.loras[0].name, "step"
+    elif axis.name == "prompt":
+        tagged = (tags or {}).get(value, ())
+        own = {use.name: use for use in recipe.loras} | {use.name: use for use in tagged}
+        return replace(recipe, prompt=take_tags(value)[0], loras=tuple(own.values()))
     elif axis.name in (*NUMBERS, *WORDS):
         return replace(recipe, **{axis.name: value})
     else:
         match = LORA.fullmatch(axis.name)
         assert match is not None
-        name, what = match["name"], match["what"]
+        word = axis.name.removeprefix("lora:")
+        there = [use.name for use in recipe.loras if word.startswith(f"{use.name}.")]
+        name = max(there, key=len, default=match["name"])
+        what = word.removeprefix(f"{name}.") if there else match["what"]
     if name not in [use.name for use in recipe.loras]:
         there = [use.name for use in recipe.loras]
         hint = nearest(name, there) if there else "Give it with --lora."
@@ -173,8 +191,15 @@ class Sheet:
     recipes: tuple[tuple[Recipe, ...], ...]
 
 
-def sheets_of(base: Recipe, x: Axis, y: Axis | None, others: Sequence[Axis]) -> list[Sheet]:
+def sheets_of(base: Recipe, x: Axis, y: Axis | None, others: Sequence[Axis], tags: Tags | None = None) -> list[Sheet]:
     """All sheets, one for each combination of the other axes.
+
+    Args:
+        base: the recipe that the axes change.
+        x: across.
+        y: down.
+        others: one sheet for each combination of theirs.
+        tags: of the prompts on an axis.
 
     Raises:
         ConfigError: when an axis comes twice, or there would be too many pictures.
@@ -189,21 +214,26 @@ def sheets_of(base: Recipe, x: Axis, y: Axis | None, others: Sequence[Axis]) -> 
     if cells > MOST_CELLS:
         raise ConfigError(f"That is {cells:,} pictures; a grid has at most {MOST_CELLS:,}.")
     found = []
+    down = [None] if y is None else [(y, v) for v in y.values]
     for values in itertools.product(*(a.values for a in others)):
-        start = base
-        for axis, value in zip(others, values, strict=True):
-            start = changed(start, axis, value)
-        rows = [(y.label(v), changed(start, y, v)) for v in y.values] if y is not None else [("", start)]
-        title = ", ".join(a.label(v) for a, v in zip(others, values, strict=True))
+        fixed = list(zip(others, values, strict=True))
+        rows = [[*fixed, *([row] if row else [])] for row in down]
         found.append(
             Sheet(
-                title,
-                tuple(label for label, _ in rows),
+                ", ".join(a.label(v) for a, v in fixed),
+                tuple("" if row is None else row[0].label(row[1]) for row in down),
                 tuple(x.label(v) for v in x.values),
-                tuple(tuple(changed(row, x, v) for v in x.values) for _, row in rows),
+                tuple(tuple(cell_of(base, [*row, (x, v)], tags) for v in x.values) for row in rows),
             )
         )
     return found
+
+
+def cell_of(base: Recipe, settings: Sequence[tuple[Axis, Any]], tags: Tags | None) -> Recipe:
+    """The recipe of one cell. The prompt comes first, as its tags may bring the adapters of other axes."""
+    for axis, value in sorted(settings, key=lambda pair: pair[0].name != "prompt"):
+        base = changed(base, axis, value, tags)
+    return base
 
 
 @dataclass(frozen=True)
@@ -238,12 +268,18 @@ def grid(
     """
     axes = [a for a in (x, y, *others) if a is not None]
     prompts = [str(v) for a in axes if a.name == "prompt" for v in a.values]
-    start = replace(
-        config, prompts=list(config.prompts)[:1] or prompts[:1], num_images=1, output=config.output / "cells"
-    )
+    if len(config.prompts) > 1 or (config.prompts and prompts):
+        raise ConfigError(
+            f"A grid starts from one prompt, and there are {len(config.prompts) + len(prompts)}: give several as an axis, --y "
+            "'prompt=a dog|a cat', and leave --prompt out."
+        )
+    start = replace(config, prompts=list(config.prompts) or prompts[:1], num_images=1, output=config.output / "cells")
     base, adapters = adapters_and_base(start, say)
-    (recipe,) = recipes_of(start, base, [(start.prompts[0], uses_of(start.prompts[0], start))])
-    sheets = sheets_of(recipe, x, y, others)
+    tags = {p: [use for use in uses_of(p, config) if use.name in dict(take_tags(p)[1])] for p in prompts}
+    # The tags of a prompt on an axis act in its own cells alone.
+    first = "" if prompts else start.prompts[0]
+    (recipe,) = recipes_of(start, base, [(first, uses_of(first, start))])
+    sheets = sheets_of(recipe, x, y, others, tags)
     cells = [r for sheet in sheets for row in sheet.recipes for r in row]
     for path in dict.fromkeys(use.path for r in cells for use in r.loras):
         if path not in adapters:

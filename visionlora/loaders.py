@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
+
+from torch import Tensor
 
 from visionlora.errors import AdapterFileError, nearest
 from visionlora.formats import diffusers, kohya, native, peft
@@ -177,18 +179,25 @@ def add_tokens(base: BaseModel, adapter: Adapter) -> None:
                 raise AdapterFileError(
                     f"The adapter has vectors of {token!r} for {component!r}, which {base.id} has not."
                 )
-            width = cast(Any, encoder).get_input_embeddings().weight.shape[1]
-            if vectors.shape[1] != width:
-                raise AdapterFileError(
-                    f"The vectors of {token!r} are {vectors.shape[1]} wide, the text encoder of {base.id} {width}: they were "
-                    "made for another family."
-                )
-            try:
-                base.pipe.load_textual_inversion(
-                    vectors, token=token, text_encoder=encoder, tokenizer=tokenizers[component]
-                )
-            except ValueError as e:
-                raise AdapterFileError(f"The token {token!r} cannot be added: {e}") from None
+            add_token(base.pipe, token, vectors, tokenizers[component], encoder)
+
+
+def add_token(pipe: Any, token: str, vectors: Tensor, tokenizer: Any, encoder: Any) -> None:
+    """Gives one text encoder of a pipeline a token with vectors of its own, (n, width).
+
+    Raises:
+        AdapterFileError: when the vectors have another width than the text encoder's, or the token is there already.
+    """
+    width = encoder.get_input_embeddings().weight.shape[1]
+    if vectors.shape[1] != width:
+        raise AdapterFileError(
+            f"The vectors of {token!r} are {vectors.shape[1]} wide, this text encoder's {width}: they were made for another "
+            "family."
+        )
+    try:
+        pipe.load_textual_inversion(vectors, token=token, text_encoder=encoder, tokenizer=tokenizer)
+    except ValueError as e:
+        raise AdapterFileError(f"The token {token!r} cannot be added: {e}") from None
 
 
 def load_pipeline(

@@ -355,3 +355,41 @@ def test_pictures_that_do_not_go_together(tiny_model: Path, tiny_xl: Path, tmp_p
         with pytest.raises(vl.VisionLoRAError, match=re.escape(said)):
             run(*words)
         assert not list((tmp_path / "out").glob("*"))
+
+
+def test_adapters_of_one_name_and_tags_that_are_none(loras: Path, tiny_model: Path, tmp_path: Path) -> None:
+    paths = []
+    for run_name in ("a", "b", "c"):
+        folder = tmp_path / run_name / "checkpoints"
+        folder.mkdir(parents=True)
+        paths.append(folder / "best.safetensors")
+        paths[-1].write_bytes((loras / ("dog.safetensors" if run_name == "a" else "ink.safetensors")).read_bytes())
+    words = [word for path in paths for word in ("--lora", path)]
+    run("generate", "--model", tiny_model, "--prompt", "a", *words, "--steps", 1, "--output", tmp_path / "o")
+    (picture,) = (tmp_path / "o").iterdir()
+    assert [u.name for u in read_recipe(picture).loras] == ["best", "checkpoints/best", "checkpoints/best-2"]
+    for tag in ("<lora:ink:0.8:0.5>", "<lora:ink:0.8", "<lora:>"):
+        with pytest.raises(vl.VisionLoRAError, match="is not understood: a tag is <lora:name:scale>"):
+            run("generate", "--model", tiny_model, "--prompt", f"a {tag}", "--steps", 1, "--output", tmp_path / "p")
+
+
+def test_half_precision_and_devices(loras: Path, tiny_model: Path, tmp_path: Path) -> None:
+    words = ("generate", "--model", tiny_model, "--prompt", "a", "--lora", loras / "dog.safetensors", "--steps", 2)
+    run(*words, "--precision", "bf16", "--device", "cpu", "--output", tmp_path / "half")
+    run(*words, "--output", tmp_path / "whole")
+    (half,), (whole,) = ((tmp_path / name).iterdir() for name in ("half", "whole"))
+    recipe = read_recipe(half)
+    assert recipe.precision == "bf16" and read_recipe(whole).precision == "fp32" and half.name != whole.name
+    pixels = [np.asarray(Image.open(p), dtype=float) for p in (half, whole)]
+    assert 0 < np.abs(pixels[0] - pixels[1]).mean() < 20
+    run(*shlex.split(recipe.command(str(tmp_path / "again")))[1:])
+    assert (tmp_path / "again" / half.name).read_bytes() == half.read_bytes()
+    for more, message in (
+        (("--device", "gpu"), "device is 'gpu'; it must be auto, cpu or cuda"),
+        (("--device", "cuda"), "there is no GPU that torch can use. Take cpu."),
+        (("--precision", "fp16"), "precision is 'fp16', which a CPU has no fast kernels for"),
+        (("--precision", "fp61"), "precision is 'fp61'. Did you mean 'fp16'?"),
+    ):
+        with pytest.raises(vl.VisionLoRAError) as caught:
+            run(*words, *more, "--output", tmp_path / "no")
+        assert message in str(caught.value)

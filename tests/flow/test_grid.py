@@ -2,9 +2,11 @@
 
 import base64
 import re
+import shlex
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 from visionlora.pipelines.grid import Axis, parse_axis
@@ -102,6 +104,7 @@ REFUSALS = {
     "empty": (("--x", "prompt=a||b"), "Axis 'prompt' has an empty value"),
     "twice": (("--x", "seed=1", "--y", "seed=2"), "Axis 'seed' is there twice."),
     "too many": (("--x", "seed=1..200", "--y", "steps=1..200"), "That is 40,000 pictures; a grid has at most 10,000."),
+    "two prompts": (("--x", "seed=1", "--prompt", "b"), "A grid starts from one prompt, and there are 2: give"),
     "no adapter": (("--x", "lora:dgo.scale=1"), "is of an adapter that is not there. Did you mean 'dog'?"),
     "size": (("--x", "width=32,33"), "A resolution of 33 px does not fit"),
     "scheduler": (("--x", "scheduler=eular"), "scheduler is 'eular'. Did you mean 'euler'?"),
@@ -126,3 +129,50 @@ def test_refusals_draw_nothing(name: str, loras: Path, tiny_model: Path, tmp_pat
         )
     assert message in str(caught.value)
     assert not (tmp_path / "o").exists()
+
+
+def test_tags_act_in_their_own_cells_and_dots_are_part_of_names(loras: Path, tiny_model: Path, tmp_path: Path) -> None:
+    """What a prompt on an axis names acts where the prompt is; each cell's command draws it again."""
+    shutil.copy(loras / "dog.safetensors", loras / "dog_v1.5.safetensors")
+    fixed = ("--model", tiny_model, "--steps", 2, "--lora-folder", loras)
+    run(
+        "grid",
+        *fixed,
+        "--x",
+        "prompt=a|a <lora:ink:0.8>|a <lora:dog_v1.5:0.3>",
+        "--y",
+        "seed=0,1",
+        "--output",
+        tmp_path / "g",
+    )
+    cells = [read_recipe(p) for p in sorted((tmp_path / "g" / "cells").iterdir())]
+    assert {(r.prompt, tuple((u.name, u.scale) for u in r.loras)) for r in cells} == {
+        ("a", ()), ("a", (("ink", 0.8),)), ("a", (("dog_v1.5", 0.3),))
+    }  # fmt: skip
+    for path in sorted((tmp_path / "g" / "cells").iterdir()):
+        words = shlex.split(read_recipe(path).command(str(tmp_path / "again")))
+        run(*words[1:])
+        np.testing.assert_allclose(np.asarray(Image.open(tmp_path / "again" / path.name), dtype=int),
+                                   np.asarray(Image.open(path), dtype=int), atol=1)  # fmt: skip
+    run(
+        "grid",
+        *fixed,
+        "--prompt",
+        "a <lora:dog_v1.5:0.3>",
+        "--x",
+        "lora:dog_v1.5.scale=0,1",
+        "--output",
+        tmp_path / "h",
+    )
+    scales = sorted(read_recipe(p).loras[0].scale for p in (tmp_path / "h" / "cells").iterdir())
+    assert scales == [0, 1]
+
+
+def test_checkpoints_of_a_learned_word(tiny_model: Path, dogs: Path, tmp_path: Path) -> None:
+    """Each file brings its own vectors of one word."""
+    run("train-sd", "--images", dogs, "--model", tiny_model, "--prompt", "a <it>", "token=<it>", "--steps", 4, "--rank", 2,
+        "sample_columns=2", "sample_steps=1", "learning_rate=0.05", "--output", tmp_path / "run")  # fmt: skip
+    run("grid", "--model", tiny_model, "--lora", tmp_path / "run", "--prompt", "a <it>", "--x", "step=2,4", "--steps", 2,
+        "--output", tmp_path / "g")  # fmt: skip
+    pictures = [np.asarray(Image.open(p)) for p in sorted((tmp_path / "g" / "cells").iterdir())]
+    assert len(pictures) == 2 and not np.array_equal(*pictures)

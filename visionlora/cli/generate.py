@@ -65,6 +65,8 @@ BatchSize = Annotated[
         help="Pictures drawn at once, each with its own prompt, seed and adapters; values may round otherwise than alone."
     ),
 ]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda …")]
+Precision = Annotated[str, typer.Option(help="auto (half on a GPU, fp32 on a CPU), fp32, bf16 or fp16.")]
 Force = Annotated[bool, typer.Option("--force", help="Accept a fine-tune of the adapter's base.")]
 AllowPartial = Annotated[
     bool, typer.Option("--allow-partial", help="Use what fits of an adapter that does not fit as a whole.")
@@ -94,6 +96,8 @@ def command(
     control: Control = None,
     control_scale: ControlScale = 1.0,
     batch_size: BatchSize = 1,
+    device: Device = "auto",
+    precision: Precision = "auto",
     output: Annotated[
         Path, typer.Option(help="Folder for the pictures; those there already are not drawn again.")
     ] = Path("pictures"),

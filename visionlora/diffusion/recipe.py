@@ -100,6 +100,8 @@ class Recipe:
     """Picture that the ControlNet follows."""
     control_hash: str = ""
     control_scale: float = 1.0
+    precision: str = "fp32"
+    """That the model computes in."""
     batch_size: int = 1
     """Pictures that were drawn with it in one forward pass, itself too: their number may change how its values round."""
     version: str = __version__
@@ -132,6 +134,7 @@ class Recipe:
         unused = {} if self.mask else dict.fromkeys(("mask", "mask_hash"))
         unused |= {} if self.controlnet else dict.fromkeys(("controlnet", "control", "control_hash", "control_scale"))
         unused |= {} if self.batch_size > 1 else {"batch_size": None}
+        unused |= {} if self.precision != "fp32" else {"precision": None}
         return json.dumps({k: v for k, v in asdict(self).items() if k not in unused}, sort_keys=True)
 
     @classmethod
@@ -172,6 +175,8 @@ class Recipe:
             words += ["--controlnet", self.controlnet, "--control", self.control]
             words += ["--control-scale", f"{self.control_scale:g}"]
         words += ["--seed", str(self.seed), "--steps", str(self.steps), "--guidance-scale", f"{self.guidance_scale:g}"]
+        if self.precision != "fp32":
+            words += ["--precision", self.precision]
         words += ["--scheduler", self.scheduler, "--width", str(self.width), "--height", str(self.height)]
         return shlex.join([*words, "--output", output])
 
@@ -233,7 +238,7 @@ def take_tags(prompt: str) -> tuple[str, list[tuple[str, float]]]:
     """The prompt without `<lora:name:scale>` tags, and the tags.
 
     Raises:
-        ConfigError: when a scale is not a number.
+        ConfigError: when a scale is not a number, or a tag is none of these.
 
     >>> take_tags("a dog <lora:ink:0.8> running <lora:old>")
     ('a dog running', [('ink', 0.8), ('old', 1.0)])
@@ -244,4 +249,9 @@ def take_tags(prompt: str) -> tuple[str, list[tuple[str, float]]]:
             found.append((match[1].strip(), float(match[2] or 1.0)))
         except ValueError:
             raise ConfigError(f"{match[0]}: {match[2]!r} is not a number; write <lora:name:scale>.") from None
+    if strange := re.search(r"<lora:[^<>]*>?", TAG.sub(" ", prompt)):
+        raise ConfigError(
+            f"{strange[0]} is not understood: a tag is <lora:name:scale>. Factors of parts and blocks go to the command: "
+            "--lora name:0.8@up=1.2,mid=0."
+        )
     return re.sub(r"\s{2,}", " ", TAG.sub(" ", prompt)).strip() if found else prompt, found

@@ -93,8 +93,11 @@ def restore_all_but(layer: AdaptedLayer, names: Container[str]) -> None:
 
 def keep_original(layer: AdaptedLayer, name: str) -> Tensor:
     """The untouched parameter, kept when it is not yet."""
+    now = cast(Tensor, getattr(layer, name)).detach()
     if name not in layer.originals:
-        layer.originals[name] = cast(Tensor, getattr(layer, name)).detach().clone()
+        layer.originals[name] = now.clone()
+    elif layer.originals[name].device != now.device:  # the model was moved meanwhile
+        layer.originals[name] = layer.originals[name].to(now.device)
     return layer.originals[name]
 
 

@@ -41,10 +41,10 @@ def batches_of(
 def differs(adapter: Adapter) -> bool:
     """Whether an adapter can act on one picture of a batch and not on another, and takes little memory for each.
 
-    Norms and biases that it changes are one for all, and a T-LoRA follows one timestep. The factors of other kinds, such as
-    LoHa and full differences, are as large as the weights, and each picture would have its own.
+    Its words, and norms and biases that it changes, are one for all, and a T-LoRA follows one timestep. The factors of other
+    kinds, such as LoHa and full differences, are as large as the weights, and each picture would have its own.
     """
-    return all(m.product in SMALL for m in adapter.modules.values())
+    return not adapter.embeddings and all(m.product in SMALL for m in adapter.modules.values())
 
 
 def adapters_of(batch: Sequence[Recipe]) -> dict[str, tuple[str, Scale]]:

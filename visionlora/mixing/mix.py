@@ -29,10 +29,12 @@ from visionlora.lora.adapter import Adapter
 from visionlora.lora.handle import Handle
 from visionlora.lora.inject import attach as attach_one
 from visionlora.lora.merge import merge_together
+from visionlora.lora.names import resolve_names
 from visionlora.lora.overlap import PairOverlap, overlap
 from visionlora.mixing.compose import Composition, composition
 from visionlora.mixing.compose.balanced import scaled
 from visionlora.mixing.scales import Scale, as_scale, block_factors
+from visionlora.mixing.words import Words
 
 MODES = ("auto", "merged", "stacked", "batched")
 PARTS = ("unet", "text_encoder", "text_encoder_2")
@@ -80,6 +82,7 @@ class Mix:
         self.composition = composition(compose, **options)
         self.parts = parts_of(target)
         self.members: dict[str, Member] = {}
+        self.words = Words(target, allow_partial)
         self.handles: dict[str, list[tuple[str, Handle]]] = {}
         """What is on the model: name -> pairs of component and handle."""
         self.running = "stacked"
@@ -89,6 +92,8 @@ class Mix:
         self._rows = 0
         self._evaluations: list[dict[str, float]] = []
         """Factors of the adapters in each evaluation of the UNet, where the composition wants several."""
+        self._in_file: dict[tuple[str, str, str], str] = {}
+        """How files spell the layers that they spell otherwise, by name, component and layer."""
 
     # ------------------------------------------------------------------------------------------------------ members
 
@@ -214,13 +219,15 @@ class Mix:
         for pairs in self.handles.values():
             for _, handle in pairs:
                 handle.eject()
-        self._hooks, self.handles = [], {}
+        self.words.remove()
+        self._hooks, self.handles, self._in_file = [], {}, {}
 
     def _rebuild(self) -> None:
         """Attaches the adapters as the composition wants them."""
         self._clear()
         if not self.members:
             return
+        self.words.add({n: m.adapter for n, m in self.members.items()})
         prepared = self.composition.prepare(
             {n: m.adapter for n, m in self.members.items()}, {n: m.scale.strength for n, m in self.members.items()}
         )
@@ -232,7 +239,21 @@ class Mix:
                 if part is not None:
                     handle = attach_one(part, adapter, component, f"mix{number}", self.allow_partial)
                     pairs.append((component, handle))
+                    names = adapter.component(component)
+                    spelled = resolve_names([n for n in names if n not in handle.methods], list(handle.methods))
+                    self._in_file |= {(name, component, layer): given for given, layer in spelled.items()}
+        if list(self.handles) != list(self.members):
+            self._check_plain_scales()
         self._configure()
+
+    def _check_plain_scales(self) -> None:
+        """Raises ConfigError when one adapter stands for all, and a scale has more than a strength."""
+        for name, member in self.members.items():
+            if member.scale != Scale(member.scale.strength):
+                raise ConfigError(
+                    f"The scale of {name!r} has blocks, steps or pictures, but this composition makes one adapter of all, in "
+                    "which they are lost: give a number, or compose otherwise (balanced, orthogonal, switch)."
+                )
 
     def part(self, component: str, adapter: Adapter) -> nn.Module | None:
         """The module that a component of an adapter goes on.
@@ -309,12 +330,15 @@ class Mix:
         weights = self.composition.weights(list(self.handles), step, steps)
         for name, pairs in self.handles.items():
             member = self.members.get(name)
-            strength = member.scale.at(progress) if member is not None else 1.0
-            weight = weights.get(name, 1.0)
             for component, handle in pairs:
+                # Text encoders run once, before the first step: they have the strength throughout.
+                stepped = self._on_unet(component)
+                strength = 1.0 if member is None else member.scale.at(progress) if stepped else member.scale.strength
+                weight = weights.get(name, 1.0) if stepped or not self.composition.per_step else 1.0
                 for layer, m in handle.methods.items():
                     factor = 1.0 if member is None else member.factors[component, layer]
-                    own = weight if isinstance(weight, (int, float)) else weight.get(f"{component}.{layer}", 1.0)
+                    given = self._in_file.get((name, component, layer), layer)
+                    own = weight if isinstance(weight, (int, float)) else weight.get(f"{component}.{given}", 1.0)
                     scale = strength * factor * own
                     if scale != m.scale:
                         m.scale = scale
@@ -322,6 +346,10 @@ class Mix:
                     factor = 1.0 if member is None else member.factors[component, layer]
                     changed.set_scale(strength * factor * (weight if isinstance(weight, (int, float)) else 1.0))
         self._set_rows(self._rows)
+
+    def _on_unet(self, component: str) -> bool:
+        """Whether a part runs at every step: of a pipeline the UNet, of a bare module all there is."""
+        return component == "unet" or "" in self.parts
 
     def _set_rows(self, rows: int) -> None:
         """The scales of pictures and evaluations; rows of one evaluation, 0 where there is but one."""
@@ -345,8 +373,7 @@ class Mix:
                         f"Adapter {name!r} changes norms or biases of {component}, which all pictures of a batch share: it "
                         "cannot have scales per picture."
                     )
-                on_unet = component in ("unet", "")
-                per_part = shares if on_unet or not evaluations else images
+                per_part = shares if self._on_unet(component) or not evaluations else images
                 for m in handle.methods.values():
                     m.sample_scale = per_part
 
@@ -379,11 +406,13 @@ class Mix:
 
     def _after(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Blends the evaluations."""
-        sample = output[0]
+        sample = output if isinstance(output, Tensor) else output[0]
         blended = self.composition.blend(sample.view(len(self._evaluations), -1, *sample.shape[1:]))
+        if isinstance(output, Tensor):
+            return blended
         if isinstance(output, tuple):
             return (blended, *output[1:])
-        output.sample = blended
+        output[next(iter(output))] = blended  # sample of diffusers, logits of transformers
         return output
 
     def moment_of(self, timestep: Any) -> tuple[int, int]:
@@ -394,7 +423,10 @@ class Mix:
         if timesteps is not None and len(timesteps):
             near = (timesteps.float().cpu() - value).abs()
             if float(near.min()) < 0.5:
-                return int(near.argmin()), len(timesteps)
+                # Of a picture to start from the pipeline leaves out the first timesteps, according to its strength.
+                run = getattr(self.target, "_num_timesteps", None)
+                skipped = max(0, len(timesteps) - run) if isinstance(run, int) and run > 0 else 0
+                return max(0, int(near.argmin()) - skipped), len(timesteps) - skipped
         return min(TRAINED_TIMESTEPS - 1, max(0, TRAINED_TIMESTEPS - 1 - round(value))), TRAINED_TIMESTEPS
 
 

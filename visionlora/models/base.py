@@ -7,6 +7,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import import_module, resources
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,11 @@ class BaseModel:
         return own + ([("text_encoder_2", self.pipe.tokenizer_2, self.pipe.text_encoder_2)] if self.is_xl else [])
 
     def fingerprints(self) -> dict[str, dict[str, str]]:
-        """Architecture and weights fingerprint of each part."""
+        """Architecture and weights fingerprint of each part, as it was when first asked: before adapters, casts and packing."""
+        return {part: dict(found) for part, found in self._fingerprints.items()}
+
+    @cached_property
+    def _fingerprints(self) -> dict[str, dict[str, str]]:
         return {
             name: {"architecture": architecture_fingerprint(part), "weights": weights_fingerprint(part)}
             for name, part in self.components().items()

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import visionlora as vl
+from visionlora.errors import ConfigError
 from visionlora.lora.adapter import Adapter, AdapterModule
 from visionlora.mixing.mix import Mix
 from visionlora.models.base import open_base
@@ -170,7 +171,7 @@ class Steps:
         self.seen: list[tuple[float, ...]] = []
 
         def note(*_: object) -> None:
-            self.seen.append(tuple(next(iter(p[0][1].methods.values())).scale for p in mix.handles.values()))
+            self.seen.append(tuple(next(iter(dict(p)["unet"].methods.values())).scale for p in mix.handles.values()))
 
         hook = pipe.unet.conv_out.register_forward_hook(note)
         pipe("dog", num_inference_steps=6, height=32, width=32, output_type="np", guidance_scale=3.0)
@@ -189,6 +190,126 @@ def test_scales_change_from_step_to_step(pipe) -> None:
     assert [c for _, _, c in seen] == [1, 1, 0.5, 0.5, 0.25, 0.25]
     mix.set_scales({n: vl.Scale(steps=lambda p: p) for n in adapters})
     assert [a for a, _, _ in Steps(pipe, mix).seen] == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])
+
+
+def test_text_encoders_have_their_strength_throughout(pipe) -> None:
+    """They run before the first step, and must not keep what the last step of the picture before left them."""
+    adapters = {"a": adapter(pipe, 0), "b": adapter(pipe, 1)}
+    for scales, compose in (({"a": vl.Scale(0.7, steps=vl.Window(0.5, 1.0))}, "sum"), ({}, "switch")):
+        mix = vl.attach(pipe, adapters, scales=scales, compose=compose)
+        first, second = (
+            pipe("dog", num_inference_steps=4, height=32, width=32, output_type="latent",
+                 generator=torch.Generator().manual_seed(0)).images for _ in range(2)
+        )  # fmt: skip
+        assert torch.equal(first, second)
+        (text,) = (h for c, h in mix.handles["a"] if c == "text_encoder")
+        assert {m.scale for m in text.methods.values()} == {0.7 if scales else 1.0}
+        mix.detach()
+
+
+def test_new_scales_by_picture_are_never_taken_for_old_ones() -> None:
+    """A new tensor may lie where a freed one did."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4))
+    lora = AdapterModule.lora(torch.randn(2, 4), torch.randn(4, 2), 2.0)
+    mix, x = (
+        vl.attach(model, {"a": Adapter({"model.0": lora})}, scales={"a": vl.Scale(images=[1.0, 0.0])}),
+        torch.ones(2, 4),
+    )
+    with torch.no_grad():
+        plain, full = (
+            model[0].weight.sum(1) + model[0].bias,
+            (model[0].weight + lora.delta_weight()).sum(1) + model[0].bias,
+        )
+        for _ in range(60):
+            for images in ([0.0, 1.0], [0.0, 1.0], [1.0, 0.0]):
+                mix.set_scales({"a": vl.Scale(images=images)})
+            for images in ([1.0, 0.0], [0.0, 1.0]):
+                mix.set_scales({"a": vl.Scale(images=[0.5, 0.5])})
+                mix.set_scales({"a": vl.Scale(images=images)})
+                torch.testing.assert_close(model(x), torch.stack([full if v else plain for v in images]))
+
+
+def test_moments_of_a_picture_to_start_from(pipe) -> None:
+    """Its strength leaves out the first timesteps: 0 is the first step that is done."""
+    from diffusers import StableDiffusionImg2ImgPipeline
+    from PIL import Image
+
+    changed = StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False)
+    mix = vl.attach(changed, {"a": adapter(pipe, 0, text=False)}, scales={"a": vl.Scale(steps=vl.Ramp(1.0, 0.0))})
+    seen: list[float] = []
+    hook = pipe.unet.conv_out.register_forward_hook(
+        lambda *_: seen.append(next(iter(mix.handles["a"][0][1].methods.values())).scale)
+    )
+    changed("dog", image=Image.new("RGB", (32, 32)), strength=0.4, num_inference_steps=10, output_type="latent")
+    hook.remove()
+    assert seen == pytest.approx([1, 2 / 3, 1 / 3, 0])
+
+
+@pytest.mark.parametrize("compose", ["knots", "iso-c"])
+@pytest.mark.parametrize(
+    "scale", [vl.Scale(blocks={"up": 0.0}), vl.Scale(steps=vl.Window(0.9, 1.0)), vl.Scale(images=[1.0])]
+)
+def test_what_a_composition_of_one_would_lose_is_refused(pipe, compose: str, scale: vl.Scale) -> None:
+    two, before = {"a": adapter(pipe, 0, ("lora",)), "b": adapter(pipe, 1, ("lora",))}, bits(pipe)
+    with pytest.raises(
+        ConfigError, match="has blocks, steps or pictures, but this composition makes one adapter of all"
+    ):
+        vl.attach(pipe, two, scales={"a": scale}, compose=compose)
+    mix = vl.attach(pipe, two, scales={"a": 0.5}, compose=compose)
+    with pytest.raises(ConfigError, match="this composition makes one adapter of all"):
+        mix.set_scales({"a": scale})
+    assert mix.members["a"].scale.strength == 0.5 and mix.handles
+    mix.detach()
+    assert all(torch.equal(p, before[n]) for n, p in bits(pipe).items())
+
+
+def test_adapters_evaluated_one_by_one_on_a_bare_module() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 4)), torch.randn(3, 4)
+    loras = [AdapterModule.lora(torch.randn(2, 4), torch.randn(4, 2), 2.0) for _ in range(2)]
+    alone = []
+    with torch.no_grad():
+        for lora in loras:
+            mix = vl.attach(model, {"a": Adapter({"model.0": lora})})
+            alone.append(model(x))
+            mix.detach()
+        vl.attach(
+            model, {n: Adapter({"model.0": lora}) for n, lora in zip("ab", loras, strict=True)}, compose="composite"
+        )
+        torch.testing.assert_close(model(x), torch.stack(alone).mean(0))
+
+
+def test_words_come_and_go_with_their_adapters(pipe) -> None:
+    def ids(text: str) -> list[int]:
+        return list(pipe.tokenizer(text).input_ids)
+
+    width, before = pipe.text_encoder.get_input_embeddings().weight.shape[1], bits(pipe)
+    plain = ids("a <rex>")
+    rex, max_ = (
+        Adapter({}, embeddings={w: {"text_encoder": torch.randn(n, width)}}) for w, n in (("<rex>", 2), ("<max>", 1))
+    )
+    mix = vl.attach(pipe, {"rex": rex})
+    table = pipe.text_encoder.get_input_embeddings().weight
+    assert torch.equal(table[-2:], rex.embeddings["<rex>"]["text_encoder"]) and not table.requires_grad
+    assert len(table) - 2 in ids("a <rex>")
+    mix.add("max", max_)
+    again = Adapter({}, embeddings={"<rex>": {"text_encoder": torch.randn(1, width)}})
+    with pytest.raises(ConfigError, match="brings the word '<rex>', which means something else here already"):
+        mix.add("other", again)
+    assert mix.names == ["rex", "max"] and ids("a <rex>") != plain
+    mix.replace("rex", again)
+    assert any(
+        torch.equal(row, again.embeddings["<rex>"]["text_encoder"][0])
+        for row in pipe.text_encoder.get_input_embeddings().weight
+    )
+    mix.detach()
+    assert ids("a <rex>") == plain and all(torch.equal(p, before[n]) for n, p in bits(pipe).items())
+    with pytest.raises(
+        ConfigError, match="brings the word '<rex>' for text_encoder, for which there is no tokenizer here"
+    ):
+        vl.attach(pipe.unet, {"rex": rex})
+    vl.attach(pipe.unet, {"rex": rex}, allow_partial=True).detach()
 
 
 def test_on_a_vit_and_a_bare_module() -> None:

@@ -106,6 +106,7 @@ class Method(nn.Module):
         self.adapter_name = "default"
         self._scale = 1.0
         self._sample_scale: Tensor | None = None
+        self._sample_mark: object = None
         self.row_mask: Tensor | None = None
         """(b, r): which components of the factors act on each picture; all when None."""
         # For compiled code, which must not be traced again when only a scale changes.
@@ -193,7 +194,7 @@ class Method(nn.Module):
 
     @sample_scale.setter
     def sample_scale(self, value: Tensor | None) -> None:
-        self._sample_scale = value
+        self._sample_scale, self._sample_mark = value, None if value is None else object()
         switched()
 
     @property
@@ -222,8 +223,9 @@ class Method(nn.Module):
 
     def state(self) -> tuple[Any, ...]:
         """Changes whenever the effect may have: scale and the versions of all tensors."""
-        tensors = (*self._parameters.values(), *self._buffers.values(), self._sample_scale)
-        return (self._scale, *[(id(t), t._version) for t in tensors if t is not None])
+        tensors = (*self._parameters.values(), *self._buffers.values())
+        # The scales by picture are replaced, and a new tensor may lie where a freed one did: the mark is kept instead.
+        return (self._scale, self._sample_mark, *[(id(t), t._version) for t in tensors if t is not None])
 
     def memory(self) -> dict[str, Tensor]:
         """What training changes: the parameters, and what else the method keeps between steps."""

@@ -1,0 +1,76 @@
+"""Words of their own that adapters bring (textual inversion): on a pipeline while the adapters are, and off it again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from visionlora.errors import ConfigError
+from visionlora.loaders import add_token
+from visionlora.lora.adapter import Adapter
+from visionlora.models.base import quiet
+
+TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
+
+
+class Words:
+    """The words that a mix has given to its pipeline."""
+
+    def __init__(self, target: Any, allow_partial: bool) -> None:
+        """None yet.
+
+        Args:
+            target: a pipeline of diffusers; anything else has no words.
+            allow_partial: leave out words that it has no place for.
+        """
+        self.target, self.allow_partial = target, allow_partial
+        self._added: list[tuple[list[str], Any, Any]] = []
+
+    def add(self, adapters: Mapping[str, Adapter]) -> None:
+        """Gives the pipeline the words of these adapters.
+
+        Raises:
+            ConfigError: when it has no tokenizer for one, or another meaning of it.
+            AdapterFileError: when a word was learned for another family.
+        """
+        for name, adapter in adapters.items():
+            for word, parts in adapter.embeddings.items():
+                for component, vectors in parts.items():
+                    tokenizer = getattr(self.target, TOKENIZERS.get(component, ""), None)
+                    encoder = getattr(self.target, component, None)
+                    if tokenizer is None or encoder is None:
+                        if self.allow_partial:
+                            continue
+                        raise ConfigError(
+                            f"Adapter {name!r} brings the word {word!r} for {component}, for which there is no tokenizer here: "
+                            "attach it to a pipeline. allow_partial=True leaves the word out."
+                        )
+                    self._give(name, word, vectors, tokenizer, encoder)
+
+    def _give(self, name: str, word: str, vectors: Tensor, tokenizer: Any, encoder: Any) -> None:
+        spelled = [word, *(f"{word}_{k}" for k in range(1, len(vectors)))]
+        known = tokenizer.get_vocab()
+        if word in known:
+            table = encoder.get_input_embeddings().weight
+            ids = [known[w] for w in spelled if w in known]
+            if len(ids) == len(spelled) and torch.equal(table[ids].cpu(), vectors.to(table.dtype).cpu()):
+                return
+            raise ConfigError(
+                f"Adapter {name!r} brings the word {word!r}, which means something else here already: two adapters that were "
+                "trained with the same word cannot be drawn together. Train one of them with another."
+            )
+        with quiet("diffusers", "transformers"):
+            add_token(self.target, word, vectors, tokenizer, encoder)
+        encoder.get_input_embeddings().requires_grad_(False)
+        self._added.append((spelled, tokenizer, encoder))
+
+    def remove(self) -> None:
+        """Takes them off; tokenizers and embeddings are as before."""
+        while self._added:
+            spelled, tokenizer, encoder = self._added.pop()
+            with quiet("diffusers", "transformers"):
+                self.target.unload_textual_inversion(spelled, tokenizer=tokenizer, text_encoder=encoder)
+            encoder.get_input_embeddings().requires_grad_(False)
