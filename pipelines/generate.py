@@ -13,10 +13,12 @@ import torch
 from PIL import Image
 
 from visionlora.atomic import replace_file
+from visionlora.config import PRECISIONS
 from visionlora.diffusion.given import PICTURES, Given, named
 from visionlora.diffusion.prompts import in_words, prompt_arguments
 from visionlora.diffusion.recipe import LoraUse, Recipe, png_bytes, take_tags
 from visionlora.diffusion.sampling import pictures_of, sampling_scheduler
+from visionlora.diffusion.settings import BASE_DTYPES
 from visionlora.errors import AdapterFileError, ConfigError, nearest
 from visionlora.formats.container import file_hashes
 from visionlora.formats.inspection import weights_file
@@ -29,7 +31,6 @@ from visionlora.models.base import BaseModel, open_base, open_controlnet, quiet
 from visionlora.training.loop import resolve_precision
 
 Progress = Callable[[int, int], None]
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ def adapters_and_base(config: GenerateConfig, say: Callable[[str], None]) -> tup
     device, precision = place_of(config)
     base.fingerprints()  # before the cast, after which they would be others
     with quiet("diffusers", "transformers"):
-        base.pipe.to(device=device, dtype=DTYPES[precision])
+        base.pipe.to(device=device, dtype=BASE_DTYPES[precision])
     for adapter in adapters.values():
         make_fit(adapter, base, config)
     return base, adapters
@@ -141,8 +142,8 @@ def place_of(config: GenerateConfig) -> tuple[torch.device, str]:
     Raises:
         ConfigError: when there is no such device or precision, or they do not go together.
     """
-    if config.precision not in ("auto", *DTYPES):
-        raise ConfigError(f"precision is {config.precision!r}. {nearest(config.precision, ('auto', *DTYPES))}")
+    if config.precision not in PRECISIONS:
+        raise ConfigError(f"precision is {config.precision!r}. {nearest(config.precision, PRECISIONS)}")
     there = torch.cuda.is_available()
     try:
         device = torch.device(("cuda" if there else "cpu") if config.device == "auto" else config.device)

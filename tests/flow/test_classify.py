@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from visionlora.pipelines.export import export
 
 import visionlora as vl
 from visionlora.loaders import load_adapter
@@ -121,6 +122,12 @@ def test_a_transformers_folder_trains_and_is_exported(cli, shapes: Path, tmp_pat
     assert code == 2 and "is a model of transformers" in err
 
 
+def learned(shapes: Path, output: Path, **settings: object) -> Path:
+    """The folder of a run of one step."""
+    own = {"steps": 1, "rank": 2, "baselines": ("none",), **settings}
+    return vl.classify(vl.ClassifyConfig(images=str(shapes), output=str(output), **own)).folder
+
+
 def check_same_input(exported: Path, run: Path) -> None:
     """The processor beside the model sees a picture that is no square as training did."""
     from transformers import AutoImageProcessor
@@ -135,7 +142,7 @@ def check_same_input(exported: Path, run: Path) -> None:
 
 
 @pytest.mark.parametrize("shown", [{"shortest_edge": 32}, {"height": 32, "width": 32}, {"shortest_edge": 40}])
-def test_an_export_sees_pictures_as_its_base_did(cli, shapes: Path, tmp_path: Path, shown: dict[str, int]) -> None:
+def test_an_export_sees_pictures_as_its_base_did(shapes: Path, tmp_path: Path, shown: dict[str, int]) -> None:
     from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
     torch.manual_seed(0)
@@ -143,12 +150,9 @@ def test_an_export_sees_pictures_as_its_base_did(cli, shapes: Path, tmp_path: Pa
                        image_size=32, patch_size=8)  # fmt: skip
     ViTForImageClassification(config).save_pretrained(tmp_path / "base")
     ViTImageProcessor(size=shown, do_center_crop=True, crop_size=32).save_pretrained(tmp_path / "base")
-    code, _, err = cli("classify", "--images", shapes, "--model", tmp_path / "base", "--steps", 1, "--output", "run",
-                       "--rank", 2)  # fmt: skip
-    assert code == 0, err
-    code, _, err = cli("export", "run", "--to", "transformers", "--output", "out")
-    assert code == 0, err
-    check_same_input(tmp_path / "out", tmp_path / "run")
+    run = learned(shapes, tmp_path / "run", model=str(tmp_path / "base"))
+    export(run, tmp_path / "out", "transformers")
+    check_same_input(tmp_path / "out", run)
 
 
 @pytest.mark.parametrize("method", ["full", "linear-probe", "rslora", "lora+", "dora", "adalora", "vera", "ia3"])
@@ -181,40 +185,34 @@ def test_a_start_that_full_fine_tuning_has_not(shapes: Path, tiny_vit: Path, tmp
     assert [c.name for c in vl.classify(config).contenders] == ["lora", "full"]
 
 
-def test_a_random_backbone_is_the_same_again(cli, shapes: Path, tmp_path: Path) -> None:
-    words = ("--model", "vit_tiny_patch16_224", "--weights", "random", "--steps", 1, "--rank", 2, "--output", "run")
-    code, _, err = cli("classify", "--images", shapes, *words, "--baselines", "none")
-    assert code == 0, err
-    code, out, err = cli("predict", "--adapter", "run", shapes / "circle" / "00.png", "--json")
-    assert code == 0 and json.loads(out)[0]["label"] in ("circle", "cross", "square"), err
+def test_a_random_backbone_is_the_same_again(shapes: Path, tmp_path: Path) -> None:
+    run = learned(shapes, tmp_path / "run", model="vit_tiny_patch16_224", weights="random")
+    (found,) = vl.load_classifier(run).predict(shapes / "circle" / "00.png")
+    assert found.label in ("circle", "cross", "square")
 
 
-def test_weights_that_were_moved(cli, shapes: Path, tiny_vit: Path, tmp_path: Path) -> None:
+def test_weights_that_were_moved(
+    cli, shapes: Path, tiny_vit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import shutil
 
-    own = tmp_path / "own.safetensors"
+    own, picture = tmp_path / "own.safetensors", shapes / "circle" / "00.png"
     shutil.copy(tiny_vit / "model.safetensors", own)
-    words = ("--model", tiny_vit, "--weights", "own.safetensors", "--steps", 1, "--rank", 2, "--output", "run")
-    code, _, err = cli("classify", "--images", shapes, *words, "--baselines", "none")
-    assert code == 0, err
-    assert load_adapter(tmp_path / "run").info["base"]["weights"] == str(own), "another folder can be the working one"
+    monkeypatch.chdir(tmp_path)
+    run = learned(shapes, tmp_path / "run", model=str(tiny_vit), weights="own.safetensors")
+    assert load_adapter(run).info["base"]["weights"] == str(own), "another folder can be the working one"
     own.rename(tmp_path / "moved.safetensors")
-    picture = shapes / "circle" / "00.png"
-    code, _, err = cli("predict", "--adapter", "run", picture)
-    assert code == 2 and "There is no file" in err
+    with pytest.raises(vl.VisionLoRAError, match="There is no file"):
+        vl.load_classifier(run)
     code, _, err = cli("predict", "--adapter", "run", picture, "--weights", "moved.safetensors")
     assert code == 0, err
-    code, _, err = cli("export", "run", "--to", "timm", "--output", "out", "--weights", "moved.safetensors")
-    assert code == 0, err
-    code, _, err = cli("export", tmp_path / "run", "--to", "peft", "--output", "p", "--weights", "moved.safetensors")
-    assert code == 0, err
+    export(run, tmp_path / "out", "timm", weights="moved.safetensors")
 
 
-def test_a_head_alone_is_no_folder_of_peft(cli, shapes: Path, tiny_vit: Path, tmp_path: Path) -> None:
-    words = ("--model", tiny_vit, "--steps", 1, "--method", "linear-probe", "--output", "run")
-    assert cli("classify", "--images", shapes, *words)[0] == 0
-    code, _, err = cli("export", "run", "--to", "peft", "--output", "p")
-    assert code == 2 and "A PEFT folder holds at least one adapted layer" in err
+def test_a_head_alone_is_no_folder_of_peft(shapes: Path, tiny_vit: Path, tmp_path: Path) -> None:
+    run = learned(shapes, tmp_path / "run", model=str(tiny_vit), method="linear-probe")
+    with pytest.raises(vl.VisionLoRAError, match="A PEFT folder holds at least one adapted layer"):
+        export(run, tmp_path / "p", "peft")
 
 
 def test_a_resumed_run_has_the_same_backbone(cli, shapes: Path, tiny_vit: Path, tmp_path: Path) -> None:

@@ -83,7 +83,8 @@ class Scale:
     any beginning of a layer's name (`down_blocks.1.attentions.0`, `blocks.7` of a ViT); the longest that fits counts, 1 where
     none does. Or a list of 17 or 26 numbers as A1111 has them."""
     steps: Steps | Sequence[float] | None = None
-    """`Window(start, end)`, `Ramp(first, last)`, numbers, or a function of the progress (0 to 1)."""
+    """`Window(start, end)`, `Ramp(first, last)`, numbers, or a function of the progress (0 to 1). Text encoders, which run
+    before the first step, have the strength throughout."""
     images: Sequence[float] | None = None
     """One factor per picture of a batch."""
 
