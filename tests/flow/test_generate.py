@@ -393,3 +393,14 @@ def test_half_precision_and_devices(loras: Path, tiny_model: Path, tmp_path: Pat
         with pytest.raises(vl.VisionLoRAError) as caught:
             run(*words, *more, "--output", tmp_path / "no")
         assert message in str(caught.value)
+
+
+def test_another_mask_of_a_region_is_another_picture(loras: Path, tiny_model: Path, tmp_path: Path) -> None:
+    """Under the same name: it must not be taken for the picture that is there already."""
+    pictures(tmp_path)
+    words = ("generate", "--model", tiny_model, "--prompt", "a", "--lora", loras / "dog.safetensors", "--steps", 1,
+             "--region", f"dog={tmp_path / 'mask.png'}", "--output", tmp_path / "o")  # fmt: skip
+    run(*words)
+    assert "was there already" in run(*words)
+    Image.new("L", (32, 32), 255).save(tmp_path / "mask.png")
+    assert "was there already" not in run(*words) and len(list((tmp_path / "o").iterdir())) == 2

@@ -100,6 +100,8 @@ class Recipe:
     """Picture that the ControlNet follows."""
     control_hash: str = ""
     control_scale: float = 1.0
+    region_hashes: Mapping[str, str] = field(default_factory=dict)
+    """SHA-256 of the masks among the regions, by adapter."""
     precision: str = "fp32"
     """That the model computes in."""
     batch_size: int = 1
@@ -134,6 +136,7 @@ class Recipe:
         unused = {} if self.mask else dict.fromkeys(("mask", "mask_hash"))
         unused |= {} if self.controlnet else dict.fromkeys(("controlnet", "control", "control_hash", "control_scale"))
         unused |= {} if self.batch_size > 1 else {"batch_size": None}
+        unused |= {} if self.region_hashes else {"region_hashes": None}
         unused |= {} if self.precision != "fp32" else {"precision": None}
         return json.dumps({k: v for k, v in asdict(self).items() if k not in unused}, sort_keys=True)
 
