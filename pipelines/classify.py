@@ -262,9 +262,9 @@ def prepare(
     trained, chosen = learned.positions(checked.sha256)
     barred = {"val": trained, "test": trained | chosen}
     splits = split(data, components, config.val_share, config.test_share, config.seed, barred)
-    largest = max(Counter(components.tolist()).values())
-    together = ""
-    if tied := sum(count for count in Counter(components.tolist()).values() if count > 1):
+    sizes = Counter(components.tolist()).values()
+    largest, together = max(sizes), ""
+    if tied := sum(size for size in sizes if size > 1):
         together = (
             f"{tied} pictures stay with others on one side (near duplicates or a group); the largest set has {largest}"
         )

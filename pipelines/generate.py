@@ -242,12 +242,13 @@ def recipes_of(config: GenerateConfig, base: BaseModel, plans: Sequence[tuple[st
     )
     regions = dict(dict(config.compose_options).get("regions", {}))
     masks = {n: named(Path(r), f"region of {n!r}")[1] for n, r in regions.items() if isinstance(r, str)}
+    _, precision = place_of(config)
     return [
         Recipe(
             take_tags(prompt)[0], base.id, width, height, config.negative_prompt, tuple(uses), config.compose,
             dict(config.compose_options),
             config.seed + k, config.steps, guidance, config.scheduler, start, start_hash, config.strength, mask, mask_hash,
-            config.controlnet or "", control, control_hash, config.control_scale, masks, place_of(config)[1],
+            config.controlnet or "", control, control_hash, config.control_scale, masks, precision,
         )
         for prompt, uses in plans
         for k in range(config.num_images)

@@ -201,9 +201,7 @@ def test_pictures_kept_apart_from_a_style_were_not_learned(tiny_model: Path, dog
     _, all_of_them = train("all", model=str(tiny_model))
     with pytest.raises(DataError, match="has learned from all of these pictures"):
         train("no", start_from=str(all_of_them), val_share=0.3)
-    shutil.copytree(dogs, tmp_path / "judges")
-    (dogs / "0.png").unlink()
-    with pytest.raises(
-        DataError, match=r"has learned from 3 pictures of .*judges \(first 0.png\)|are also among those"
-    ):
+    (tmp_path / "judges").mkdir()
+    (dogs / "0.png").rename(tmp_path / "judges" / "0.png")
+    with pytest.raises(DataError, match=r"has learned from 1 pictures of .*judges \(first 0\.png\)"):
         train("no", start_from=str(all_of_them), validation=str(tmp_path / "judges"))

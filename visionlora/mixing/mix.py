@@ -239,9 +239,9 @@ class Mix:
                 if part is not None:
                     handle = attach_one(part, adapter, component, f"mix{number}", self.allow_partial)
                     pairs.append((component, handle))
-                    names = adapter.component(component)
-                    spelled = resolve_names([n for n in names if n not in handle.methods], list(handle.methods))
-                    self._in_file |= {(name, component, layer): given for given, layer in spelled.items()}
+                    if strange := [n for n in adapter.component(component) if n not in handle.methods]:
+                        spelled = resolve_names(strange, list(handle.methods))
+                        self._in_file |= {(name, component, layer): given for given, layer in spelled.items()}
         if list(self.handles) != list(self.members):
             self._check_plain_scales()
         self._configure()
