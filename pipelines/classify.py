@@ -7,20 +7,18 @@ Letters in shapes: n pictures, c classes.
 from __future__ import annotations
 
 import dataclasses
-import math
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from visionlora.pipelines.further import check_first, keep_first, learned_before, named_base, read_first
 from visionlora.pipelines.head import Before, linear_probe, new_head
 
 from visionlora.classifier import ClassTask
-from visionlora.config import ClassifyConfig, to_yaml
+from visionlora.config import ClassifyConfig
 from visionlora.data.alike import linked
 from visionlora.data.cache import default_cache_folder
 from visionlora.data.classes import read_labelled
@@ -29,43 +27,34 @@ from visionlora.data.learned import Learned
 from visionlora.data.splits import split
 from visionlora.data.wording import first_names
 from visionlora.errors import ConfigError, DataError
-from visionlora.formats import native
 from visionlora.lora.adapter import Adapter
 from visionlora.lora.config import AdapterConfig
 from visionlora.lora.further import further_config, method_for
 from visionlora.lora.handle import Handle
 from visionlora.lora.inject import check_targets, inject
 from visionlora.models.vision import VisionModel, open_backbone
+from visionlora.report.classify_fitting import Fitting, Header
 from visionlora.report.classify_page import Contender
-from visionlora.report.classify_run import Finished, header, learned_from, overlay_sheet, report
-from visionlora.report.curves import draw_curves
+from visionlora.report.classify_run import Finished, header, report
 from visionlora.report.listener import Listener, bars
-from visionlora.report.logbook import Logbook
 from visionlora.report.resume import Start, base_digest, begin, holding
 from visionlora.report.runfolder import RunFolder
-from visionlora.training.learner import LayeredLearner, rates_by_depth
-from visionlora.training.loop import Fit, Progress, StopTraining, new_accelerator, process_state
-from visionlora.training.rate import find_rate
+from visionlora.training.loop import new_accelerator, process_state
 from visionlora.training.settings import (
     adapter_config,
     automatic_ranks,
-    loop_config,
     ranks_state,
     suited,
     suited_rate,
     with_kept_ranks,
 )
-from visionlora.vision.material import Material, class_weights, logits_of, targets_of
-from visionlora.vision.metrics import AnyMetrics, fit_temperature
+from visionlora.vision.material import Material, class_weights, targets_of
+from visionlora.vision.metrics import AnyMetrics
 from visionlora.vision.probe import Probe
 from visionlora.vision.task import Objective
 
 SMALL_FULL_RATE, FULL_RATE = 1e-3, 3e-5
 """Learning rates of full fine-tuning, for small and for large backbones."""
-
-
-Header = Callable[[Material, int, float], dict[str, Any]]
-"""From material, step and temperature to what an adapter file says about itself."""
 
 
 @dataclass(frozen=True)
@@ -95,10 +84,73 @@ def classify(config: ClassifyConfig, listener: Listener | None = None) -> Classi
     main = process_state().is_main_process
     tell = (listener or Listener()) if main else Listener()
     start = begin(config, "classify", tell)
-    config = start.config
+    ready = opened(start, tell)
+    material, accelerator = ready.material, ready.accelerator
 
-    # Backbone, pictures, split
-    first = read_first(start)
+    # The linear probe: a baseline, and where the head starts
+    tell.progress("Linear probe", 0, 1)
+    probe, probe_seconds = linear_probe(material)
+    tell.progress("Linear probe", 1, 1)
+
+    # Adapter, from here on the run leaves files
+    handle, adapter = new_adapter(ready, probe, start.state, tell)
+    run = start.open(material.config) if main else RunFolder(start.folder)
+    if main:
+        keep_first(ready.first, run, start)
+    accelerator.wait_for_everyone()
+
+    # Training and baselines
+    fitting = Fitting(
+        material, handle, accelerator, run, tell, ready.header(adapter, ready.first), start,
+        base_digest(ready.fingerprints), ranks_state(adapter),
+    )  # fmt: skip
+    if start.state is not None:
+        fitting.restore(start.state)
+    elif material.config.find_rate:
+        fitting.find_rate()
+        ready = dataclasses.replace(ready, material=fitting.material)
+    finished = [fitting.finished(run.path / "adapter.safetensors")]
+    handle.eject()
+    finished += baselines(ready, probe, probe_seconds, run.path / "baselines", start, tell)
+
+    # Report
+    seconds = time.monotonic() - started
+    if main:
+        report(run, fitting.material, finished, seconds, tell, fitting.log.changes)
+    accelerator.wait_for_everyone()
+    return ClassifyResult(
+        run.path, run.path / "adapter.safetensors", run.path / "report.html", material.data.classes,
+        finished[0].metrics, tuple(f.contender for f in finished), seconds,
+    )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------ what is there
+
+
+@dataclass(frozen=True)
+class Ready:
+    """Backbone and pictures, checked and split; nothing has been trained or written."""
+
+    material: Material
+    """With settings in which every default is filled in."""
+    accelerator: Any
+    fingerprints: dict[str, dict[str, str]]
+    """Of the backbone."""
+    first: Adapter | None
+    """What the run learns on from."""
+    before: Before | None
+    """The same, as far as it is this backbone's."""
+
+    def header(self, adapter: AdapterConfig, first: Adapter | None = None) -> Header:
+        """What the file of an adapter with these settings, which learned on from `first`, says about itself."""
+        return lambda material, step, temperature: header(
+            material, adapter, self.fingerprints, step, temperature, first
+        )
+
+
+def opened(start: Start[ClassifyConfig], tell: Listener) -> Ready:
+    """Opens the backbone, reads and splits the pictures, and checks all settings against both."""
+    config, first = start.config, read_first(start)
     model, weights = named_base(config, first)
     backbone = open_backbone(model, config.weights or weights)
     tell.say(backbone.why)
@@ -112,83 +164,8 @@ def classify(config: ClassifyConfig, listener: Listener | None = None) -> Classi
         config = dataclasses.replace(config, method=method_for(before.modules, config.method, str(config.start_from)))
     learned, not_known = learned_before(first, config)
     material = prepare(config, backbone, learned, not_known, tell)
-    config = resolved(material, before, tell)
-    material = dataclasses.replace(material, config=config)
-
-    # The linear probe: a baseline, and where the head starts
-    tell.progress("Linear probe", 0, 1)
-    probe, probe_seconds = linear_probe(material)
-    tell.progress("Linear probe", 1, 1)
-
-    # Adapter, from here on the run leaves files
-    start_of_head: Probe | ClassTask | None = probe if config.head_init == "probe" else None
-    adapter = adapter_config(config, train=backbone.head)
-    if before is not None:
-        adapter = further_config(adapter, before.modules, before.info)
-        start_of_head = before.head(material, tell)
-    new_head(material, start_of_head)
-    if before is None and config.method != "linear-probe":
-        check_targets(backbone.model, adapter)
-    if config.rank == "auto" and (kept := with_kept_ranks(adapter, start.state)) is not None:
-        adapter = kept
-    elif config.rank == "auto":
-        choice = automatic_ranks(
-            backbone.model, adapter, material.task, config,
-            lambda done, total: tell.progress("Measuring layers", done, total),
-        )  # fmt: skip
-        tell.say("Mean rank by block:\n" + bars(choice.by_block()))
-        adapter = choice.config
-    handle = inject(backbone.model, adapter, seed=config.seed, start_from=None if before is None else before.modules)
-    tell.say(f"Adapter: {handle.report}.")
-    run = start.open(config) if main else RunFolder(start.folder)
-    if main:
-        keep_first(first, run, start)
-    accelerator.wait_for_everyone()
-
-    def about(method: AdapterConfig, further: Adapter | None = None) -> Header:
-        return lambda own, step, temperature: header(own, method, fingerprints, step, temperature, further)
-
-    # Training and baselines
-    fitting = Fitting(
-        material,
-        handle,
-        accelerator,
-        run,
-        tell,
-        about(adapter, first),
-        start,
-        base_digest(fingerprints),
-        ranks_state(adapter),
-    )
-    if start.state is not None:
-        fitting.restore(start.state)
-    elif config.find_rate:
-        fitting.find_rate()
-        material = fitting.material
-    finished = [fitting.finished(run.path / "adapter.safetensors")]
-    handle.eject()
-    if "probe" in config.baselines and config.method != "linear-probe":
-        alone = AdapterConfig(method="linear-probe", train=backbone.head)
-        new_head(material, probe)
-        head = inject(backbone.model, alone)
-        fixed = Fitting(material, head, accelerator, None, tell, about(alone), start)
-        finished.append(
-            fixed.finished(run.path / "baselines" / "probe.safetensors", trained=False, before=probe_seconds)
-        )
-        head.eject()
-    if "full" in config.baselines and config.method != "full":
-        untouched = None if config.head_init == "random" else probe
-        finished.append(full_fine_tuning(material, untouched, accelerator, run, tell, about, start))
-
-    # Report
-    seconds = time.monotonic() - started
-    if main:
-        report(run, material, finished, seconds, tell, fitting.log.changes)
-    accelerator.wait_for_everyone()
-    return ClassifyResult(
-        run.path, run.path / "adapter.safetensors", run.path / "report.html", material.data.classes,
-        finished[0].metrics, tuple(f.contender for f in finished), seconds,
-    )  # fmt: skip
+    material = dataclasses.replace(material, config=resolved(material, before, tell))
+    return Ready(material, accelerator, fingerprints, first, before)
 
 
 # ----------------------------------------------------------------------------------------------------------- settings
@@ -303,225 +280,66 @@ def prepare(
     return Material(checked, splits, targets, objective, backbone, dataclasses.replace(config, select_by=select))
 
 
-# ---------------------------------------------------------------------------------------------------------- baselines
+# ------------------------------------------------------------------------------------------------ adapter, baselines
 
 
-def full_fine_tuning(
-    material: Material, probe: Probe | None, accelerator: Any, run: RunFolder, tell: Listener,
-    about: Callable[[AdapterConfig], Header], start: Start[ClassifyConfig],
-) -> Finished:  # fmt: skip
-    """The baseline in which everything trains."""
-    rate = suited_rate(SMALL_FULL_RATE if material.backbone.small else FULL_RATE, material.config.optimizer)
-    config = dataclasses.replace(
-        material.config, method="full", learning_rate=rate, head_learning_rate=rate, init="kaiming", start_from=None,
-        head_init="random" if material.config.head_init == "random" else "probe",
+def new_adapter(
+    ready: Ready, probe: Probe, kept: Mapping[str, Any] | None, tell: Listener
+) -> tuple[Handle, AdapterConfig]:
+    """Puts head and adapter on the backbone as the run starts with them; the ranks of a run that goes on are its own."""
+    material, before = ready.material, ready.before
+    config, backbone = material.config, material.backbone
+    start_of_head: Probe | ClassTask | None = probe if config.head_init == "probe" else None
+    adapter = adapter_config(config, train=backbone.head)
+    if before is not None:
+        adapter = further_config(adapter, before.modules, before.info)
+        start_of_head = before.head(material, tell)
+    new_head(material, start_of_head)
+    if before is None and config.method != "linear-probe":
+        check_targets(backbone.model, adapter)
+    if config.rank == "auto":
+        adapter = with_kept_ranks(adapter, kept) or measured_ranks(material, adapter, tell)
+    handle = inject(backbone.model, adapter, seed=config.seed, start_from=None if before is None else before.modules)
+    tell.say(f"Adapter: {handle.report}.")
+    return handle, adapter
+
+
+def measured_ranks(material: Material, adapter: AdapterConfig, tell: Listener) -> AdapterConfig:
+    """The adapter with a rank for each layer, from gradients on the pictures to train on."""
+    choice = automatic_ranks(
+        material.backbone.model, adapter, material.task, material.config,
+        lambda done, total: tell.progress("Measuring layers", done, total),
     )  # fmt: skip
-    own = dataclasses.replace(material, config=config)
-    adapter = adapter_config(config, train=material.backbone.head)
-    new_head(material, probe)
-    handle = inject(material.backbone.model, adapter)
-    fitting = Fitting(own, handle, accelerator, None, tell, about(adapter), start)
-    found = fitting.finished(run.path / "baselines" / "full.safetensors")
-    handle.eject()
-    return found
+    tell.say("Mean rank by block:\n" + bars(choice.by_block()))
+    return choice.config
 
 
-# ----------------------------------------------------------------------------------------------------------- training
-
-
-@dataclass
-class Fitting:
-    """Training one adapter: evaluations, the best moment, checkpoints, nothing lost on Ctrl-C."""
-
-    material: Material
-    handle: Handle
-    accelerator: Any
-    run: RunFolder | None
-    """Where metrics and checkpoints go; a baseline keeps none."""
-    tell: Listener
-    header: Header
-    start: Start[ClassifyConfig]
-    """Where the run began."""
-    base: str = ""
-    """Tells the weights of the backbone apart from any others."""
-    ranks: Mapping[str, Any] = field(default_factory=dict)
-    """The ranks that were chosen, for the checkpoint."""
-    evaluations: list[tuple[int, float, float]] = field(default_factory=list)
-    """(step, score, loss) on the validation pictures."""
-    best: tuple[int, tuple[float, float], dict[str, torch.Tensor]] | None = None
-    """Step, (score, negative loss) and values at the best moment: of equal scores the lower loss counts."""
-
-    def __post_init__(self) -> None:
-        self.prepare()
-
-    def prepare(self) -> None:
-        """The loop with the settings as they are now."""
-        config = self.material.config
-        if config.learning_rate is None:  # the search for one starts from any
-            config = dataclasses.replace(config, find_rate=False, learning_rate=1.0, head_learning_rate=1.0)
-        rate, head = config.learning_rate or 1.0, config.head_learning_rate or 1.0
-        backbone = self.material.backbone
-        depths = [d for n, _ in backbone.model.named_parameters() if (d := backbone.depth_of(n)) is not None]
-        rate_of = rates_by_depth(
-            backbone.depth_of, max(depths, default=-1) + 1, config.layer_decay, backbone.head, head / rate
-        )
-        self.fit = Fit(self.accelerator, LayeredLearner(self.handle, rate_of), loop_config(config), config.ema_decay)
-        self.log = Logbook(
-            self.fit, self.written, self.tell, learned_from(self.material, self.base), self.material.config, self.start
-        )
-
-    @property
-    def written(self) -> RunFolder | None:
-        """The run folder, for the process that writes."""
-        return self.run if self.accelerator.is_main_process else None
-
-    def find_rate(self) -> None:
-        """Sweeps the learning rate and takes what it finds; the head learns at the same."""
-        sweep = find_rate(
-            self.fit, self.material.task,
-            on_step=lambda done, total: self.tell.progress("Finding the rate", done, total),
-        )  # fmt: skip
-        self.tell.say(f"Learning rate: {sweep.rate:.1e}, a tenth of where the loss was lowest (rate.png).")
+def baselines(
+    ready: Ready, probe: Probe, probe_seconds: float, folder: Path, start: Start[ClassifyConfig], tell: Listener
+) -> list[Finished]:
+    """What the adapter is compared with: the linear probe, and training everything, where asked for."""
+    material, accelerator = ready.material, ready.accelerator
+    config, backbone = material.config, material.backbone
+    found = []
+    if "probe" in config.baselines and config.method != "linear-probe":
+        alone = AdapterConfig(method="linear-probe", train=backbone.head)
+        new_head(material, probe)
+        handle = inject(backbone.model, alone)
+        fitting = Fitting(material, handle, accelerator, None, tell, ready.header(alone), start)
+        found.append(fitting.finished(folder / "probe.safetensors", trained=False, before=probe_seconds))
+        handle.eject()
+    if "full" in config.baselines and config.method != "full":
+        rate = suited_rate(SMALL_FULL_RATE if backbone.small else FULL_RATE, config.optimizer)
+        at_random = config.head_init == "random"
         config = dataclasses.replace(
-            self.material.config, learning_rate=sweep.rate, head_learning_rate=sweep.rate, find_rate=False
-        )
-        self.material = dataclasses.replace(self.material, config=config)
-        self.prepare()
-        if (run := self.written) is not None:
-            points = [(math.log10(rate), loss) for rate, loss in sweep.points]
-            draw_curves(
-                run.path / "rate.png", {"loss": points}, xlabel="learning rate, power of ten", ylabel="loss",
-                title=f"Taken: {sweep.rate:.1e}",
-            )  # fmt: skip
-            run.write_text("config.yaml", to_yaml(config))
-
-    def evaluate(self, step: int) -> None:
-        """Looks at the validation pictures; the best moment so far is kept."""
-        material = self.material
-        with self.fit.averaged():
-            found = material.measured(logits_of(material, material.chosen_by, self.accelerator), material.chosen_by)
-            value = material.selected(found), -found.loss
-            self.evaluations.append((step, value[0], found.loss))
-            self.log.measured(step, validation_loss=found.loss)
-            latest = material.config.method == "adalora"  # pruned to its budget in the end alone
-            if self.best is None or latest or value > self.best[1]:
-                self.best = (step, value, {n: t.clone() for n, t in self.handle.training_state().items()})
-
-    def moments(self) -> set[int]:
-        """Steps after which the validation pictures are looked at."""
-        steps, count = self.fit.config.steps, min(self.material.config.evaluations, self.fit.config.steps)
-        return {round(steps * (k + 1) / count) for k in range(count)}
-
-    @property
-    def enough(self) -> bool:
-        """Whether patience is at its end."""
-        patience = self.material.config.patience
-        if patience is None or self.best is None:
-            return False
-        return sum(step > self.best[0] for step, _, _ in self.evaluations) >= patience
-
-    def train(self) -> None:
-        """Runs the loop to its end, or until nothing gets better."""
-        moments, select = self.moments(), self.material.config.select_by
-        if not self.evaluations:
-            self.evaluate(0)
-            self.checkpoint()
-
-        def on_step(progress: Progress) -> None:
-            if progress.step in moments:
-                self.evaluate(progress.step)
-            score = abs(self.evaluations[-1][1])  # a loss counts negative
-            self.log.add(progress, f"Training {self.material.config.method}", f"{select} {score:.3f}")
-            if progress.step in moments:
-                self.checkpoint()
-            if self.enough:
-                raise StopTraining
-
-        try:
-            if not self.enough:  # a run that was cut off after it had stopped
-                self.fit.run(self.material.task, on_step, self.log.stopping)
-        except KeyboardInterrupt:
-            if self.log.history and self.written is not None:
-                if self.fit.whole:
-                    self.checkpoint()
-                self.tell.say(
-                    f"Interrupted at step {self.fit.step} of {self.fit.config.steps}. {self.log.go_on('classify')}"
-                )
-            raise
-        if self.enough and self.best is not None:
-            self.tell.say(f"Stopped at step {self.fit.step}: no better since step {self.best[0]}.")
-        self.log.end()
-
-    # -------------------------------------------------------------------------------------------------- checkpoints
-
-    def checkpoint(self) -> None:
-        """Writes all that the run needs to go on."""
-        assert self.best is not None
-        step, value, state = self.best
-        self.log.checkpoint(
-            {
-                "evaluations": [list(e) for e in self.evaluations],
-                "best": {"step": step, "value": list(value), "state": state},
-                **self.ranks,
-            }
-        )
-
-    def restore(self, kept: Mapping[str, Any]) -> None:
-        """Goes on from a checkpoint.
-
-        Raises:
-            ConfigError: when the pictures are not those of the run, and it was not said to go on with others.
-        """
-        changed = self.log.restore(kept)
-        self.evaluations = [(int(s), float(v), float(loss)) for s, v, loss in kept["evaluations"]]
-        best = kept["best"]
-        self.best = (int(best["step"]), (float(best["value"][0]), float(best["value"][1])), dict(best["state"]))
-        if changed:
-            self.checkpoint()
-
-    # ---------------------------------------------------------------------------------------------------------- end
-
-    def finished(self, path: Path, trained: bool = True, before: float = 0.0) -> Finished:
-        """Trains, goes back to the best moment, calibrates, tests once and writes the adapter.
-
-        Args:
-            path: of the adapter file.
-            trained: False for a head that is fitted already.
-            before: seconds that were spent on it already.
-        """
-        started = time.monotonic()
-        if trained:
-            self.train()
-        else:
-            self.evaluate(0)
-        assert self.best is not None and self.handle.config is not None
-        step, (value, _), state = self.best
-        self.handle.load_training_state(state)
-        material = self.material
-        val = logits_of(material, material.chosen_by, self.accelerator)
-        temperature = fit_temperature(val.numpy(), material.labels(material.chosen_by), material.data.multi_label)
-        seconds = time.monotonic() - started + before
-        logits = logits_of(material, material.looked_at, self.accelerator)
-        if self.accelerator.is_main_process:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            native.write(Adapter(self.handle.modules("model"), self.header(material, step, temperature)), path)
-        explained = overlay_sheet(material, logits) if self.written is not None else None
-        self.accelerator.wait_for_everyone()
-        head = sum(p.numel() for n, p in material.backbone.model.named_parameters() if n in self.head_names)
-        contender = Contender(
-            self.handle.config.method,
-            self.handle.report.trained_parameters - head,
-            material.backbone.parameters,
-            value,
-            material.measured(logits, material.looked_at, temperature),
-            seconds,
-            path.stat().st_size if path.is_file() else None,
-        )
-        return Finished(
-            contender, path, logits, temperature, step, tuple(self.log.history), tuple(self.evaluations), explained
-        )
-
-    @property
-    def head_names(self) -> set[str]:
-        """Parameters of the head, which every contender trains."""
-        return {f"{self.material.backbone.head}.{n}" for n in ("weight", "bias")}
+            config, method="full", learning_rate=rate, head_learning_rate=rate, init="kaiming", start_from=None,
+            head_init="random" if at_random else "probe",
+        )  # fmt: skip
+        everything = adapter_config(config, train=backbone.head)
+        new_head(material, None if at_random else probe)
+        handle = inject(backbone.model, everything)
+        own = dataclasses.replace(material, config=config)
+        fitting = Fitting(own, handle, accelerator, None, tell, ready.header(everything), start)
+        found.append(fitting.finished(folder / "full.safetensors"))
+        handle.eject()
+    return found

@@ -224,24 +224,7 @@ def prepare(start: Start[TrainSDConfig], tell: Listener) -> Ready:
         check_first(first, start.config, base.id, fingerprints, tell)
         method = method_for(first.component("unet"), config.method, str(config.start_from))
         config = dataclasses.replace(config, method=method)
-    adapter = adapter_config(config, min_rank=config.min_rank)
-    if first is None:
-        check_targets(base.pipe.unet, adapter)
-    else:
-        adapter = further_config(adapter, first.component("unet"), first.info)
-    text_adapters = {}
-    if config.train_text_encoder:
-        parts = base.components()
-        text_adapters = {
-            name: text_adapter_config(config, parts[name], last_is_read=not base.is_xl or name == "text_encoder_2")
-            for name, _, _ in base.text_parts()
-        }
-        for name, own in text_adapters.items():
-            if first is not None and (modules := first.component(name)):
-                method_for(modules, own.method, f"The part of {config.start_from} for {name}")
-                text_adapters[name] = further_config(own, modules, {})
-            else:
-                check_targets(parts[name], own)
+    adapter, text_adapters = adapters_for(config, base, first)
     for caption, lost in cut_captions(base, [item.caption for item in folder.items]):
         tell.say(f"The caption {caption!r} is longer than the model reads; it never sees: {lost}")
     accelerator = new_accelerator(
@@ -253,15 +236,7 @@ def prepare(start: Start[TrainSDConfig], tell: Listener) -> Ready:
     check_attention(config.attention, accelerator.device, accelerator.mixed_precision)
     check_base_precision(config, accelerator.mixed_precision)
     prepare_encoders(base, config, accelerator.device, accelerator.mixed_precision)
-    word = None
-    if config.token is not None:
-        if not any(config.token in item.caption for item in folder.items):
-            example = folder.items[0].caption
-            raise ConfigError(
-                f"token is {config.token!r}, but no caption has it, so it could not be learned. Write it into the captions, or "
-                f"give one for all: --prompt 'a photo of {config.token}' (a caption now: {example!r})."
-            )
-        word = LearnedWord(base, config.token, config.token_vectors, config.token_initializer)
+    word = new_word(config, base, folder)
     return Ready(
         config,
         folder,
@@ -276,6 +251,46 @@ def prepare(start: Start[TrainSDConfig], tell: Listener) -> Ready:
         accelerator,
         first,
     )
+
+
+def adapters_for(
+    config: TrainSDConfig, base: BaseModel, first: Adapter | None
+) -> tuple[AdapterConfig, dict[str, AdapterConfig]]:
+    """Of the UNet, and of each text encoder that is adapted; checked against the model and what is learned on from."""
+    adapter = adapter_config(config, min_rank=config.min_rank)
+    if first is None:
+        check_targets(base.pipe.unet, adapter)
+    else:
+        adapter = further_config(adapter, first.component("unet"), first.info)
+    if not config.train_text_encoder:
+        return adapter, {}
+    text_adapters, parts = {}, base.components()
+    for name, _, _ in base.text_parts():
+        own = text_adapter_config(config, parts[name], last_is_read=not base.is_xl or name == "text_encoder_2")
+        if first is not None and (modules := first.component(name)):
+            method_for(modules, own.method, f"The part of {config.start_from} for {name}")
+            own = further_config(own, modules, {})
+        else:
+            check_targets(parts[name], own)
+        text_adapters[name] = own
+    return adapter, text_adapters
+
+
+def new_word(config: TrainSDConfig, base: BaseModel, folder: ImageFolder) -> LearnedWord | None:
+    """The word that is learned, where one is.
+
+    Raises:
+        ConfigError: when no caption has it.
+    """
+    if config.token is None:
+        return None
+    if not any(config.token in item.caption for item in folder.items):
+        example = folder.items[0].caption
+        raise ConfigError(
+            f"token is {config.token!r}, but no caption has it, so it could not be learned. Write it into the captions, or "
+            f"give one for all: --prompt 'a photo of {config.token}' (a caption now: {example!r})."
+        )
+    return LearnedWord(base, config.token, config.token_vectors, config.token_initializer)
 
 
 def check_parts(first: Adapter, base: BaseModel, config: TrainSDConfig) -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
 from visionlora.cli import options
 from visionlora.cli.console import ConsoleListener, duration
 from visionlora.config import ClassifyConfig
+
+if TYPE_CHECKING:
+    from visionlora.pipelines.classify import ClassifyResult
 
 SHOWN = 20
 """Predictions printed when they are not written to a file."""
@@ -77,6 +80,11 @@ def command(
         from visionlora.pipelines.classify import classify
 
         result = classify(resolved, listener)
+    show(result, resolved, as_json)
+
+
+def show(result: ClassifyResult, resolved: ClassifyConfig, as_json: bool) -> None:
+    """Prints what a run has found."""
     select = resolved.select_by or ("map" if hasattr(result.metrics, "mean_average_precision") else "top1")
     from visionlora.vision.metrics import score
 

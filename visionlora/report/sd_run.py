@@ -127,6 +127,24 @@ def public_metadata(
     }
 
 
+def facts(
+    config: TrainSDConfig, loop: LoopConfig, base: BaseModel, folder: ImageFolder, handle: Handle
+) -> dict[str, str]:
+    """How it was trained, for the model card."""
+    adapter, before = handle.config or adapter_config(config), config.start_from and Path(config.start_from).name
+    return {
+        "Base model": base.id,
+        "Pictures": str(len(folder.items)),
+        "Method": f"{config.method}, {ranks_of(config, handle)}, alpha {adapter.effective_alpha:g}, "
+        f"targets {f'of {before}' if before else config.targets}",
+        "Trained parameters": f"{handle.report.trained_parameters:,}",
+        "Steps": f"{loop.steps} of {loop.batch_size * loop.gradient_accumulation} pictures",
+        **({"Learned on from": before} if before else {}),
+        "Learning rate": f"{loop.learning_rate:g}",
+        "Seed": str(config.seed),
+    }
+
+
 def report(
     run: RunFolder,
     config: TrainSDConfig,
@@ -153,19 +171,7 @@ def report(
         ylabel="denoising loss",
         title=f"Training on {name}",
     )
-    adapter, source = handle.config or adapter_config(config), "assets/emoji-64" if base.id == EMBEDDED else base.source
-    facts = {
-        "Base model": base.id,
-        "Pictures": str(len(folder.items)),
-        "Method": f"{config.method}, {ranks_of(config, handle)}, alpha {adapter.effective_alpha:g}, "
-        f"targets {config.targets if config.start_from is None else 'of ' + Path(config.start_from).name}",
-        "Trained parameters": f"{handle.report.trained_parameters:,}",
-        "Steps": f"{loop.steps} of {loop.batch_size * loop.gradient_accumulation} pictures",
-        **({} if config.start_from is None else {"Learned on from": Path(config.start_from).name}),
-        "Learning rate": f"{loop.learning_rate:g}",
-        "Seed": str(config.seed),
-        **changed(changes),
-    }
+    source = "assets/emoji-64" if base.id == EMBEDDED else base.source
     usage = (
         f"from diffusers import {type(base.pipe).__name__}\n\n"
         f'pipe = {type(base.pipe).__name__}.from_pretrained("{source}")\n'
@@ -178,7 +184,7 @@ def report(
             title=name,
             base_model=base.id,
             trigger=config.token or trigger(folder),
-            facts=facts,
+            facts=facts(config, loop, base, folder, handle) | changed(changes),
             samples=sheet.last_samples() if sheet.columns else [],
             usage=usage,
             images_note=f"{len(folder.items)} pictures; {folder.caption_source}",

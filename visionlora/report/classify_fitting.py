@@ -1,0 +1,232 @@
+"""The training stage of classify: steps, the best moment by the validation pictures, and what is kept on the way."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from visionlora.config import ClassifyConfig, to_yaml
+from visionlora.formats import native
+from visionlora.lora.adapter import Adapter
+from visionlora.lora.handle import Handle
+from visionlora.report.classify_page import Contender
+from visionlora.report.classify_run import Finished, learned_from, overlay_sheet
+from visionlora.report.curves import draw_curves
+from visionlora.report.listener import Listener
+from visionlora.report.logbook import Logbook
+from visionlora.report.resume import Start
+from visionlora.report.runfolder import RunFolder
+from visionlora.training.learner import LayeredLearner, rates_by_depth
+from visionlora.training.loop import Fit, Progress, StopTraining
+from visionlora.training.rate import find_rate
+from visionlora.training.settings import loop_config
+from visionlora.vision.material import Material, logits_of
+from visionlora.vision.metrics import fit_temperature
+
+Header = Callable[[Material, int, float], dict[str, Any]]
+"""From material, step and temperature to what an adapter file says about itself."""
+
+
+@dataclass
+class Fitting:
+    """Training one adapter: evaluations, the best moment, checkpoints, nothing lost on Ctrl-C."""
+
+    material: Material
+    handle: Handle
+    accelerator: Any
+    run: RunFolder | None
+    """Where metrics and checkpoints go; a baseline keeps none."""
+    tell: Listener
+    header: Header
+    start: Start[ClassifyConfig]
+    """Where the run began."""
+    base: str = ""
+    """Tells the weights of the backbone apart from any others."""
+    ranks: Mapping[str, Any] = field(default_factory=dict)
+    """The ranks that were chosen, for the checkpoint."""
+    evaluations: list[tuple[int, float, float]] = field(default_factory=list)
+    """(step, score, loss) on the validation pictures."""
+    best: tuple[int, tuple[float, float], dict[str, torch.Tensor]] | None = None
+    """Step, (score, negative loss) and values at the best moment: of equal scores the lower loss counts."""
+
+    def __post_init__(self) -> None:
+        self.prepare()
+
+    def prepare(self) -> None:
+        """The loop with the settings as they are now."""
+        config = self.material.config
+        if config.learning_rate is None:  # the search for one starts from any
+            config = dataclasses.replace(config, find_rate=False, learning_rate=1.0, head_learning_rate=1.0)
+        rate, head = config.learning_rate or 1.0, config.head_learning_rate or 1.0
+        backbone = self.material.backbone
+        depths = [d for n, _ in backbone.model.named_parameters() if (d := backbone.depth_of(n)) is not None]
+        rate_of = rates_by_depth(
+            backbone.depth_of, max(depths, default=-1) + 1, config.layer_decay, backbone.head, head / rate
+        )
+        self.fit = Fit(self.accelerator, LayeredLearner(self.handle, rate_of), loop_config(config), config.ema_decay)
+        self.log = Logbook(
+            self.fit, self.written, self.tell, learned_from(self.material, self.base), self.material.config, self.start
+        )
+
+    @property
+    def written(self) -> RunFolder | None:
+        """The run folder, for the process that writes."""
+        return self.run if self.accelerator.is_main_process else None
+
+    def find_rate(self) -> None:
+        """Sweeps the learning rate and takes what it finds; the head learns at the same."""
+        sweep = find_rate(
+            self.fit, self.material.task,
+            on_step=lambda done, total: self.tell.progress("Finding the rate", done, total),
+        )  # fmt: skip
+        self.tell.say(f"Learning rate: {sweep.rate:.1e}, a tenth of where the loss was lowest (rate.png).")
+        config = dataclasses.replace(
+            self.material.config, learning_rate=sweep.rate, head_learning_rate=sweep.rate, find_rate=False
+        )
+        self.material = dataclasses.replace(self.material, config=config)
+        self.prepare()
+        if (run := self.written) is not None:
+            points = [(math.log10(rate), loss) for rate, loss in sweep.points]
+            draw_curves(
+                run.path / "rate.png", {"loss": points}, xlabel="learning rate, power of ten", ylabel="loss",
+                title=f"Taken: {sweep.rate:.1e}",
+            )  # fmt: skip
+            run.write_text("config.yaml", to_yaml(config))
+
+    def evaluate(self, step: int) -> None:
+        """Looks at the validation pictures; the best moment so far is kept."""
+        material = self.material
+        with self.fit.averaged():
+            found = material.measured(logits_of(material, material.chosen_by, self.accelerator), material.chosen_by)
+            value = material.selected(found), -found.loss
+            self.evaluations.append((step, value[0], found.loss))
+            self.log.measured(step, validation_loss=found.loss)
+            latest = material.config.method == "adalora"  # pruned to its budget in the end alone
+            if self.best is None or latest or value > self.best[1]:
+                self.best = (step, value, {n: t.clone() for n, t in self.handle.training_state().items()})
+
+    def moments(self) -> set[int]:
+        """Steps after which the validation pictures are looked at."""
+        steps, count = self.fit.config.steps, min(self.material.config.evaluations, self.fit.config.steps)
+        return {round(steps * (k + 1) / count) for k in range(count)}
+
+    @property
+    def enough(self) -> bool:
+        """Whether patience is at its end."""
+        patience = self.material.config.patience
+        if patience is None or self.best is None:
+            return False
+        return sum(step > self.best[0] for step, _, _ in self.evaluations) >= patience
+
+    def train(self) -> None:
+        """Runs the loop to its end, or until nothing gets better."""
+        moments, select = self.moments(), self.material.config.select_by
+        if not self.evaluations:
+            self.evaluate(0)
+            self.checkpoint()
+
+        def on_step(progress: Progress) -> None:
+            if progress.step in moments:
+                self.evaluate(progress.step)
+            score = abs(self.evaluations[-1][1])  # a loss counts negative
+            self.log.add(progress, f"Training {self.material.config.method}", f"{select} {score:.3f}")
+            if progress.step in moments:
+                self.checkpoint()
+            if self.enough:
+                raise StopTraining
+
+        try:
+            if not self.enough:  # a run that was cut off after it had stopped
+                self.fit.run(self.material.task, on_step, self.log.stopping)
+        except KeyboardInterrupt:
+            if self.log.history and self.written is not None:
+                if self.fit.whole:
+                    self.checkpoint()
+                self.tell.say(
+                    f"Interrupted at step {self.fit.step} of {self.fit.config.steps}. {self.log.go_on('classify')}"
+                )
+            raise
+        if self.enough and self.best is not None:
+            self.tell.say(f"Stopped at step {self.fit.step}: no better since step {self.best[0]}.")
+        self.log.end()
+
+    # -------------------------------------------------------------------------------------------------- checkpoints
+
+    def checkpoint(self) -> None:
+        """Writes all that the run needs to go on."""
+        assert self.best is not None
+        step, value, state = self.best
+        self.log.checkpoint(
+            {
+                "evaluations": [list(e) for e in self.evaluations],
+                "best": {"step": step, "value": list(value), "state": state},
+                **self.ranks,
+            }
+        )
+
+    def restore(self, kept: Mapping[str, Any]) -> None:
+        """Goes on from a checkpoint.
+
+        Raises:
+            ConfigError: when the pictures are not those of the run, and it was not said to go on with others.
+        """
+        changed = self.log.restore(kept)
+        self.evaluations = [(int(s), float(v), float(loss)) for s, v, loss in kept["evaluations"]]
+        best = kept["best"]
+        self.best = (int(best["step"]), (float(best["value"][0]), float(best["value"][1])), dict(best["state"]))
+        if changed:
+            self.checkpoint()
+
+    # ---------------------------------------------------------------------------------------------------------- end
+
+    def finished(self, path: Path, trained: bool = True, before: float = 0.0) -> Finished:
+        """Trains, goes back to the best moment, calibrates, tests once and writes the adapter.
+
+        Args:
+            path: of the adapter file.
+            trained: False for a head that is fitted already.
+            before: seconds that were spent on it already.
+        """
+        started = time.monotonic()
+        if trained:
+            self.train()
+        else:
+            self.evaluate(0)
+        assert self.best is not None and self.handle.config is not None
+        step, (value, _), state = self.best
+        self.handle.load_training_state(state)
+        material = self.material
+        val = logits_of(material, material.chosen_by, self.accelerator)
+        temperature = fit_temperature(val.numpy(), material.labels(material.chosen_by), material.data.multi_label)
+        seconds = time.monotonic() - started + before
+        logits = logits_of(material, material.looked_at, self.accelerator)
+        if self.accelerator.is_main_process:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            native.write(Adapter(self.handle.modules("model"), self.header(material, step, temperature)), path)
+        explained = overlay_sheet(material, logits) if self.written is not None else None
+        self.accelerator.wait_for_everyone()
+        head = sum(p.numel() for n, p in material.backbone.model.named_parameters() if n in self.head_names)
+        contender = Contender(
+            self.handle.config.method,
+            self.handle.report.trained_parameters - head,
+            material.backbone.parameters,
+            value,
+            material.measured(logits, material.looked_at, temperature),
+            seconds,
+            path.stat().st_size if path.is_file() else None,
+        )
+        return Finished(
+            contender, path, logits, temperature, step, tuple(self.log.history), tuple(self.evaluations), explained
+        )
+
+    @property
+    def head_names(self) -> set[str]:
+        """Parameters of the head, which every contender trains."""
+        return {f"{self.material.backbone.head}.{n}" for n in ("weight", "bias")}
