@@ -27,7 +27,8 @@ from visionlora.lora.adapter import Adapter
 from visionlora.mixing.batches import adapters_of, batches_of
 from visionlora.mixing.mix import Mix, attach
 from visionlora.mixing.scales import Scale
-from visionlora.models.base import BaseModel, open_base, open_controlnet, quiet
+from visionlora.models.base import EMBEDDED, BaseModel, open_base, open_controlnet, quiet
+from visionlora.models.fingerprint import weights_fingerprint
 from visionlora.training.loop import resolve_precision
 
 Progress = Callable[[int, int], None]
@@ -102,15 +103,25 @@ def generate(
     """
     if config.num_images < 1:
         raise ConfigError(f"num_images is {config.num_images}; it must be at least 1.")
-    base, adapters = adapters_and_base(config, say)
+    ready = opened(config, say)
     plans = [(prompt, uses_of(prompt, config)) for prompt in config.prompts]
-    recipes = recipes_of(config, base, plans)
+    recipes = recipes_of(config, ready, plans)
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    return draw_all(recipes[rank::processes], base, adapters, config, say, progress)
+    return draw_all(recipes[rank::processes], ready, config, say, progress)
 
 
-def adapters_and_base(config: GenerateConfig, say: Callable[[str], None]) -> tuple[BaseModel, dict[str, Adapter]]:
-    """The base model, and every adapter that the prompts name, by path, checked against it.
+@dataclass(frozen=True)
+class Opened:
+    """What a run draws with, on its device and in its precision."""
+
+    base: BaseModel
+    adapters: dict[str, Adapter]
+    """By path, checked against the base; more may be added."""
+    controlnet: Any = None
+
+
+def opened(config: GenerateConfig, say: Callable[[str], None]) -> Opened:
+    """The base model, the ControlNet, and every adapter that the prompts name, checked against each other.
 
     Raises:
         ConfigError, AdapterFileError, ModelError: see `generate`.
@@ -128,12 +139,12 @@ def adapters_and_base(config: GenerateConfig, say: Callable[[str], None]) -> tup
     base = open_base(model)
     say(base.why)
     device, precision = place_of(config)
-    base.fingerprints()  # before the cast, after which they would be others
+    base.weights_hash  # noqa: B018  before the cast, after which it would be another
     with quiet("diffusers", "transformers"):
         base.pipe.to(device=device, dtype=BASE_DTYPES[precision])
     for adapter in adapters.values():
         make_fit(adapter, base, config)
-    return base, adapters
+    return Opened(base, adapters, None if config.controlnet is None else open_controlnet(config.controlnet, base))
 
 
 def place_of(config: GenerateConfig) -> tuple[torch.device, str]:
@@ -231,8 +242,9 @@ def check_pictures(config: GenerateConfig) -> None:
         raise ConfigError("A ControlNet needs a picture to follow: --control FILE.")
 
 
-def recipes_of(config: GenerateConfig, base: BaseModel, plans: Sequence[tuple[str, list[LoraUse]]]) -> list[Recipe]:
+def recipes_of(config: GenerateConfig, ready: Opened, plans: Sequence[tuple[str, list[LoraUse]]]) -> list[Recipe]:
     """Every picture of the run, in order."""
+    base, net = ready.base, ready.controlnet
     width, height = config.width or config.height or base.resolution, config.height or config.width or base.resolution
     for size in {width, height}:
         base.check_resolution(size)
@@ -249,6 +261,8 @@ def recipes_of(config: GenerateConfig, base: BaseModel, plans: Sequence[tuple[st
             dict(config.compose_options),
             config.seed + k, config.steps, guidance, config.scheduler, start, start_hash, config.strength, mask, mask_hash,
             config.controlnet or "", control, control_hash, config.control_scale, masks, precision,
+            "" if base.id == EMBEDDED else base.weights_hash, "" if net is None else weights_fingerprint(net),
+            config.force, config.allow_partial,
         )
         for prompt, uses in plans
         for k in range(config.num_images)
@@ -256,13 +270,12 @@ def recipes_of(config: GenerateConfig, base: BaseModel, plans: Sequence[tuple[st
 
 
 def draw_all(
-    recipes: Sequence[Recipe], base: BaseModel, adapters: dict[str, Adapter], config: GenerateConfig,
-    say: Callable[[str], None], progress: Progress,
-) -> list[Drawn]:  # fmt: skip
+    recipes: Sequence[Recipe], ready: Opened, config: GenerateConfig, say: Callable[[str], None], progress: Progress
+) -> list[Drawn]:
     """Draws what is not there yet, changing adapters only where the next pictures want others."""
     config.output.mkdir(parents=True, exist_ok=True)
     given = Given.of(config.init_image, config.mask, config.control)
-    pipe = pipeline_for(base, given, config.controlnet)
+    pipe, adapters = pipeline_for(ready, given), ready.adapters
     paths = [config.output / recipe.file_name for recipe in recipes]
     missing = {path: recipe for path, recipe in zip(paths, recipes, strict=True) if not path.exists()}
     done = len(recipes) - len(missing)
@@ -299,21 +312,19 @@ def draw_all(
     ]
 
 
-def pipeline_for(base: BaseModel, given: Given, controlnet: str | None) -> Any:
-    """The base's pipeline, or one of the same parts that takes these pictures.
-
-    Raises:
-        ModelError: when the ControlNet cannot be opened or is for another family.
-    """
+def pipeline_for(ready: Opened, given: Given) -> Any:
+    """The base's pipeline, or one of the same parts that takes these pictures."""
+    base, controlnet = ready.base, ready.controlnet
     if given.start is None and controlnet is None:
         return base.pipe
     import diffusers
 
     more = {} if base.is_xl else {"requires_safety_checker": False}
     if controlnet is not None:
-        more["controlnet"] = open_controlnet(controlnet, base)
+        more["controlnet"] = controlnet
     task = "" if given.start is None else "Img2Img"
-    kind = f"StableDiffusion{'XL' if base.is_xl else ''}{'ControlNet' if controlnet else ''}{task}Pipeline"
+    with_net = "" if controlnet is None else "ControlNet"
+    kind = f"StableDiffusion{'XL' if base.is_xl else ''}{with_net}{task}Pipeline"
     pipe = getattr(diffusers, kind)(**base.pipe.components, **more)
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -16,10 +16,10 @@ from visionlora.pipelines.generate import (
     Drawn,
     GenerateConfig,
     Progress,
-    adapters_and_base,
     draw_all,
     hash_of,
     make_fit,
+    opened,
     recipes_of,
     uses_of,
 )
@@ -274,11 +274,12 @@ def grid(
             "'prompt=a dog|a cat', and leave --prompt out."
         )
     start = replace(config, prompts=list(config.prompts) or prompts[:1], num_images=1, output=config.output / "cells")
-    base, adapters = adapters_and_base(start, say)
+    ready = opened(start, say)
+    base, adapters = ready.base, ready.adapters
     tags = {p: [use for use in uses_of(p, config) if use.name in dict(take_tags(p)[1])] for p in prompts}
     # The tags of a prompt on an axis act in its own cells alone.
     first = "" if prompts else start.prompts[0]
-    (recipe,) = recipes_of(start, base, [(first, uses_of(first, start))])
+    (recipe,) = recipes_of(start, ready, [(first, uses_of(first, start))])
     sheets = sheets_of(recipe, x, y, others, tags)
     cells = [r for sheet in sheets for row in sheet.recipes for r in row]
     for path in dict.fromkeys(use.path for r in cells for use in r.loras):
@@ -290,7 +291,7 @@ def grid(
             base.check_resolution(size)
     # Drawn in an order in which adapters change as seldom as can be.
     order = sorted(range(len(cells)), key=lambda k: (repr(cells[k].loras), cells[k].compose, k))
-    done = draw_all([cells[k] for k in order], base, adapters, start, lambda line: None, progress)
+    done = draw_all([cells[k] for k in order], ready, start, lambda line: None, progress)
     drawn = [d for _, d in sorted(zip(order, done, strict=True), key=lambda pair: pair[0])]
     pictures = [Image.open(d.path).convert("RGB") for d in drawn]
     paths, at = [], 0

@@ -3,12 +3,14 @@
 import itertools
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import visionlora as vl
@@ -129,6 +131,47 @@ def test_the_command_that_show_prints_draws_the_same_bytes(
     run(*words)
     (again,) = (tmp_path / "two").iterdir()
     assert again.name == picture.name and again.read_bytes() == picture.read_bytes()
+
+
+def test_show_says_what_was_let_through(loras: Path, tiny_model: Path, tmp_path: Path) -> None:
+    adapter = vl.load_adapter(loras / "dog.safetensors")
+    adapter.info["base"]["fingerprints"]["unet"]["weights"] = "0" * 16
+    vl.save_adapter(adapter, loras / "other.safetensors")
+    lora = ("--lora", loras / "other.safetensors", "--force")
+    run("generate", "--prompt", "a dog", "--model", tiny_model, *COMMON, *lora, "--output", tmp_path / "one")
+    (picture,) = (tmp_path / "one").iterdir()
+    words = shlex.split(run("show", picture).strip().splitlines()[-1])
+    assert "--force" in words and "--allow-partial" not in words
+    words[words.index("--output") + 1] = str(tmp_path / "two")
+    run(*words[1:])
+    assert (tmp_path / "two" / picture.name).read_bytes() == picture.read_bytes()
+
+
+@pytest.mark.parametrize("part", ["vae", "net"])
+def test_other_weights_at_the_same_place_draw_other_pictures(part: str, tiny_model: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_model, tmp_path / "model")
+    pictures(tmp_path)
+    save_controlnet(tiny_model, tmp_path / "net")
+    control = ("--controlnet", tmp_path / "net", "--control", tmp_path / "start.png") if part == "net" else ()
+    words = (
+        "generate",
+        "--prompt",
+        "a dog",
+        "--model",
+        tmp_path / "model",
+        *COMMON,
+        *control,
+        "--output",
+        tmp_path / "o",
+    )
+    run(*words)
+    run(*words)
+    (first,) = (tmp_path / "o").iterdir()
+    file = next((tmp_path / "net" if part == "net" else tmp_path / "model" / "vae").glob("*.safetensors"))
+    save_file({name: value * 1.1 for name, value in load_file(file).items()}, file, {"format": "pt"})
+    run(*words)
+    (second,) = set((tmp_path / "o").iterdir()) - {first}
+    assert second.read_bytes() != first.read_bytes()
 
 
 def test_adapters_seeds_and_prompts_change_the_picture(loras: Path, tiny_model: Path, tmp_path: Path) -> None:

@@ -47,6 +47,8 @@ SCHEDULERS = {
     "pndm": Sampler("PNDMScheduler", "PLMS", {"skip_prk_steps": True}),
 }
 """By the word of --scheduler."""
+LATER = ("region_hashes", "precision", "model_hash", "controlnet_hash", "force", "allow_partial", "batch_size")
+"""Fields that are written only where they are not as usual, so that recipes from before keep their keys."""
 TAG = re.compile(r"<lora:([^:<>]+)(?::([^:<>]+))?>")
 
 
@@ -104,6 +106,14 @@ class Recipe:
     """SHA-256 of the masks among the regions, by adapter."""
     precision: str = "fp32"
     """That the model computes in."""
+    model_hash: str = ""
+    """Tells the weights at the place of the model apart from others; empty for the model that comes with visionlora."""
+    controlnet_hash: str = ""
+    """Likewise."""
+    force: bool = False
+    """Whether adapters made for other weights were let through."""
+    allow_partial: bool = False
+    """Whether parts of adapters that do not fit were left out."""
     batch_size: int = 1
     """Pictures that were drawn with it in one forward pass, itself too: their number may change how its values round."""
     version: str = __version__
@@ -122,8 +132,9 @@ class Recipe:
 
     @property
     def key(self) -> str:
-        """Eight digits that differ when anything differs but the size of the batch."""
-        return hashlib.sha256(replace(self, batch_size=1).to_json().encode()).hexdigest()[:8]
+        """Eight digits that differ when anything differs but the size of the batch and what was let through."""
+        same = replace(self, batch_size=1, force=False, allow_partial=False)
+        return hashlib.sha256(same.to_json().encode()).hexdigest()[:8]
 
     @property
     def file_name(self) -> str:
@@ -135,9 +146,8 @@ class Recipe:
         """Keys in order, so that equal recipes are equal texts; what came later is there only where it is used."""
         unused = {} if self.mask else dict.fromkeys(("mask", "mask_hash"))
         unused |= {} if self.controlnet else dict.fromkeys(("controlnet", "control", "control_hash", "control_scale"))
-        unused |= {} if self.batch_size > 1 else {"batch_size": None}
-        unused |= {} if self.region_hashes else {"region_hashes": None}
-        unused |= {} if self.precision != "fp32" else {"precision": None}
+        usual = {f.name: f.default for f in fields(self) if f.name in LATER} | {"region_hashes": {}}
+        unused |= {name: value for name, value in usual.items() if getattr(self, name) == value}
         return json.dumps({k: v for k, v in asdict(self).items() if k not in unused}, sort_keys=True)
 
     @classmethod
@@ -181,6 +191,7 @@ class Recipe:
         if self.precision != "fp32":
             words += ["--precision", self.precision]
         words += ["--scheduler", self.scheduler, "--width", str(self.width), "--height", str(self.height)]
+        words += ["--force"] * self.force + ["--allow-partial"] * self.allow_partial
         return shlex.join([*words, "--output", output])
 
     def parameters(self) -> str:

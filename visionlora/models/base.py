@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import warnings
 from collections.abc import Callable, Iterator
@@ -101,6 +102,13 @@ class BaseModel:
             name: {"architecture": architecture_fingerprint(part), "weights": weights_fingerprint(part)}
             for name, part in self.components().items()
         }
+
+    @cached_property
+    def weights_hash(self) -> str:
+        """16 hex digits that tell the weights of all parts apart from others, the VAE's too, as they were when first asked."""
+        parts = {part: found["weights"] for part, found in self._fingerprints.items()}
+        whole = {**parts, "vae": weights_fingerprint(self.pipe.vae)}
+        return hashlib.sha256(repr(sorted(whole.items())).encode()).hexdigest()[:16]
 
     def check_resolution(self, size: int) -> None:
         """Raises ModelError when pictures of `size` px do not fit the model's grid."""
@@ -242,7 +250,7 @@ def open_controlnet(source: str, base: BaseModel) -> Any:
             f"The ControlNet {source} reads text {own} wide, the UNet of {base.id} {wanted}: it was made for another family of "
             "Stable Diffusion. Take one for this base."
         )
-    return net.requires_grad_(False).eval()
+    return net.to(base.pipe.unet.device).requires_grad_(False).eval()
 
 
 def is_xl_file(path: Path) -> bool:

@@ -2,6 +2,7 @@
 
 import io
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,12 @@ def test_the_command_says_all_of_it() -> None:
     )
     assert parse_lora_use(options["--lora"]) == ("loras/ink.safetensors", 0.8, {"up": 1.5})
     assert parse_composition(options["--compose"]) == ("switch", {"tau": 2})
+
+
+def test_what_was_let_through_is_in_the_command_and_not_in_the_name() -> None:
+    let = replace(RECIPE, force=True, allow_partial=True)
+    assert RECIPE.command().count("--force") == 0 and let.command().split()[-4:-2] == ["--force", "--allow-partial"]
+    assert let.file_name == RECIPE.file_name != replace(RECIPE, model_hash="0" * 16).file_name
 
 
 def test_file_names_tell_pictures_apart() -> None:
