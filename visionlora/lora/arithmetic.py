@@ -318,7 +318,6 @@ def approximated(delta: Tensor, size: Size) -> tuple[AdapterModule, float]:
         if smaller <= SMALL or 4 * width > smaller:
             u, s, v = torch.linalg.svd(flat, full_matrices=False)
         else:
-            torch.manual_seed(0)
             u, s, v = randomised_svd(flat, width)
         reached = float(s.double().square().sum()) >= (size.energy or 0.0) * total * (1 - 1e-9)
         if len(s) == smaller or reached:

@@ -7,8 +7,6 @@ Letters in shapes: b batch, l queries, s keys, h heads, d width of a head, e = h
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
 
@@ -17,16 +15,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from visionlora.errors import ConfigError
+from visionlora.lora.classes import adapted_class
 from visionlora.lora.kernels import low_rank_linear
 from visionlora.lora.layers import (
     AdaptedLayer,
     AdaptedLinear,
-    adapted_class,
     restore_class,
     swap_class,
     with_adapters,
 )
 from visionlora.lora.methods.base import Method
+from visionlora.lora.packed import Packed, owner_of
 from visionlora.lora.together import branches_of
 
 
@@ -39,8 +39,7 @@ class AdaptedAttention(AdaptedLayer):
     @property
     def _qkv_same_embed_dim(self) -> bool:
         """False keeps `nn.TransformerEncoderLayer` from reading the weights past an active adapter."""
-        plain = self.__dict__.get("_weights_swapped", False) or not self.running()
-        return bool(self.__dict__["_qkv_same_embed_dim"]) and plain
+        return bool(self.__dict__["_qkv_same_embed_dim"]) and not self.running()
 
     @_qkv_same_embed_dim.setter
     def _qkv_same_embed_dim(self, value: bool) -> None:
@@ -69,13 +68,13 @@ class AdaptedAttention(AdaptedLayer):
             any(x.requires_grad for x in (query, key, value)) or any(p.requires_grad for p in mha.parameters())
         )
         if not (self.running() and (training or torch.compiler.is_compiling())):
-            with self.weights_with_adapters():
-                return cast(
-                    "tuple[Tensor, Tensor | None]",
-                    super().forward(
-                        query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
-                    ),
-                )
+            forward: Any = self.with_weights().forward if self.running() else super().forward
+            found, seen_by = forward(
+                query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+            )
+            return self.guarded(found), seen_by
+        if is_causal and attn_mask is None:
+            raise ConfigError("is_causal is a hint about attn_mask, as in torch's own attention: give the mask too.")
         batched = query.dim() == 3
         same = query is key and key is value
         if not batched:
@@ -114,25 +113,14 @@ class AdaptedAttention(AdaptedLayer):
             return out.squeeze(1), None if weights is None else weights.squeeze(0)
         return (out.transpose(0, 1) if mha.batch_first else out), weights
 
-    @contextmanager
-    def weights_with_adapters(self) -> Iterator[None]:
-        """W + ΔW in place of W, for torch's own code: its fast path and its bits, at no cost per call."""
-        layers = [self, *(m for m in [cast(Any, self).out_proj] if isinstance(m, AdaptedLayer))]
-        swapped: list[tuple[AdaptedLayer, str, nn.Parameter | None]] = []
-        try:
-            for layer in layers:
-                if active := layer.active():
-                    adapters = [m for m in layer.methods() if m.merged or m in active]
-                    values = layer.kept("weights", adapters, partial(with_adapters, layer, adapters))
-                    for name, value in values.items():
-                        swapped.append((layer, name, layer._parameters[name]))
-                        layer._parameters[name] = nn.Parameter(value, requires_grad=False)
-            self.__dict__["_weights_swapped"] = True
-            yield
-        finally:
-            self.__dict__.pop("_weights_swapped", None)
-            for layer, name, parameter in swapped:
-                layer._parameters[name] = parameter
+    def with_weights(self) -> nn.Module:
+        """A module of torch's own class with W + ΔW in place of W: its fast path and its bits.
+
+        It shares all else with this one, which is not touched: several threads may run it at once.
+        """
+        output = cast(Any, self).out_proj
+        children = {**self._modules, "out_proj": plain_with(output) if isinstance(output, AdaptedLayer) else output}
+        return plain_with(self, _modules=children)
 
     def project(self, query: Tensor, key: Tensor, value: Tensor, same: bool) -> tuple[Tensor, Tensor, Tensor]:
         """The three projections, (l or s, b, e) each."""
@@ -159,10 +147,26 @@ class AdaptedAttention(AdaptedLayer):
         branches = branches_of(plain)
         if alone:
             branches = [b._replace(rows=None) for b in branches]
-        if torch.compiler.is_compiling() or weight.requires_grad or len(plain) < len(active):
+        trains = weight.requires_grad or (bias is not None and bias.requires_grad)
+        if torch.compiler.is_compiling() or trains or len(plain) < len(active):
             return plain_projection(x, weight, bias, active, alone)
         # Scales are the kernels' own numbers, so the same code serves with and without gradients.
         return low_rank_linear(x, weight, bias, [b for b in branches if b.scaling])
+
+
+def plain_with(layer: AdaptedLayer, **attributes: Any) -> nn.Module:
+    """A module of the class that the layer had before, with the parameters that its active adapters make."""
+    active = layer.active()
+    adapters = [m for m in layer.methods() if m.merged or m in active]
+    values: dict[str, Tensor] = {}
+    if active:
+        base = [p for p in (*layer._parameters.values(), *layer.originals.values()) if p is not None]
+        values = layer.kept("weights", adapters, partial(with_adapters, layer, adapters), base)
+    parameters = {n: nn.Parameter(v, requires_grad=False) for n, v in values.items()}
+    cls: type[nn.Module] = cast(Any, layer).base_class
+    module = cls.__new__(cls)
+    module.__dict__.update({**vars(layer), "_parameters": {**layer._parameters, **parameters}, **attributes})
+    return module
 
 
 def plain_projection(x: Tensor, weight: Tensor, bias: Tensor | None, active: list[Method], alone: bool) -> Tensor:
@@ -207,7 +211,8 @@ class Reroute(TorchFunctionMode):
 
     def __init__(self, layers: list[AdaptedLinear]) -> None:
         super().__init__()
-        self.by_weight = {id(cast(Any, layer).weight): layer for layer in layers}
+        self.packed: dict[Packed | None, AdaptedLinear] = {m: m for m in layers if isinstance(m, Packed)}
+        self.by_weight = {id(cast(Any, m).weight): m for m in layers if not isinstance(m, Packed)}
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -216,7 +221,10 @@ class Reroute(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.linear:
             x, weight, bias = bound(*args, **kwargs)
-            if (layer := self.by_weight.get(id(weight))) is not None and not layer.__dict__["calling"]:
+            layer = self.by_weight.get(id(weight))
+            if layer is None and self.packed:  # unpacked anew for each who asks
+                layer = self.packed.get(owner_of(weight))
+            if layer is not None and not layer.__dict__["calling"]:
                 return layer.run(x, bias)
         return func(*args, **kwargs)
 
@@ -224,6 +232,20 @@ class Reroute(TorchFunctionMode):
 def bound(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
     """The arguments of F.linear."""
     return input, weight, bias
+
+
+class EncoderLayer(nn.Module):
+    """Mixed into `nn.TransformerEncoderLayer`, whose fast path would pass by the adapters of its linear layers."""
+
+    @property
+    def activation_relu_or_gelu(self) -> int:
+        """0 says to torch that the fast path does not suit."""
+        linears = (m for m in self.children() if isinstance(m, AdaptedLinear))
+        return 0 if any(m.active() for m in linears) else int(self.__dict__["activation_relu_or_gelu"])
+
+    @activation_relu_or_gelu.setter
+    def activation_relu_or_gelu(self, value: int) -> None:
+        self.__dict__["activation_relu_or_gelu"] = value
 
 
 class WeightUser(nn.Module):
@@ -237,6 +259,10 @@ class WeightUser(nn.Module):
 
 def take_over(owner: nn.Module, children: tuple[str, ...]) -> None:
     """Makes a module run the adapters of these children, whose weights it uses; call it after they are adapted."""
+    if isinstance(owner, nn.TransformerEncoderLayer):
+        if not isinstance(owner, EncoderLayer):
+            owner.__class__ = cast(Any, adapted_class(type(owner), EncoderLayer))
+        return
     if not isinstance(owner, nn.MultiheadAttention):
         for child in children:
             if isinstance(layer := getattr(owner, child), AdaptedLinear):
@@ -255,5 +281,5 @@ def give_back(owner: nn.Module) -> None:
         return
     if isinstance(owner, AdaptedAttention):
         restore_class(owner)
-    elif isinstance(owner, WeightUser):
+    elif isinstance(owner, (EncoderLayer, WeightUser)):
         owner.__class__ = cast(Any, owner).base_class

@@ -173,7 +173,9 @@ def split_outside_regex(text: str) -> list[str]:
 
 
 def first_match(pattern: Mapping[str, V], name: str, default: V) -> V:
-    """The value of the first word that matches `name`: the name, its end on a dot boundary, or `re:` and a regex."""
+    """The value of the name itself, or of the first word that matches: its end on a dot boundary, or `re:` and a regex."""
+    if name in pattern:
+        return pattern[name]
     for word, value in pattern.items():
         if word.startswith("re:"):
             if re.fullmatch(word[3:], name):

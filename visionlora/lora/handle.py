@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -16,12 +15,41 @@ from visionlora.errors import ConfigError, TargetError
 from visionlora.lora.adapter import Adapter, AdapterModule
 from visionlora.lora.attention import give_back
 from visionlora.lora.config import AdapterConfig
-from visionlora.lora.in_full import InFull
-from visionlora.lora.layers import AdaptedLayer, release
+from visionlora.lora.in_full import InFull, is_changed
+from visionlora.lora.layers import release
 from visionlora.lora.lean import make_plain
-from visionlora.lora.merge import write_weights
+from visionlora.lora.merge import as_before_on_error, check_scale, write_weights
 from visionlora.lora.methods.adalora import AdaLoRA, allocate
 from visionlora.lora.methods.base import Method
+
+
+@dataclass
+class Frozen:
+    """What training adapters have made of a model's `requires_grad`; it hangs on the model, and is copied with it."""
+
+    before: dict[nn.Parameter, bool]
+    """As it was before the first."""
+    handles: int = 0
+
+
+def freeze(model: nn.Module, base: Iterable[nn.Parameter], trained: Collection[nn.Parameter]) -> None:
+    """Freezes a model for one more adapter that trains: all but what this one and others train of it in full."""
+    base = list(base)
+    frozen: Frozen = vars(model).setdefault("_frozen", Frozen({p: p.requires_grad for p in base}))
+    frozen.handles += 1
+    for p in base:
+        p.requires_grad_(p in trained or (frozen.handles > 1 and p.requires_grad))
+
+
+def thaw(model: nn.Module, trained: Iterable[nn.Parameter]) -> None:
+    """Undoes `freeze` for one of them; with the last everything is as it was before the first."""
+    frozen: Frozen = vars(model)["_frozen"]
+    frozen.handles -= 1
+    for p in trained:
+        p.requires_grad_(is_changed(p) and p.requires_grad)
+    if not frozen.handles:
+        for p, trains in vars(model).pop("_frozen").before.items():
+            p.requires_grad_(trains)
 
 
 @dataclass(frozen=True)
@@ -67,7 +95,8 @@ class Handle:
         self._owners: tuple[nn.Module, ...] = ()
         self._lean: list[nn.Module] = []
         self._hook: Any = None
-        self._trained_before: list[nn.Parameter] = []
+        self._untied = False
+        self._freezes = False
 
     # ----------------------------------------------------------------------------------------------------- training
 
@@ -193,16 +222,16 @@ class Handle:
         A merged adapter is merged anew from the untouched originals.
 
         Raises:
-            ConfigError: when the scale is not finite.
+            ConfigError: when the scale, or a weight that is merged at it, is not finite; nothing is changed then.
         """
-        if not math.isfinite(scale):
-            raise ConfigError(f"The scale of adapter {self.name!r} is {scale!r}; it must be a finite number.")
-        for m in self.methods.values():
-            m.scale = float(scale)
+        check_scale(self.name, scale)
+        with as_before_on_error(list(self.methods.values())):
+            for m in self.methods.values():
+                m.scale = float(scale)
+            if self.merged:
+                self._write()
         for f in self.in_full.values():
             f.set_scale(float(scale))
-        if self.merged:
-            self._write()
 
     def merge(self) -> None:
         """Adds ΔW to the base weights in fp32, keeping the originals; twice is the same as once.
@@ -210,15 +239,10 @@ class Handle:
         Raises:
             ConfigError: when a merged weight would not be finite, before any weight is changed.
         """
-        pending = [m for m in self.methods.values() if not m.merged]
-        for m in pending:
-            m.merged = True
-        try:
+        with as_before_on_error(list(self.methods.values())):
+            for m in self.methods.values():
+                m.merged = True
             self._write()
-        except ConfigError:
-            for m in pending:
-                m.merged = False
-            raise
 
     def unmerge(self) -> None:
         """Takes ΔW out again, bit for bit."""
@@ -244,11 +268,9 @@ class Handle:
         if self._hook is not None:
             self._hook.remove()
         make_plain(self._lean)
-        if not any(isinstance(m, AdaptedLayer) for m in self.model.modules()):
-            for p in self.model.parameters():
-                p.requires_grad_(False)
-            for p in self._trained_before:
-                p.requires_grad_(True)
+        if self._freezes:
+            self._freezes = False
+            thaw(self.model, [f.parameter for f in self.in_full.values()])
         self.methods, self.in_full, self._owners, self._lean = {}, {}, (), []
 
     # -------------------------------------------------------------------------------------------------------- files

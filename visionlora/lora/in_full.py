@@ -25,6 +25,11 @@ class Changed:
     parts: list[InFull] = field(default_factory=list)
 
 
+def is_changed(parameter: nn.Parameter) -> bool:
+    """Whether some adapter changes this parameter in place."""
+    return hasattr(parameter, "_changed")
+
+
 class InFull:
     """One adapter's change of one parameter."""
 
@@ -40,7 +45,7 @@ class InFull:
         self._value, self._difference = value, difference
         self._trains = value is None and difference is None
         slot = cast("Any", parameter)
-        if not hasattr(parameter, "_changed"):
+        if not is_changed(parameter):
             slot._changed = Changed(parameter.detach().clone())
         self._changed: Changed = slot._changed
         self._write(lambda parts: parts.append(self))

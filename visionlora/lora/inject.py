@@ -20,8 +20,9 @@ from visionlora import plugins
 from visionlora.errors import AdapterFileError, ConfigError, TargetError
 from visionlora.lora.adapter import Adapter, AdapterModule
 from visionlora.lora.attention import AdaptedAttention, take_over
+from visionlora.lora.classes import forward_of_its_own
 from visionlora.lora.config import PLUGIN_GROUPS, AdapterConfig
-from visionlora.lora.handle import Handle, InjectionReport
+from visionlora.lora.handle import Handle, InjectionReport, freeze
 from visionlora.lora.in_full import InFull
 from visionlora.lora.layers import AdaptedLayer, adapt
 from visionlora.lora.lean import Lean, make_lean, unlean
@@ -30,7 +31,7 @@ from visionlora.lora.methods.base import Method, Site
 from visionlora.lora.methods.tlora import check_timed, follow_timestep
 from visionlora.lora.names import resolve_names
 from visionlora.lora.packed import packed_layers
-from visionlora.lora.targets import check_ranks, ends_on_boundary, owners_of, resolve, site_at
+from visionlora.lora.targets import check_ranks, ends_on_boundary, named_patterns, owners_of, resolve, site_at
 
 IN_PLACE = ("full", "shift")
 """Kinds that change a parameter of the base in place."""
@@ -50,6 +51,7 @@ def method_class(name: str) -> type[Method]:
     return cast("type[Method]", found)
 
 
+@torch.inference_mode(False)
 def inject(
     model: nn.Module, config: AdapterConfig, name: str = "default", seed: int = 0,
     start_from: Mapping[str, AdapterModule] | None = None,
@@ -81,17 +83,18 @@ def inject(
         methods = learning_on(model, config, start_from)
     elif config.method not in ("full", "linear-probe"):
         resolution = resolve(model, config)
+        handle.config = config = named_patterns(config, resolution.sites)
         cls, generator = method_class(config.method), torch.Generator().manual_seed(seed)
         if cls.bounded_rank:
             check_ranks(config, resolution.sites)
         methods = [cls.new(site, config, generator) for site in resolution.sites]
         skipped = resolution.skipped
     _place(handle, methods, name)
-    handle._trained_before = [p for p in base.values() if p.requires_grad]
-    for n, parameter in base.items():
-        parameter.requires_grad_(n in replaced)
+    freeze(model, base.values(), {base[n] for n in replaced})
+    handle._freezes = True
+    for n in base:
         if n in replaced:
-            handle.in_full[n] = InFull(parameter)
+            handle.in_full[n] = InFull(base[n])
     if config.save_memory and methods:
         handle._lean = make_lean(model)
     handle.report = InjectionReport(
@@ -138,6 +141,7 @@ def no_garbage_collection() -> Iterator[None]:
 
 
 @no_garbage_collection()
+@torch.inference_mode(False)
 def attach(
     model: nn.Module, adapter: Adapter, component: str = "", name: str = "default", allow_partial: bool = False
 ) -> Handle:
@@ -208,6 +212,8 @@ def fit(
             if m.kind not in KINDS:
                 raise AdapterFileError(f"The adapter's layer {component}.{path} is of kind {m.kind!r}, unknown here.")
             site = site_at(model, path)
+            if why := forward_of_its_own(site.layer):
+                raise TargetError(f"{site.name} {why}.")
             shaped = m.fitted(site.weight.shape)
             check_shape(site, shaped, f"{component}.{given}")
             methods.append(KINDS[m.kind].load(site, shaped))
@@ -254,6 +260,7 @@ def check_targets(model: nn.Module, config: AdapterConfig) -> None:
     select_in_full(model, config, base_parameters(model))
     if config.method not in ("full", "linear-probe"):
         sites = resolve(model, config).sites
+        config = named_patterns(config, sites)
         if method_class(config.method).timed:
             check_timed(model)
         if method_class(config.method).bounded_rank:

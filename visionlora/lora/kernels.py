@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import wraps
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from visionlora.errors import ConfigError
 
 Rows = slice | None
 CONVOLVE: dict[int, Callable[..., Tensor]] = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
@@ -42,6 +44,21 @@ class Geometry(NamedTuple):
     padding: tuple[int, ...]
     dilation: tuple[int, ...]
     groups: int
+
+
+def first_derivative(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A backward pass that cannot be differentiated again; torch's own decorator gives wrong second derivatives in places."""
+
+    @wraps(backward)
+    def guarded(ctx: Any, *grads: Tensor) -> Any:
+        if torch.is_grad_enabled():
+            raise ConfigError(
+                "Second derivatives (create_graph=True) do not go through layers with adapters that train: take penalties on "
+                "gradients from a model without them, or from finite differences."
+            )
+        return backward(ctx, *grads)
+
+    return guarded
 
 
 def new_seed() -> int:
@@ -96,7 +113,7 @@ class LowRankLinear(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @first_derivative
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
         kept, weight, gain, plain, *saved = ctx.saved_tensors
         count = len(ctx.plan)
@@ -248,7 +265,7 @@ class LowRankConv(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @first_derivative
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
         kept, weight, *saved = ctx.saved_tensors
         count, geometry = len(ctx.plan), ctx.geometry

@@ -23,9 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visionlora.errors import ConfigError
+from visionlora.lora.classes import adapted_class
 from visionlora.lora.functional import wide
 from visionlora.lora.kernels import CONVOLVE, HEAVY, Geometry, convolution, low_rank_conv, low_rank_linear
-from visionlora.lora.methods.base import Method, last_switch, switched
+from visionlora.lora.methods.base import Method, last_switch, mark, switched
 from visionlora.lora.together import (
     Batch,
     Stack,
@@ -50,6 +51,12 @@ class AdaptedLayer(nn.Module):
     originals: dict[str, Tensor]
     """The untouched weight and bias while some adapter is merged."""
     _kept: dict[Any, tuple[list[Any], Any]]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """What torch calls to move and cast a module: the originals go along."""
+        found = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.originals = {n: fn(t) for n, t in self.originals.items()}
+        return found
 
     def methods(self) -> Iterator[Method]:
         """Every adapter's part on this layer."""
@@ -112,8 +119,17 @@ class AdaptedLayer(nn.Module):
         return found
 
     def wants_graph(self, x: Tensor, active: list[Method]) -> bool:
-        """Whether a gradient will be asked of this layer."""
-        return torch.is_grad_enabled() and (x.requires_grad or any(m.trainable for m in active))
+        """Whether a gradient will be asked of this layer, or inputs are left out at random, as when it trains.
+
+        The latter without gradients too: the first pass of `torch.utils.checkpoint` must see what its second will.
+        """
+        if torch.is_grad_enabled() and (x.requires_grad or any(m.trainable for m in active) or self.base_trains()):
+            return True
+        return self.training and any(m.dropout for m in active)
+
+    def base_trains(self) -> bool:
+        """Whether a gradient will be asked for the layer's own weight or bias."""
+        return any(p is not None and p.requires_grad for p in self._parameters.values())
 
     def stack(self, dtype: torch.dtype, active: list[Method]) -> Stack:
         """The active adapters concatenated; kept until a scale or a factor changes."""
@@ -138,12 +154,12 @@ class AdaptedLayer(nn.Module):
         found: Batch = self.kept(("batch", dtype), active, lambda: build_batch(weight, dtype, active, pictures))
         return found
 
-    def kept(self, what: Any, active: list[Method], build: Callable[[], Any]) -> Any:
-        """What `build` gives, from before while the active adapters are the same.
+    def kept(self, what: Any, active: list[Method], build: Callable[[], Any], base: Iterable[Tensor] = ()) -> Any:
+        """What `build` gives, from before while the active adapters are the same, and the tensors of the base it reads.
 
         Those in training are not kept: writes through `.data`, which much training code does, leave no trace.
         """
-        state: list[Any] = []
+        state: list[Any] = [mark(t) for t in base]
         for m in active:
             if m.trainable:
                 return build()
@@ -201,7 +217,7 @@ class AdaptedLinear(AdaptedLayer):
             return self.plain(x, weight, bias, active)
         if self.wants_graph(x, active):
             with shared_terms(active):
-                if weight.requires_grad or (bias is not None and bias.requires_grad):
+                if self.base_trains() or (bias is not None and bias.requires_grad):
                     return self.plain(x, weight, bias, active)  # the kernels take the base for frozen
                 return self.trained(x, weight, bias, active)
         return self.stacked(x, weight, bias, active)
@@ -302,11 +318,12 @@ class AdaptedConv(AdaptedLayer):
             return self.plain(x, active)
         if any(m.sample_scale is not None for m in active):
             return self.stacked(x, active)
-        if torch.compiler.is_compiling() or base.weight.requires_grad or isinstance(base.padding, str):
+        if torch.compiler.is_compiling() or isinstance(base.padding, str):
             return self.plain(x, active)
         if self.wants_graph(x, active):
             with shared_terms(active):
-                return self.trained(x, active)
+                # The kernels take the base for frozen.
+                return self.plain(x, active) if self.base_trains() else self.trained(x, active)
         return self.stacked(x, active)
 
     def trained(self, x: Tensor, active: list[Method]) -> Tensor:
@@ -428,27 +445,6 @@ def conv_branch(base: Any, x: Tensor, lora_A: Tensor, lora_B: Tensor, row_mask: 
     if row_mask is not None:
         down = down * row_mask.to(down.dtype).repeat(1, base.groups).view(len(x), -1, *(1,) * (x.dim() - 2))
     return CONVOLVE[x.dim()](down, lora_B, groups=base.groups)
-
-
-ADAPTED_CLASSES: dict[tuple[type[nn.Module], type[nn.Module]], type[nn.Module]] = {}
-
-
-def adapted_class(base: type[nn.Module], mixin: type[nn.Module]) -> type[nn.Module]:
-    """The subclass of `base` with `mixin`; one per pair, so that compiled code is shared."""
-    if (base, mixin) not in ADAPTED_CLASSES:
-        body = {"__module__": base.__module__, "base_class": base, "__reduce_ex__": _reduce}
-        ADAPTED_CLASSES[base, mixin] = type(f"{mixin.__name__}{base.__name__}", (mixin, base), body)
-    return ADAPTED_CLASSES[base, mixin]
-
-
-def _reduce(self: Any, protocol: int) -> Any:
-    """Pickles an adapted layer as its base class and a mixin: the class made on the fly has no name to import."""
-    return _rebuild, (self.base_class, type(self).__mro__[1]), self.__dict__
-
-
-def _rebuild(base: type[nn.Module], mixin: type[nn.Module]) -> nn.Module:
-    cls = adapted_class(base, mixin)
-    return cls.__new__(cls)
 
 
 def swap_class(module: nn.Module, mixin: type[nn.Module]) -> None:

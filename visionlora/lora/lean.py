@@ -13,10 +13,10 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from visionlora.lora.kernels import low_rank_conv, undo
-from visionlora.lora.layers import CONVOLUTIONS, AdaptedLayer, HeavyByMatmul, adapted_class, conv_geometry
+from visionlora.lora.classes import adapted_class, forward_of_its_own
+from visionlora.lora.kernels import first_derivative, low_rank_conv, undo
+from visionlora.lora.layers import CONVOLUTIONS, AdaptedLayer, HeavyByMatmul, conv_geometry
 
 
 class Lean(nn.Module):
@@ -55,7 +55,7 @@ class RemadeSiLU(torch.autograd.Function):
         return F.silu(x)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative
     def backward(ctx: Any, grad: Tensor) -> Tensor:  # noqa: D102
         (kept,) = ctx.saved_tensors
         x = kept if ctx.remake is None else ctx.remake(kept)
@@ -83,7 +83,7 @@ class GatedGELU(torch.autograd.Function):
         return gated_gelu(halves)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative
     def backward(ctx: Any, grad: Tensor) -> Tensor:  # noqa: D102
         (halves,) = ctx.saved_tensors
         a, gate = halves.chunk(2, -1)
@@ -142,7 +142,7 @@ def mixin_for(module: nn.Module) -> type[Lean] | None:
     """How a frozen layer can be lean; None when it cannot."""
     if isinstance(module, (AdaptedLayer, Lean)) or any(p.requires_grad for p in module.parameters(recurse=False)):
         return None
-    if isinstance(module, CONVOLUTIONS) and not isinstance(module, nn.modules.conv._ConvTransposeNd):
+    if isinstance(module, CONVOLUTIONS) and not forward_of_its_own(module):
         return LeanConv
     if isinstance(module, nn.SiLU) and not module.inplace:
         return LeanSiLU

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -30,6 +30,9 @@ def write_weights(handles: Sequence[Handle]) -> None:
     Raises:
         ConfigError: when a weight would not be finite or is packed in few bits, before any is changed.
     """
+    for handle in handles:
+        if not handle._untied:
+            check_untied(handle)
     names = {id(m.site.layer): (h.name, m.site) for h in handles for m in h.methods.values()}
     new: list[tuple[AdaptedLayer, dict[str, Tensor]]] = []
     direct: list[tuple[AdaptedLayer, str, Tensor, Tensor]] = []
@@ -93,11 +96,8 @@ def restore_all_but(layer: AdaptedLayer, names: Container[str]) -> None:
 
 def keep_original(layer: AdaptedLayer, name: str) -> Tensor:
     """The untouched parameter, kept when it is not yet."""
-    now = cast(Tensor, getattr(layer, name)).detach()
     if name not in layer.originals:
-        layer.originals[name] = now.clone()
-    elif layer.originals[name].device != now.device:  # the model was moved meanwhile
-        layer.originals[name] = layer.originals[name].to(now.device)
+        layer.originals[name] = cast(Tensor, getattr(layer, name)).detach().clone()
     return layer.originals[name]
 
 
@@ -117,16 +117,48 @@ def merge_together(handles: Sequence[Handle], scales: Sequence[float] | None = N
         scales: one each; as they are when not given.
 
     Raises:
-        ConfigError: when a scale or a weight would not be finite, before any weight is changed.
+        ConfigError: when a scale or a weight would not be finite, or a weight is another layer's too; nothing is changed then.
     """
     for handle, scale in zip(handles, scales or [1.0] * len(handles), strict=True):
-        if not math.isfinite(scale):
-            raise ConfigError(f"The scale of adapter {handle.name!r} is {scale!r}; it must be a finite number.")
-        for m in handle.methods.values():
-            if scales is not None:
-                m.scale = scale
-            m.merged = True
-    write_weights(handles)
+        check_scale(handle.name, scale)
+    methods = [m for handle in handles for m in handle.methods.values()]
+    with as_before_on_error(methods):
+        for number, handle in enumerate(handles):
+            for m in handle.methods.values():
+                m.scale, m.merged = m.scale if scales is None else scales[number], True
+        write_weights(handles)
+
+
+def check_scale(adapter: str, scale: float) -> None:
+    """Raises ConfigError for a scale that is not finite in fp32."""
+    if not abs(scale) <= torch.finfo(torch.float32).max:
+        raise ConfigError(f"The scale of adapter {adapter!r} is {scale!r}; it must be a finite number.")
+
+
+@contextmanager
+def as_before_on_error(methods: Sequence[Method]) -> Iterator[None]:
+    """Puts back scales, and what counts as merged, when the weights cannot be written."""
+    before = [(m, m.scale, m.merged) for m in methods]
+    try:
+        yield
+    except ConfigError:
+        for m, scale, merged in before:
+            m.scale, m.merged = scale, merged
+        raise
+
+
+def check_untied(handle: Handle) -> None:
+    """Raises ConfigError where a weight that is to be written is another module's too, which would change with it."""
+    sites = {id(m.site.layer._parameters.get(m.site.weight_name)): m.site for m in handle.methods.values()}
+    for name, module in handle.model.named_modules():
+        for p in module._parameters.values():
+            site = sites.get(id(p)) if p is not None else None
+            if site is not None and site.layer is not module:
+                raise ConfigError(
+                    f"The weight of {site.name!r} is that of {name!r} too, so nothing can be merged into one of them "
+                    "alone: keep the adapter beside the weights (mode 'stacked')."
+                )
+    handle._untied = True
 
 
 def bake(handles: Sequence[Handle], scales: Sequence[float] | None = None) -> None:

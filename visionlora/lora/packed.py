@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visionlora.errors import ConfigError
-from visionlora.lora.layers import CONVOLUTIONS, adapted_class
+from visionlora.lora.classes import adapted_class
+from visionlora.lora.layers import CONVOLUTIONS
 from visionlora.lora.mapped import Mappings
 
 CODES = ("int8", "nf4")

@@ -11,14 +11,15 @@ Letters in shapes: o out, i in (of a convolution: of one group, times the kernel
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from visionlora.errors import ConfigError, TrainingError
+from visionlora.errors import ConfigError, TargetError, TrainingError
 from visionlora.lora.config import AdapterConfig
 from visionlora.lora.methods.base import Site
 from visionlora.lora.targets import resolve
@@ -65,6 +66,7 @@ def gradient_halves(
 
     Raises:
         TrainingError: when a loss is NaN or infinite.
+        TargetError: when a weight has no part in the loss.
     """
     weights = {(id(s.layer), s.weight_name): cast(nn.Parameter, getattr(s.layer, s.weight_name)) for s in sites}
     flags = {p: p.requires_grad for p in model.parameters()}
@@ -78,7 +80,13 @@ def gradient_halves(
             loss = loss_of(batch)
             if not torch.isfinite(loss):
                 raise TrainingError(f"The calibration loss of batch {batch} is {loss.item()}: check the data.")
-            for p, grad in zip(weights.values(), torch.autograd.grad(loss, list(weights.values())), strict=True):
+            grads = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
+            for p, grad in zip(weights.values(), cast("tuple[Tensor | None, ...]", grads), strict=True):
+                if grad is None:
+                    name = next(s.name for s in sites if getattr(s.layer, s.weight_name) is p)
+                    raise TargetError(
+                        f"Layer {name!r} has no part in the loss: the model never calls it. Leave it out: exclude={name!r}."
+                    )
                 half = halves[batch % 2]
                 half[id(p)] = half[id(p)] + grad.float() if id(p) in half else grad.float()
     finally:
@@ -147,10 +155,19 @@ def choose_ranks(
     chosen = replace(
         config,
         rank_pattern={**config.rank_pattern, **kept},
-        exclude=(*config.exclude_list, *(name for name, rank in ranks.items() if not rank)),
+        exclude=(*config.exclude_list, *(just(name, ranks) for name, rank in ranks.items() if not rank)),
     )
     parameters = sum(rank * width[name] for name, rank in ranks.items())
     return RankChoice(ranks, {n: float(e.sum()) for n, e in energies.items()}, parameters, chosen)
+
+
+def just(name: str, names: Iterable[str]) -> str:
+    """What excludes the layer of this name and no other: the name, where no other ends with it.
+
+    >>> just("conv1", ["conv1", "layer.conv1"]), just("conv2", ["conv1", "conv2"])
+    ('re:conv1', 'conv2')
+    """
+    return f"re:{re.escape(name)}" if any(n.endswith(f".{name}") for n in names) else name
 
 
 def spend(energies: dict[str, Tensor], width: dict[str, int], budget: int) -> dict[str, int]:
@@ -183,17 +200,21 @@ def input_spectra(
         {module name: (r, features)} with orthonormal rows, strongest first.
     """
     sites = resolve(model, config).sites
-    covariance: dict[int, Tensor] = {}
+    covariance: dict[tuple[int, str], Tensor] = {}
 
-    def watch(layer: nn.Module) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def hook(_: nn.Module, arguments: tuple[Any, ...]) -> None:
-            x = unfolded(layer, arguments[0].detach().float())
-            covariance[id(layer)] = covariance.get(id(layer), torch.zeros(())) + x.t() @ x
+    def watch(layer: nn.Module, part: str, input: str, at: int) -> Callable[..., None]:
+        def hook(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+            x = unfolded(layer, (arguments[at] if at < len(arguments) else named[input]).detach().float())
+            covariance[id(layer), part] = covariance.get((id(layer), part), torch.zeros(())) + x.t() @ x
 
         return hook
 
-    layers = {id(s.layer): s.layer for s in sites}
-    hooks = [layer.register_forward_pre_hook(watch(layer)) for layer in layers.values()]
+    packed = {"q": ("query", 0), "k": ("key", 1), "v": ("value", 2)}  # of torch's attention, which has three inputs
+    inputs = {(id(s.layer), key_of(s)): (s.layer, *packed.get(key_of(s), ("input", 0))) for s in sites}
+    hooks = [
+        layer.register_forward_pre_hook(watch(layer, part, input, at), with_kwargs=True)
+        for (_, part), (layer, input, at) in inputs.items()
+    ]
     try:
         with torch.no_grad():
             for batch in range(batches):
@@ -203,17 +224,31 @@ def input_spectra(
             h.remove()
     found = {}
     for s in sites:
-        if id(s.layer) not in covariance:
-            raise ConfigError(f"Layer {s.name!r} was never called, so its inputs could not be measured.")
-        _, vectors = torch.linalg.eigh(covariance[id(s.layer)])
+        if (key := (id(s.layer), key_of(s))) not in covariance:
+            raise ConfigError(
+                f"Layer {s.name!r} was never called, so its inputs could not be measured: leave it out "
+                f"(exclude={s.name!r}), or take another init."
+            )
+        _, vectors = torch.linalg.eigh(covariance[key])
         found[s.name] = vectors.flip(1)[:, : most or config.rank_of(s.name)].t().contiguous()
     return found
 
 
+def key_of(site: Site) -> str:
+    """Which input of its layer a site reads: the part of torch's attention, which has three; elsewhere there is one."""
+    return site.part if isinstance(site.layer, nn.MultiheadAttention) else ""
+
+
 def unfolded(layer: nn.Module, x: Tensor) -> Tensor:
     """The inputs of a layer as rows: (positions, i), or the patches that a convolution sees, (positions, i·k)."""
+    if isinstance(layer, (nn.Linear, nn.MultiheadAttention)):
+        return x.reshape(-1, x.shape[-1])
     if not isinstance(layer, nn.Conv2d):
-        return x.reshape(-1, x.shape[-1]) if isinstance(layer, nn.Linear) else x.transpose(1, -1).flatten(0, -2)
+        if any(side > 1 for side in cast(Any, layer).kernel_size):
+            raise ConfigError(
+                f"Init 'eva' measures linear layers and Conv2d; {type(layer).__name__} needs another init."
+            )
+        return x.transpose(1, -1).flatten(0, -2)
     patches = nn.functional.unfold(x, layer.kernel_size, layer.dilation, cast(Any, layer.padding), layer.stride)
     groups = patches.view(len(x), layer.groups, -1, patches.shape[-1])
     return groups.transpose(2, 3).reshape(-1, groups.shape[2])

@@ -8,18 +8,21 @@ hits ``mid_block.attn1.to_q`` but not ``goto_q``), or ``re:`` and a regular expr
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from torch import Tensor, nn
 
 from visionlora import plugins
 from visionlora.errors import TargetError, nearest
+from visionlora.lora.classes import forward_of_its_own
 from visionlora.lora.config import AdapterConfig
 from visionlora.lora.families import fused_names, lookup, patch_embeddings, role_names, weight_users
 from visionlora.lora.methods.base import Site
+
+V = TypeVar("V")
 
 ROLES = ("attn.q", "attn.k", "attn.v", "attn.out", "mlp.in", "mlp.out", "proj", "conv", "time")
 GROUPS: dict[str, tuple[str, ...]] = {
@@ -33,6 +36,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 OUT_PROJECTION = "out_proj"
 """The child of nn.MultiheadAttention that projects its output; its weight is used, it is never called."""
+ENCODER_LINEARS = ("linear1", "linear2")
+"""The children of nn.TransformerEncoderLayer whose weights its fast path reads."""
 
 
 @dataclass(frozen=True)
@@ -182,6 +187,8 @@ def resolve(model: nn.Module, config: AdapterConfig) -> Resolution:
                 f"Target {found[0]!r} reaches the patch embedding {site.name!r}, which adapters leave alone: its "
                 "output feeds every layer. Use a role such as `attn` or the full names of the layers you mean."
             )
+        elif why := forward_of_its_own(site.layer):
+            skipped.append((site.name, f"it {why}"))
         elif site.part and id(site.layer) in whole:
             skipped.append((site.name, "its whole layer is adapted"))
         else:
@@ -235,6 +242,31 @@ def check_reached(
         )
 
 
+def named_patterns(config: AdapterConfig, hits: Sequence[Site]) -> AdapterConfig:
+    """The configuration with ranks and alphas by the names of sites instead of by target words.
+
+    Raises:
+        TargetError: when a word reaches none of them.
+    """
+    ranks, alphas = (
+        by_name("rank_pattern", config.rank_pattern, hits),
+        by_name("alpha_pattern", config.alpha_pattern, hits),
+    )
+    return replace(config, rank_pattern=ranks, alpha_pattern=alphas)
+
+
+def by_name(setting: str, pattern: Mapping[str, V], hits: Sequence[Site]) -> dict[str, V]:
+    """One pattern: the site's own name counts before all words, and of these the first that reaches it."""
+    found: dict[str, V] = {}
+    for word in [*(s.name for s in hits if s.name in pattern), *pattern]:
+        reached = [s.name for s in hits if s.name == word] or [s.name for s in hits if matcher(word)(s)]
+        if not reached:
+            hint = nearest(word, [*ROLES, *GROUPS, *(s.name for s in hits)])
+            raise TargetError(f"{setting} names {word!r}, which is none of the adapted layers. {hint}")
+        found = dict.fromkeys(reached, pattern[word]) | found
+    return found
+
+
 def check_ranks(config: AdapterConfig, hits: Sequence[Site]) -> None:
     """Raises TargetError for a rank that a layer has no room for."""
     for site in hits:
@@ -252,6 +284,8 @@ def weight_children(cls: Any) -> tuple[str, ...]:
     """The children whose weights modules of this class use instead of calling them."""
     if issubclass(cls, nn.MultiheadAttention):
         return (OUT_PROJECTION,)
+    if issubclass(cls, nn.TransformerEncoderLayer):
+        return ENCODER_LINEARS
     users = weight_users()
     return next((users[n] for c in cls.__mro__ if (n := f"{c.__module__}.{c.__qualname__}") in users), ())
 

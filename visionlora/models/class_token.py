@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from visionlora.lora.layers import adapted_class
+from visionlora.lora.classes import adapted_class
 
 CLOSE = 1e-4
 """Largest difference between the two ways, of the largest output, at which a model is shortened: fp32 rounds by less."""

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from torch.utils.checkpoint import checkpoint
 from visionlora.errors import ConfigError
 from visionlora.lora.config import AdapterConfig
 from visionlora.lora.handle import Handle
-from visionlora.lora.inject import inject
+from visionlora.lora.inject import attach, inject
+from visionlora.lora.merge import bake, merge_together
 from visionlora.lora.methods.base import Method
 
 
@@ -305,3 +307,202 @@ def test_what_is_made_again_is_what_was_seen(in_place: bool, bf16: bool) -> None
         results.append(gradients_of(Changed(in_place), lean, bf16))
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_an_encoder_layer_does_not_pass_its_adapters_by() -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    handle = inject(layer, AdapterConfig(rank=2, targets=("linear1", "linear2")))
+    for m in handle.methods.values():
+        m.lora_B.data.normal_()
+    x = torch.randn(2, 5, 16)
+    layer.eval().requires_grad_(False)
+    bare = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval().requires_grad_(False)
+    bare.load_state_dict({n: p for n, p in layer.state_dict().items() if "adapters" not in n})
+    beside = layer(x)
+    handle.merge()
+    torch.testing.assert_close(beside, layer(x), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(beside, bare(x))
+    handle.eject()
+    layer.requires_grad_(False)
+    assert type(layer) is nn.TransformerEncoderLayer
+    torch.testing.assert_close(layer(x), bare(x), rtol=0, atol=0)
+
+
+def test_a_base_that_trains_gets_its_gradients() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten(2), nn.Linear(4, 4), nn.Linear(4, 4))
+    source = inject(nn.Sequential(*map(copy.deepcopy, model)), AdapterConfig(rank=1, targets=("0", "2"))).adapter()
+    attach(model, source)
+    model(torch.randn(2, 3, 2, 2)).sum().backward()
+    assert all(p.grad is not None for n, p in model.named_parameters() if "adapters" not in n)
+    conv = nn.Sequential(nn.Conv2d(3, 4, 1))
+    inject(conv, AdapterConfig(rank=1, targets="0", train="0.bias"))
+    conv(torch.randn(2, 3, 2, 2)).sum().backward()
+    assert conv[0].bias.grad is not None
+
+
+def test_attention_trains_its_bias_in_full() -> None:
+    model = nn.Sequential(nn.MultiheadAttention(8, 2))
+    inject(model, AdapterConfig(rank=1, targets="attn.qv", train="0.in_proj_bias"))
+    x = torch.randn(3, 2, 8)
+    model[0](x, x, x)[0].sum().backward()
+    assert model[0].in_proj_bias.grad is not None
+
+
+def test_what_trained_before_trains_after_whatever_the_order() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2))
+    model[0].requires_grad_(False)
+    before = [p.requires_grad for p in model.parameters()]
+    adapter = inject(copy.deepcopy(model), AdapterConfig(rank=1, targets="0")).adapter()
+    attach(model, adapter).eject()
+    assert [p.requires_grad for p in model.parameters()] == before
+    first = inject(model, AdapterConfig(rank=1, targets="0", train="2"), name="first")
+    second = inject(model, AdapterConfig(method="linear-probe", train="1"), name="second")
+    assert [p.requires_grad for p in model.parameters() if p.shape != (1, 4)][-4:] == [True] * 4
+    first.eject()
+    assert [p.requires_grad for p in model.parameters()] == [False, False, True, True, False, False]
+    second.eject()
+    assert [p.requires_grad for p in model.parameters()] == before
+
+
+def test_second_derivatives_are_refused() -> None:
+    model, _, x = adapted()
+    x.requires_grad_(True)
+    (grad,) = torch.autograd.grad(model(x).sum(), x, retain_graph=True)
+    assert grad.isfinite().all()
+    with pytest.raises(ConfigError, match="Second derivatives"):
+        torch.autograd.grad(model(x).sum(), x, create_graph=True)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "vera"])
+def test_attached_in_inference_mode_it_trains_later(method: str) -> None:
+    _, handle, x = adapted(method)
+    adapter, fresh = handle.adapter(), network()
+    with torch.inference_mode():
+        seen = attach(fresh, adapter)
+        fresh(x)
+        assert torch.equal(fresh(x), fresh(x))
+        seen.eject()
+        assert inject(fresh, AdapterConfig(method=method, rank=2, targets="3")).methods
+    fresh(x).square().sum().backward()
+    assert any(p.grad is not None for p in fresh.parameters())
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_drops_the_same_inputs_twice(reentrant: bool) -> None:
+    model, _, x = adapted(dropout=0.5)
+    torch.manual_seed(1)
+    plain = model(x)
+    torch.manual_seed(1)
+    again = checkpoint(model, x.requires_grad_(True), use_reentrant=reentrant)
+    torch.testing.assert_close(again, plain, rtol=0, atol=0)
+
+
+def test_attention_in_threads_leaves_the_base_alone() -> None:
+    torch.manual_seed(0)
+    model = nn.MultiheadAttention(16, 2, batch_first=True).eval()
+    before = model.in_proj_weight, model.in_proj_weight.detach().clone()
+    handle = inject(nn.Sequential(model), AdapterConfig(rank=2, targets="attn"))
+    for m in handle.methods.values():
+        m.lora_B.data.normal_()
+    x = torch.randn(1, 4, 16)
+
+    def run(_: int) -> torch.Tensor:
+        with torch.no_grad():
+            return model(x, x, x)[0]
+
+    wanted = run(0)
+    with ThreadPoolExecutor(4) as pool:
+        assert all(torch.equal(found, wanted) for found in pool.map(run, range(200)))
+    handle.eject()
+    assert model.in_proj_weight is before[0] and torch.equal(model.in_proj_weight, before[1])
+
+
+def test_attention_sees_a_change_of_its_weights() -> None:
+    torch.manual_seed(0)
+    model = nn.MultiheadAttention(8, 2).eval()
+    handle = inject(nn.Sequential(model), AdapterConfig(rank=2, targets="attn"))
+    for m in handle.methods.values():
+        m.lora_B.data.normal_()
+        m.requires_grad_(False)
+    x = torch.randn(3, 1, 8)
+    with torch.no_grad():
+        before = model(x, x, x)[0]
+        model.in_proj_weight.mul_(2)
+        after = model(x, x, x)[0]
+    assert not torch.allclose(before, after)
+    torch.testing.assert_close(after, model(x.requires_grad_(True), x, x)[0], rtol=1e-5, atol=1e-6)
+
+
+def test_attention_wants_the_mask_beside_the_hint() -> None:
+    model = nn.MultiheadAttention(8, 2)
+    handle = inject(nn.Sequential(model), AdapterConfig(rank=2, targets="attn"))
+    x = torch.randn(3, 1, 8)
+    with pytest.raises(ConfigError, match="is_causal is a hint about attn_mask"):
+        model(x, x, x, is_causal=True)
+    handle.merge()
+    with pytest.raises(ConfigError, match="is merged into"):
+        model(x, x, x)[0].sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_norms_of_a_model_in_half_precision_are_in_fp32(dtype: torch.dtype) -> None:
+    model, handle, _ = adapted("dora")
+    m = handle.methods["3"]
+    m.lora_B.data.zero_()
+    assert m.norms().dtype == torch.float32
+    model.to(dtype)
+    torch.testing.assert_close(m.norms(), model[3].weight.float().norm(dim=1), rtol=1e-6, atol=0)
+
+
+def test_dora_follows_a_change_of_the_weight() -> None:
+    torch.manual_seed(0)
+    _, handle, x = adapted("dora")
+    lora = inject(network(), AdapterConfig(rank=2, targets=("0", "3", "5")))
+    for m in lora.methods.values():
+        m.lora_B.data.normal_()
+    first, second = network(), network()
+    baked = attach(first, lora.adapter(), name="lora")
+    attach(first, handle.adapter(), name="dora")
+    bake([baked])
+    bake([attach(second, lora.adapter())])
+    attach(second, handle.adapter())
+    with torch.no_grad():
+        torch.testing.assert_close(first(x), second(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_merged_model_can_be_cast(dtype: torch.dtype) -> None:
+    model, handle, _ = adapted()
+    model.to(torch.bfloat16)
+    handle.merge()
+    model.to(dtype)
+    handle.set_scale(0.5)
+    handle.unmerge()
+    wanted = network().to(torch.bfloat16).to(dtype)
+    assert torch.equal(model[3].weight, wanted[3].weight)
+
+
+def test_one_weight_in_two_layers_cannot_be_merged() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = model[0].weight
+    handle = inject(model, AdapterConfig(rank=1, targets="0"))
+    handle.methods["0"].lora_B.data.fill_(1.0)
+    with pytest.raises(ConfigError, match="The weight of '0' is that of '1' too"):
+        handle.merge()
+    assert not handle.merged
+
+
+def test_a_scale_that_cannot_be_merged_leaves_all_as_it_was() -> None:
+    model, handle, _ = adapted()
+    model.to(torch.float16)
+    handle.merge()
+    before = model[3].weight.clone()
+    with pytest.raises(ConfigError, match="nothing was changed"):
+        handle.set_scale(1e8)
+    with pytest.raises(ConfigError, match="must be a finite number"):
+        handle.set_scale(1e39)
+    with pytest.raises(ConfigError, match="nothing was changed"):
+        merge_together([handle], [1e8])
+    assert torch.equal(model[3].weight, before) and handle.methods["3"].scale == 1.0

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from visionlora.errors import ConfigError, TrainingError
+from visionlora.errors import ConfigError, TargetError, TrainingError
 from visionlora.lora.config import AdapterConfig
 from visionlora.lora.inject import inject
 from visionlora.lora.rank import choose_ranks, input_spectra, spend, triplet_energies
@@ -62,8 +62,48 @@ def test_spending_never_exceeds_the_budget() -> None:
     assert spend(energies, {"a": 10, "b": 4}, 3) == {"a": 0, "b": 0}
 
 
+def two_of_one_name() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.ModuleDict({"conv1": nn.Linear(6, 6), "layer": nn.ModuleDict({"conv1": nn.Linear(6, 6)})})
+
+
+def test_a_rank_is_of_the_layer_of_that_name_alone() -> None:
+    config = AdapterConfig(rank=2, targets="conv1", rank_pattern={"conv1": 3, "layer.conv1": 1})
+    handle = inject(two_of_one_name(), config)
+    assert {n: m.rank for n, m in handle.methods.items()} == {"conv1": 3, "layer.conv1": 1}
+
+
+def test_what_gets_no_rank_is_left_out_alone() -> None:
+    model, x = two_of_one_name(), torch.randn(8, 6)
+    noise = [torch.randn(8, 6), torch.randn(8, 6)]
+
+    def loss_of(batch: int) -> Tensor:
+        return (
+            model["layer"]["conv1"](x).square().sum() + (model["conv1"](x) * noise[batch]).sum() * (-1) ** batch * 1e-9
+        )
+
+    choice = choose_ranks(model, AdapterConfig(rank=2, targets="conv1"), loss_of, batches=2)
+    handle = inject(model, choice.config)
+    assert choice.ranks["conv1"] == 0 and list(handle.methods) == ["layer.conv1"]
+    assert handle.report.trained_parameters == choice.parameters
+
+
+def test_ranks_by_target_words() -> None:
+    model = nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2), "mlp": nn.ModuleDict({"fc1": nn.Linear(8, 8)})})
+    config = AdapterConfig(
+        rank=4, targets="attn.qv,mlp", rank_pattern={"attn.q": 2, "mlp": 1}, alpha_pattern={"attn": 8}
+    )
+    handle = inject(model, config)
+    assert {n: m.rank for n, m in handle.methods.items()} == {"attn.q": 2, "attn.v": 4, "mlp.fc1": 1}
+    assert {n: m.scaling for n, m in handle.methods.items()} == {"attn.q": 4.0, "attn.v": 2.0, "mlp.fc1": 1.0}
+
+
 def test_refusals() -> None:
     model, config, loss_of = problem(1)
+    with pytest.raises(TargetError, match="Layer 'fine' has no part in the loss"):
+        choose_ranks(model, config, lambda i: model["needed"](torch.randn(2, 12)).sum(), batches=2)
+    with pytest.raises(TargetError, match="rank_pattern names 'typo', which is none of the adapted layers"):
+        inject(model, AdapterConfig(rank=2, targets="needed", rank_pattern={"typo": 1}))
     with pytest.raises(ConfigError, match="need at least 2 calibration batches; 1 were given"):
         choose_ranks(model, config, loss_of, batches=1)
     with pytest.raises(TrainingError, match="The calibration loss of batch 0 is nan"):
@@ -105,3 +145,21 @@ def test_adapters_of_different_numbers_start_at_right_angles() -> None:
     torch.testing.assert_close(gram, torch.eye(12) / 3, rtol=0, atol=1e-6)
     with pytest.raises(ConfigError, match="the largest basis_index is 5"):
         inject(nn.Sequential(nn.Linear(24, 8)), AdapterConfig(rank=4, targets="0", init="orthogonal", basis_index=6))
+
+
+def test_spectra_of_torchs_attention_are_of_its_three_inputs() -> None:
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"attn": nn.MultiheadAttention(6, 2)})
+    query, key = torch.randn(5, 4, 6) * torch.tensor([9.0, 1, 1, 1, 1, 5]), torch.randn(7, 4, 6)
+    config = AdapterConfig(rank=2, targets="attn.q,attn.k", init="eva")
+    spectra = input_spectra(model, config, lambda i: model["attn"](query, key=key, value=key), batches=1)
+    for part, rows in (("q", query), ("k", key)):
+        _, _, v = torch.linalg.svd(rows.flatten(0, 1), full_matrices=False)
+        assert ((spectra[f"attn.{part}"] * v[:2]).sum(1).abs() > 0.999).all()
+    with pytest.raises(ConfigError, match=r"leave it out \(exclude='attn.out_proj'\), or take another init"):
+        input_spectra(
+            model, AdapterConfig(rank=2, targets="attn.out"), lambda i: model["attn"](key, key, key), batches=1
+        )
+    conv = nn.Sequential(nn.Conv1d(2, 2, 3))
+    with pytest.raises(ConfigError, match="Conv1d needs another init"):
+        input_spectra(conv, AdapterConfig(rank=1, targets="0"), lambda i: conv(torch.randn(1, 2, 8)), batches=1)

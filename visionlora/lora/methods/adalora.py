@@ -103,7 +103,8 @@ class AdaLoRA(Method):
         """With the smoothed sensitivities."""
         super().remember(values)
         for name, kept in (("sensitivity", self.sensitivity), ("deviation", self.deviation)):
-            kept |= {n.removeprefix(name + "."): t.clone() for n, t in values.items() if n.startswith(name + ".")}
+            given = {n.removeprefix(name + "."): t for n, t in values.items() if n.startswith(name + ".")}
+            kept |= {n: t.to(getattr(self, n).device, copy=True) for n, t in given.items()}
 
     def export(self) -> AdapterModule:
         """Plain LoRA of the triplets that are left (one of value 0 when none is)."""

@@ -47,6 +47,11 @@ def switched() -> None:
     _SWITCHED[0] = object()
 
 
+def mark(tensor: Tensor) -> tuple[Any, ...]:
+    """Changes when a tensor is written in place, replaced or cast. Those of inference mode are not counted by torch."""
+    return id(tensor), 0 if tensor.is_inference() else tensor._version, tensor.dtype, tensor.device
+
+
 @dataclass(frozen=True)
 class Site:
     """A place for an adapter: a layer, or the rows of a fused layer that belong to one projection."""
@@ -77,6 +82,13 @@ class Site:
         """The base bias of this part, (o,)."""
         whole: Tensor | None = getattr(self.layer, self.bias_name, None)
         return whole if whole is None or self.rows is None else whole[self.rows]
+
+    def mark(self) -> tuple[Any, ...]:
+        """Changes whenever the base weight may have."""
+        if (code := getattr(self.layer, "code", None)) is not None:  # packed, and unpacked anew for each who asks
+            return (id(code),)
+        whole = getattr(self.layer, "originals", {}).get(self.weight_name)
+        return mark(getattr(self.layer, self.weight_name) if whole is None else whole)
 
     @property
     def inputs(self) -> int:
@@ -225,7 +237,7 @@ class Method(nn.Module):
         """Changes whenever the effect may have: scale and the versions of all tensors."""
         tensors = (*self._parameters.values(), *self._buffers.values())
         # The scales by picture are replaced, and a new tensor may lie where a freed one did: the mark is kept instead.
-        return (self._scale, self._sample_mark, *[(id(t), t._version) for t in tensors if t is not None])
+        return (self._scale, self._sample_mark, *[mark(t) for t in tensors if t is not None])
 
     def memory(self) -> dict[str, Tensor]:
         """What training changes: the parameters, and what else the method keeps between steps."""

@@ -6,6 +6,8 @@ output is written as the base's own plus a change that is zero while B is, so tr
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -26,7 +28,6 @@ class DoRA(Method):
     lora_A: nn.Parameter
     lora_B: nn.Parameter
     magnitude: nn.Parameter
-    squares: Tensor
 
     def __init__(
         self, site: Site, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor | None, alpha: float,
@@ -37,10 +38,8 @@ class DoRA(Method):
         self.lora_A, self.lora_B = nn.Parameter(lora_A), nn.Parameter(lora_B)
         self.shared_norms: Tensor | None = None
         self.alpha, self.scaling = float(alpha), alpha / len(lora_A) if scaling is None else scaling
-        wide = torch.promote_types(site.weight.dtype, torch.float32)
+        self._squares: tuple[tuple[Any, ...], Tensor] | None = None
         with torch.no_grad():
-            weight = site.weight.to(wide)
-            self.register_buffer("squares", weight.flatten(1).square().sum(1), persistent=False)
             self.magnitude = nn.Parameter(self.norms().clone() if magnitude is None else magnitude)
 
     @classmethod
@@ -69,14 +68,28 @@ class DoRA(Method):
     @torch.no_grad()
     def norms(self) -> Tensor:
         """‖W + s·B·A‖ of each output row, (o,), or of each input column, (i,)."""
-        wide = self.squares.dtype
         if self.axis == "in":
             columns: Tensor = torch.linalg.vector_norm(
                 self.direction(self.site.weight).transpose(0, 1).flatten(1), dim=1
             )
             return columns
-        factors = self.lora_A.detach().to(wide), self.lora_B.detach().to(wide)
-        return sum_row_norms(self.site.weight.to(wide), self.squares, *factors, self.scaling)
+        weight = wide(self.site.weight)
+        factors = self.lora_A.detach().to(weight.dtype), self.lora_B.detach().to(weight.dtype)
+        return sum_row_norms(weight, self.squares(weight), *factors, self.scaling)
+
+    def squares(self, weight: Tensor) -> Tensor:
+        """‖W‖² of each output row, (o,), from before while the weight is the same."""
+        if torch.compiler.is_compiling():
+            return weight.flatten(1).square().sum(1)
+        now = self.site.mark()
+        if self._squares is None or self._squares[0] != now:
+            with torch.inference_mode(False), torch.no_grad():
+                self._squares = now, weight.flatten(1).square().sum(1)
+        return self._squares[1]
+
+    def state(self) -> tuple[Any, ...]:
+        """The effect depends on the weight too."""
+        return (*super().state(), self.site.mark())
 
     def begin(self) -> None:
         """Gain and factors of one forward pass share the norms."""
@@ -89,7 +102,7 @@ class DoRA(Method):
     def ratio(self) -> Tensor:
         """m / ‖W + s·B·A‖, (o,)."""
         norms = self.norms() if self.shared_norms is None else self.shared_norms
-        return self.magnitude / norms.clamp_min(torch.finfo(self.squares.dtype).tiny)
+        return self.magnitude / norms.clamp_min(torch.finfo(norms.dtype).tiny)
 
     def gain(self) -> Gain | None:
         """m/‖·‖ - 1, on the output without its bias."""

@@ -10,6 +10,7 @@ Sources: OFT, arXiv 2306.07280; BOFT, arXiv 2311.06243; the layout of the blocks
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,14 +27,25 @@ class OFT(Method):
     kind = "oft"
     additive = False
 
-    change: Tensor
-
     def __init__(self, site: Site, module: AdapterModule) -> None:
         super().__init__(site)
         self.module = module
-        tensors = {n: t.to(site.weight.device) for n, t in module.tensors.items()}
-        change = rotated(wide(site.weight), tensors, float(module.options.get("constraint", 0))) - wide(site.weight)
-        self.register_buffer("change", change, persistent=False)
+        self._change: tuple[tuple[Any, ...], Tensor] | None = None
+
+    @property
+    def change(self) -> Tensor:
+        """R·W - W in fp32, from before while the weight is the same."""
+        if self._change is None or (not torch.compiler.is_compiling() and self._change[0] != self.site.mark()):
+            with torch.inference_mode(False), torch.no_grad():
+                weight = wide(self.site.weight.detach())
+                tensors = {n: t.to(weight.device) for n, t in self.module.tensors.items()}
+                constraint = float(self.module.options.get("constraint", 0))
+                self._change = self.site.mark(), rotated(weight, tensors, constraint) - weight
+        return self._change[1]
+
+    def state(self) -> tuple[Any, ...]:
+        """The effect depends on the weight too."""
+        return (*super().state(), self.site.mark())
 
     @classmethod
     def load(cls, site: Site, module: AdapterModule) -> OFT:

@@ -1,0 +1,76 @@
+"""Layers that compute otherwise than torch's, and modules of classes made on the fly."""
+
+import pickle
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from visionlora.errors import TargetError
+from visionlora.lora.adapter import Adapter
+from visionlora.lora.classes import adapted_class, forward_of_its_own
+from visionlora.lora.config import AdapterConfig
+from visionlora.lora.inject import attach, inject
+from visionlora.lora.layers import AdaptedConv, HeavyByMatmul
+
+
+class Standardised(nn.Conv2d):
+    """As the convolutions of BiT: the weight is standardised whenever it is used."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight = self.weight / self.weight.std()
+        return F.conv2d(input, weight, self.bias, self.stride, self.padding)
+
+
+class Doubled(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
+def test_layers_with_a_forward_of_their_own_are_told_apart() -> None:
+    torchs = (nn.Linear(2, 2), nn.Conv2d(2, 2, 1), nn.MultiheadAttention(4, 2), nn.MultiheadAttention(4, 2).out_proj)
+    assert [forward_of_its_own(module) for module in torchs] == [""] * 4
+    assert forward_of_its_own(Standardised(2, 2, 1)) == "is a Standardised, which does not compute as torch's layers do"
+    hooked = nn.Linear(2, 2)
+    hooked.forward = hooked.forward  # type: ignore[method-assign]
+    assert forward_of_its_own(hooked).startswith("has a forward put on it, as accelerate's offloading does")
+
+
+def test_a_frozen_neighbour_keeps_its_own_forward() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), Standardised(4, 4, 3), nn.Flatten(), Doubled(16, 2))
+    x = torch.randn(2, 3, 6, 6)
+    before = model(x)
+    inject(model, AdapterConfig(rank=2, targets="0"))
+    assert torch.equal(model(x), before)
+
+
+@pytest.mark.parametrize("target", ["1", "3", "1,3"])
+def test_adapters_do_not_go_on_layers_with_a_forward_of_their_own(target: str) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), Standardised(4, 4, 3), nn.Flatten(), Doubled(16, 2))
+    with pytest.raises(TargetError, match="which does not compute as torch's layers do"):
+        inject(model, AdapterConfig(rank=1, targets=target))
+    assert type(model[1]) is Standardised
+
+
+def test_an_offloaded_layer_is_refused_and_left_alone() -> None:
+    adapter: Adapter = inject(nn.Sequential(nn.Linear(4, 4)), AdapterConfig(rank=1, targets="0")).adapter()
+    model = nn.Sequential(nn.Linear(4, 4))
+    model[0].forward = model[0].forward  # type: ignore[method-assign]
+    with pytest.raises(TargetError, match="put adapters on before, or use model offload"):
+        attach(model, adapter)
+    assert type(model[0]) is nn.Linear
+
+
+def test_what_was_mixed_in_twice_is_pickled() -> None:
+    layer: Any = nn.Conv2d(2, 2, 1)
+    layer.__class__ = adapted_class(nn.Conv2d, HeavyByMatmul)
+    model = nn.Sequential(layer)
+    handle = inject(model, AdapterConfig(rank=1, targets="0"))
+    handle.methods["0"].lora_B.data.fill_(1.0)
+    copy = pickle.loads(pickle.dumps(model))
+    x = torch.randn(1, 2, 3, 3)
+    assert isinstance(copy[0], AdaptedConv) and isinstance(copy[0], HeavyByMatmul)
+    assert torch.equal(copy(x), model(x))
