@@ -94,10 +94,8 @@ def from_tables(root: Path, tables: Mapping[str, Table], wanted: Wanted, listing
         found.skippable.append(f"{where} names {printable(name)}, which is not there{hint}")
     found.rows = [row for _, row in seen.values()]
     found.source = f"labels from the {' and the '.join(sources)}"
-    splits = None if split_sources else split_folders(row.name for row in found.rows)
-    if splits and all("/" in row.name for row in found.rows):
-        found.rows = [Row(r.name, r.labels, splits[top_of(r.name)], r.group) for r in found.rows]
-        split_sources.append(f"the folders {first_names(sorted(splits))}")
+    if not split_sources:
+        split_sources += _splits_by_folder(found)
     if split_sources:
         found.source += f", splits from {' and '.join(dict.fromkeys(split_sources))}"
     if doubles:
@@ -140,6 +138,22 @@ def _split(cells: Mapping[str, Any], column: str) -> str:
         given = f'"{printable(text)}"' if text.strip() else "nothing"
         raise Unusable(f'has {given} in "{printable(column)}"; allowed are train, val and test')
     return split
+
+
+def _splits_by_folder(found: Found) -> list[str]:
+    """Gives rows the splits that their folders are called by, where all are; says where they come from."""
+    splits = split_folders(row.name for row in found.rows)
+    if splits and all("/" in row.name for row in found.rows):
+        found.rows = [Row(r.name, r.labels, splits[top_of(r.name)], r.group) for r in found.rows]
+        return [f"the folders {first_names(sorted(splits))}"]
+    tops = {top_of(row.name): split_of(top_of(row.name)) for row in found.rows if "/" in row.name}
+    if "train" in tops.values() and not {"val", "test"}.isdisjoint(tops.values()):
+        outside = next(row.name for row in found.rows if tops.get(top_of(row.name)) is None)
+        found.notes.append(
+            f"the folders {first_names(sorted(top for top, split in tops.items() if split))} are not taken as splits: rows "
+            f"also name pictures outside them, e.g. {printable(outside)}"
+        )
+    return []
 
 
 def _name(value: Any, column: str, root: Path, place: str) -> str:

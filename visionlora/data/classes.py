@@ -18,7 +18,17 @@ from visionlora.data.captions import METADATA_FILES, SIDECAR_SUFFIXES
 from visionlora.data.class_tables import LABEL_COLUMNS, from_table, from_tables
 from visionlora.data.files import Listing, list_folder, suffix_of
 from visionlora.data.images import IMAGE_SUFFIXES, printable
-from visionlora.data.labelled import Found, LabelledData, LabelledItem, Row, Wanted, split_folders, split_of, top_of
+from visionlora.data.labelled import (
+    Found,
+    LabelledData,
+    LabelledItem,
+    Row,
+    Wanted,
+    split_folders,
+    split_of,
+    splits_beside_others,
+    top_of,
+)
 from visionlora.data.tables import TABLE_SUFFIXES, Table, read_table
 from visionlora.data.wording import (
     ENDINGS,
@@ -152,11 +162,16 @@ def _from_class_folders(root: Path, listing: Listing, unlabelled: dict[str, list
     if not pictures:
         empty = f"holds no pictures; put those of each class into a folder of its name ({ENDINGS})."
         raise DataError(no_pictures(root, listing, empty))
-    splits = split_folders(pictures) or {}
+    splits = split_folders(pictures) or splits_beside_others(pictures) or {}
     depth = 2 if splits else 1
     found = Found(root)
+    aside = [name for name in pictures if splits and "/" in name and top_of(name) not in splits]
+    found.notes += _said_of_splits(pictures, splits, aside)
+    left_aside = set(aside)
     strays = []
     for name in pictures:
+        if name in left_aside:
+            continue
         parts = name.split("/", depth)
         if len(parts) <= depth:
             strays.append(name)
@@ -183,6 +198,23 @@ def _from_class_folders(root: Path, listing: Listing, unlabelled: dict[str, list
     if splits:
         found.source += f", splits from the folders {first_names(sorted(splits))}"
     return found
+
+
+def _said_of_splits(pictures: list[str], splits: dict[str, str], aside: list[str]) -> list[str]:
+    """Notes on folders that lie beside splits, and on classes that are called like splits."""
+    if aside:
+        tops = sorted({top_of(name) for name in aside})
+        return [
+            f"left out, beside the splits {first_names(sorted(splits))}: {count_of(len(aside), 'picture')} in "
+            f"{first_names(tops)}"
+        ]
+    tops = sorted({top_of(name) for name in pictures if "/" in name and split_of(top_of(name))})
+    if splits or len(tops) < 2:
+        return []
+    return [
+        f"the folders {first_names(tops)} are taken as classes, not as splits; for splits, put train and val or test, each "
+        "with a folder for every class, into a folder of their own"
+    ]
 
 
 def _inner_folder(root: Path, pictures: list[str]) -> Path | None:

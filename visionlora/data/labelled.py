@@ -12,6 +12,9 @@ SPLIT_NAMES: Mapping[str, str] = {
     "val": "val",
     "valid": "val",
     "validation": "val",
+    "dev": "val",
+    "eval": "val",
+    "evaluation": "val",
     "test": "test",
     "testing": "test",
 }
@@ -115,3 +118,13 @@ def split_folders(names: Iterable[str]) -> dict[str, str] | None:
     splits = {top: split_of(top) for top in {top_of(name) for name in names if "/" in name}}
     known = {top: split for top, split in splits.items() if split is not None}
     return known if len(known) == len(splits) and "train" in known.values() else None
+
+
+def splits_beside_others(names: Iterable[str]) -> dict[str, str] | None:
+    """Likewise where other folders lie beside the splits: one for training that holds folders itself, and another split."""
+    depths: dict[str, int] = {}
+    for name in names:
+        depths[top_of(name)] = max(name.count("/"), depths.get(top_of(name), 0))
+    known = {top: split for top, depth in depths.items() if depth and (split := split_of(top)) is not None}
+    trains = any(split == "train" and depths[top] > 1 for top, split in known.items())
+    return known if trains and len(set(known.values())) > 1 else None

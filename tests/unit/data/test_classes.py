@@ -97,7 +97,15 @@ def test_natural_order_is_an_order_of_all_names(names: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "spelled", [("train", "val", "test"), ("Training", "valid", "testing"), ("train", "validation", "TEST")]
+    "spelled",
+    [
+        ("train", "val", "test"),
+        ("Training", "valid", "testing"),
+        ("train", "validation", "TEST"),
+        ("train", "dev", "test"),
+        ("train", "Eval", "test"),
+        ("train", "evaluation", "test"),
+    ],
 )
 def test_split_folders(tmp_path: Path, spelled: tuple[str, str, str]) -> None:
     train, val, test = spelled
@@ -120,6 +128,28 @@ def test_folders_that_only_sound_like_splits_are_classes(tmp_path: Path, tops: t
     data = read_labelled(tmp_path)
     assert data.classes == tuple(sorted(tops))
     assert {item.split for item in data.items} == {None}
+    assert any("are taken as classes" in note for note in data.notes) == (tops == ("val", "test"))
+
+
+def test_other_folders_beside_splits_are_left_out(tmp_path: Path) -> None:
+    names = [f"{split}/{name}/{i}.png" for split in ("train", "dev") for name in ("cat", "dog") for i in range(2)]
+    files(tmp_path, *names, "figures/plot.png", "raw/cat/1.png", "raw/cat/2.png")
+    data = read_labelled(tmp_path)
+    assert data.classes == ("cat", "dog")
+    assert {item.split for item in data.items} == {"train", "val"}
+    assert data.notes == ("left out, beside the splits dev, train: 3 pictures in figures, raw",)
+    files(tmp_path, "test/1.png", "test/2.png")  # without labels
+    assert problems(tmp_path)[0].startswith("2 pictures lie in no class folder: test/1.png, test/2.png")
+
+
+def test_flat_folders_that_may_be_splits_are_classes_and_that_is_said(tmp_path: Path) -> None:
+    files(tmp_path, *(f"{top}/{i}.png" for top in ("train", "test", "rest") for i in range(2)))
+    data = read_labelled(tmp_path)
+    assert data.classes == ("rest", "test", "train")
+    assert data.notes == (
+        "the folders test, train are taken as classes, not as splits; for splits, put train and val or test, each with a "
+        "folder for every class, into a folder of their own",
+    )
 
 
 def test_linked_pictures_count_linked_folders_are_mentioned(pets: Path, tmp_path: Path) -> None:
@@ -262,6 +292,19 @@ def test_one_metadata_file_above_split_folders(tmp_path: Path) -> None:
     files(tmp_path, "train/a.png", "train/b.png", "val/a.png")
     table(tmp_path, "file_name,label\ntrain/a.png,cat\ntrain/b.png,dog\nval/a.png,dog\n", "metadata.csv")
     assert [item.split for item in read_labelled(tmp_path).items] == ["train", "train", "val"]
+
+
+def test_a_table_of_splits_and_another_folder(tmp_path: Path) -> None:
+    names = ["train/a.png", "train/b.png", "val/a.png", "more/a.png"]
+    files(tmp_path, *names)
+    path = table(tmp_path, "path,label\n" + "".join(f"{name},{i % 2}\n" for i, name in enumerate(names)))
+    data = read_labelled(path)
+    assert {item.split for item in data.items} == {None}
+    assert data.notes == (
+        "the folders train, val are not taken as splits: rows also name pictures outside them, e.g. more/a.png",
+    )
+    path = table(tmp_path, "path,label,split\ntrain/a.png,0,train\ntrain/b.png,1,train\nval/a.png,0,dev\n", "s.csv")
+    assert [item.split for item in read_labelled(path).items] == ["train", "train", "val"]
 
 
 def test_captions_are_no_labels(pets: Path) -> None:
