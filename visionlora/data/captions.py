@@ -7,18 +7,18 @@ themselves (`caption_of_name`).
 
 from __future__ import annotations
 
-import csv
 import difflib
-import io
 import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from visionlora.data.files import Unusable, numbered_lines, read_text
 from visionlora.data.images import printable
+from visionlora.data.tables import csv_lines, miscounted
 from visionlora.data.wording import ENDINGS, quoted
 
 METADATA_FILES = ("metadata.jsonl", "metadata.csv")
@@ -132,17 +132,27 @@ def _read_metadata(found: _Findings, file: str) -> None:
     lines: dict[str, int] = {}
     try:
         text = read_text(found.root / file)
-        for line, row in _csv_rows(text) if file.endswith(".csv") else numbered_lines(text):
+        is_csv = file.endswith(".csv")
+        for line, row, wrong in _csv_rows(text) if is_csv else ((*numbered, "") for numbered in numbered_lines(text)):
             try:
-                _take_row(found, file, line, _parse(row) if isinstance(row, str) else row, lines)
+                _take_row(found, file, line, _parse(row) if isinstance(row, str) else row, lines, wrong)
             except Unusable as error:
                 found.problems.append(f"{printable(file)} line {line} {error}")
     except Unusable as error:
         found.problems.append(f"{printable(file)} {error}")
 
 
-def _take_row(found: _Findings, file: str, line: int, row: dict[str, Any], lines: dict[str, int]) -> None:
-    """Puts the caption of one row into `found`; `lines` are those of the pictures this file has named so far."""
+def _take_row(found: _Findings, file: str, line: int, row: dict[str, Any], lines: dict[str, int], wrong: str) -> None:
+    """Puts the caption of one row into `found`.
+
+    Args:
+        found: so far.
+        file: where the row is.
+        line: likewise.
+        row: its cells.
+        lines: of the pictures that this file has named so far.
+        wrong: why its caption cannot be used; empty where it can.
+    """
     name = row.get("file_name")
     if not isinstance(name, str) or not name.strip():
         raise Unusable(f'names no picture (it has {quoted(row)}); add a "file_name"')
@@ -151,6 +161,8 @@ def _take_row(found: _Findings, file: str, line: int, row: dict[str, Any], lines
         raise Unusable(f"captions {printable(name)} again, after line {lines[picture]}; keep one of the two")
     lines[picture] = line
     found.blamed.add(picture)  # for what may be raised below; a picture with a caption is taken out in the end
+    if wrong:
+        raise Unusable(wrong)
     key = next((key for key in TEXT_KEYS if row.get(key) is not None), None)
     if key is None:
         raise Unusable(f'has no caption (it has {quoted(row)}); add a "text"')
@@ -242,18 +254,17 @@ def _parse(line: str) -> dict[str, Any]:
     return row
 
 
-def _csv_rows(text: str) -> Iterator[tuple[int, str | dict[str, Any]]]:
-    reader = csv.DictReader(io.StringIO(text, newline=""))
-    try:
-        columns = list(reader.fieldnames or ())
-        if "file_name" not in columns or not set(TEXT_KEYS) & set(columns):
-            raise Unusable(
-                f'needs the columns "file_name" and "text" (it has {quoted(columns)}); name them in its first line'
-            )
-        for row in reader:
-            yield reader.line_num, {key: value for key, value in row.items() if key is not None}
-    except csv.Error as error:
-        raise Unusable(f"breaks off after line {reader.line_num} ({error}); save it as plain CSV") from None
+def _csv_rows(text: str) -> Iterator[tuple[int, dict[str, Any], str]]:
+    """Number of the line, its cells by column, and what is wrong with them."""
+    lines = csv_lines(text)
+    _, columns = next(lines, (0, []))
+    if "file_name" not in columns or not set(TEXT_KEYS) & set(columns):
+        raise Unusable(
+            f'needs the columns "file_name" and "text" (it has {quoted(columns)}); name them in its first line'
+        )
+    for number, cells in lines:
+        row = dict(zip_longest(columns, cells[: len(columns)]))
+        yield number, row, miscounted(cells, columns) if len(cells) > len(columns) else ""
 
 
 def _is_inside(root: Path, path: Path) -> bool:

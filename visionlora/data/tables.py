@@ -11,7 +11,7 @@ import io
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -119,6 +119,36 @@ def truth_of(value: Any, column: str) -> bool:
     return answer
 
 
+def csv_lines(text: str) -> Iterator[tuple[int, list[str]]]:
+    """The cells of each line that is not empty, with the number of the line; the first are the names of the columns.
+
+    Raises:
+        Unusable: when two columns have the same name, or from some line on nothing can be read.
+    """
+    head = text.lstrip("\r\n").split("\n", 1)[0]
+    # Spreadsheets write semicolons where the comma is the decimal point.
+    delimiter = max(",;\t", key=head.count)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    columns: list[str] | None = None
+    try:
+        for cells in reader:
+            if not any(cell.strip() for cell in cells):
+                continue
+            if columns is None:
+                cells = columns = [cell.strip() for cell in cells]
+                if doubled := [name for name, count in Counter(columns).items() if count > 1 and name]:
+                    raise Unusable(f"has two columns of the name {quoted(doubled)}; rename one")
+            yield reader.line_num, cells
+    except csv.Error as error:
+        raise Unusable(f"breaks off in line {reader.line_num} ({error}); save it as plain CSV") from None
+
+
+def miscounted(cells: Sequence[str], columns: Sequence[str]) -> str:
+    """What to say of a line that has not one cell for each column."""
+    number = f"{count_of(len(cells), 'cell')} for {count_of(len(columns), 'column')}"
+    return f"has {number}; put cells with commas in quotes"
+
+
 def pyarrow_for(path: Path, otherwise: str) -> Any:
     """pyarrow, with its reader of parquet.
 
@@ -145,26 +175,15 @@ def not_parquet(error: Exception) -> Unusable:
 
 
 def _csv(text: str, shown: str) -> Table:
-    head = text.split("\n", 1)[0]
-    # Spreadsheets write semicolons where the comma is the decimal point.
-    delimiter = max(",;\t", key=head.count)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    lines = csv_lines(text)
+    _, columns = next(lines, (0, []))
     rows: list[tuple[int, dict[str, Any]]] = []
     problems: list[str] = []
-    try:
-        columns = [cell.strip() for cell in next(reader, [])]
-        if doubled := [name for name, count in Counter(columns).items() if count > 1 and name]:
-            raise Unusable(f"has two columns of the name {quoted(doubled)}; rename one")
-        for cells in reader:
-            if not any(cell.strip() for cell in cells):
-                continue
-            if len(cells) != len(columns):
-                number = f"{count_of(len(cells), 'cell')} for {count_of(len(columns), 'column')}"
-                problems.append(f"{shown} line {reader.line_num} has {number}; put cells with commas in quotes")
-                continue
-            rows.append((reader.line_num, dict(zip(columns, cells, strict=True))))
-    except csv.Error as error:
-        raise Unusable(f"breaks off in line {reader.line_num} ({error}); save it as plain CSV") from None
+    for number, cells in lines:
+        if len(cells) == len(columns):
+            rows.append((number, dict(zip(columns, cells, strict=True))))
+        else:
+            problems.append(f"{shown} line {number} {miscounted(cells, columns)}")
     return Table(shown, [name for name in columns if name], rows, problems)
 
 

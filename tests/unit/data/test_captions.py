@@ -172,8 +172,27 @@ def test_csv_without_its_columns(tmp_path: Path, content: str, problem: str) -> 
 def test_csv_field_without_end(tmp_path: Path) -> None:
     found = read(tmp_path, {"metadata.csv": 'file_name,text\na.png,"' + "x" * 200_000})
     assert found.problems == (
-        "metadata.csv breaks off after line 1 (field larger than field limit (131072)); save it as plain CSV",
+        "metadata.csv breaks off in line 2 (field larger than field limit (131072)); save it as plain CSV",
     )
+
+
+def test_csv_row_with_commas_that_are_not_in_quotes(tmp_path: Path) -> None:
+    rows = "a.png,a red dog, sitting, on grass\nb.png,a cat\n"
+    found = read(tmp_path, {"metadata.csv": f"file_name,text\n{rows}"})
+    assert found.texts == {"b.png": "a cat"}
+    assert found.problems == ("metadata.csv line 2 has 4 cells for 2 columns; put cells with commas in quotes",)
+    assert found.blamed == {"a.png"}
+
+
+def test_csv_with_semicolons_and_empty_rows(tmp_path: Path) -> None:
+    found = read(tmp_path, {"metadata.csv": "\nfile_name; text\na.png;a red dog, sitting\n;\n"})
+    assert (found.texts, found.problems) == ({"a.png": "a red dog, sitting"}, ())
+
+
+def test_csv_with_a_quote_that_does_not_end_its_cell(tmp_path: Path) -> None:
+    found = read(tmp_path, {"metadata.csv": 'file_name,text\na.png,a dog\nb.png,"a" dog\n'})
+    assert found.texts == {"a.png": "a dog"}
+    assert found.problems == ("metadata.csv breaks off in line 3 (',' expected after '\"'); save it as plain CSV",)
 
 
 def test_short_csv_row(tmp_path: Path) -> None:
