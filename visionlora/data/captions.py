@@ -7,7 +7,6 @@ themselves (`caption_of_name`).
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from collections.abc import Iterable, Iterator
@@ -19,7 +18,7 @@ from typing import Any
 from visionlora.data.files import Unusable, numbered_lines, read_text
 from visionlora.data.images import printable
 from visionlora.data.tables import csv_lines, miscounted
-from visionlora.data.wording import ENDINGS, quoted
+from visionlora.data.wording import ENDINGS, Meant, quoted
 
 METADATA_FILES = ("metadata.jsonl", "metadata.csv")
 """In order of precedence."""
@@ -74,6 +73,10 @@ class _Findings:
     problems: list[str] = field(default_factory=list)
     blamed: set[str] = field(default_factory=set)
 
+    def __post_init__(self) -> None:
+        self.meant = Meant(self.pictures)
+        self.meant_stems = Meant(_stem(picture) for picture in self.pictures)
+
     def take(self, picture: str, caption: str, source: str) -> None:
         """Keeps the caption unless an earlier source has given one."""
         if picture not in self.texts:
@@ -115,16 +118,6 @@ def caption_of_name(name: str) -> str:
     text = re.sub(r"^(\d+[.)]? )+", "", text)
     text = re.sub(r"( \d+| ?\(\d+\))+$", "", text).strip()
     return "" if re.fullmatch(r"[\d\W]*", text) else text
-
-
-def closest(name: str, existing: Iterable[str]) -> str | None:
-    """The existing file that was probably meant: same name in another folder or case, else similar letters."""
-    choices = sorted(existing)
-    for choice in choices:
-        if PurePosixPath(choice).name.lower() == PurePosixPath(name).name.lower():
-            return choice
-    close = difflib.get_close_matches(name, choices, n=1)
-    return close[0] if close else None
 
 
 def _read_metadata(found: _Findings, file: str) -> None:
@@ -187,7 +180,7 @@ def _picture_of(found: _Findings, folder: PurePosixPath, name: str) -> str:
     wanted = (folder / path).as_posix()
     if wanted in found.others:
         raise Unusable(f"names {shown}, which is no picture; {ENDINGS}")
-    meant = closest(wanted, found.pictures)
+    meant = found.meant.by(wanted)
     if meant and folder.parts:
         meant = meant.removeprefix(f"{folder}/")
     hint = f"did you mean {printable(meant)}?" if meant else "add the picture, or remove the line"
@@ -206,7 +199,7 @@ def _read_sidecars(found: _Findings, suffix: str) -> None:
     for file in files:
         try:
             if file not in owned:
-                _check_orphan(file, by_stem, in_use=bool(owned) or suffix == ".caption")
+                _check_orphan(file, found.meant_stems, in_use=bool(owned) or suffix == ".caption")
                 continue
             if all(picture in found.texts for picture in owned[file]):
                 continue
@@ -229,12 +222,12 @@ def _sidecar_text(found: _Findings, file: str) -> str:
     return caption
 
 
-def _check_orphan(file: str, stems: Iterable[str], in_use: bool) -> None:
+def _check_orphan(file: str, stems: Meant, in_use: bool) -> None:
     """A caption file without its picture is a problem, but a readme is not."""
     stem = PurePosixPath(_stem(file))
     if stem.name.lower() in _NOT_CAPTIONS:
         return
-    meant = closest(stem.as_posix(), stems)
+    meant = stems.by(stem.as_posix())
     # Where no text file belongs to a picture, one that is like none of them either is just some text.
     if meant is None and not in_use:
         return

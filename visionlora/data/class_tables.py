@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -11,7 +10,7 @@ from visionlora.data.files import Listing, Unusable, is_hidden, list_folder
 from visionlora.data.images import printable
 from visionlora.data.labelled import Found, Row, Wanted, split_folders, split_of, top_of
 from visionlora.data.tables import Table, read_table, text_of, truth_of
-from visionlora.data.wording import ENDINGS, MAX_LINES, count_of, first_names, quoted
+from visionlora.data.wording import ENDINGS, Meant, count_of, first_names, quoted
 from visionlora.errors import ConfigError, DataError
 
 PATH_COLUMNS = ("path", "file_name", "filename", "file", "image", "image_path")
@@ -20,8 +19,6 @@ LABEL_COLUMNS = ("label", "class", "category", "target", "label_name")
 """Names by which the column of labels is found, in order of precedence."""
 SPLIT_COLUMNS = ("split", "subset", "set")
 """Names by which the column of splits is found, in order of precedence."""
-MAX_COMPARED = 2000
-"""Names that a wrong one is compared with: difflib compares letter by letter."""
 
 
 def from_table(root: Path, path: Path, wanted: Wanted, *, everything: bool) -> Found:
@@ -81,17 +78,16 @@ def from_tables(root: Path, tables: Mapping[str, Table], wanted: Wanted, listing
                 doubles.append(name)
             else:
                 found.fatal.append(_contradiction(row, where, *seen[name]))
-    # Only problems that are shown get a hint: each is compared with many names.
-    hints = _hints([name for _, name in absent[:MAX_LINES]], listing.pictures)
+    meant = Meant(listing.pictures)
     if absent and not seen:
         place, table = next(iter(tables.items()))
         raise DataError(
             f"None of the {count_of(len(absent), 'picture')} that {table.shown} names is there; the first is "
-            f"{printable(absent[0][1])}, and paths are relative to {printable(root / place)}{hints[0]}"
+            f"{printable(absent[0][1])}, and paths are relative to {printable(root / place)}{_hint(meant, absent[0][1])}"
         )
-    for i, (where, name) in enumerate(absent):
-        hint = hints[i] if i < len(hints) else ""
-        found.skippable.append(f"{where} names {printable(name)}, which is not there{hint}")
+    found.skippable += [
+        f"{where} names {printable(name)}, which is not there{_hint(meant, name)}" for where, name in absent
+    ]
     found.rows = [row for _, row in seen.values()]
     found.source = f"labels from the {' and the '.join(sources)}"
     if not split_sources:
@@ -196,20 +192,9 @@ def _contradiction(row: Row, where: str, before_where: str, before: Row) -> str:
     return f"{where} {what}; keep one of the two"
 
 
-def _hints(names: Iterable[str], pictures: list[str]) -> list[str]:
-    """What each name was probably meant to be: a file of the same name elsewhere or with an ending, or a similar one."""
-    by_name: dict[str, str] = {}
-    for picture in pictures:
-        last = picture.rsplit("/", 1)[-1].casefold()
-        for key in (last, last.rsplit(".", 1)[0]):
-            by_name.setdefault(key, picture)
-    hints = []
-    for name in names:
-        close = by_name.get(name.rsplit("/", 1)[-1].casefold()) or next(
-            iter(difflib.get_close_matches(name, pictures[:MAX_COMPARED], n=1)), None
-        )
-        hints.append(f"; did you mean {printable(close)}?" if close else "")
-    return hints
+def _hint(meant: Meant, name: str) -> str:
+    close = meant.by(name)
+    return f"; did you mean {printable(close)}?" if close else ""
 
 
 # Columns.

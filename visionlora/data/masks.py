@@ -18,10 +18,9 @@ import numpy as np
 import numpy.typing as npt
 
 from visionlora.config.folders import ALPHA
-from visionlora.data.captions import closest
 from visionlora.data.files import list_folder
 from visionlora.data.images import Decoded, decode_noted, printable
-from visionlora.data.wording import first_names, missing, no_pictures
+from visionlora.data.wording import Meant, first_names, missing, no_pictures
 from visionlora.errors import ConfigError, DataError, nearest
 
 if TYPE_CHECKING:
@@ -117,6 +116,7 @@ def find_masks(wanted: str, root: Path, pictures: Mapping[str, Path]) -> Masks:
         by_stem.setdefault(_stem(name), []).append(name)
     used = {_stem(name) for name in pictures}
     unused = {stem: names[0] for stem, names in by_stem.items() if stem not in used}
+    meant = Meant(unused)
     files, problems = {}, {}
     for name in pictures:
         found = by_stem.get(_stem(name), [])
@@ -127,7 +127,7 @@ def find_masks(wanted: str, root: Path, pictures: Mapping[str, Path]) -> Masks:
                 f"{printable(name)} has several masks in {printable(folder)}: {first_names(found)}; keep one"
             )
         else:
-            problems[name] = _no_mask(name, folder, unused)
+            problems[name] = _no_mask(name, folder, unused, meant)
     notes = [f"masks without a picture, not used: {first_names(unused.values())}"] if unused else []
     return Masks(files, folder, problems=problems, notes=tuple(notes))
 
@@ -179,8 +179,8 @@ def _grey(decoded: Decoded) -> npt.NDArray[np.uint8]:
     return np.maximum(on_black, 0).astype(np.uint8)
 
 
-def _no_mask(name: str, folder: Path, unused: Mapping[str, str]) -> str:
-    close = closest(_stem(name), unused)
+def _no_mask(name: str, folder: Path, unused: Mapping[str, str], meant: Meant) -> str:
+    close = meant.by(_stem(name))
     hint = f" (did you mean {printable(folder / unused[close])}?)" if close else ""
     add = printable(folder / PurePosixPath(name).with_suffix(".png"))
     return f"{printable(name)} has no mask{hint}; add {add}, white where to learn, or remove the picture"

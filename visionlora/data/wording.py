@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 
 from visionlora.data.files import Listing, suffix_of
@@ -18,6 +19,7 @@ MAX_LINES = 20
 """The most problems that one message lists."""
 ENDINGS = f"pictures end in {', '.join(IMAGE_SUFFIXES)}"
 
+_MAX_COMPARED = 2000  # names that a wrong one is compared with: difflib compares letter by letter
 _MAX_NAMES = 10
 _MAX_QUOTED = 8
 
@@ -95,6 +97,44 @@ def left_out(problems: Sequence[str]) -> list[str]:
 
 
 # What is not there.
+
+
+class Meant:
+    """What names that are not there were probably meant to be, among many that are.
+
+    Only about as many as one message lists are compared letter by letter.
+    """
+
+    def __init__(self, existing: Iterable[str]) -> None:
+        """Takes posix paths."""
+        self.existing = existing
+        self.left = MAX_LINES
+
+    @cached_property
+    def _sorted(self) -> list[str]:
+        return sorted(self.existing)
+
+    @cached_property
+    def _by_name(self) -> dict[str, str]:
+        found: dict[str, str] = {}
+        for name in self._sorted:
+            last = name.rsplit("/", 1)[-1].casefold()
+            for key in (last, last.rsplit(".", 1)[0]):
+                found.setdefault(key, name)
+        return found
+
+    def by(self, name: str) -> str | None:
+        """The same name in another folder or case or with an ending, else similar letters.
+
+        >>> Meant(["cat.png", "x/dog.png"]).by("Dog"), Meant(["dog-1.png"]).by("dog_1.png"), Meant(["cat.png"]).by("zzz")
+        ('x/dog.png', 'dog-1.png', None)
+        """
+        if same := self._by_name.get(name.rsplit("/", 1)[-1].casefold()):
+            return same
+        if not self.left:
+            return None
+        self.left -= 1
+        return next(iter(difflib.get_close_matches(name, self._sorted[:_MAX_COMPARED], n=1)), None)
 
 
 def missing(path: Path, kind: str = "folder", suffixes: Collection[str] = ()) -> str:

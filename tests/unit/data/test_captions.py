@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from visionlora.data.captions import Captions, caption_of_name, closest, read_captions
+from visionlora.data.captions import Captions, caption_of_name, read_captions
 
 PICTURES = ("a.png", "b.png", "sub/c.jpg")
 ENDINGS = ".avif, .bmp, .gif, .jpeg, .jpg, .png, .tif, .tiff, .webp"
@@ -232,10 +232,15 @@ def test_text_that_is_no_caption(tmp_path: Path) -> None:
     )
 
 
-def test_closest() -> None:
-    assert closest("dog_1.png", ["dog-1.png", "cat.png"]) == "dog-1.png"
-    assert closest("DOG.png", ["cat.png", "x/dog.png"]) == "x/dog.png"
-    assert closest("zzz", ["cat.png"]) is None
+def test_many_rows_without_their_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compared = []
+    monkeypatch.setattr("difflib.get_close_matches", lambda name, names, n: compared.append(name) or [])
+    rows = "".join(f"missing_{i}.png,t\n" for i in range(100))
+    found = read(
+        tmp_path, {"metadata.csv": f"file_name,text\n{rows}", **{f"other_{i}.caption": "t" for i in range(100)}}
+    )
+    assert len(found.problems) == 200
+    assert len(compared) == 40
 
 
 @pytest.mark.parametrize(

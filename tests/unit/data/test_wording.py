@@ -8,6 +8,8 @@ import pytest
 
 from visionlora.data.files import Listing
 from visionlora.data.wording import (
+    MAX_LINES,
+    Meant,
     count_of,
     first_names,
     left_out,
@@ -117,3 +119,19 @@ def test_pictures_of_other_kinds_are_mentioned() -> None:
     listing = Listing(others=["a.heic", "b.txt", "c.SVG"])
     assert other_pictures(listing) == ["left out, export as JPEG or PNG to use: a.heic, c.SVG"]
     assert other_pictures(Listing(others=["b.txt"])) == []
+
+
+def test_what_was_probably_meant() -> None:
+    meant = Meant(["cat.png", "x/dog.png", "x/two words.png"])
+    assert [meant.by(name) for name in ("DOG.png", "y/dog", "two_words.png", "zzz")] == [
+        "x/dog.png",
+        "x/dog.png",
+        "x/two words.png",
+        None,
+    ]
+
+
+def test_only_so_many_names_are_compared_as_are_shown() -> None:
+    meant = Meant(["dog-1.png"])
+    assert [meant.by("dog_1.png") for _ in range(MAX_LINES + 1)] == ["dog-1.png"] * MAX_LINES + [None]
+    assert meant.by("DOG-1.png") == "dog-1.png"
