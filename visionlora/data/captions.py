@@ -15,7 +15,7 @@ from itertools import zip_longest
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from visionlora.data.files import Unusable, numbered_lines, read_text
+from visionlora.data.files import Names, Unusable, numbered_lines, read_text
 from visionlora.data.images import printable
 from visionlora.data.tables import csv_lines, miscounted
 from visionlora.data.wording import ENDINGS, Meant, quoted
@@ -65,7 +65,7 @@ class Captions:
 @dataclass
 class _Findings:
     root: Path
-    pictures: frozenset[str]
+    pictures: Names
     others: frozenset[str]
     for_all: str
     texts: dict[str, str] = field(default_factory=dict)
@@ -74,8 +74,8 @@ class _Findings:
     blamed: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        self.meant = Meant(self.pictures)
-        self.meant_stems = Meant(_stem(picture) for picture in self.pictures)
+        self.meant = Meant(self.pictures.exact)
+        self.meant_stems = Meant(_stem(picture) for picture in self.pictures.exact)
 
     def take(self, picture: str, caption: str, source: str) -> None:
         """Keeps the caption unless an earlier source has given one."""
@@ -95,7 +95,7 @@ def read_captions(
         others: all other files of the folder, likewise.
         for_all: how to give all pictures one caption, for messages.
     """
-    found = _Findings(root, frozenset(pictures), frozenset(others), for_all)
+    found = _Findings(root, Names(pictures), frozenset(others), for_all)
     for name in METADATA_FILES:
         for file in sorted(f for f in found.others if PurePosixPath(f).name == name):
             _read_metadata(found, file)
@@ -172,8 +172,8 @@ def _picture_of(found: _Findings, folder: PurePosixPath, name: str) -> str:
     path = PurePosixPath(name.replace("\\", "/"))  # as Windows programs write it
     if path.is_absolute() or PureWindowsPath(name).anchor or ".." in path.parts:
         raise Unusable(f"names {shown}, which leaves the folder; use a path inside it, relative to the metadata file")
-    for picture in ((folder / name).as_posix(), (folder / path).as_posix()):
-        if picture in found.pictures:
+    for named in ((folder / name).as_posix(), (folder / path).as_posix()):
+        if (picture := found.pictures.find(named)) is not None:
             if not _is_inside(found.root, found.root / picture):
                 raise Unusable(f"names {shown}, a link to a file outside the folder; copy the file into the folder")
             return picture
@@ -189,10 +189,11 @@ def _picture_of(found: _Findings, folder: PurePosixPath, name: str) -> str:
 
 def _read_sidecars(found: _Findings, suffix: str) -> None:
     by_stem: dict[str, list[str]] = {}
-    for picture in sorted(found.pictures):
+    for picture in sorted(found.pictures.exact):
         by_stem.setdefault(_stem(picture), []).append(picture)
     files = sorted(f for f in found.others if PurePosixPath(f).suffix.lower() == suffix)
-    owned = {file: by_stem[_stem(file)] for file in files if _stem(file) in by_stem}
+    stems = Names(by_stem)
+    owned = {file: by_stem[stem] for file in files if (stem := stems.find(_stem(file))) is not None}
     source = f"{suffix} files"
     if owned:
         found.sources[source] = 0

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from visionlora.data.files import Listing, Unusable, is_hidden, list_folder
+from visionlora.data.files import Listing, Names, Unusable, is_hidden, list_folder
 from visionlora.data.images import printable
 from visionlora.data.labelled import Found, Row, Wanted, split_folders, split_of, top_of
 from visionlora.data.tables import Table, read_table, text_of, truth_of
@@ -36,7 +36,7 @@ def from_table(root: Path, path: Path, wanted: Wanted, *, everything: bool) -> F
 def from_tables(root: Path, tables: Mapping[str, Table], wanted: Wanted, listing: Listing) -> Found:
     """What tables say of the pictures of a listing; each by the place that its paths are relative to."""
     found = Found(root, multi_label=bool(wanted.labels))
-    pictures, others = frozenset(listing.pictures), frozenset(listing.others)
+    pictures, others = Names(listing.pictures), frozenset(listing.others)
     absent: list[tuple[str, str]] = []
     seen: dict[str, tuple[str, Row]] = {}
     doubles: list[str] = []
@@ -68,10 +68,10 @@ def from_tables(root: Path, tables: Mapping[str, Table], wanted: Wanted, listing
             except Unusable as error:
                 found.skippable.append(f"{where} {error}")
                 continue
-            if name not in pictures:
+            if (picture := pictures.find(name)) is None:
                 absent.append((where, name))
                 continue
-            row = Row(name, labels, split, group)
+            name, row = picture, Row(picture, labels, split, group)
             if name not in seen:
                 seen[name] = where, row
             elif row == seen[name][1]:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Collection, Iterator
+import unicodedata
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -47,13 +48,16 @@ def list_folder(root: Path, tops: Collection[str] | None = None) -> Listing:
         tops: the only names in it to list; all when not given.
     """
     listing = Listing()
+    wanted = None if tops is None else {composed(top) for top in tops}
     stack = [""]
     while stack:
         prefix = stack.pop()
         try:
             with os.scandir(root / prefix) as entries:
                 for entry in entries:
-                    if is_hidden(entry.name) or (not prefix and tops is not None and entry.name not in tops):
+                    if is_hidden(entry.name) or (
+                        not prefix and wanted is not None and composed(entry.name) not in wanted
+                    ):
                         continue
                     name = prefix + entry.name
                     if entry.is_dir(follow_symlinks=False):
@@ -70,6 +74,28 @@ def list_folder(root: Path, tops: Collection[str] | None = None) -> Listing:
     for names in (listing.pictures, listing.others, listing.folders, listing.links):
         names.sort()
     return listing
+
+
+class Names:
+    """The names of files, found also where the accents of a wanted one are encoded otherwise (Unicode normal form)."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        """Takes the names as they are; the order does not matter."""
+        self.exact = frozenset(names)
+        self.composed = {composed(name): name for name in sorted(self.exact, reverse=True)}
+
+    def find(self, name: str) -> str | None:
+        """The name that is exactly so, else the one that looks the same."""
+        return name if name in self.exact else self.composed.get(composed(name))
+
+
+def composed(name: str) -> str:
+    r"""A name with its accents composed, as most systems write them; macOS and archives from it often do not.
+
+    >>> composed("cafe\u0301.png")
+    'café.png'
+    """
+    return unicodedata.normalize("NFC", name)
 
 
 def is_hidden(name: str) -> bool:

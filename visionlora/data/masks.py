@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from visionlora.config.folders import ALPHA
-from visionlora.data.files import list_folder
+from visionlora.data.files import Names, composed, list_folder
 from visionlora.data.images import Decoded, decode_noted, printable
 from visionlora.data.wording import Meant, first_names, missing, no_pictures
 from visionlora.errors import ConfigError, DataError, nearest
@@ -114,14 +114,16 @@ def find_masks(wanted: str, root: Path, pictures: Mapping[str, Path]) -> Masks:
     by_stem: dict[str, list[str]] = {}
     for name in listing.pictures:
         by_stem.setdefault(_stem(name), []).append(name)
-    used = {_stem(name) for name in pictures}
+    stems = Names(by_stem)
+    used = {stems.find(_stem(name)) for name in pictures}
     unused = {stem: names[0] for stem, names in by_stem.items() if stem not in used}
     meant = Meant(unused)
     files, problems = {}, {}
     for name in pictures:
-        found = by_stem.get(_stem(name), [])
-        if name in found or len(found) == 1:
-            files[name] = folder / (name if name in found else found[0])
+        found = by_stem.get(stems.find(_stem(name)) or "", [])
+        same = [mask for mask in found if composed(mask) == composed(name)]
+        if same or len(found) == 1:
+            files[name] = folder / (same or found)[0]
         elif found:
             problems[name] = (
                 f"{printable(name)} has several masks in {printable(folder)}: {first_names(found)}; keep one"

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -230,6 +231,16 @@ def test_text_that_is_no_caption(tmp_path: Path) -> None:
     assert read(tmp_path, {"zzzzzzzz.caption": "t"}).problems == (
         "zzzzzzzz.caption is a caption, but no picture has its name; add the picture, or remove it",
     )
+
+
+def test_accents_may_be_encoded_otherwise(tmp_path: Path) -> None:
+    nfc, nfd = (unicodedata.normalize(form, "é") for form in ("NFC", "NFD"))
+    pictures = (f"{nfd}1.png", f"{nfc}2.png", f"{nfd}3.png", f"{nfd}4.png", f"{nfc}4.png")
+    rows = f"{nfc}1.png,one\n{nfd}2.png,two\n"
+    sidecars: dict[str, str | bytes] = {f"{nfc}3.txt": "three", f"{nfc}4.txt": "nfc", f"{nfd}4.txt": "nfd"}
+    found = read(tmp_path, {"metadata.csv": f"file_name,text\n{rows}", **sidecars}, pictures)
+    assert [found.texts[name] for name in pictures] == ["one", "two", "three", "nfd", "nfc"]
+    assert not found.problems
 
 
 def test_many_rows_without_their_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

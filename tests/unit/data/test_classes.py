@@ -345,6 +345,13 @@ def test_a_table_lists_only_the_folders_that_it_names(pets: Path, tmp_path: Path
     )
 
 
+def test_accents_of_paths_may_be_encoded_otherwise(tmp_path: Path) -> None:
+    nfc, nfd = (unicodedata.normalize(form, "é") for form in ("NFC", "NFD"))
+    files(tmp_path, f"{nfd}/0.png", f"{nfc}1.png")
+    path = table(tmp_path, f"path,label\n{nfc}/0.png,cat\n{nfd}1.png,dog\n")
+    assert labelled(read_labelled(path)) == {f"{nfd}/0.png": "cat", f"{nfc}1.png": "dog"}
+
+
 def test_an_absolute_path_inside_the_folder(flat: Path) -> None:
     path = table(flat, f"path,label\n{flat}/0.png,cat\n./1.png,dog\n")
     assert labelled(read_labelled(path)) == {"0.png": "cat", "1.png": "dog"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -150,6 +151,14 @@ def test_every_problem_is_named_with_its_remedy(tmp_path: Path) -> None:
         "Fix this, or pass --skip-broken to leave out what cannot be used and go on with 1 picture."
     )
     assert [item.name for item in read(tmp_path, masks, skip_broken=True).items] == ["a.png"]
+
+
+def test_accents_may_be_encoded_otherwise(tmp_path: Path) -> None:
+    save(tmp_path / "dog" / unicodedata.normalize("NFC", "é.png"), noise())
+    mask = save(tmp_path / "masks" / unicodedata.normalize("NFD", "é.png"), np.full((6, 4), 255, np.uint8))
+    save(mask.with_suffix(".tif"), noise()[..., 0])
+    folder = read(tmp_path, tmp_path / "masks")
+    assert [item.mask for item in folder.items] == [mask]
 
 
 def test_pictures_without_an_alpha_channel(tmp_path: Path) -> None:
