@@ -174,8 +174,6 @@ def _picture_of(found: _Findings, folder: PurePosixPath, name: str) -> str:
         raise Unusable(f"names {shown}, which leaves the folder; use a path inside it, relative to the metadata file")
     for named in ((folder / name).as_posix(), (folder / path).as_posix()):
         if (picture := found.pictures.find(named)) is not None:
-            if not _is_inside(found.root, found.root / picture):
-                raise Unusable(f"names {shown}, a link to a file outside the folder; copy the file into the folder")
             return picture
     wanted = (folder / path).as_posix()
     if wanted in found.others:
@@ -262,7 +260,17 @@ def _csv_rows(text: str) -> Iterator[tuple[int, dict[str, Any], str]]:
 
 
 def _is_inside(root: Path, path: Path) -> bool:
-    return path.resolve().is_relative_to(root.resolve())
+    """Whether a file lies in the folder, or in the blobs of the same repository in a cache of the Hugging Face Hub."""
+    target, folder = path.resolve(), root.resolve()
+    if target.is_relative_to(folder):
+        return True
+    repository = next((parent.parent for parent in folder.parents if parent.name == "snapshots"), None)
+    # Every file of a snapshot is a link to one of these.
+    return (
+        repository is not None
+        and repository.name.startswith(("datasets--", "models--", "spaces--"))
+        and target.parent == repository / "blobs"
+    )
 
 
 def _stem(file: str) -> str:

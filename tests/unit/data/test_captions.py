@@ -131,11 +131,27 @@ def test_a_link_cannot_leave_the_folder(tmp_path: Path) -> None:
     (root / "metadata.csv").write_text("file_name,text\na.png,t\n")
     (root / "b.png").touch()
     found = read_captions(root, ["a.png", "b.png"], ["b.txt", "metadata.csv"])
-    assert found.problems == (
-        "metadata.csv line 2 names a.png, a link to a file outside the folder; copy the file into the folder",
-        "b.txt is a link to a file outside the folder; copy the file into the folder",
-    )
-    assert not found.texts
+    assert found.problems == ("b.txt is a link to a file outside the folder; copy the file into the folder",)
+    assert found.texts == {"a.png": "t"}  # the text is the folder's own
+
+
+@pytest.mark.parametrize(("repository", "fine"), [("datasets--me--dogs", True), ("dogs", False)])
+def test_files_of_a_hub_snapshot_are_links(tmp_path: Path, repository: str, fine: bool) -> None:
+    blobs, root = tmp_path / repository / "blobs", tmp_path / repository / "snapshots" / "0a1b"
+    (root / "train").mkdir(parents=True)
+    blobs.mkdir()
+    for blob, name, text in (("1", "a.png", ""), ("2", "a.txt", "one"), ("3", "b.png", ""), ("4", "b.txt", "two")):
+        (blobs / blob).write_text(text)
+        (root / "train" / name).symlink_to(f"../../../blobs/{blob}")
+    (tmp_path / "secret").write_text("secret")
+    (blobs / "4").unlink()
+    (blobs / "4").symlink_to(tmp_path / "secret")
+    for folder in (root / "train", root):
+        names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*.*"))]
+        pictures, others = ([name for name in names if name.endswith(end)] for end in (".png", ".txt"))
+        found = read_captions(folder, pictures, others)
+        assert list(found.texts.values()) == (["one"] if fine else [])
+        assert len(found.problems) == (1 if fine else 2)
 
 
 def test_a_link_inside_the_folder_is_fine(tmp_path: Path) -> None:
