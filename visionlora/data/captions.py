@@ -1,4 +1,4 @@
-"""The captions of a folder of pictures: `metadata.jsonl`, then `metadata.csv`, then `dog.txt` beside `dog.png`.
+"""The captions of a folder of pictures: `metadata.jsonl`, `metadata.csv`, then `dog.txt` or `dog.png.txt` by `dog.png`.
 
 In: the folder and the names of its pictures. Out: one caption a picture, and every problem as one line for a person.
 A metadata file may lie in a subfolder too; its `file_name`s are relative to it. Or, where that is wanted, the names
@@ -191,7 +191,12 @@ def _read_sidecars(found: _Findings, suffix: str) -> None:
         by_stem.setdefault(_stem(picture), []).append(picture)
     files = sorted(f for f in found.others if PurePosixPath(f).suffix.lower() == suffix)
     stems = Names(by_stem)
-    owned = {file: by_stem[stem] for file in files if (stem := stems.find(_stem(file))) is not None}
+    owned: dict[str, list[str]] = {}
+    for file in files:
+        if (stem := stems.find(_stem(file))) is not None:
+            owned[file] = by_stem[stem]
+        elif (picture := found.pictures.find(_stem(file))) is not None:
+            owned[file] = [picture]
     source = f"{suffix} files"
     if owned:
         found.sources[source] = 0

@@ -35,6 +35,7 @@ from visionlora.data.wording import (
     count_of,
     first_names,
     left_out,
+    linked_folders,
     missing,
     no_pictures,
     other_pictures,
@@ -130,9 +131,7 @@ def _from_folder(root: Path, wanted: Wanted) -> Found:
     else:
         found = _from_class_folders(root, listing, unlabelled)
     found.skippable[:0] = listing.problems
-    if listing.links:
-        found.notes.append(f"left out, linked folders are not entered: {first_names(listing.links)}")
-    found.notes += other_pictures(listing)
+    found.notes += linked_folders(listing) + other_pictures(listing)
     return found
 
 

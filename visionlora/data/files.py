@@ -17,6 +17,9 @@ from visionlora.data.images import IMAGE_SUFFIXES, printable
 OTHER_SUFFIXES = (".arw", ".cr2", ".cr3", ".dng", ".heic", ".heif", ".jxl", ".nef", ".psd", ".svg")
 """Pictures too, but of kinds that Pillow cannot read; they are mentioned, not ignored."""
 
+# What macOS adds to archives, what Synology's and Windows' drives keep beside files.
+_OF_SYSTEMS = frozenset(("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information"))
+
 
 @dataclass(frozen=True)
 class Listing:
@@ -100,7 +103,7 @@ def composed(name: str) -> str:
 
 def is_hidden(name: str) -> bool:
     """Whether a file or folder of this name is passed over."""
-    return name.startswith(".") or name == "__MACOSX"  # what macOS adds to archives
+    return name.startswith(".") or name in _OF_SYSTEMS
 
 
 def suffix_of(name: str) -> str:

@@ -27,6 +27,7 @@ from visionlora.data.wording import (
     ENDINGS,
     count_of,
     first_names,
+    linked_folders,
     missing,
     no_pictures,
     other_pictures,
@@ -374,7 +375,8 @@ def _caption(source: _Source, looks: _Looks) -> None:
     uncaptioned = [name for name in kept if name not in texts and name not in captions.blamed]
     if uncaptioned:
         source.problems.append(_missing_captions(source, uncaptioned, len(kept)))
-    source.notes += doubles + other_pictures(source.listing) + list(source.masks.notes if source.masks else ())
+    source.notes += doubles + linked_folders(source.listing) + other_pictures(source.listing)
+    source.notes += source.masks.notes if source.masks else ()
     for name in kept:
         if name in texts:
             path, name_of_all = source.pictures[name], source.name_of(name)

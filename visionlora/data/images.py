@@ -19,11 +19,11 @@ from PIL import Image, UnidentifiedImageError
 
 from visionlora.errors import DataError
 
-IMAGE_SUFFIXES = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+IMAGE_SUFFIXES = tuple(".avif .bmp .gif .jfif .jpe .jpeg .jpg .pgm .png .ppm .tif .tiff .webp".split())
 """File name endings (in lower case) that count as a picture."""
 
 # Only these readers are tried. Pillow has more, and one of them (EPS) would start Ghostscript on the file.
-_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
+_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
 _EXIF_ORIENTATION = 0x0112
 _UPRIGHT = {

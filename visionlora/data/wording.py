@@ -186,6 +186,11 @@ def no_pictures(root: Path, listing: Listing, empty: str) -> str:
     return f"{shown} holds no pictures: found {found}, but {ENDINGS}.{hint}"
 
 
+def linked_folders(listing: Listing) -> list[str]:
+    """A note on linked folders, if there are any."""
+    return [f"left out, linked folders are not entered: {first_names(listing.links)}"] if listing.links else []
+
+
 def other_pictures(listing: Listing) -> list[str]:
     """A note on pictures of kinds that cannot be read, if there are any."""
     names = listing.other_pictures()

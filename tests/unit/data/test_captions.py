@@ -8,7 +8,7 @@ import pytest
 from visionlora.data.captions import Captions, caption_of_name, read_captions
 
 PICTURES = ("a.png", "b.png", "sub/c.jpg")
-ENDINGS = ".avif, .bmp, .gif, .jpeg, .jpg, .png, .tif, .tiff, .webp"
+ENDINGS = ".avif, .bmp, .gif, .jfif, .jpe, .jpeg, .jpg, .pgm, .png, .ppm, .tif, .tiff, .webp"
 
 
 def read(root: Path, files: dict[str, str | bytes], pictures: tuple[str, ...] = PICTURES) -> Captions:
@@ -49,6 +49,14 @@ def test_sidecars(tmp_path: Path) -> None:
     found = read(tmp_path, {"a.txt": "a dog,\n sitting\n", "b.caption": "two", "sub/c.TXT": "three"})
     assert found.texts == {"a.png": "a dog, sitting", "b.png": "two", "sub/c.jpg": "three"}
     assert found.sources == {".txt files": 2, ".caption files": 1}
+
+
+def test_sidecars_of_the_whole_name(tmp_path: Path) -> None:
+    found = read(
+        tmp_path, {"a.png.txt": "png", "a.jpg.txt": "jpg", "b.txt": "both"}, ("a.png", "a.jpg", "b.png", "b.jpg")
+    )
+    assert found.texts == {"a.png": "png", "a.jpg": "jpg", "b.png": "both", "b.jpg": "both"}
+    assert not found.problems
 
 
 def test_precedence(tmp_path: Path) -> None:

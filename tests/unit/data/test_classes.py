@@ -235,7 +235,7 @@ def test_split_folders_without_class_folders(tmp_path: Path) -> None:
 
 
 def test_no_pictures(tmp_path: Path) -> None:
-    endings = "pictures end in .avif, .bmp, .gif, .jpeg, .jpg, .png, .tif, .tiff, .webp"
+    endings = "pictures end in .avif, .bmp, .gif, .jfif, .jpe, .jpeg, .jpg, .pgm, .png, .ppm, .tif, .tiff, .webp"
     (tmp_path / "cat").mkdir()
     assert said(tmp_path) == (
         f"{tmp_path} holds no pictures; put those of each class into a folder of its name ({endings})."
@@ -408,8 +408,8 @@ def test_problems_of_rows_come_in_one_message(flat: Path) -> None:
             f"{here} 5 names 2, which is not there; did you mean 2.png?",
             f"{here} 6 names ../9.png, which leaves {flat}; use a path inside it",
             f"{here} 7 names /etc/9.png, which leaves {flat}; use a path inside it",
-            f"{here} 8 names notes.txt, which is no picture; pictures end in .avif, .bmp, .gif, .jpeg, .jpg, .png, .tif, "
-            ".tiff, .webp",
+            f"{here} 8 names notes.txt, which is no picture; pictures end in .avif, .bmp, .gif, .jfif, .jpe, .jpeg, "
+            ".jpg, .pgm, .png, .ppm, .tif, .tiff, .webp",
             f"{here} 9 names .x.png, which is hidden; rename it to use it",
             f'{here} 10 names no picture in "path"; write its path there, or remove the row',
             f"{here} 11 names q/xyz.webp, which is not there",

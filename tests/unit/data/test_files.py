@@ -33,6 +33,7 @@ def test_what_lies_in_a_folder(tmp_path: Path) -> None:
 
 def test_hidden_files_are_passed_over(tmp_path: Path) -> None:
     files(tmp_path, ".a.png", ".cache/b.png", "__MACOSX/c.png", "d/.e.png", "d/__MACOSX/f.png")
+    files(tmp_path, "@eaDir/a.png/x.jpg", "$RECYCLE.BIN/a.png", "d/@eaDir/a.png")
     assert list_folder(tmp_path) == Listing(folders=["d"])
     assert list_folder(files(tmp_path / ".hidden", "a.png")).pictures == ["a.png"]  # what a person has named counts
 

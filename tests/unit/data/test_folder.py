@@ -11,7 +11,7 @@ from visionlora.config import FolderConfig, TrainSDConfig
 from visionlora.data.folder import ImageItem, read_image_folder, read_image_folders, read_pictures
 from visionlora.errors import ConfigError, DataError
 
-ENDINGS = ".avif, .bmp, .gif, .jpeg, .jpg, .png, .tif, .tiff, .webp"
+ENDINGS = ".avif, .bmp, .gif, .jfif, .jpe, .jpeg, .jpg, .pgm, .png, .ppm, .tif, .tiff, .webp"
 
 
 def picture(path: Path, seed: int) -> str:
@@ -54,6 +54,12 @@ def test_items(tmp_path: Path) -> None:
     assert folder.notes == ()
     assert folder.caption_source == "captions from metadata.jsonl (3)"
     assert seen == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_linked_folders_are_mentioned(dog: Path, tmp_path: Path) -> None:
+    picture(tmp_path / "more" / "c.png", 2)
+    (dog / "more").symlink_to(tmp_path / "more")
+    assert read_image_folder(dog).notes == ("left out, linked folders are not entered: more",)
 
 
 def test_sources_are_counted(dog: Path) -> None:

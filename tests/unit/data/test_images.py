@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from visionlora.data.images import decode, decode_noted, fit, printable
+from visionlora.data.images import IMAGE_SUFFIXES, decode, decode_noted, fit, printable
 from visionlora.errors import DataError
 
 RNG = np.random.default_rng(0)
@@ -26,6 +26,20 @@ def test_plain_rgb_is_kept_as_it_is(tmp_path: Path) -> None:
     assert decoded.note is None
     assert decoded.image.mode == "RGB"
     np.testing.assert_array_equal(np.asarray(decoded.image), PIXELS)
+
+
+@pytest.mark.parametrize("suffix", ["jfif", "jpe", "ppm", "pgm"])
+def test_other_endings(tmp_path: Path, suffix: str) -> None:
+    grey = Image.fromarray(PIXELS[..., 0])
+    grey.save(tmp_path / f"a.{suffix}", quality=100)
+    assert f".{suffix}" in IMAGE_SUFFIXES
+    decoded = np.asarray(decode(tmp_path / f"a.{suffix}")).astype(int)
+    assert np.abs(decoded - PIXELS[..., :1]).max() <= 3
+
+
+def test_16_bit_pgm_is_scaled(tmp_path: Path) -> None:
+    (tmp_path / "a.pgm").write_bytes(b"P5\n3 1\n4095\n" + np.array([0, 2048, 4095], ">u2").tobytes())
+    np.testing.assert_array_equal(np.asarray(decode(tmp_path / "a.pgm"))[0, :, 0], [0, 128, 255])
 
 
 def test_transparent_is_put_on_white(tmp_path: Path) -> None:

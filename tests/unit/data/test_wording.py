@@ -22,7 +22,7 @@ from visionlora.data.wording import (
 )
 
 NAMES = [str(i) for i in range(25)]
-ENDINGS = "pictures end in .avif, .bmp, .gif, .jpeg, .jpg, .png, .tif, .tiff, .webp"
+ENDINGS = "pictures end in .avif, .bmp, .gif, .jfif, .jpe, .jpeg, .jpg, .pgm, .png, .ppm, .tif, .tiff, .webp"
 
 
 def test_counts() -> None:
