@@ -22,6 +22,7 @@ from visionlora.data.captions import Captions, caption_of_name, read_captions
 from visionlora.data.files import Listing, list_folder, sha256_of, suffix_of
 from visionlora.data.images import decode_noted, printable
 from visionlora.data.masks import Masks, find_masks, masks_of_column
+from visionlora.data.named_repeats import NamedRepeats, named_repeats
 from visionlora.data.parquet import PARQUET, Unpacked, unpack
 from visionlora.data.wording import (
     ENDINGS,
@@ -139,7 +140,8 @@ def read_image_folder(
 
     Args:
         folder: where the pictures are.
-        prompt: the caption of every picture; when not given, captions come from the folder.
+        prompt: the caption of every picture; when not given, captions come from the folder. Where all top folders are named
+            like `10_sks dog`, their pictures count 10 times, with the caption `sks dog` if they have none of their own.
         captions: `filename` takes them from the names of the pictures instead.
         masks: `alpha`, a folder of masks, or the column of a parquet table that holds them; see `visionlora.data.masks`.
         skip_broken: leave out what cannot be used (and say so in the notes) instead of raising.
@@ -192,6 +194,7 @@ class _Source:
     listing: Listing
     unpacked: Unpacked | None = None
     masks: Masks | None = None
+    named: NamedRepeats = field(default_factory=lambda: named_repeats(()))
     notes: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     caption_source: str = ""
@@ -290,6 +293,9 @@ def _open(source: _Source, cache: Path | None, progress: Callable[[int, int], No
             empty = f"is empty; put the pictures into it ({ENDINGS}) or pass another folder."
             raise DataError(no_pictures(root, listing, empty))
     source.problems += source.listing.problems
+    if source.words is _OPTION:  # one of several folders has settings that say it
+        source.named = named_repeats(source.pictures)
+        source.notes += [source.named.note()] if source.named.repeats else []
     if tables:
         column = config.masks if config.masks != ALPHA else None
         source.unpacked = unpack(tables, cache, progress, column)
@@ -382,7 +388,7 @@ def _caption(source: _Source, looks: _Looks) -> None:
             path, name_of_all = source.pictures[name], source.name_of(name)
             mask, mask_sha256 = looks.masks.get(name, (None, None))
             item = ImageItem(
-                path, texts[name], looks.sha256[name], source.config.repeats, mask, mask_sha256,
+                path, texts[name], looks.sha256[name], source.named.of(name) or source.config.repeats, mask, mask_sha256,
                 size=looks.sizes[name], name=name_of_all,
             )  # fmt: skip
             source.items.append(item)
@@ -402,10 +408,12 @@ def _texts(source: _Source) -> tuple[dict[str, str], Captions]:
         return dict.fromkeys(source.pictures, prompt.strip()), captions
     if source.config.captions == "filename":
         return _from_names(source, captions)
-    if captions.sources or captions.problems:
-        source.caption_source = _found_source(captions)
+    by_folder = source.named.captions(name for name in source.pictures if name not in captions.blamed)
+    if captions.sources or captions.problems or by_folder:
+        lacking = sum(name not in captions.texts for name in by_folder)
+        source.caption_source = _found_source(captions, {"the names of the folders": lacking})
         source.problems += captions.problems
-        return captions.texts, captions
+        return by_folder | captions.texts, captions
     if unpacked is not None:
         table, columns = next(iter(unpacked.others.items()))
         raise DataError(
@@ -491,8 +499,8 @@ def _prompt_source(option: str, prompt: str, captions: Captions) -> str:
     return f'{option}: all pictures get "{prompt.strip()}"{unused if captions.sources else ""}'
 
 
-def _found_source(captions: Captions) -> str:
-    counts = [f"{printable(source)} ({count})" for source, count in captions.sources.items() if count]
+def _found_source(captions: Captions, others: Mapping[str, int]) -> str:
+    counts = [f"{printable(source)} ({count})" for source, count in {**captions.sources, **others}.items() if count]
     return f"captions from {' and '.join(counts)}"
 
 

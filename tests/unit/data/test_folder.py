@@ -56,6 +56,44 @@ def test_items(tmp_path: Path) -> None:
     assert seen == [(1, 3), (2, 3), (3, 3)]
 
 
+def test_folders_that_say_repeats_and_caption(tmp_path: Path) -> None:
+    for seed, name in enumerate(["10_sks dog/a.png", "10_sks dog/b.png", "1_dog/sub/c.png"]):
+        picture(tmp_path / name, seed)
+    (tmp_path / "10_sks dog" / "a.txt").write_text("its own")
+    folder = read_image_folder(tmp_path)
+    assert [(item.name, item.repeats, item.caption) for item in folder.items] == [
+        ("10_sks dog/a.png", 10, "its own"),
+        ("10_sks dog/b.png", 10, "sks dog"),
+        ("1_dog/sub/c.png", 1, "dog"),
+    ]
+    assert folder.notes == (
+        "as kohya reads them, folders say how often their pictures count: 10_sks dog (10 x), 1_dog (1 x); rename them where "
+        "that is not meant",
+    )
+    assert folder.caption_source == "captions from .txt files (1) and the names of the folders (2)"
+    folder = read_image_folder(tmp_path, "all")
+    assert [(item.repeats, item.caption) for item in folder.items] == [(10, "all"), (10, "all"), (1, "all")]
+    (tmp_path / "10_sks dog" / "b.txt").touch()  # empty: that is a problem, not a reason to take another caption
+    assert "10_sks dog/b.txt is empty" in said(tmp_path)
+    assert len(read_image_folder(tmp_path, skip_broken=True).items) == 2
+
+
+@pytest.mark.parametrize("other", ["d.png", "else/d.png", "2023_holiday/d.png", "01_front/d.png", "3_/d.png"])
+def test_repeats_are_in_all_folders_or_in_none(tmp_path: Path, other: str) -> None:
+    for seed, name in enumerate(["10_sks dog/a.png", other]):
+        picture(tmp_path / name, seed)
+    folder = read_image_folder(tmp_path)
+    assert {item.repeats for item in folder.items} == {1}
+    assert folder.notes == ()
+
+
+def test_among_several_folders_settings_say_repeats(tmp_path: Path) -> None:
+    for seed, name in enumerate(["in/10_sks dog/a.png", "more/b.png"]):
+        picture(tmp_path / name, seed)
+    folder = read_image_folders([FolderConfig(str(tmp_path / name)) for name in ("in", "more")])
+    assert {item.repeats for item in folder.items} == {1}
+
+
 def test_linked_folders_are_mentioned(dog: Path, tmp_path: Path) -> None:
     picture(tmp_path / "more" / "c.png", 2)
     (dog / "more").symlink_to(tmp_path / "more")

@@ -1,0 +1,56 @@
+"""Folders whose names say how often their pictures count: `10_sks dog`, as kohya's trainer has them.
+
+In: the names of pictures. Out: repeats and captions by folder; or nothing, where the folders are called otherwise.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from visionlora.data.images import printable
+from visionlora.data.labelled import top_of
+
+# Neither years (2023_holiday) nor numbers that only keep an order (01_front).
+_NAME = re.compile(r"([1-9]\d{0,2})_(.*\w.*)")
+_MAX_NAMED = 5
+
+
+@dataclass(frozen=True)
+class NamedRepeats:
+    """What the names of folders say."""
+
+    repeats: Mapping[str, int]
+    """Top folder -> how often each of its pictures counts; empty where the folders are called otherwise."""
+    words: Mapping[str, str]
+    """Top folder -> the caption of its pictures that have none of their own."""
+
+    def of(self, picture: str) -> int | None:
+        """How often a picture counts, if its folder says it."""
+        return self.repeats.get(top_of(picture))
+
+    def captions(self, pictures: Iterable[str]) -> dict[str, str]:
+        """The captions of these pictures by their folders; none where the folders are called otherwise."""
+        return {name: words for name in pictures if (words := self.words.get(top_of(name)))}
+
+    def note(self) -> str:
+        """What was made of the names."""
+        shown = [f"{printable(top)} ({count} x)" for top, count in list(self.repeats.items())[:_MAX_NAMED]]
+        more = f" and {len(self.repeats) - _MAX_NAMED:,} more" if len(self.repeats) > _MAX_NAMED else ""
+        return (
+            f"as kohya reads them, folders say how often their pictures count: {', '.join(shown)}{more}; rename them where "
+            "that is not meant"
+        )
+
+
+def named_repeats(pictures: Iterable[str]) -> NamedRepeats:
+    """Reads the names of the top folders; all must say it, and no picture may lie outside them."""
+    names = list(pictures)
+    found = {top: _NAME.fullmatch(top) for top in sorted({top_of(name) for name in names})}
+    read = {top: (int(match[1]), match[2].strip()) for top, match in found.items() if match}
+    if len(read) < len(found) or not all("/" in name for name in names):
+        return NamedRepeats({}, {})
+    return NamedRepeats(
+        {top: count for top, (count, _) in read.items()}, {top: words for top, (_, words) in read.items()}
+    )
