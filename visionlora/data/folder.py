@@ -20,7 +20,7 @@ from visionlora.config.train_sd import TrainSDConfig
 from visionlora.data.alike import look_alikes, looks_of
 from visionlora.data.captions import Captions, caption_of_name, read_captions
 from visionlora.data.files import Listing, list_folder, sha256_of, suffix_of
-from visionlora.data.images import decode_noted, printable
+from visionlora.data.images import decode_noted, legible, printable
 from visionlora.data.masks import Masks, find_masks, masks_of_column
 from visionlora.data.named_repeats import NamedRepeats, named_repeats
 from visionlora.data.parquet import PARQUET, Unpacked, unpack
@@ -202,7 +202,7 @@ class _Source:
 
     def name_of(self, picture: str) -> str:
         """How the picture is named among those of all folders."""
-        folder = Path(self.config.path).parent if self.label and self.unpacked else self.label
+        folder = Path(self.config.path).parent if self.label and self.root.is_file() else self.label
         return (PurePosixPath(folder) / picture).as_posix()
 
 
@@ -431,10 +431,12 @@ def _from_names(source: _Source, captions: Captions) -> tuple[dict[str, str], Ca
     origins: Mapping[str, str] = (
         source.unpacked.origins if source.unpacked else {name: name for name in source.pictures}
     )
-    texts = {name: text for name in source.pictures if (text := caption_of_name(origins.get(name, "")))}
+    said = {name: caption_of_name(origins.get(name, "")) for name in source.pictures}
+    texts = {name: text for name, text in said.items() if text and text == legible(text)}
     blamed = [name for name in source.pictures if name not in texts]
     source.problems += [
-        f"{printable(name)} has no words in its name; rename it after what it shows, or leave captions=filename out"
+        f"{printable(name)} has {'letters in its name that are not UTF-8' if said[name] else 'no words in its name'}; rename "
+        "it after what it shows, or leave captions=filename out"
         for name in blamed
     ]
     unused = f"; the captions in {' and '.join(map(printable, captions.sources))} are not used"
@@ -490,7 +492,7 @@ def _common(roots: Sequence[Path]) -> Path:
 
 
 def _instance_prompt(root: Path) -> str:
-    name = root.resolve().name.lower()
+    name = legible(root.resolve().name).lower()
     return " ".join([TRIGGER, *name.replace("_", " ").replace("-", " ").split()])
 
 

@@ -83,6 +83,15 @@ def printable(name: str | Path) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
+def legible(name: str) -> str:
+    r"""A file name without the bytes that are no UTF-8, which archives of other systems leave in names.
+
+    >>> legible("caf\udce9 1")
+    'caf 1'
+    """
+    return name.encode("utf-8", "ignore").decode("utf-8")
+
+
 def decode(path: Path) -> Image.Image:
     """The picture as a person sees it: upright, RGB, transparent parts white.
 

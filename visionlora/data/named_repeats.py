@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from visionlora.data.images import printable
+from visionlora.data.images import legible, printable
 from visionlora.data.labelled import top_of
 
 # Neither years (2023_holiday) nor numbers that only keep an order (01_front).
@@ -48,7 +48,7 @@ def named_repeats(pictures: Iterable[str]) -> NamedRepeats:
     """Reads the names of the top folders; all must say it, and no picture may lie outside them."""
     names = list(pictures)
     found = {top: _NAME.fullmatch(top) for top in sorted({top_of(name) for name in names})}
-    read = {top: (int(match[1]), match[2].strip()) for top, match in found.items() if match}
+    read = {top: (int(match[1]), legible(match[2]).strip()) for top, match in found.items() if match}
     if len(read) < len(found) or not all("/" in name for name in names):
         return NamedRepeats({}, {})
     return NamedRepeats(

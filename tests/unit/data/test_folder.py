@@ -94,6 +94,16 @@ def test_among_several_folders_settings_say_repeats(tmp_path: Path) -> None:
     assert {item.repeats for item in folder.items} == {1}
 
 
+def test_names_that_are_not_utf8_are_no_captions(tmp_path: Path) -> None:
+    root = tmp_path / "d\udce9"
+    picture(root / "a.png", 0)
+    (root / "a.png").rename(root / "caf\udce9.png")
+    picture(root / "a dog.png", 1)
+    with pytest.raises(DataError, match=r"caf\\udce9.png has letters in its name that are not UTF-8; rename it after"):
+        read_image_folder(root, captions="filename")
+    assert {item.caption for item in read_image_folder(root).items} == {"sks d"}
+
+
 def test_linked_folders_are_mentioned(dog: Path, tmp_path: Path) -> None:
     picture(tmp_path / "more" / "c.png", 2)
     (dog / "more").symlink_to(tmp_path / "more")

@@ -15,7 +15,8 @@ import pytest
 from PIL import Image
 
 import visionlora.data.parquet as parquet
-from visionlora.data.folder import ImageFolder, read_image_folder
+from visionlora.config import FolderConfig
+from visionlora.data.folder import ImageFolder, read_image_folder, read_image_folders
 from visionlora.data.images import decode
 from visionlora.data.masks import mask_of
 from visionlora.data.tags import caption_variants
@@ -75,6 +76,18 @@ def test_a_file(tmp_path: Path) -> None:
     assert seen == [(i, 5) for i in range(1, 6)] * 2
     assert all(item.path.is_relative_to(tmp_path / "cache" / "parquet") for item in folder.items)
     assert folder.items[0].path.suffix == ".png"
+
+
+def test_several_folders_with_files_of_one_name(tmp_path: Path) -> None:
+    for seed, name in enumerate(("a", "b")):
+        write(tmp_path / name / "train.parquet", [{"image": cell(seed), "text": name}])
+    configs = [FolderConfig(str(tmp_path / name)) for name in ("a", "b/train.parquet")]
+    folder = read_image_folders([configs[0], FolderConfig(str(tmp_path / "b"))], cache=tmp_path / "cache")
+    check_pictures(folder, [f"{tmp_path}/{name}/train.parquet row 1" for name in ("a", "b")], ["a", "b"])
+    assert not any("look alike" in note for note in folder.notes)
+    assert [item.name for item in read_image_folders(configs, cache=tmp_path / "cache").items] == [
+        item.name for item in folder.items
+    ]
 
 
 @pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary()])
