@@ -195,8 +195,8 @@ def _read_sidecars(found: _Findings, suffix: str) -> None:
     for file in files:
         if (stem := stems.find(_stem(file))) is not None:
             owned[file] = by_stem[stem]
-        elif (picture := found.pictures.find(_stem(file))) is not None:
-            owned[file] = [picture]
+        elif (whole := found.pictures.find(_stem(file))) is not None:
+            owned[file] = [whole]
     source = f"{suffix} files"
     if owned:
         found.sources[source] = 0

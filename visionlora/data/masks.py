@@ -26,6 +26,9 @@ from visionlora.errors import ConfigError, DataError, nearest
 if TYPE_CHECKING:
     from visionlora.data.folder import ImageItem
 
+DARK = 32
+"""Of 255 levels: a mask that is darker than this all over is not meant so; most hold 0 and 1, or numbers of classes."""
+
 
 @dataclass(frozen=True)
 class Masks:
@@ -45,7 +48,7 @@ class Masks:
         """The file of a picture's mask, which has been read.
 
         Raises:
-            DataError: when there is none, it cannot be read, has another size, or is black all over.
+            DataError: when there is none, it cannot be read, has another size, or is (nearly) black all over.
         """
         if self.problems and name in self.problems:
             raise DataError(self.problems[name])
@@ -64,6 +67,11 @@ class Masks:
             raise DataError(
                 f"{printable(name)} has a mask that is black all over, {shown}, so nothing of it is learned; paint white "
                 "where to learn, or remove both"
+            )
+        if mask.max() < DARK:
+            raise DataError(
+                f"{printable(name)} has a mask that is nearly black all over, {shown}: its brightest level is {mask.max()} of "
+                "255, so hardly anything is learned; save it with 255 where to learn (often 1 is meant as white)"
             )
         return file
 

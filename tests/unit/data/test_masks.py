@@ -153,6 +153,18 @@ def test_every_problem_is_named_with_its_remedy(tmp_path: Path) -> None:
     assert [item.name for item in read(tmp_path, masks, skip_broken=True).items] == ["a.png"]
 
 
+@pytest.mark.parametrize(("level", "fine"), [(1, False), (31, False), (32, True)])
+def test_a_mask_of_zeros_and_ones_is_refused(tmp_path: Path, level: int, fine: bool) -> None:
+    save(tmp_path / "dog" / "a.png", noise())
+    mask = save(tmp_path / "masks" / "a.png", np.eye(6, 4, dtype=np.uint8) * level)
+    if fine:
+        return check_mask(read(tmp_path, mask.parent), "a.png", np.eye(6, 4) * level)
+    assert (
+        f"a.png has a mask that is nearly black all over, {mask}: its brightest level is {level} of 255, so hardly anything is "
+        "learned; save it with 255 where to learn (often 1 is meant as white)"
+    ) in said(tmp_path, mask.parent)
+
+
 def test_accents_may_be_encoded_otherwise(tmp_path: Path) -> None:
     save(tmp_path / "dog" / unicodedata.normalize("NFC", "é.png"), noise())
     mask = save(tmp_path / "masks" / unicodedata.normalize("NFD", "é.png"), np.full((6, 4), 255, np.uint8))
