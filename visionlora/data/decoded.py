@@ -38,7 +38,7 @@ from visionlora.data.preprocess import Preprocessing
 from visionlora.data.wording import count_of, first_names, left_out, problem_report, remedy
 from visionlora.errors import DataError
 
-_VERSION = "1"  # of what the two files hold; a new number makes old files unused
+_VERSION = "2"  # of what the two files hold; a new number makes old files unused
 _THREADS = 4
 
 

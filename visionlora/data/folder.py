@@ -62,13 +62,16 @@ class ImageItem:
     """Height and width of the upright picture, px; None where nobody has looked."""
     name: str = field(default="", compare=False)
     """How messages and run folders name it: its path in the folder, or the row of a parquet file."""
+    rule: str = ""
+    """How the file's numbers were read; see `images.Decoded`."""
 
     @property
     def content(self) -> str:
-        """Tells what is learned, but not its caption: the picture, and which mask it has."""
+        """Tells what is learned, but not its caption: the picture, how it was read, and which mask it has."""
+        picture = f"{self.sha256} {self.rule}".rstrip()
         if self.mask is None:
-            return self.sha256
-        return f"{self.sha256} {'alpha' if self.mask == self.path else self.mask_sha256}"
+            return picture
+        return f"{picture} {'alpha' if self.mask == self.path else self.mask_sha256}"
 
 
 @dataclass(frozen=True)
@@ -215,6 +218,7 @@ class _Looks:
     """File of the mask and its hash."""
     sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
     """Height and width."""
+    rules: dict[str, str] = field(default_factory=dict)
     hashes: dict[str, int] = field(default_factory=dict)
     thumbnails: dict[str, npt.NDArray[np.uint8]] = field(default_factory=dict)
 
@@ -347,6 +351,7 @@ def _checked(source: _Source, before: int, total: int, progress: Callable[[int, 
             source.problems.append(str(error))
         else:
             looks.sha256[name], looks.sizes[name] = sha256, decoded.image.size[::-1]
+            looks.rules[name] = decoded.rule
             looks.hashes[name], looks.thumbnails[name] = looks_of(decoded.image)
             if decoded.note:
                 converted.setdefault(decoded.note, []).append(name)
@@ -389,7 +394,7 @@ def _caption(source: _Source, looks: _Looks) -> None:
             mask, mask_sha256 = looks.masks.get(name, (None, None))
             item = ImageItem(
                 path, texts[name], looks.sha256[name], source.named.of(name) or source.config.repeats, mask, mask_sha256,
-                size=looks.sizes[name], name=name_of_all,
+                size=looks.sizes[name], name=name_of_all, rule=looks.rules[name],
             )  # fmt: skip
             source.items.append(item)
 

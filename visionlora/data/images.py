@@ -1,6 +1,6 @@
 """One picture file to the pixels a person sees, or to one sentence that says why not.
 
-In: a file. Out: an upright RGB `PIL.Image` on white (`decode`), or a uint8 array of a wanted size (`fit`).
+In: a file. Out: an upright sRGB `PIL.Image` on white (`decode`), or a uint8 array of a wanted size (`fit`).
 
 Letters: `h`, `w` height and width in pixels.
 """
@@ -10,13 +10,14 @@ from __future__ import annotations
 import codecs
 import re
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
+from visionlora.data.profiles import in_srgb
 from visionlora.errors import DataError
 
 IMAGE_SUFFIXES = tuple(".avif .bmp .gif .jfif .jpe .jpeg .jpg .pgm .png .ppm .tif .tiff .webp".split())
@@ -35,6 +36,12 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+
+_PROFILE = "colour profile, converted to sRGB"
+_CMYK_PROFILE = "CMYK, converted to RGB by its colour profile"
+_INVERTED = "white is zero, turned round"
+_RULES = (_PROFILE, _CMYK_PROFILE, _INVERTED)  # notes on how numbers were read
+_WHITE_IS = 262  # the tag of a TIFF that says it
 
 _REMOVE = "remove it or rename it"
 _COPY = "copy it again from its source, or remove it"
@@ -67,6 +74,8 @@ class Decoded:
     """What was converted, e.g. `CMYK, converted to RGB`; None where the file was plain."""
     alpha: Image.Image | None = None
     """The alpha channel, upright, mode L; None where the file has none."""
+    rule: str = ""
+    """How its numbers were read where they are not plain sRGB: with the file's bytes it says what the pixels are."""
 
 
 class _Unusable(Exception):
@@ -93,7 +102,7 @@ def legible(name: str) -> str:
 
 
 def decode(path: Path) -> Image.Image:
-    """The picture as a person sees it: upright, RGB, transparent parts white.
+    """The picture as a person sees it: upright, sRGB, transparent parts white.
 
     Raises:
         DataError: one sentence that says what is wrong with the file and what to do.
@@ -102,7 +111,7 @@ def decode(path: Path) -> Image.Image:
 
 
 def as_seen(image: Image.Image) -> Image.Image:
-    """An opened picture as `decode` would give it: upright by its EXIF, RGB, transparent parts white, 16 bits brought to 8.
+    """An opened picture as `decode` would give it: upright by its EXIF, sRGB, transparent parts white, 16 bits brought to 8.
 
     Raises:
         DataError: when its colours have no defined look.
@@ -203,7 +212,8 @@ def _decode(path: Path) -> Decoded:
         if frames > 1 and image.format != "MPO":  # the further frames of an MPO are previews of the same photo
             notes.append(f"the first of {frames} frames")
         found = _upright(image)
-    return Decoded(found.image, "; ".join([*notes, *([found.note] if found.note else [])]) or None, found.alpha)
+    note = "; ".join([*notes, *([found.note] if found.note else [])]) or None
+    return replace(found, note=note)
 
 
 def _upright(image: Image.Image) -> Decoded:
@@ -214,7 +224,7 @@ def _upright(image: Image.Image) -> Decoded:
     if method is not None:
         rgb, alpha = rgb.transpose(method), alpha and alpha.transpose(method)
         notes.append("turned upright by its EXIF orientation")
-    return Decoded(rgb, "; ".join(notes) or None, alpha)
+    return Decoded(rgb, "; ".join(notes) or None, alpha, "; ".join(note for note in notes if note in _RULES))
 
 
 def _orientation(image: Image.Image) -> int:
@@ -235,18 +245,21 @@ def _to_rgb(image: Image.Image) -> tuple[Image.Image, Image.Image | None, list[s
     if mode == "LAB":
         raise _Unusable("stores Lab colours, which Pillow cannot show; save it as RGB")
     notes = ["palette, converted to RGB"] if mode in ("P", "PA") else []
+    converted = in_srgb(image, image.info.get("icc_profile"))
+    if mode == "CMYK":
+        notes.append(_CMYK_PROFILE if converted else "CMYK, converted to RGB")
+    elif converted:
+        notes.append(_PROFILE)
     mask = None
     if image.has_transparency_data:
         rgba = np.asarray(image.convert("RGBA")).astype(np.uint16)
-        colour, alpha = rgba[..., :3], rgba[..., 3:]
+        colour, alpha = rgba[..., :3] if converted is None else np.asarray(converted).astype(np.uint16), rgba[..., 3:]
         mask = Image.fromarray(alpha[..., 0].astype(np.uint8))
         if alpha.min() < 255:
             # Rounded to nearest; the largest sum is 255 * 255 + 127, which a uint16 still holds.
             on_white = (colour * alpha + 255 * (255 - alpha) + 127) // 255
             return Image.fromarray(on_white.astype(np.uint8)), mask, [*notes, "transparent, put on white"]
-    if mode == "CMYK":
-        notes.append("CMYK, converted to RGB")
-    return image.convert("RGB"), mask, notes
+    return converted or image.convert("RGB"), mask, notes
 
 
 def _deep_grey_to_rgb(image: Image.Image) -> tuple[Image.Image, Image.Image | None, list[str]]:
@@ -257,8 +270,14 @@ def _deep_grey_to_rgb(image: Image.Image) -> tuple[Image.Image, Image.Image | No
             f"stores 32-bit grey from {values.min()} to {values.max()}, for which white is not defined; "
             "save it with 8 or 16 bits"
         )
-    grey = ((values * 255 + 32767) // 65535).astype(np.uint8)
     notes = ["16-bit, reduced to 8"]
+    if image.mode.startswith("I;16") and getattr(image, "tag_v2", {}).get(_WHITE_IS) == 0:
+        values = 65535 - values  # of 8 bits Pillow does it itself
+        notes.append(_INVERTED)
+    grey = ((values * 255 + 32767) // 65535).astype(np.uint8)
+    if converted := in_srgb(Image.fromarray(grey), image.info.get("icc_profile")):
+        grey = np.array(converted)
+        notes.append(_PROFILE)
     clear, mask = image.info.get("transparency"), None
     if isinstance(clear, int):
         mask = Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8))

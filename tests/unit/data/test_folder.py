@@ -104,6 +104,12 @@ def test_names_that_are_not_utf8_are_no_captions(tmp_path: Path) -> None:
     assert {item.caption for item in read_image_folder(root).items} == {"sks d"}
 
 
+def test_how_numbers_were_read_is_part_of_the_content(tmp_path: Path) -> None:
+    Image.fromarray(np.array([[0, 65535]], np.uint16)).save(tmp_path / "a.tif", tiffinfo={262: 0})
+    item = read_image_folder(tmp_path, "x").items[0]
+    assert item.content == f"{item.sha256} white is zero, turned round"
+
+
 def test_linked_folders_are_mentioned(dog: Path, tmp_path: Path) -> None:
     picture(tmp_path / "more" / "c.png", 2)
     (dog / "more").symlink_to(tmp_path / "more")

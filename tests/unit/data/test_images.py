@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 
 from visionlora.data.images import IMAGE_SUFFIXES, decode, decode_noted, fit, printable
 from visionlora.errors import DataError
@@ -139,6 +139,76 @@ def test_cmyk_jpeg(tmp_path: Path) -> None:
     assert decoded.image.mode == "RGB"
     # Red, up to what JPEG itself loses: no ink of one kind, full ink of the others.
     assert np.abs(np.asarray(decoded.image).astype(int) - [255, 0, 0]).max() <= 3
+
+
+@pytest.mark.parametrize("white", [0, 1])
+def test_16_bit_tiff_says_what_white_is(tmp_path: Path, white: int) -> None:
+    deep = np.array([[0, 257, 65535]], np.uint16)
+    Image.fromarray(deep).save(tmp_path / "a.tif", tiffinfo={262: white})
+    with Image.open(tmp_path / "a.tif") as image:
+        assert image.tag_v2[262] == white
+    decoded = decode_noted(tmp_path / "a.tif")
+    np.testing.assert_array_equal(np.asarray(decoded.image)[..., 0], [[0, 1, 255] if white else [255, 254, 0]])
+    assert decoded.rule == ("" if white else "white is zero, turned round")
+
+
+# Colour profiles.
+
+
+def profile(swap: bool = False) -> bytes:
+    """sRGB's, or the same with red and green swapped."""
+    content = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    if swap:
+        red, green = content.index(b"rXYZ"), content.index(b"gXYZ")
+        content[red : red + 4], content[green : green + 4] = b"gXYZ", b"rXYZ"
+    return bytes(content)
+
+
+def test_srgb_profile_is_no_news(tmp_path: Path) -> None:
+    Image.fromarray(PIXELS).save(tmp_path / "a.png", icc_profile=profile())
+    decoded = decode_noted(tmp_path / "a.png")
+    assert (decoded.note, decoded.rule) == (None, "")
+    np.testing.assert_array_equal(np.asarray(decoded.image), PIXELS)
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif", "webp", "jpg"])
+def test_other_profile_is_converted(tmp_path: Path, suffix: str) -> None:
+    colours = np.zeros((8, 8, 3), np.uint8)
+    colours[:] = [200, 10, 60]
+    Image.fromarray(colours).save(
+        tmp_path / f"a.{suffix}", icc_profile=profile(swap=True), quality=100, subsampling=0, lossless=True
+    )
+    decoded = decode_noted(tmp_path / f"a.{suffix}")
+    assert decoded.note == decoded.rule == "colour profile, converted to sRGB"
+    assert np.abs(np.asarray(decoded.image).astype(int) - [10, 200, 60]).max() <= 4
+
+
+def test_profile_with_palette_transparency_and_turned(tmp_path: Path) -> None:
+    image = Image.new("P", (2, 1))
+    image.putpalette([200, 10, 60, 4, 5, 6])
+    image.putpixel((1, 0), 1)
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    image.save(tmp_path / "a.png", transparency=1, icc_profile=profile(swap=True), exif=exif)
+    decoded = decode_noted(tmp_path / "a.png")
+    assert np.abs(np.asarray(decoded.image).astype(int) - [[[255, 255, 255], [10, 200, 60]]]).max() <= 2
+    assert decoded.note == (
+        "palette, converted to RGB; colour profile, converted to sRGB; transparent, put on white; turned upright by its EXIF "
+        "orientation"
+    )
+
+
+@pytest.mark.parametrize("cut", [0, 60, 200])
+def test_a_broken_profile_is_passed_over(tmp_path: Path, cut: int) -> None:
+    Image.fromarray(PIXELS).save(tmp_path / "a.png", icc_profile=profile(swap=True)[:cut] + b"x")
+    decoded = decode_noted(tmp_path / "a.png")
+    assert decoded.note is None
+    np.testing.assert_array_equal(np.asarray(decoded.image), PIXELS)
+
+
+def test_a_profile_of_another_kind_of_picture_is_passed_over(tmp_path: Path) -> None:
+    Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "a.jpg", quality=100, icc_profile=profile(swap=True))
+    assert decode_noted(tmp_path / "a.jpg").note == "CMYK, converted to RGB"
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
