@@ -20,12 +20,17 @@ HASH_BITS = 3
 """Near duplicates differ in at most so many of the 64 bits of their perceptual hashes ..."""
 THUMBNAIL_DIFFERENCE = 6.0
 """... and, on average, in at most so many of 255 levels of their thumbnails: simple small pictures, such as digits,
-often share a hash."""
+often share a hash. And what differs beside the mean level of each colour ..."""
+OWN_SPREAD = 0.5
+"""... is at most this part of the spread within either of them, plus half a level: pictures of one texture, such as granite,
+are all about grey in small, but each has grains of its own."""
 
 _MARGIN = 6  # levels; see perceptual_hash
 _LARGE = 8 * THUMBNAIL  # px; what is averaged away above it changes no thumbnail that can be seen
 _HASHES_AT_ONCE = 1 << 20  # pairs; each takes some tens of bytes
 _THUMBNAILS_AT_ONCE = 1 << 14  # pairs; each takes some thousands of bytes
+_MANY = 64  # windows from this on are compared as one product of matrices ...
+_ROWS = 128  # ... of so many pictures with all in their windows
 
 
 def perceptual_hash(image: Image.Image) -> int:
@@ -168,12 +173,9 @@ def _near_duplicates(hashes: npt.NDArray[np.uint64], thumbnails: npt.NDArray[np.
     Thumbnails are compared only where hashes are near. Within each hash the pictures are sorted by mean level: means
     lie no further apart than levels do on average, so each picture is compared only with a window of the others.
     """
-    pixels = thumbnails.reshape(len(thumbnails), 768)
-    mean = pixels.mean(axis=1, dtype=np.float64)
+    mean = thumbnails.reshape(len(thumbnails), 768).mean(axis=1, dtype=np.float64)
     order = np.lexsort((mean, hashes))
-    pixels, mean = pixels[order], mean[order]
-    # 4 x 4 blocks: their difference is a lower bound too, at a fraction of the cost.
-    blocks = pixels.reshape(-1, 4, 4, 4, 4, 3).mean(axis=(2, 4), dtype=np.float32).reshape(-1, 48)
+    small, mean = _Small(thumbnails[order]), mean[order]
     unique, start = np.unique(hashes[order], return_index=True)
     stop = np.append(start[1:], len(order))
     group = np.repeat(np.arange(len(unique)), stop - start)
@@ -191,18 +193,73 @@ def _near_duplicates(hashes: npt.NDArray[np.uint64], thumbnails: npt.NDArray[np.
     high = np.concatenate(
         [np.searchsorted(axis, axis + reach, "right"), np.searchsorted(axis, centre + reach, "right")]
     )
+    # Within a run pictures and windows are in the order of their means.
+    run = np.concatenate([group, len(unique) + np.repeat(np.arange(len(first)), size)])
+    many = high - low > _MANY
     forest = _Forest(len(order))
-    for a, b in _pairs(item, low, high, _THUMBNAILS_AT_ONCE):
-        roots = forest.parent  # thousands of copies are soon one set, whose pairs need no comparing
-        new = roots[a] != roots[b]
-        a, b = a[new], b[new]
-        near = np.abs(blocks[a] - blocks[b]).mean(axis=1) <= reach
-        a, b = a[near], b[near]
-        near = np.abs(pixels[a].astype(np.int16) - pixels[b]).mean(axis=1) <= THUMBNAIL_DIFFERENCE
-        forest.join_all(a[near], b[near])
+    few = ~many
+    for a, b in _pairs(item[few], low[few], high[few], _THUMBNAILS_AT_ONCE):
+        small.join(forest, a, b)
+    for rows in _cut(run[many], _ROWS):
+        for a, b in small.candidates(forest, item[many][rows], low[many][rows], high[many][rows]):
+            small.join(forest, a, b)
     result = np.empty_like(order)
     result[order] = order[forest.parent]
     return result
+
+
+class _Small:
+    """Thumbnails, prepared to be compared."""
+
+    def __init__(self, thumbnails: npt.NDArray[np.uint8]) -> None:
+        n = len(thumbnails)
+        self.pixels = thumbnails.reshape(n, 768)
+        # 4 x 4 blocks: their difference is a lower bound too, at a fraction of the cost.
+        self.blocks = thumbnails.reshape(n, 4, 4, 4, 4, 3).mean(axis=(2, 4), dtype=np.float32).reshape(n, 48)
+        colours = thumbnails.reshape(n, 256, 3).astype(np.float32)
+        self.grain = (colours - colours.mean(axis=1, keepdims=True)).reshape(n, 768)
+        self.square = np.square(self.grain).mean(axis=1)
+        self.most = OWN_SPREAD * np.sqrt(self.square) + 0.5
+        """How much the grain of another may differ, in root mean square."""
+
+    def join(self, forest: _Forest, a: npt.NDArray[np.int64], b: npt.NDArray[np.int64]) -> None:
+        """Joins those of the pairs that are near duplicates."""
+        # Thousands of copies are soon one set, whose pairs need no comparing.
+        new = forest.parent[a] != forest.parent[b]
+        a, b = a[new], b[new]
+        near = np.abs(self.blocks[a] - self.blocks[b]).mean(axis=1) <= THUMBNAIL_DIFFERENCE + 1e-3  # rounding
+        a, b = a[near], b[near]
+        near = np.abs(self.pixels[a].astype(np.int16) - self.pixels[b]).mean(axis=1) <= THUMBNAIL_DIFFERENCE
+        a, b = a[near], b[near]
+        apart = np.sqrt(np.square(self.grain[a] - self.grain[b]).mean(axis=1))
+        near = apart <= np.minimum(self.most[a], self.most[b])
+        forest.join_all(a[near], b[near])
+
+    def candidates(
+        self, forest: _Forest, item: npt.NDArray[np.int64], low: npt.NDArray[np.int64], high: npt.NDArray[np.int64]
+    ) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
+        """Pairs of items and positions from low up to high that may be near duplicates by their grain."""
+        first = int(low.min())
+        window = slice(first, int(high.max()))
+        at = np.arange(window.start, window.stop)
+        wanted = (at >= low[:, None]) & (at < high[:, None]) & (forest.parent[item][:, None] != forest.parent[window])
+        if not wanted.any():
+            return
+        apart = self.square[item][:, None] + self.square[window] - self.grain[item] @ self.grain[window].T * (2 / 768)
+        most = np.minimum(self.most[item][:, None], self.most[window])
+        i, j = np.nonzero(wanted & (apart <= np.square(most) + 0.05))  # rounding
+        for part in range(0, len(i), _THUMBNAILS_AT_ONCE):
+            piece = slice(part, part + _THUMBNAILS_AT_ONCE)
+            yield item[i[piece]], first + j[piece]
+
+
+def _cut(run: npt.NDArray[np.int64], most: int) -> Iterator[slice]:
+    """Slices of equal numbers that lie side by side, of at most so many."""
+    ends = [*(np.flatnonzero(np.diff(run)) + 1).tolist(), len(run)]
+    start = 0
+    for end in ends:
+        yield from (slice(at, min(at + most, end)) for at in range(start, end, most))
+        start = end
 
 
 def _near_hashes(hashes: npt.NDArray[np.uint64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from visionlora.data import alike
 from visionlora.data.alike import linked, look_alikes, looks_of, perceptual_hash, thumbnail
 from visionlora.data.images import decode
 
@@ -37,21 +38,36 @@ def test_equal_bytes_and_groups_are_chained() -> None:
 
 
 @given(
-    near=st.lists(st.tuples(st.integers(0, 5), st.sets(st.integers(0, 63), max_size=4), st.integers(0, 9)), min_size=1),
+    near=st.lists(
+        st.tuples(st.integers(0, 5), st.sets(st.integers(0, 63), max_size=4), st.integers(0, 9), st.integers(0, 4)),
+        min_size=1,
+    ),
     seed=st.integers(0, 9),
+    many=st.sampled_from([0, alike._MANY]),
 )
-def test_near_duplicates_are_those_of_the_definition(near: list[tuple[int, set[int], int]], seed: int) -> None:
+def test_near_duplicates_are_those_of_the_definition(
+    near: list[tuple[int, set[int], int, int]], seed: int, many: int
+) -> None:
     rng = np.random.default_rng(seed)
     bases, faces = rng.integers(0, 1 << 62, 6), rng.integers(60, 160, (6, 16, 16, 3))
-    hashes = np.array([int(bases[b]) ^ sum(1 << bit for bit in flipped) for b, flipped, _ in near], np.uint64)
-    small = np.stack([faces[b] + brighter for b, _, brighter in near]).astype(np.uint8)
-    number = linked(hashes, small, [str(i) for i in range(len(near))], [None] * len(near))
+    faces[::2] = 110 + faces[::2] // 10  # with less spread than their grain
+    grain = rng.normal(0, 1, (5, 16, 16, 3)) * np.arange(5).reshape(5, 1, 1, 1)
+    hashes = np.array([int(bases[b]) ^ sum(1 << bit for bit in flipped) for b, flipped, *_ in near], np.uint64)
+    small = np.stack([faces[b] + brighter + grain[rough] for b, _, brighter, rough in near]).astype(np.uint8)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(alike, "_MANY", many)
+        number = linked(hashes, small, [str(i) for i in range(len(near))], [None] * len(near))
+
+    own = small - small.mean(axis=(1, 2), keepdims=True)  # without the mean of each colour
+    spread = [np.sqrt(np.square(o).mean()) for o in own]
 
     parent = list(range(len(near)))  # the definition, pair by pair
     for i in range(len(near)):
         for j in range(i):
             bits = (int(hashes[i]) ^ int(hashes[j])).bit_count()
-            if bits <= 3 and np.abs(small[i].astype(int) - small[j]).mean() <= 6:
+            levels = np.abs(small[i].astype(int) - small[j]).mean()
+            apart = np.sqrt(np.square(own[i] - own[j]).mean())
+            if bits <= 3 and levels <= 6 and apart <= 0.5 * min(spread[i], spread[j]) + 0.5:
                 parent = [parent[i] if p == parent[j] else p for p in parent]
     expected = list(dict.fromkeys(parent))
     assert number.tolist() == [expected.index(p) for p in parent]
@@ -103,6 +119,27 @@ def test_a_picture_saved_again_or_made_smaller_is_linked_and_no_other() -> None:
     for change in (resaved, smaller):
         number = known([*images, *map(change, images)]).tolist()
         assert number == [*range(len(images)), *range(len(images))]
+
+
+def granite(seed: int, grey: int = 128) -> Image.Image:
+    """Fine grains, of which little is left in small."""
+    tint = np.array([10, 0, -10])
+    grains = np.random.default_rng(seed).normal(grey, 40, (128, 128, 1)) + tint
+    return Image.fromarray(grains.clip(0, 255).astype(np.uint8))
+
+
+def test_textures_are_like_their_copies_and_no_other() -> None:
+    images = [granite(seed, 120 + seed % 4) for seed in range(120)]
+    assert known([*images, *map(resaved, images[:5])]).tolist() == [*range(120), *range(5)]
+
+
+def test_thousands_of_textures_take_no_time() -> None:
+    n = 3000
+    small = np.random.default_rng(0).normal(128, 4, (n, 16, 16, 3)).astype(np.uint8)
+    small[-1] = small[0]
+    small[-1, 0, 0, 0] += 1
+    number = linked(np.zeros(n, np.uint64), small, [str(i) for i in range(n)], [None] * n)
+    assert number.tolist() == [*range(n - 1), 0]
 
 
 def test_flat_areas_do_not_leave_a_hash_to_noise() -> None:
