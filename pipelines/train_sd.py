@@ -37,6 +37,7 @@ from visionlora.diffusion.settings import (
     prepare_encoders,
     prepare_unet,
     release,
+    validation_masks,
     validation_plan,
 )
 from visionlora.diffusion.task import DenoisingTask, Preservation
@@ -206,6 +207,11 @@ def prepare(start: Start[TrainSDConfig], tell: Listener) -> Ready:
         tell.say(not_known)
     if apart:
         tell.say(f"{len(folder.items)} pictures to train on, {len(apart)} apart to see whether it learned.")
+    if any(item.mask for item in folder.items) and not any(item.mask for item in apart) and config.validation:
+        tell.say(
+            f"The masks are for the pictures to train on alone; those of {config.validation} are judged whole. val_share, "
+            "instead, keeps pictures apart with their masks."
+        )
     if config.prior_images is not None:
         check_class_folder(Path(config.prior_images), [config.images, *(f.path for f in config.folders)])
 
@@ -225,7 +231,8 @@ def prepare(start: Start[TrainSDConfig], tell: Listener) -> Ready:
         method = method_for(first.component("unet"), config.method, str(config.start_from))
         config = dataclasses.replace(config, method=method)
     adapter, text_adapters = adapters_for(config, base, first)
-    for caption, lost in cut_captions(base, [item.caption for item in folder.items]):
+    longest = [max(variants, key=len) for variants in captions_of(config, folder.items)]
+    for caption, lost in cut_captions(base, longest):
         tell.say(f"The caption {caption!r} is longer than the model reads; it never sees: {lost}")
     accelerator = new_accelerator(
         config.precision,
@@ -380,8 +387,9 @@ def encode(ready: Ready, tell: Listener) -> Material:
     kept = None
     if ready.apart:
         kept = encode_dataset(
-            base, ready.apart, validation_plan(plan), None, tell.progress, share=share, salt=salt, in_bf16=ready.in_bf16
-        )
+            base, ready.apart, validation_plan(plan), None, tell.progress, share=share, salt=salt, in_bf16=ready.in_bf16,
+            captions=[variants[:1] for variants in captions_of(config, ready.apart)],
+        )  # fmt: skip
     return material_of(ready, data, kept)
 
 
@@ -392,7 +400,7 @@ def material_of(ready: Ready, data: Encoded, kept: Encoded | None) -> Material:
     validation = None
     if kept is not None:
         own_tokens = Tokens.of(base, kept) if learns_text else None
-        validation = Validation(kept, ready.noise_scheduler, config.seed, own_tokens)
+        validation = Validation(kept, ready.noise_scheduler, config.seed, own_tokens, config.unmasked_weight)
     class_caption = data.captions.index(config.held_caption) if config.held_caption else None
     return Material(ready, data, Tokens.of(base, data) if learns_text else None, validation, class_caption)
 
@@ -501,8 +509,9 @@ def held_out(folder: ImageFolder, config: TrainSDConfig, before: Learned) -> tup
     if config.validation is None:
         return folder, ()
     apart = read_image_folder(
-        Path(config.validation), config.prompt, captions=config.captions, skip_broken=config.skip_broken
-    )
+        Path(config.validation), config.prompt, captions=config.captions, masks=validation_masks(config),
+        skip_broken=config.skip_broken,
+    )  # fmt: skip
     known = {item.sha256: item.path for item in folder.items}
     if doubles := [item.path.name for item in apart.items if item.sha256 in known]:
         raise DataError(

@@ -99,6 +99,20 @@ class Encoded:
         found = self.latents[i].get("mask")
         return None if found is None else found[variant]
 
+    def masks(self, pictures: Sequence[int], variants: Sequence[int], unmasked_weight: float) -> Tensor | None:
+        """How much each position counts, (b, h, w); None when no picture has a mask.
+
+        Args:
+            pictures: of one size.
+            variants: of the pictures.
+            unmasked_weight: how much what lies outside of the masks counts.
+        """
+        masks = [self.mask(i, v) for i, v in zip(pictures, variants, strict=True)]
+        if all(mask is None for mask in masks):
+            return None
+        whole = torch.ones(self.shape(pictures[0])[1:])
+        return torch.stack([whole if m is None else m * (1 - unmasked_weight) + unmasked_weight for m in masks])
+
     def shape(self, i: int) -> tuple[int, int, int]:
         """(c, h, w) of a picture's latents."""
         c, h, w = self.latents[i]["mean"].shape[1:]

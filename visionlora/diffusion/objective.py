@@ -181,8 +181,20 @@ def fixed_losses(
     timesteps: tuple[int, ...],
     seed: int,
     batch: int = 32,
+    mask: Tensor | None = None,
 ) -> Tensor:
-    """Losses at fixed timesteps and fixed noise, (pictures, timesteps): comparable between runs and adapters."""
+    """Losses at fixed timesteps and fixed noise, (pictures, timesteps): comparable between runs and adapters.
+
+    Args:
+        unet: called as in diffusers.
+        noise_scheduler: a DDPM-like scheduler of the model.
+        latents: (pictures, c, h, w), scaled.
+        conditioning: of the pictures.
+        timesteps: those that are looked at.
+        seed: of the noise.
+        batch: pictures in one forward pass.
+        mask: see `Batch.mask`.
+    """
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed)).to(latents)
     columns = []
     for t in timesteps:
@@ -190,8 +202,8 @@ def fixed_losses(
         for i in range(0, len(latents), batch):
             part = slice(i, i + batch)
             steps = torch.full((len(latents[part]),), t, device=latents.device)
-            parts.append(
-                denoising_losses(unet, noise_scheduler, Batch(latents[part], noise[part], steps, conditioning[part]))
-            )
+            own = None if mask is None else mask[part]
+            some = Batch(latents[part], noise[part], steps, conditioning[part], own)
+            parts.append(denoising_losses(unet, noise_scheduler, some))
         columns.append(torch.cat(parts))
     return torch.stack(columns, dim=1)

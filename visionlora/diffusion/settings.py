@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from visionlora.config import TrainSDConfig
+from visionlora.config.folders import ALPHA
 from visionlora.data.augment import variants
 from visionlora.data.buckets import check_step
+from visionlora.data.files import suffix_of
 from visionlora.data.folder import ImageItem
+from visionlora.data.parquet import PARQUET
 from visionlora.data.tags import caption_variants
 from visionlora.diffusion.encode import Plan
 from visionlora.diffusion.objective import Objective, check_objective, zero_terminal
@@ -64,6 +68,20 @@ def captions_of(config: TrainSDConfig, items: Sequence[ImageItem]) -> list[tuple
         )
         for item in items
     ]
+
+
+def validation_masks(config: TrainSDConfig) -> str | None:
+    """What masks the pictures of `validation`: their alpha channels, or the column of their table, as those to learn from.
+
+    A folder of masks is for the pictures to learn from alone: one with the same name may be among the others.
+    """
+    if config.validation is None:
+        return None
+    every = {folder.masks for folder in config.folders} or {config.masks}
+    if every == {ALPHA}:
+        return ALPHA
+    is_table = suffix_of(Path(config.validation).name) == PARQUET
+    return None if config.masks is None or not is_table or Path(config.masks).expanduser().is_dir() else config.masks
 
 
 def objective_of(config: TrainSDConfig) -> Objective:

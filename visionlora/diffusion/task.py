@@ -129,19 +129,10 @@ class DenoisingTask:
             torch.stack([d.noise for d in drawn]),
             torch.tensor([d.timestep for d in drawn]),
             self.conditioning(pictures, captions, variants),
-            self.masks(pictures, variants),
+            data.masks(pictures, variants, self.unmasked_weight),
             torch.stack(more) if more else None,
         )
 
     def conditioning(self, pictures: Sequence[int], captions: Sequence[int], variants: Sequence[int]) -> Any:
         """What the model is told: token ids, or text embeddings from the cache."""
         return (self.tokens or self.data).conditioning(pictures, captions, variants)
-
-    def masks(self, pictures: Sequence[int], variants: Sequence[int]) -> Tensor | None:
-        """How much each position counts, (b, h, w); None when no picture has a mask."""
-        masks = [self.data.mask(i, v) for i, v in zip(pictures, variants, strict=True)]
-        if all(mask is None for mask in masks):
-            return None
-        whole = torch.ones(self.data.shape(pictures[0])[1:])
-        own = [whole if mask is None else mask * (1 - self.unmasked_weight) + self.unmasked_weight for mask in masks]
-        return torch.stack(own)

@@ -44,13 +44,17 @@ class Validation:
     seed: int
     tokens: Captions | None = None
     """The captions as token ids, for a model whose text encoders learn too."""
+    unmasked_weight: float = 0.0
+    """How much what lies outside of the masks counts, as in training."""
 
     @torch.no_grad()
     def evaluate(self, unet: nn.Module, step: int) -> Evaluation:
         """The loss as the model is now."""
         training = unet.training
         unet.eval()
-        found = losses_at(unet, self.noise_scheduler, self.data, LEVELS, self.seed, self.tokens, MOST)
+        found = losses_at(
+            unet, self.noise_scheduler, self.data, LEVELS, self.seed, self.tokens, MOST, self.unmasked_weight
+        )
         unet.train(training)
         losses = found.mean(0).tolist()
         return Evaluation(step, sum(losses) / len(losses), dict(zip(map(str, LEVELS), losses, strict=True)))
@@ -58,7 +62,7 @@ class Validation:
 
 def losses_at(
     unet: Any, noise_scheduler: Any, data: Encoded, levels: Sequence[int], seed: int,
-    tokens: Captions | None = None, most: int | None = None,
+    tokens: Captions | None = None, most: int | None = None, unmasked_weight: float = 0.0,
 ) -> Tensor:  # fmt: skip
     """Losses at fixed noise levels and fixed noise, (pictures, levels), size by size.
 
@@ -70,6 +74,7 @@ def losses_at(
         seed: of the noise.
         tokens: see `Validation.tokens`.
         most: pictures that are looked at, from the first on; all when None.
+        unmasked_weight: see `Validation.unmasked_weight`.
     """
     count = min(len(data), most or len(data))
     trained, device = noise_scheduler.config.num_train_timesteps, next(unet.parameters()).device
@@ -80,10 +85,10 @@ def losses_at(
     found = torch.zeros(count, len(levels))
     for own in by_size.values():
         latents = torch.stack([data.latent(i, 0) for i in own]).to(device)
-        conditioning = (
-            (tokens or data).conditioning(own, [data.caption_of[i][0] for i in own], [0] * len(own)).to(device)
-        )
-        found[own] = fixed_losses(unet, noise_scheduler, latents, conditioning, timesteps, seed).cpu()
+        plain, mask = [0] * len(own), data.masks(own, [0] * len(own), unmasked_weight)
+        conditioning = (tokens or data).conditioning(own, [data.caption_of[i][0] for i in own], plain).to(device)
+        mask = None if mask is None else mask.to(device)
+        found[own] = fixed_losses(unet, noise_scheduler, latents, conditioning, timesteps, seed, mask=mask).cpu()
     return found
 
 

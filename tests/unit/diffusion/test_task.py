@@ -71,7 +71,7 @@ def test_a_picture_partly_masked_learns_the_rest(tiny_model: Path, dogs: Path, t
     folder = read_image_folder(dogs, masks=str(tmp_path / "masks"))
     data = encode_dataset(base, folder.items, 32, TensorCache(tmp_path / "c"))
     task = task_of(base, data, unmasked_weight=0.25)
-    masks = task.masks([0, 1], [0, 0])
+    masks = data.masks([0, 1], [0, 0], 0.25)
     assert torch.equal(masks[:, :4], torch.ones(2, 4, 8)) and torch.equal(masks[:, 4:], torch.full((2, 4, 8), 0.25))
     batch = task.batch([task.drawn(0, 0)], [1])
     error = (predict(base.pipe.unet, task.noise_scheduler, batch) - batch.noise).square().mean(1)[0]

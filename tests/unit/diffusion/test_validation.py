@@ -9,13 +9,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from visionlora.pipelines import train_sd as pipeline
 from visionlora.pipelines.train_sd import train_sd
 
 import visionlora as vl
-from visionlora.data.folder import ImageFolder, ImageItem
-from visionlora.diffusion.validation import Evaluation, hold_out, verdict
+from visionlora.data.cache import TensorCache
+from visionlora.data.folder import ImageFolder, ImageItem, read_image_folder
+from visionlora.diffusion.encode import encode_dataset
+from visionlora.diffusion.validation import Evaluation, Validation, hold_out, verdict
 from visionlora.errors import ConfigError, DataError
 from visionlora.loaders import load_adapter
+from visionlora.models.base import open_base
 
 from ...doubles import Ears
 
@@ -112,6 +116,63 @@ def test_a_folder_of_its_own_must_not_hold_what_is_trained_on(tiny_model: Path, 
     with pytest.raises(DataError, match=r"1 pictures of .* are also among those to train on \(first b.png\)"):
         run(tiny_model, pictures, tmp_path / "run2", validation=str(other), steps=2)
     assert not (tmp_path / "run2").exists()
+
+
+def test_what_is_masked_counts_as_in_training(tiny_model: Path, dogs: Path, tmp_path: Path) -> None:
+    (tmp_path / "masks").mkdir()
+    for i in range(3):
+        mask = Image.new("L", (32, 32), 0)
+        mask.paste(255, (0, 0, 32, 4))
+        mask.save(tmp_path / "masks" / f"{i}.png")
+    base, cache = open_base(str(tiny_model)), TensorCache(tmp_path / "c")
+
+    def loss(masks: str | None, unmasked_weight: float) -> float:
+        data = encode_dataset(base, read_image_folder(dogs, masks=masks).items, 32, cache)
+        found = Validation(data, base.noise_scheduler, 0, unmasked_weight=unmasked_weight)
+        return found.evaluate(base.pipe.unet, 0).loss
+
+    whole, masks = loss(None, 0.0), str(tmp_path / "masks")
+    assert loss(masks, 1.0) == pytest.approx(whole, rel=1e-5)
+    assert len({round(loss(masks, weight), 4) for weight in (0.0, 0.1, 1.0)}) == 3
+
+
+@pytest.fixture
+def apart(monkeypatch: pytest.MonkeyPatch) -> list[Validation]:
+    """What the runs judge by."""
+    seen: list[Validation] = []
+    monkeypatch.setattr(pipeline, "Validation", lambda *more: seen.append(Validation(*more)) or seen[-1])
+    return seen
+
+
+def test_captions_are_those_of_training(
+    tiny_model: Path, pictures: Path, tmp_path: Path, apart: list[Validation]
+) -> None:
+    said, _ = run(
+        tiny_model, pictures, tmp_path / "run", val_share=0.2, steps=1, prompt="a {b|c} d e f g h i j k l m n"
+    )
+    assert not any("longer than the model reads" in line for line in said)
+    assert set(apart[0].data.captions) < {"", "a b d e f g h i j k l m n", "a c d e f g h i j k l m n"}
+
+
+def test_masks_of_a_folder_of_its_own(
+    tiny_model: Path, pictures: Path, tmp_path: Path, apart: list[Validation]
+) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    for folder in (pictures, other):
+        for i in range(10 if folder == pictures else 1):
+            picture = Image.new("RGBA", (32, 32), (20 * i, 0, folder == other, 255))
+            picture.paste((0, 0, 0, 0), (0, 0, 32, 8))
+            picture.save(folder / f"{i}.png")
+    run(tiny_model, pictures, tmp_path / "run", validation=str(other), steps=1, masks="alpha", unmasked_weight=0.5)
+    assert apart[0].data.mask(0, 0).min() == 0 and apart[0].unmasked_weight == 0.5
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    for i in range(10):
+        Image.new("L", (32, 32), 255).save(masks / f"{i}.png")
+    said, _ = run(tiny_model, pictures, tmp_path / "run2", validation=str(other), steps=1, masks=str(masks))
+    assert apart[1].data.mask(0, 0) is None
+    assert any("are judged whole" in line for line in said)
 
 
 def test_settings_that_contradict_each_other() -> None:
