@@ -36,7 +36,7 @@ class TrainSDConfig(TrainingConfig):
     tag_dropout: float = 0.0
     """Chance of each other tag to be left out."""
     caption_variants: int = 16
-    """The most variants of one caption with tags or `{red|blue}`; the text of each is encoded once."""
+    """The most different variants of one caption with tags or `{red|blue}`; the text of each is encoded once."""
     resolution: int | None = None
     """Side in px of a square of the wanted area; the model's own when not given."""
     buckets: bool = True

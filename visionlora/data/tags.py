@@ -1,6 +1,7 @@
 r"""The variants of a caption: its tags in other orders, some of them left out, and one choice of `{red|blue}`.
 
-In: a caption. Out: finitely many captions, as the text of each is encoded once and kept.
+In: a caption. Out: finitely many different captions, as the text of each is encoded once and kept, each as often as it is
+likely.
 
 The language: `{a|b|c}` is one of its choices, which may hold others; braces without a bar are plain text. A backslash
 makes a brace or bar plain: `\{`, `\|`, `\}`. Tags are what commas separate, after the choices are made.
@@ -14,22 +15,26 @@ import re
 from collections.abc import Iterator, Sequence
 
 _PARTS = re.compile(r"\\[{|}]|[{|}]|[^\\{|}]+|\\")
-_PATIENCE = 10
-"""Draws without a new variant, for each variant so far, before there are taken to be no more: of n equally likely ones
-the last is then missed with a chance of about exp(-10)."""
+_DRAWS = 8
+"""So many draws for each variant that may be encoded: of n equally likely ones one is missed with a chance of about exp(-8)."""
+_FEWEST = 128
+"""Draws at least: where there are few variants, their shares among these are near their chances."""
 
 Text = tuple["str | Choice", ...]
 """Plain text and choices, one after the other."""
 Choice = list[Text]
 """`{a|b}`: one of these."""
+Decks = dict[int, list[Text]]
+"""What each choice has left to deal: dealt like cards, the shares of few draws are right."""
 
 
 def caption_variants(
     caption: str, *, shuffle_tags: bool, keep_tags: int, tag_dropout: float, count: int, seed: int
 ) -> tuple[str, ...]:
-    """Different variants of a caption, the same ones whenever seed and caption are.
+    """Variants of a caption to draw from evenly, the same ones whenever seed and caption are.
 
-    A caption without choices, and with no tags that could be moved or dropped, gives itself alone. No variant is empty
+    One that is likelier is there more often; where there are more different ones than `count`, the draws end with those. A
+    caption without choices, and with no tags that could be moved or dropped, gives itself alone. No variant is empty
     unless all are: where all tags are dropped, one stays.
 
     Args:
@@ -37,34 +42,40 @@ def caption_variants(
         shuffle_tags: whether the order of tags changes.
         keep_tags: so many tags at the beginning stay where they are, and are never dropped.
         tag_dropout: chance of each other tag to be left out, 0 to below 1.
-        count: the most variants, at least 1.
+        count: the most different variants, at least 1.
         seed: of the drawing.
 
-    >>> caption_variants("a {red|blue} dog", shuffle_tags=False, keep_tags=1, tag_dropout=0, count=9, seed=0)
-    ('a blue dog', 'a red dog')
-    >>> caption_variants("dog, red, sitting", shuffle_tags=True, keep_tags=1, tag_dropout=0, count=9, seed=0)
-    ('dog, sitting, red', 'dog, red, sitting')
+    >>> found = caption_variants("a {red|blue} dog", shuffle_tags=False, keep_tags=1, tag_dropout=0, count=9, seed=0)
+    >>> sorted(set(found)), found.count("a red dog") / len(found)
+    (['a blue dog', 'a red dog'], 0.5)
+    >>> found = caption_variants("dog, red, sitting", shuffle_tags=True, keep_tags=1, tag_dropout=0, count=9, seed=0)
+    >>> sorted(set(found))
+    ['dog, red, sitting', 'dog, sitting, red']
     """
     text = _parsed(caption)
     words = f"{seed}\0{caption}".encode("utf-8", "surrogatepass")
     rng = random.Random(int.from_bytes(hashlib.sha256(words).digest(), "big"))
     chosen = any(not isinstance(part, str) for part in text)
     moving = shuffle_tags or tag_dropout > 0
-    found: dict[str, None] = {}
-    misses = 0
-    while len(found) < count and misses < _PATIENCE * (len(found) + 1):
-        variant = _drawn(text, rng)
+    found: list[str] = []
+    different: set[str] = set()
+    decks: Decks = {}
+    for _ in range(max(_FEWEST, _DRAWS * count)):
+        variant = _drawn(text, rng, decks)
         if chosen:
             variant = " ".join(variant.split())  # an empty choice leaves two spaces
-        if moving:
+        fixed = not moving or _is_fixed(variant, shuffle_tags, keep_tags, tag_dropout)
+        if not fixed:
             variant = _moved(variant, rng, shuffle_tags, keep_tags, tag_dropout)
-        if variant in found or (not variant and caption):
-            misses += 1
-        else:
-            found[variant], misses = None, 0
-            if not chosen and (not moving or _is_fixed(variant, shuffle_tags, keep_tags, tag_dropout)):
-                break
-    return tuple(found) or ("",)
+        if not variant and caption:
+            continue
+        if variant not in different and len(different) == count:
+            break
+        found.append(variant)
+        different.add(variant)
+        if fixed and not chosen:
+            break
+    return tuple(found) if len(different) > 1 else (found[0] if found else "",)
 
 
 def one_of(captions: Sequence[str]) -> str:
@@ -82,9 +93,7 @@ def one_of(captions: Sequence[str]) -> str:
 
 
 def _moved(caption: str, rng: random.Random, shuffle: bool, keep: int, dropout: float) -> str:
-    """The caption with its tags in another order and some left out; as it is where that cannot be."""
-    if _is_fixed(caption, shuffle, keep, dropout):
-        return caption
+    """The caption with its tags in another order and some left out."""
     tags = _tags(caption)
     first, others = tags[:keep], tags[keep:]
     if shuffle:
@@ -103,8 +112,15 @@ def _tags(caption: str) -> list[str]:
     return [tag for part in caption.split(",") if (tag := part.strip())]
 
 
-def _drawn(text: Text, rng: random.Random) -> str:
-    return "".join(part if isinstance(part, str) else _drawn(rng.choice(part), rng) for part in text)
+def _drawn(text: Text, rng: random.Random, decks: Decks) -> str:
+    return "".join(part if isinstance(part, str) else _drawn(_dealt(part, rng, decks), rng, decks) for part in text)
+
+
+def _dealt(choice: Choice, rng: random.Random, decks: Decks) -> Text:
+    deck = decks.setdefault(id(choice), [])
+    if not deck:
+        deck += rng.sample(choice, len(choice))
+    return deck.pop()
 
 
 def _parsed(caption: str) -> Text:

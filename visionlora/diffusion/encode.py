@@ -62,7 +62,7 @@ class Encoded:
     captions: tuple[str, ...]
     """Distinct, the empty one first."""
     caption_of: tuple[tuple[int, ...], ...]
-    """Of each picture the positions of its captions, one of which is drawn each time."""
+    """Of each picture the positions of its captions, one of which is drawn each time; a likelier one is there more often."""
     texts: Entries
     """Of each caption `text` (tokens, width), and `pooled` (width) where the model reads it."""
     scaling_factor: float
