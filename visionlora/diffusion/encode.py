@@ -198,9 +198,24 @@ def encode_pictures(base: BaseModel, pictures: npt.NDArray[np.uint8], in_bf16: b
     return encode_pictures(base, pictures)
 
 
-def encode_variants(base: BaseModel, pictures: Sequence[Sequence[Made]], in_bf16: bool) -> list[dict[str, Tensor]]:
-    """Pictures of one size, each with its variants -> what `Encoded.latents` holds of each."""
-    mean, std = encode_pictures(base, np.stack([v.pixels for variants in pictures for v in variants]), in_bf16)
+def encode_variants(
+    base: BaseModel, pictures: Sequence[Sequence[Made]], pixels: int, in_bf16: bool
+) -> list[dict[str, Tensor]]:
+    """Pictures of one size, each with its variants -> what `Encoded.latents` holds of each.
+
+    Args:
+        base: see `encode_pictures`.
+        pictures: so many variants of each.
+        pixels: no more go through the VAE at once, but for those of one variant.
+        in_bf16: see `encode_pictures`.
+    """
+    rows = [v.pixels for variants in pictures for v in variants]
+    h, w, _ = rows[0].shape
+    parts = [
+        encode_pictures(base, np.stack([rows[i] for i in part]), in_bf16)
+        for part in cut(range(len(rows)), max(1, pixels // (h * w)))
+    ]
+    mean, std = (torch.cat(each) for each in zip(*parts, strict=True))
     count, entries = len(pictures[0]), []
     for variants, own_mean, own_std in zip(pictures, mean.split(count), std.split(count), strict=True):
         corner = torch.tensor([v.corner for v in variants], dtype=torch.int32)
@@ -266,7 +281,9 @@ def encode_dataset(
     ]
     latents, new_latents = cache.fill(
         keys,
-        lambda part: encode_variants(base, [made_of(everything[i], framings[i], plan.variants) for i in part], in_bf16),
+        lambda part: encode_variants(
+            base, [made_of(everything[i], framings[i], plan.variants) for i in part], pixels, in_bf16
+        ),
         lambda missing: of_one_size(missing, framings, pixels // len(plan.variants)),
         told("Encoding pictures"),
         share,

@@ -120,6 +120,25 @@ def test_memory_is_bounded(tiny_model: Path, dogs: Path, tmp_path: Path, monkeyp
     torch.testing.assert_close(small.latent(2, 0), alone.latent(2, 0), rtol=1e-5, atol=1e-6)  # computed again
 
 
+def test_many_variants_of_a_picture_do_not_go_through_the_vae_at_once(
+    tiny_model: Path, dogs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, items, sizes = open_base(str(tiny_model)), read_image_folder(dogs).items, []
+    plan = Plan(32, variants=variants(True, True, 0.1, 5))
+    whole = encode_dataset(base, items, plan, TensorCache(tmp_path / "c"))
+    real = encode.encode_pictures
+    monkeypatch.setattr(encode, "encode_pictures", lambda base, x, bf16: sizes.append(len(x)) or real(base, x))
+    monkeypatch.setitem(encode.PIXELS_AT_ONCE, "cpu", 4 * 32 * 32)
+    parts = encode_dataset(base, items, plan, TensorCache(tmp_path / "d"))
+    assert sizes == [4, 4, 2] * 3
+    for i in range(3):
+        torch.testing.assert_close(dict(parts.latents[i]), dict(whole.latents[i]), rtol=1e-4, atol=1e-5)
+    for file in (tmp_path / "d").iterdir():
+        file.unlink()
+    parts.latents.kept.clear()
+    assert parts.variants(0) == 10 and sizes[9:] == [4, 4, 2], "one that is gone is made again in the same parts"
+
+
 def test_a_vae_that_fails_in_half_precision_works_in_fp32(tiny_model: Path) -> None:
     pictures = np.random.default_rng(0).integers(0, 256, (1, 32, 32, 3), dtype=np.uint8)
     base = open_base(str(tiny_model))
