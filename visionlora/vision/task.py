@@ -20,6 +20,10 @@ from visionlora.models.vision import as_logits
 from visionlora.vision.augment import Augmentation, mixed
 
 
+SMALLEST = torch.finfo(torch.float32).eps / 2
+"""The least that 1 - p can be in fp32, but for zero, whose powers below 1 have no gradient."""
+
+
 class StoredPictures(Protocol):
     """Squares before the crop, wherever they are kept."""
 
@@ -58,7 +62,7 @@ class Objective:
             log_p = logits.log_softmax(-1)
             terms, right = -soft * log_p, log_p.exp()
         if self.focal_gamma:  # arXiv 1708.02002, eq. 4
-            terms = terms * (1 - right) ** self.focal_gamma
+            terms = terms * (1 - right).clamp(min=SMALLEST) ** self.focal_gamma
         if self.class_weights is not None:
             terms = terms * self.class_weights.to(terms.device)
         return terms.mean(-1) if self.multi_label else terms.sum(-1)

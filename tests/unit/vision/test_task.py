@@ -62,6 +62,17 @@ def test_focal_loss_forgets_what_is_well_known(multi_label: bool) -> None:
     assert (focal < plain).all()
 
 
+@pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("multi_label", [False, True])
+def test_focal_loss_of_what_is_surely_known_has_gradients(multi_label: bool, gamma: float) -> None:
+    logits = torch.tensor([[90.0, -90.0], [1.0, 2.0]], requires_grad=True)
+    targets = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    for smoothing in (0.0, 0.1):
+        losses = Objective(multi_label, smoothing, gamma).losses(logits, targets)
+        (gradient,) = torch.autograd.grad(losses.sum(), logits)
+        assert torch.isfinite(losses).all() and torch.isfinite(gradient).all() and gradient[1].abs().min() > 0
+
+
 def task(balanced: bool = False, mixup: float = 0.0) -> ClassificationTask:
     targets = F.one_hot(torch.tensor([0] * 18 + [1] * 2), 2).float()
     augmentation = Augmentation(Preprocessing(8), "none", flip=False)
