@@ -85,6 +85,8 @@ class ImageFolder:
     """What a person should know: converted, doubled, left out; one line each."""
     caption_source: str
     """One line: where the captions came from."""
+    alike: tuple[tuple[int, ...], ...] = ()
+    """Sets of positions in `items` of pictures that look alike."""
 
 
 @dataclass(frozen=True)
@@ -247,9 +249,13 @@ def _read(
     for source in sources:
         own_notes = [*source.notes, *(f"left out: {problem}" for problem in source.problems)]
         notes += [f"{source.label}: {note}" if source.label else note for note in own_notes]
-    notes += _alike([item.name for item in items], looks)
+    names = [item.name for item in items]
+    alike = look_alikes([looks.hashes[name] for name in names], [looks.thumbnails[name] for name in names])
+    notes += _alike(names, alike)
     captions = "; ".join(f"{s.label}: {s.caption_source}" if s.label else s.caption_source for s in sources)
-    return ImageFolder(_common([source.root for source in sources]), tuple(items), tuple(notes), captions)
+    return ImageFolder(
+        _common([source.root for source in sources]), tuple(items), tuple(notes), captions, tuple(map(tuple, alike))
+    )
 
 
 # What is there.
@@ -361,9 +367,8 @@ def _checked(source: _Source, before: int, total: int, progress: Callable[[int, 
     return looks
 
 
-def _alike(names: Sequence[str], looks: _Looks) -> list[str]:
+def _alike(names: Sequence[str], sets: Sequence[Sequence[int]]) -> list[str]:
     """A note on pictures that are nearly the same, if there are any."""
-    sets = look_alikes([looks.hashes[name] for name in names], [looks.thumbnails[name] for name in names])
     if not sets:
         return []
     shown = []

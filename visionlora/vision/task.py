@@ -19,7 +19,6 @@ from visionlora.data.groups import Group
 from visionlora.models.vision import as_logits
 from visionlora.vision.augment import Augmentation, mixed
 
-
 SMALLEST = torch.finfo(torch.float32).eps / 2
 """The least that 1 - p can be in fp32, but for zero, whose powers below 1 have no gradient."""
 

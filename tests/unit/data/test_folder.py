@@ -349,7 +349,9 @@ def test_pictures_that_look_alike_are_mentioned(tmp_path: Path) -> None:
         "e.png": 255 - ramp // 2,
     }.items():
         Image.fromarray(np.ascontiguousarray(pixels)).save(tmp_path / name)
-    assert read_image_folder(tmp_path).notes == (
+    folder = read_image_folder(tmp_path)
+    assert folder.alike == ((0, 1, 2),)
+    assert folder.notes == (
         "3 pictures look alike: a.png and b.jpg and 1 more; they count twice: remove one, or set repeats",
     )
     (tmp_path / "c.png").unlink()
