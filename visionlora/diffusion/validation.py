@@ -97,14 +97,16 @@ def hold_out(
 ) -> tuple[ImageFolder, tuple[ImageItem, ...]]:
     """Keeps a share of the pictures apart, at least one; the same ones whatever the order of the files.
 
+    Pictures that look alike stay on one side. A set of them that is larger than the share trains, unless there is nothing else.
+
     Args:
         folder: the pictures.
         share: of them, as far as there are others than `never`.
         seed: of the drawing.
-        never: positions of pictures that are not kept apart.
+        never: positions of pictures that are not kept apart, nor those that look like them.
 
     Raises:
-        DataError: when nothing would be left to train on.
+        DataError: when nothing would be left to train on, or to judge by.
     """
     count = max(1, round(share * len(folder.items)))
     if count >= len(folder.items):
@@ -114,9 +116,21 @@ def hold_out(
         )
     by_content = sorted(range(len(folder.items)), key=lambda i: folder.items[i].sha256)
     order = torch.randperm(len(by_content), generator=torch.Generator().manual_seed(seed)).tolist()
-    apart = set([by_content[i] for i in order if by_content[i] not in never][:count])
+    set_of = {i: members for members in folder.alike for i in members}
+    together = list(dict.fromkeys(set_of.get(by_content[i], (by_content[i],)) for i in order))
+    free = [members for members in together if not set(never).intersection(members)]
+    apart: set[int] = set()
+    for members in free:
+        if len(apart) + len(members) <= count:
+            apart.update(members)
+    apart = apart or set(min(free, key=len, default=()))
+    if not 0 < len(apart) < len(folder.items):
+        raise DataError(
+            f"val_share {share:g}: too many of the {len(folder.items)} pictures look alike, or like some that were learned "
+            "before, to keep any apart that training does not see. Give more pictures, or others with --validation."
+        )
     kept = tuple(item for i, item in enumerate(folder.items) if i not in apart)
-    return dataclasses.replace(folder, items=kept), tuple(folder.items[i] for i in sorted(apart))
+    return dataclasses.replace(folder, items=kept, alike=()), tuple(folder.items[i] for i in sorted(apart))
 
 
 def verdict(evaluations: Sequence[Evaluation]) -> str:

@@ -1,5 +1,6 @@
 """Pictures kept apart: which, what they say, and what a run does with it."""
 
+import dataclasses
 import json
 import random
 from pathlib import Path
@@ -54,6 +55,36 @@ def test_some_are_never_kept_apart() -> None:
     assert len(apart) == 4 and not {whole.items[i] for i in never} & set(apart)
     assert set(usual[2:]) < set(apart) and len(kept.items) == 6
     assert len(hold_out(whole, 0.4, 0, range(9))[1]) == 1
+
+
+@given(st.integers(4, 40), st.floats(0.05, 0.6), st.integers(0, 20), st.data())
+def test_pictures_that_look_alike_stay_together(count: int, share: float, seed: int, data: st.DataObject) -> None:
+    """As far as they fit, the others are those that would be kept apart anyway."""
+    size = data.draw(st.integers(2, count - 1))
+    whole = dataclasses.replace(folder_of(count), alike=(tuple(range(size)),))
+    if max(1, round(share * count)) >= count:
+        return
+    kept, apart = hold_out(whole, share, seed)
+    sides = {item in apart for item in whole.items[:size]}
+    assert len(sides) == 1 and 1 <= len(apart) <= max(1, round(share * count)) and not kept.alike
+    usual = set(hold_out(folder_of(count), share, seed)[1])
+    if not usual & set(whole.items[:size]):
+        assert set(apart) == usual
+
+
+def test_pictures_like_those_that_were_learned_are_not_kept_apart() -> None:
+    whole = dataclasses.replace(folder_of(6), alike=((0, 3), (1, 2)))
+    assert {whole.items.index(item) for item in hold_out(whole, 0.5, 0, never=[0, 2])[1]} == {4, 5}
+    with pytest.raises(DataError, match=r"val_share 0\.5: too many of the 6 pictures look alike.*--validation"):
+        hold_out(whole, 0.5, 0, never=[0, 1, 4, 5])
+
+
+def test_sets_that_are_larger_than_the_share() -> None:
+    """The smallest is kept apart, unless nothing would be left."""
+    whole = dataclasses.replace(folder_of(10), alike=(tuple(range(6)), tuple(range(6, 10))))
+    assert set(hold_out(whole, 0.2, 0)[1]) == set(whole.items[6:])
+    with pytest.raises(DataError, match="look alike"):
+        hold_out(dataclasses.replace(whole, alike=(tuple(range(10)),)), 0.2, 0)
 
 
 def test_the_verdict_names_what_happened() -> None:
