@@ -315,6 +315,9 @@ def encode_dataset(
 
 
 def text_keys(base: BaseModel, captions: Sequence[str], salt: str = "") -> list[str]:
-    """Where the cache keeps the embeddings of captions."""
-    encoders = [f"{weights_fingerprint(e)} {t.model_max_length}" for _, t, e in base.text_parts()]
+    """Where the cache keeps the embeddings of captions, by what the encoders compute in."""
+    encoders = [
+        f"{weights_fingerprint(e)} {t.model_max_length}" + ("" if e.dtype == torch.float32 else f" {e.dtype}")
+        for _, t, e in base.text_parts()
+    ]
     return [key_of("text 2", *encoders, salt, c) for c in captions]

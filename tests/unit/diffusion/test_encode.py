@@ -8,12 +8,13 @@ import torch
 from PIL import Image
 
 from visionlora.data.augment import variants
-from visionlora.data.cache import Share, TensorCache
+from visionlora.data.cache import Share, TensorCache, key_of
 from visionlora.data.folder import read_image_folder
 from visionlora.diffusion import encode
-from visionlora.diffusion.encode import Plan, cut_captions, encode_dataset, encode_pictures, encode_text
+from visionlora.diffusion.encode import Plan, cut_captions, encode_dataset, encode_pictures, encode_text, text_keys
 from visionlora.errors import ModelError
 from visionlora.models.base import open_base
+from visionlora.models.fingerprint import weights_fingerprint
 
 ASSETS = Path(__file__).parents[3] / "assets"
 FLIPPED = Plan(32, variants=variants(True, False, 0.0, 1))
@@ -88,6 +89,17 @@ def test_a_second_start_computes_nothing_and_another_model_everything(
     assert encode_dataset(base, folder.items, 40, cache).computed == 3, "another size is another picture"
     base.pipe.vae.encoder.conv_in.weight.data += 0.1
     assert encode_dataset(base, folder.items, 32, cache).computed == 3, "another VAE gives other latents"
+
+
+def test_text_that_was_encoded_in_half_precision_is_kept_apart(tiny_xl: Path) -> None:
+    base = open_base(str(tiny_xl))
+    exact = text_keys(base, ["a dog"])
+    parts = [
+        f"{weights_fingerprint(encoder)} {tokenizer.model_max_length}" for _, tokenizer, encoder in base.text_parts()
+    ]
+    assert exact == [key_of("text 2", *parts, "", "a dog")], "what earlier runs kept is still found"
+    base.pipe.text_encoder_2.to(torch.float16)
+    assert text_keys(base, ["a dog"]) != exact
 
 
 def test_processes_share_the_work(tiny_model: Path, dogs: Path, tmp_path: Path) -> None:
