@@ -102,7 +102,11 @@ def test_a_word_that_no_caption_has(train, tmp_path: Path) -> None:
     [
         (["attention=flash"], "attention is 'flash', which needs a GPU, and there is none"),
         (["zero_terminal_snr=true"], "zero_terminal_snr: this model predicts the noise"),
-        (["bucket_step=12"], "bucket_step is 12; sides must be multiples of 8 px for this model. Use 8 or 16"),
+        (
+            ["bucket_step=12"],
+            "it must be a multiple of 8 px for this model, and divide the resolution, 32 px. Use 8 or 16",
+        ),
+        (["bucket_step=96"], "bucket_step is 96; it must be a multiple of 8 px for this model"),
         (["min_snr_gamma=5", "debiased=true"], "debiased is True; min_snr_gamma is given: leave one of them out"),
         (["prior_images=DOGS", "prior_prompt=a dog"], "which is also the folder to learn from"),
         (["prior_images=DOGS/class", "prior_prompt=a dog"], "the folder to learn from"),

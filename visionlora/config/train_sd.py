@@ -42,7 +42,8 @@ class TrainSDConfig(TrainingConfig):
     buckets: bool = True
     """Train each picture near its own shape, at the same area; false cuts squares from the centre."""
     bucket_step: int | None = None
-    """Sides of the buckets are multiples of this, px; by default 64, or the model's own step where that is larger."""
+    """Sides of the buckets are multiples of this divisor of the resolution, px; by default 64, or the model's own step where
+    that is larger."""
     upscale: bool = False
     """Enlarge pictures that are smaller than the area; otherwise they are trained at their size."""
     flip: bool = False

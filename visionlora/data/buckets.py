@@ -85,13 +85,22 @@ def bucket_of(size: Size, resolution: int, step: int, upscale: bool = False) -> 
     return min(regular, key=loss)
 
 
-def check_step(step: int, multiple: int) -> None:
-    """Raises ConfigError when sides that are multiples of `step` px do not fit a model."""
-    if step % multiple:
-        low = max(multiple, step // multiple * multiple)
-        raise ConfigError(
-            f"bucket_step is {step}; sides must be multiples of {multiple} px for this model. Use {low} or {low + multiple}."
-        )
+def check_step(step: int, multiple: int, resolution: int) -> None:
+    """Raises ConfigError when sides that are multiples of `step` px do not fit a model, or none of them is the resolution.
+
+    Args:
+        step: wanted, px.
+        multiple: of the model, px.
+        resolution: a multiple of it, px.
+    """
+    fine = [s for s in range(multiple, resolution + 1, multiple) if resolution % s == 0]
+    if step in fine:
+        return
+    nearest = [max([s for s in fine if s < step], default=0), min([s for s in fine if s > step], default=0)]
+    raise ConfigError(
+        f"bucket_step is {step}; it must be a multiple of {multiple} px for this model, and divide the resolution, "
+        f"{resolution} px. Use {' or '.join(str(s) for s in nearest if s)}."
+    )
 
 
 def described(framings: Sequence[tuple[str, Framing]]) -> list[str]:

@@ -40,13 +40,14 @@ def plan_of(config: TrainSDConfig, base: BaseModel, size: int) -> Plan:
         size: resolution, px.
 
     Raises:
-        ConfigError: when the bucket step does not fit the model.
+        ConfigError: when a bucket step that was given does not fit model and resolution.
     """
     made = variants(config.flip, config.random_crop, config.colour_jitter, config.picture_variants)
     if not config.buckets:
         return Plan(size, None, True, made)
     step = config.bucket_step or (max(base.multiple, USUAL_STEP) if size >= 4 * USUAL_STEP else base.multiple)
-    check_step(step, base.multiple)
+    if config.bucket_step is not None:
+        check_step(step, base.multiple, size)
     return Plan(size, step, config.upscale, made)
 
 

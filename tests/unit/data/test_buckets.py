@@ -48,12 +48,16 @@ def test_what_sdxl_is_told() -> None:
     assert f.conditions(f.corner) == (1080, 1920, 0, 10, 768, 1344)
 
 
-def test_a_step_that_does_not_fit_the_model() -> None:
-    check_step(64, 8)
-    with pytest.raises(
-        ConfigError, match=r"bucket_step is 20; sides must be multiples of 8 px for this model\. Use 16 or 24"
-    ):
-        check_step(20, 8)
+def test_a_step_that_fits_neither_model_nor_resolution() -> None:
+    for step in (8, 64, 512):
+        check_step(step, 8, 512)
+    for step, resolution, use in [(20, 512, "16 or 32"), (4, 512, "8"), (256, 64, "64"), (64, 1000, "40 or 200")]:
+        with pytest.raises(ConfigError) as caught:
+            check_step(step, 8, resolution)
+        assert str(caught.value) == (
+            f"bucket_step is {step}; it must be a multiple of 8 px for this model, and divide the resolution, {resolution} px. "
+            f"Use {use}."
+        )
 
 
 def test_the_report_says_what_became_of_each() -> None:
