@@ -18,8 +18,8 @@ from visionlora.pipelines.train_sd import Ready, batch_in_memory, default_prompt
 
 from visionlora.config import TrainSDConfig
 from visionlora.data.buckets import Size
-from visionlora.data.cache import TensorCache
-from visionlora.diffusion.encode import encode_dataset
+from visionlora.data.cache import TensorCache, default_cache_folder
+from visionlora.diffusion.encode import cache_bytes, encode_dataset
 from visionlora.diffusion.sampling import SamplingConfig, draw
 from visionlora.diffusion.settings import attention_kernel, captions_of, plan_of, release
 from visionlora.report.listener import Listener
@@ -52,6 +52,14 @@ class Estimate:
     peak_bytes: int
     """Of the process, or of the GPU where there is one."""
     device: str
+    captions: int
+    """Different ones that are encoded."""
+    latent_bytes: int
+    """Of all pictures in the cache, were none there."""
+    text_bytes: int
+    """Of all captions, likewise."""
+    free_bytes: float
+    """Of the cache's disk."""
 
     @property
     def seconds(self) -> float:
@@ -69,6 +77,9 @@ class Estimate:
             f"Time        {self.seconds / 60:.1f} minutes: {self.step_seconds:.2f} s a step, "
             f"{self.encoding_seconds:.0f} s to encode, {self.drawing_seconds:.0f} s for samples",
             f"Memory      {self.peak_bytes / 2**30:.2f} GiB at the peak, of the {self.device}",
+            f"Cache       {(self.latent_bytes + self.text_bytes) / 2**30:.2f} GiB: latents of {sum(self.sizes.values())} "
+            f"pictures {self.latent_bytes / 2**30:.2f}, text of {self.captions} captions {self.text_bytes / 2**30:.2f}; "
+            f"its disk has {self.free_bytes / 2**30:.2f} GiB free",
         ]
 
 
@@ -94,6 +105,8 @@ def dry_run(config: TrainSDConfig, listener: Listener | None = None) -> Estimate
     loop = loop_config(config)
     some = [item for item, f in zip(items, framings, strict=True) if f.bucket == largest][: max(4, loop.batch_size)]
     captions = captions_of(config, some)
+    texts = {"", config.held_caption or "", *(c for each in captions_of(config, items) for c in each)}
+    in_cache = cache_bytes(ready.base, framings, len(plan.variants), len(texts))
     with tempfile.TemporaryDirectory() as folder:
         start = time.monotonic()
         data = encode_dataset(
@@ -133,6 +146,10 @@ def dry_run(config: TrainSDConfig, listener: Listener | None = None) -> Estimate
         drawing_seconds=drawing * config.sample_steps * columns,
         peak_bytes=peak_memory(),
         device="GPU" if torch.cuda.is_available() else "process",
+        captions=len(texts),
+        latent_bytes=in_cache[0],
+        text_bytes=in_cache[1],
+        free_bytes=TensorCache(default_cache_folder()).free,
     )
 
 

@@ -25,6 +25,9 @@ def test_it_says_what_the_run_would_do_and_writes_nothing(cli, tiny_model: Path,
     assert "Pictures    3, width x height in px: 32x32: 3" in out
     assert "Steps       30 of 2 pictures, 20.0 times over all pictures" in out
     assert figure(out, "Time        # minutes") >= 0 and figure(out, "Memory      # GiB") > 0.1
+    assert (
+        "GiB: latents of 3 pictures 0.00, text of 2 captions 0.00" in out and figure(out, "its disk has # GiB free") > 0
+    )
     assert sorted(tmp_path.rglob("*")) == before
 
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,6 +89,19 @@ class TensorCache:
         if share is not None:
             share.wait()
         return entries, len(missing)
+
+    @property
+    def free(self) -> float:
+        """Bytes that its disk has left; infinitely many where the disk does not say."""
+        folder = self.folder.absolute()
+        try:
+            return shutil.disk_usage(next(f for f in (folder, *folder.parents) if f.exists())).free
+        except OSError:
+            return math.inf
+
+    def has_room(self, needed: int) -> bool:
+        """Whether so many more bytes fit onto its disk, or into memory, which keeps what cannot be written."""
+        return needed <= max(IN_MEMORY, self.free)
 
     def holds(self, key: str) -> bool:
         """Whether there is an entry."""

@@ -17,7 +17,7 @@ from visionlora.data.folder import ImageItem
 from visionlora.data.groups import Group, grouped
 from visionlora.data.images import decode
 from visionlora.diffusion.conditioning import Conditioning, empty_is_zero, text_states, token_ids
-from visionlora.errors import ModelError
+from visionlora.errors import ConfigError, ModelError
 from visionlora.models.base import BaseModel
 from visionlora.models.fingerprint import weights_fingerprint
 
@@ -227,6 +227,34 @@ def encode_variants(
     return entries
 
 
+def cache_bytes(base: BaseModel, framings: Sequence[Framing], variants: int, captions: int) -> tuple[int, int]:
+    """About how much room latents and text take in a cache.
+
+    Args:
+        base: which computes them; it encodes one caption to see.
+        framings: of the pictures.
+        variants: of each picture.
+        captions: different ones.
+    """
+    positions = sum(f.bucket[0] * f.bucket[1] for f in framings) // base.scale_factor**2
+    latents = 2 * int(base.pipe.vae.config.latent_channels) * positions * variants * torch.float32.itemsize
+    text = sum(tensor.nbytes for tensor in encode_text(base, [""])[0].values()) if captions else 0
+    return latents, text * captions
+
+
+def check_room(base: BaseModel, cache: TensorCache, framings: Sequence[Framing], variants: int, captions: int) -> None:
+    """Raises ConfigError when neither disk nor memory has room for what the cache lacks; see `cache_bytes`."""
+    latents, text = cache_bytes(base, framings, variants, captions)
+    if cache.has_room(latents + text):
+        return
+    raise ConfigError(
+        f"The cache needs {(latents + text) / 2**30:.2f} GiB more (latents of {len(framings):,} pictures "
+        f"{latents / 2**30:.2f}, text of {captions:,} captions {text / 2**30:.2f}), but the disk of {cache.folder} has "
+        f"{cache.free / 2**30:.2f} GiB free. Lower caption_variants or picture_variants, make room, or name a folder on "
+        "another disk in the environment variable VISIONLORA_CACHE."
+    )
+
+
 def of_one_size(positions: Sequence[int], framings: Sequence[Framing], pixels: int) -> Iterable[list[int]]:
     """Positions cut into those that are encoded at once: of one size, and of no more pixels together."""
     by_bucket: dict[Size, list[int]] = {}
@@ -264,6 +292,9 @@ def encode_dataset(
         share: of the work, where several processes do it.
         salt: what the captions mean beside the model's weights, such as how a new word starts.
         in_bf16: see `encode_pictures`; the cache keeps such latents apart.
+
+    Raises:
+        ConfigError: when the cache has no room for them; nothing has been computed then.
     """
     plan = Plan(plan) if isinstance(plan, int) else plan
     cache = cache or TensorCache(default_cache_folder())
@@ -279,6 +310,17 @@ def encode_dataset(
         key_of("latents 2", vae_id, item.content, repr(f), *(variant.key for variant in plan.variants))
         for item, f in zip(everything, framings, strict=True)
     ]
+    own_captions = [tuple(c) for c in captions] if captions is not None else [(item.caption,) for item in items]
+    own_captions += [(item.caption,) for item in class_items]
+    distinct = list(dict.fromkeys(["", *more_captions, *(c for each in own_captions for c in each)]))
+    place, of_texts = {c: i for i, c in enumerate(distinct)}, text_keys(base, distinct, salt)
+    check_room(
+        base,
+        cache,
+        [f for key, f in zip(keys, framings, strict=True) if not cache.holds(key)],
+        len(plan.variants),
+        sum(not cache.holds(key) for key in of_texts),
+    )
     latents, new_latents = cache.fill(
         keys,
         lambda part: encode_variants(
@@ -288,13 +330,8 @@ def encode_dataset(
         told("Encoding pictures"),
         share,
     )
-
-    own_captions = [tuple(c) for c in captions] if captions is not None else [(item.caption,) for item in items]
-    own_captions += [(item.caption,) for item in class_items]
-    distinct = list(dict.fromkeys(["", *more_captions, *(c for each in own_captions for c in each)]))
-    place = {c: i for i, c in enumerate(distinct)}
     texts, new_texts = cache.fill(
-        text_keys(base, distinct, salt),
+        of_texts,
         lambda part: encode_text(base, [distinct[i] for i in part]),
         CAPTIONS_AT_ONCE,
         told("Encoding captions"),

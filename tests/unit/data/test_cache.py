@@ -1,5 +1,6 @@
 """The cache: exact, atomic, recomputed when broken."""
 
+import shutil
 from pathlib import Path
 
 import torch
@@ -43,6 +44,15 @@ def test_a_folder_that_cannot_be_written_is_no_reason_to_stop(tmp_path: Path) ->
     cache = TensorCache(tmp_path / "file" / "cache")
     entries, computed = cache.fill(["a"], lambda part: [{"v": torch.ones(1)}], batches=1)
     assert (len(entries), computed) == (1, 1)
+
+
+def test_room_is_that_of_memory_and_disk(monkeypatch, tmp_path: Path) -> None:
+    cache = TensorCache(tmp_path / "not" / "there")
+    assert 0 < cache.free <= shutil.disk_usage(tmp_path).total
+    monkeypatch.setattr(TensorCache, "free", 2**32)
+    assert cache.has_room(2**32) and not cache.has_room(2**32 + 1)
+    monkeypatch.setattr(TensorCache, "free", 0)
+    assert cache.has_room(2**31) and not cache.has_room(2**31 + 1), "what cannot be written is kept in memory"
 
 
 def test_keys_tell_their_parts_apart() -> None:

@@ -11,8 +11,16 @@ from visionlora.data.augment import variants
 from visionlora.data.cache import Share, TensorCache, key_of
 from visionlora.data.folder import read_image_folder
 from visionlora.diffusion import encode
-from visionlora.diffusion.encode import Plan, cut_captions, encode_dataset, encode_pictures, encode_text, text_keys
-from visionlora.errors import ModelError
+from visionlora.diffusion.encode import (
+    Plan,
+    cache_bytes,
+    cut_captions,
+    encode_dataset,
+    encode_pictures,
+    encode_text,
+    text_keys,
+)
+from visionlora.errors import ConfigError, ModelError
 from visionlora.models.base import open_base
 from visionlora.models.fingerprint import weights_fingerprint
 
@@ -149,6 +157,29 @@ def test_many_variants_of_a_picture_do_not_go_through_the_vae_at_once(
         file.unlink()
     parts.latents.kept.clear()
     assert parts.variants(0) == 10 and sizes[9:] == [4, 4, 2], "one that is gone is made again in the same parts"
+
+
+@pytest.mark.parametrize("family", ["tiny_model", "tiny_xl"])
+def test_a_disk_without_room_is_told_of_before_anything_is_encoded(
+    family: str, request: pytest.FixtureRequest, dogs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, items = open_base(str(request.getfixturevalue(family))), read_image_folder(dogs).items
+    cache, captions = TensorCache(tmp_path / "c"), [("a", "b"), ("b",), ("c",)]
+    data = encode_dataset(base, items, FLIPPED, TensorCache(tmp_path / "d"), captions=captions)
+    sizes = cache_bytes(base, data.framings, 2, len(data.captions))
+    assert sizes[0] == sum(entry[name].nbytes for entry in data.latents for name in ("mean", "std"))
+    assert sizes[1] == sum(tensor.nbytes for entry in data.texts for tensor in entry.values())
+    monkeypatch.setattr("visionlora.data.cache.IN_MEMORY", 10)
+    monkeypatch.setattr(TensorCache, "free", sum(sizes) - 1)
+    with pytest.raises(
+        ConfigError, match=r"The cache needs 0\.00 GiB more .* Lower caption_variants or picture_variants, .*VISIO"
+    ):
+        encode_dataset(base, items, FLIPPED, cache, captions=captions)
+    assert not (tmp_path / "c").exists()
+    monkeypatch.setattr(TensorCache, "free", sum(sizes))
+    encode_dataset(base, items, FLIPPED, cache, captions=captions)
+    monkeypatch.setattr(TensorCache, "free", 0)
+    assert encode_dataset(base, items, FLIPPED, cache, captions=captions).computed == 0, "all of it is there"
 
 
 def test_a_vae_that_fails_in_half_precision_works_in_fp32(tiny_model: Path) -> None:
