@@ -305,11 +305,7 @@ def encode_dataset(
         return None if progress is None else lambda done, total: progress(what, done, total)
 
     pixels = PIXELS_AT_ONCE.get(base.pipe.vae.device.type, PIXELS_AT_ONCE["cuda"])
-    vae_id = weights_fingerprint(base.pipe.vae) + (" bf16" if in_bf16 else "")
-    keys = [
-        key_of("latents 2", vae_id, item.content, repr(f), *(variant.key for variant in plan.variants))
-        for item, f in zip(everything, framings, strict=True)
-    ]
+    keys = latent_keys(base, everything, framings, plan.variants, in_bf16)
     own_captions = [tuple(c) for c in captions] if captions is not None else [(item.caption,) for item in items]
     own_captions += [(item.caption,) for item in class_items]
     distinct = list(dict.fromkeys(["", *more_captions, *(c for each in own_captions for c in each)]))
@@ -349,6 +345,15 @@ def encode_dataset(
         computed=new_latents + new_texts,
         sides=(0,) * len(items) + (1,) * len(class_items),
     )
+
+
+def latent_keys(
+    base: BaseModel, items: Sequence[ImageItem], framings: Sequence[Framing], variants: Sequence[Variant], in_bf16: bool
+) -> list[str]:
+    """Where the cache keeps the latents of pictures."""
+    vae_id = weights_fingerprint(base.pipe.vae) + (" bf16" if in_bf16 else "")
+    made = [variant.key for variant in variants]
+    return [key_of("latents 2", vae_id, i.content, repr(f), *made) for i, f in zip(items, framings, strict=True)]
 
 
 def text_keys(base: BaseModel, captions: Sequence[str], salt: str = "") -> list[str]:

@@ -123,7 +123,9 @@ def hold_out(
     for members in free:
         if len(apart) + len(members) <= count:
             apart.update(members)
-    apart = apart or set(min(free, key=len, default=()))
+    if free and not apart:
+        smallest = min(free, key=len)
+        apart.update(smallest)
     if not 0 < len(apart) < len(folder.items):
         raise DataError(
             f"val_share {share:g}: too many of the {len(folder.items)} pictures look alike, or like some that were learned "
