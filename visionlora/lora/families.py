@@ -23,6 +23,9 @@ class Family:
     """Layers that hold several projections, one after the other in their output: name -> parts, such as q, k, v."""
     weight_users: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Classes (`module.Class`) that use the weight of a child instead of calling it -> those children."""
+    mingled: Mapping[str, str] = field(default_factory=dict)
+    """Classes whose `fused` layers hold their projections in another way, head by head or fewer of them -> the attribute that
+    says so, empty where it is always so. Such a layer has no parts; its role is `attn.mingled`."""
     patch_embeddings: tuple[str, ...] = ()
     """Layers that adapters leave alone: their output feeds every other layer."""
 
@@ -43,14 +46,15 @@ UNET = Family(
     fused={"to_qkv": ("q", "k", "v"), "to_kv": ("k", "v")},
 )
 TRANSFORMERS = Family(
-    "transformers: CLIP, ViT, DINOv2, in the names before and since version 5.9",
+    "transformers: CLIP, ViT, DINOv2, Swin, PVT, ConvNeXt, in the names before and since version 5.9",
     roles={
-        "attn.q": ("self_attn.q_proj", "attention.q_proj", "attention.query"),
-        "attn.k": ("self_attn.k_proj", "attention.k_proj", "attention.key"),
-        "attn.v": ("self_attn.v_proj", "attention.v_proj", "attention.value"),
+        "attn.q": ("self_attn.q_proj", "attention.q_proj", "attention.query", "attention.self.query"),
+        "attn.k": ("self_attn.k_proj", "attention.k_proj", "attention.key", "attention.self.key"),
+        "attn.v": ("self_attn.v_proj", "attention.v_proj", "attention.value", "attention.self.value"),
         "attn.out": ("self_attn.out_proj", "attention.o_proj", "attention.output.dense"),
-        "mlp.in": ("mlp.fc1", "intermediate.dense", "mlp.weights_in"),
-        "mlp.out": ("mlp.fc2", "output.dense", "mlp.weights_out"),
+        "mlp.in": ("mlp.fc1", "intermediate.dense", "mlp.weights_in", "mlp.dense1", "pwconv1"),
+        "mlp.out": ("mlp.fc2", "output.dense", "mlp.weights_out", "mlp.dense2", "pwconv2"),
+        "conv": ("layer.0.convolution", "layer.1.convolution", "layer.2.convolution", "shortcut.convolution", "dwconv"),
     },
     patch_embeddings=("patch_embeddings.projection", "embeddings.patch_embedding"),
 )
@@ -71,6 +75,12 @@ TIMM = Family(
         "timm.models.beit.Attention": ("qkv",),
         "timm.models.eva.EvaAttention": ("qkv",),
         "timm.models.swin_transformer_v2.WindowAttention": ("qkv",),
+    },
+    mingled={
+        "timm.models.efficientformer.Attention": "",
+        "timm.models.gcvit.WindowAttentionGlobal": "use_global",
+        "timm.models.maxxvit.AttentionCl": "",
+        "timm.models.tiny_vit.Attention": "",
     },
     patch_embeddings=("patch_embed.proj", "stem.conv"),
 )
@@ -109,6 +119,12 @@ def fused_names() -> dict[str, tuple[str, ...]]:
 def weight_users() -> dict[str, tuple[str, ...]]:
     """Class -> children whose weights it uses."""
     return {cls: children for f in families() for cls, children in f.weight_users.items()}
+
+
+@lru_cache(maxsize=1)
+def mingled() -> dict[str, str]:
+    """Class -> the attribute that says that its fused layers have no parts."""
+    return {cls: attribute for f in families() for cls, attribute in f.mingled.items()}
 
 
 @lru_cache(maxsize=1)

@@ -19,18 +19,20 @@ from visionlora import plugins
 from visionlora.errors import TargetError, nearest
 from visionlora.lora.classes import forward_of_its_own
 from visionlora.lora.config import AdapterConfig
-from visionlora.lora.families import fused_names, lookup, patch_embeddings, role_names, weight_users
+from visionlora.lora.families import fused_names, lookup, mingled, patch_embeddings, role_names, weight_users
 from visionlora.lora.methods.base import Site
 
 V = TypeVar("V")
 
-ROLES = ("attn.q", "attn.k", "attn.v", "attn.out", "mlp.in", "mlp.out", "proj", "conv", "time")
+MINGLED = "attn.mingled"
+"""The role of a layer that holds q, k and v in a way in which they cannot be told apart: groups with q and v take all of it."""
+ROLES = ("attn.q", "attn.k", "attn.v", "attn.out", MINGLED, "mlp.in", "mlp.out", "proj", "conv", "time")
 GROUPS: dict[str, tuple[str, ...]] = {
-    "attn": ("attn.q", "attn.k", "attn.v", "attn.out"),
-    "attn.qv": ("attn.q", "attn.v"),
-    "attn.qkv": ("attn.q", "attn.k", "attn.v"),
+    "attn": ("attn.q", "attn.k", "attn.v", "attn.out", MINGLED),
+    "attn.qv": ("attn.q", "attn.v", MINGLED),
+    "attn.qkv": ("attn.q", "attn.k", "attn.v", MINGLED),
     "mlp": ("mlp.in", "mlp.out"),
-    "linear": ("attn.q", "attn.k", "attn.v", "attn.out", "mlp.in", "mlp.out"),
+    "linear": ("attn.q", "attn.k", "attn.v", "attn.out", MINGLED, "mlp.in", "mlp.out"),
     "all": ROLES,
 }
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -68,13 +70,25 @@ def attention_parts(name: str, module: nn.MultiheadAttention) -> Iterator[Site]:
 
 def sites_of(model: nn.Module) -> Iterator[Site]:
     """Every place for an adapter, in the model's order: a fused layer as a whole, then its parts."""
-    out_projections = set()
+    out_projections, owners = set(), set()
     for name, module in model.named_modules():
+        if is_mingled(module):
+            owners.add(name)
         if isinstance(module, nn.MultiheadAttention):
             yield from attention_parts(name, module)
             out_projections.add(f"{name}.{OUT_PROJECTION}" if name else OUT_PROJECTION)
         elif isinstance(module, LAYERS):
-            yield from layer_sites(name, module, name in out_projections)
+            if name.rpartition(".")[0] in owners and lookup(name, fused_names()) is not None:
+                yield Site(name, module, role=MINGLED)
+            else:
+                yield from layer_sites(name, module, name in out_projections)
+
+
+def is_mingled(module: nn.Module) -> bool:
+    """Whether the fused layers of this module have no parts."""
+    cls = type(module)
+    attribute = mingled().get(f"{cls.__module__}.{cls.__qualname__}")
+    return attribute is not None and (not attribute or bool(getattr(module, attribute, False)))
 
 
 def layer_sites(name: str, module: nn.Module, out_projection: bool = False) -> Iterator[Site]:
@@ -231,6 +245,12 @@ def check_reached(
                     f"Target {target!r} asks for the part {part!r} of {same[0].name!r}, which is a {kind} without "
                     f"parts: name the layer itself, {layer!r}, or use a role such as `attn.{part}`."
                 )
+        roles = [role for role in ROLES if any(s.role == role for s in sites_of(model))]
+        if target in ROLES or target in GROUPS:
+            there = (
+                f"It has {', '.join(roles)}: take some of these, or `all`." if roles else "Give the names of layers."
+            )
+            raise TargetError(f"{type(model).__name__} has no layer of role {target!r}. {there}")
         what = "Target" if target in config.target_list else "Exclusion"
         raise TargetError(
             f"{what} {target!r} reaches no layer of {type(model).__name__}. {nearest(target, known_words(model) - {target})}"

@@ -1,5 +1,6 @@
 """Roles on every model family: what they reach, that nothing reached is dead, and that merging says the same."""
 
+import importlib
 import warnings
 from collections.abc import Callable
 
@@ -212,3 +213,28 @@ def test_adapters_on_parts_of_one_attention_leave_in_any_order(first: int) -> No
     handles[1 - first].eject()
     assert type(model["attn"]) is nn.MultiheadAttention
     assert torch.equal(model["attn"](x, x, x)[0], base)
+
+
+@pytest.mark.parametrize(
+    ("attention", "options"),
+    [
+        ("tiny_vit.Attention", {"dim": 16, "key_dim": 4, "num_heads": 2, "attn_ratio": 2, "resolution": (4, 4)}),
+        ("efficientformer.Attention", {"dim": 16, "key_dim": 4, "num_heads": 2, "attn_ratio": 2, "resolution": 4}),
+        ("maxxvit.AttentionCl", {"dim": 16, "dim_head": 4}),
+        ("gcvit.WindowAttentionGlobal", {"dim": 24, "num_heads": 2, "window_size": (4, 4), "use_global": True}),
+    ],
+)
+def test_projections_that_lie_in_each_other_are_taken_whole(attention: str, options: dict[str, object]) -> None:
+    module, _, cls = attention.partition(".")
+    model = nn.ModuleDict({"attn": getattr(importlib.import_module(f"timm.models.{module}"), cls)(**options)})
+    handle = inject(model, AdapterConfig(rank=1, targets="attn.qv"))
+    assert list(handle.methods) == ["attn.qkv"]
+    handle.eject()
+    with pytest.raises(TargetError, match=r"no layer of role 'attn.k'. It has .*attn.mingled"):
+        inject(model, AdapterConfig(rank=1, targets="attn.k"))
+
+
+def test_a_network_without_attention_says_what_it_has() -> None:
+    model = timm.create_model("convnext_atto")
+    with pytest.raises(TargetError, match=r"ConvNeXt has no layer of role 'attn.qv'. It has mlp.in, mlp.out"):
+        inject(model, AdapterConfig(rank=1, targets="attn.qv"))
