@@ -22,7 +22,7 @@ from visionlora.diffusion.settings import BASE_DTYPES
 from visionlora.errors import AdapterFileError, ConfigError, nearest
 from visionlora.formats.container import file_hashes
 from visionlora.formats.inspection import weights_file
-from visionlora.loaders import check_base, load_adapter
+from visionlora.loaders import check_base, follow_noise, load_adapter
 from visionlora.lora.adapter import Adapter
 from visionlora.mixing.batches import adapters_of, batches_of
 from visionlora.mixing.mix import Mix, attach
@@ -138,6 +138,8 @@ def opened(config: GenerateConfig, say: Callable[[str], None]) -> Opened:
         model = str(next(iter(adapters.values())).info.get("base", {}).get("id", "auto"))
     base = open_base(model)
     say(base.why)
+    if follow_noise(base, adapters.values()):
+        say("The noise levels end at nothing but noise, as an adapter was trained (zero_terminal_snr).")
     device, precision = place_of(config)
     base.weights_hash  # noqa: B018  before the cast, after which it would be another
     with quiet("diffusers", "transformers"):

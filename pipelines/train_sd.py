@@ -231,9 +231,6 @@ def prepare(start: Start[TrainSDConfig], tell: Listener) -> Ready:
         method = method_for(first.component("unet"), config.method, str(config.start_from))
         config = dataclasses.replace(config, method=method)
     adapter, text_adapters = adapters_for(config, base, first)
-    longest = [max(variants, key=len) for variants in captions_of(config, folder.items)]
-    for caption, lost in cut_captions(base, longest):
-        tell.say(f"The caption {caption!r} is longer than the model reads; it never sees: {lost}")
     accelerator = new_accelerator(
         config.precision,
         config.trackers,
@@ -244,6 +241,9 @@ def prepare(start: Start[TrainSDConfig], tell: Listener) -> Ready:
     check_base_precision(config, accelerator.mixed_precision)
     prepare_encoders(base, config, accelerator.device, accelerator.mixed_precision)
     word = new_word(config, base, folder)
+    longest = [max(variants, key=len) for variants in captions_of(config, folder.items)]
+    for caption, lost in cut_captions(base, longest):
+        tell.say(f"The caption {caption!r} is longer than the model reads; it never sees: {lost}")
     return Ready(
         config,
         folder,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from visionlora.diffusion.objective import zero_terminal
 from visionlora.errors import AdapterFileError, nearest
 from visionlora.formats import diffusers, kohya, native, peft
 from visionlora.formats.families import context_width, family_of, family_of_unet, flat_shapes
@@ -16,6 +17,7 @@ from visionlora.lora.adapter import Adapter
 from visionlora.lora.handle import Handle
 from visionlora.lora.inject import attach
 from visionlora.models.base import BaseModel, open_base
+from visionlora.models.words import add_word
 
 WRITERS: dict[str, Callable[[Adapter, Path], None]] = {
     "visionlora": native.write,
@@ -195,9 +197,21 @@ def add_token(pipe: Any, token: str, vectors: Tensor, tokenizer: Any, encoder: A
             "family."
         )
     try:
-        pipe.load_textual_inversion(vectors, token=token, text_encoder=encoder, tokenizer=tokenizer)
+        add_word(pipe, token, vectors, tokenizer, encoder)
     except ValueError as e:
         raise AdapterFileError(f"The token {token!r} cannot be added: {e}") from None
+
+
+def follow_noise(base: BaseModel, adapters: Iterable[Adapter]) -> bool:
+    """Lets a base draw at the noise levels that an adapter was trained at, where these end at nothing but noise.
+
+    Returns:
+        Whether one was.
+    """
+    wanted = any((a.info.get("training") or {}).get("zero_terminal_snr") for a in adapters)
+    if wanted:
+        base.pipe.scheduler = zero_terminal(base.pipe.scheduler)
+    return wanted
 
 
 def load_pipeline(
@@ -218,6 +232,7 @@ def load_pipeline(
     if model == "auto" and loaded:
         model = str(next(iter(loaded.values())).info.get("base", {}).get("id", "auto"))
     base = open_base(model)
+    follow_noise(base, loaded.values())
     for name, adapter in loaded.items():
         apply(base, adapter, name, (scales or {}).get(name, 1.0), force)
     return base.pipe

@@ -127,8 +127,13 @@ def test_what_cannot_be(train, dogs: Path, tmp_path: Path, settings: list[str], 
 
 
 def test_zero_terminal_noise_on_a_model_that_predicts_velocity(train, tiny_sd2: Path) -> None:
+    import visionlora as vl
+
     _, run = train("zero_terminal_snr=true", "min_snr_gamma=5", model=tiny_sd2)
     assert all(np.isfinite(losses(run)))
+    assert vl.load_adapter(run).info["training"]["zero_terminal_snr"] is True
+    drawn_with = vl.load_pipeline({"dog": run}).scheduler  # the levels that it was trained at
+    assert drawn_with.alphas_cumprod[-1] == 0 and drawn_with.config.prediction_type == "v_prediction"
 
 
 def test_a_rank_that_follows_the_timestep_trains_and_draws(train, tiny_model: Path) -> None:

@@ -16,6 +16,7 @@ from visionlora.diffusion.conditioning import text_states, token_ids
 from visionlora.diffusion.encode import Encoded
 from visionlora.errors import ConfigError
 from visionlora.models.base import BaseModel
+from visionlora.models.words import add_word
 
 RARE_WORD = "sks"
 
@@ -134,7 +135,7 @@ class LearnedWord(nn.Module):
             if count > len(ids):  # equal vectors would learn the same
                 dice = torch.Generator().manual_seed(count)
                 vectors = vectors + 0.1 * vectors.std() * torch.randn(vectors.shape, generator=dice).to(vectors)
-            base.pipe.load_textual_inversion(vectors, token=token, text_encoder=encoder, tokenizer=tokenizer)
+            add_word(base.pipe, token, vectors, tokenizer, encoder)
             table = encoder.get_input_embeddings()
             table.weight.requires_grad_(False)
             self.initial[name], self.vectors[name] = vectors, nn.Parameter(vectors.clone())

@@ -154,7 +154,7 @@ def cut_captions(base: BaseModel, captions: Sequence[str]) -> list[tuple[str, st
     tokenizer = base.pipe.tokenizer
     cut = []
     for caption in dict.fromkeys(captions):
-        ids = tokenizer(caption, truncation=False, verbose=False).input_ids
+        ids = tokenizer(base.pipe.maybe_convert_prompt(caption, tokenizer), truncation=False, verbose=False).input_ids
         if len(ids) > tokenizer.model_max_length:
             cut.append((caption, str(tokenizer.decode(ids[tokenizer.model_max_length - 1 : -1])).strip()))
     return cut

@@ -37,7 +37,8 @@ def as_compel(prompt: str) -> str:
 
 def too_long(pipe: Any, prompt: str) -> bool:
     """Whether the text encoder would not see the end of a prompt."""
-    ids = pipe.tokenizer(prompt, truncation=False, verbose=False).input_ids
+    whole = pipe.maybe_convert_prompt(prompt, pipe.tokenizer)  # a learned word may stand for several
+    ids = pipe.tokenizer(whole, truncation=False, verbose=False).input_ids
     return len(ids) > int(pipe.tokenizer.model_max_length)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from visionlora.diffusion.recipe import SCHEDULERS
-from visionlora.errors import ModelError
+from visionlora.errors import ConfigError, ModelError
 from visionlora.models.base import BaseModel
 
 
@@ -27,11 +28,28 @@ class SamplingConfig:
 
 
 def sampling_scheduler(scheduler: Any, word: str = "dpm++") -> Any:
-    """A way to draw, see `SCHEDULERS`, with the model's own noise schedule; DPM-Solver++ gives good pictures in few steps."""
+    """A way to draw, see `SCHEDULERS`, with the model's own noise schedule; DPM-Solver++ gives good pictures in few steps.
+
+    Raises:
+        ConfigError: when the levels end at nothing but noise and it cannot start there.
+    """
     import diffusers
 
+    if scheduler.config.get("rescale_betas_zero_snr") and word not in (able := starts_from_noise()):
+        raise ConfigError(
+            f"scheduler is {word!r}, which cannot start from nothing but noise, as this model or adapter (zero_terminal_snr) "
+            f"does: take {', '.join(able)}."
+        )
     sampler = SCHEDULERS[word]
     return getattr(diffusers, sampler.kind).from_config(scheduler.config, **sampler.options)
+
+
+def starts_from_noise() -> list[str]:
+    """The ways to draw that can start where the signal is zero (arXiv 2305.08891)."""
+    import diffusers
+
+    kinds = {word: getattr(diffusers, sampler.kind) for word, sampler in SCHEDULERS.items()}
+    return [word for word, kind in kinds.items() if "rescale_betas_zero_snr" in inspect.signature(kind).parameters]
 
 
 @torch.no_grad()

@@ -62,8 +62,7 @@ class Words:
                 f"Adapter {name!r} brings the word {word!r}, which means something else here already: two adapters that were "
                 "trained with the same word cannot be drawn together. Train one of them with another."
             )
-        with quiet("diffusers", "transformers"):
-            add_token(self.target, word, vectors, tokenizer, encoder)
+        add_token(self.target, word, vectors, tokenizer, encoder)
         encoder.get_input_embeddings().requires_grad_(False)
         self._added.append((spelled, tokenizer, encoder))
 

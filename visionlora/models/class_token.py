@@ -52,7 +52,8 @@ class ReadsClassToken(nn.Module):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x (n, 3, h, w) -> features or logits (n, d)."""
         last = cast(Any, self).blocks[-1]
-        before, ASKED.block = ASKED.block, last if not (args or kwargs) and unwatched(self) else None
+        shorter = isinstance(x, Tensor) and not (args or kwargs) and unwatched(self)  # of FX it is no tensor
+        before, ASKED.block = ASKED.block, last if shorter else None
         try:
             return cast(Tensor, super().forward(x, *args, **kwargs))
         finally:
@@ -83,6 +84,8 @@ def attended(attn: Any, x: Tensor) -> Tensor:
 
 def unwatched(model: Any) -> bool:
     """Whether nobody can see that tokens are missing, and none of them is made again for backward."""
+    if model.global_pool != "token" or getattr(model, "attn_pool", None) is not None:  # it was changed since
+        return False
     if ASKED.whole or model.grad_checkpointing or not model.blocks[-1].attn.fused_attn:
         return False
     if torch.compiler.is_compiling() or cast(Any, torch.jit).is_tracing():
@@ -105,6 +108,9 @@ def suits(model: nn.Module) -> bool:
     from timm.models import vision_transformer
 
     own, timms = cast(Any, model), cast(Any, vision_transformer)
+    # What FX and others ask of a signature is that of timm's own forward.
+    cast(Any, ReadsClassToken.forward).__wrapped__ = timms.VisionTransformer.forward
+    cast(Any, LastBlock.forward).__wrapped__ = timms.Block.forward
     if type(model) is not timms.VisionTransformer or not own.has_class_token or own.global_pool != "token":
         return False
     last: Any = own.blocks[-1] if len(own.blocks) else None

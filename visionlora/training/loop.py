@@ -198,6 +198,8 @@ class Fit:
             config: steps, rates, batch.
             ema_decay: keep an average of the parameters with this decay (see `visionlora.training.ema`).
         """
+        # Of an earlier training; a scaler of fp16 would scale the gradients that both know back twice.
+        accelerator.free_memory()
         self.accelerator, self.learner, self.config = accelerator, learner, config
         groups = learner.parameter_groups(config.learning_rate, config.weight_decay)
         self.trained = [p for group in groups for p in group["params"]]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from visionlora.errors import TrainingError
-from visionlora.training.loop import Fit, Task
+from visionlora.training.loop import Fit, Task, into_training
 
 LOWEST, HIGHEST = 1e-6, 1.0
 KEEP = 0.85
@@ -38,6 +38,7 @@ def find_rate(fit: Fit, task: Task, steps: int = 100, on_step: Callable[[int, in
     before = copy.deepcopy(fit.state())
     points: list[tuple[float, float]] = []
     average = 0.0
+    into_training(fit.model)
     try:
         for number in range(steps):
             rate = LOWEST * (HIGHEST / LOWEST) ** (number / (steps - 1))
@@ -54,6 +55,7 @@ def find_rate(fit: Fit, task: Task, steps: int = 100, on_step: Callable[[int, in
             if number > 10 and points[-1][1] > LOST * min(value for _, value in points):
                 break
     finally:
+        fit.optimizer.zero_grad()  # a step whose loss was not finite leaves such gradients
         fit.restore(before)
         torch.manual_seed(fit.config.seed)
     return RateSweep(tuple(points), min(points, key=lambda point: point[1])[0] / SAFETY)

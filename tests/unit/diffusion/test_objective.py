@@ -16,6 +16,7 @@ from visionlora.diffusion.objective import (
     target_of,
     zero_terminal,
 )
+from visionlora.diffusion.sampling import sampling_scheduler
 from visionlora.errors import ConfigError, ModelError
 
 KINDS = ("epsilon", "v_prediction", "sample")
@@ -149,6 +150,9 @@ def test_levels_that_end_in_nothing_but_noise() -> None:
     assert float(levels.alphas_cumprod[-1]) < 1e-8 < float(scheduler("v_prediction").alphas_cumprod[-1])
     assert levels.config.timestep_spacing == "trailing"
     check_objective(Objective(), levels)
+    assert sampling_scheduler(levels, "ddim").alphas_cumprod[-1] == 0
+    with pytest.raises(ConfigError, match="scheduler is 'heun', which cannot start from nothing but noise"):
+        sampling_scheduler(levels, "heun")
     with pytest.raises(ConfigError, match="zero_terminal_snr: this model predicts the noise"):
         check_objective(Objective(), zero_terminal(scheduler("epsilon")))
 

@@ -158,3 +158,17 @@ def test_maps_of_what_it_looks_at_are_those_of_the_whole_model() -> None:
     torch.testing.assert_close(
         grad_cam(model, PICTURES, classes, at), grad_cam(plain, PICTURES, classes, at), rtol=1e-3, atol=1e-4
     )
+
+
+def test_a_model_whose_head_is_changed_later_reads_all_tokens() -> None:
+    model, plain = shortened(), vit()
+    for m in (model, plain):
+        m.reset_classifier(0, "avg")
+    torch.testing.assert_close(model(PICTURES), plain(PICTURES), rtol=0, atol=0)
+
+
+def test_torchvision_traces_it() -> None:
+    from torchvision.models.feature_extraction import create_feature_extractor
+
+    found = create_feature_extractor(shortened(), {"blocks.2": "last"})(PICTURES)["last"]
+    assert found.shape == (3, TOKENS, 24)

@@ -171,3 +171,30 @@ def test_rates_fall_with_depth_and_the_head_has_its_own() -> None:
         ("lora_B", 1.0), ("lora_B x 0.5", 0.5), ("lora_B x 0.25", 0.25),
         ("full x 10", 10.0), ("full_1d x 10", 10.0),
     }  # fmt: skip
+
+
+class Lost(Task):
+    """From the fifth step on the loss is no number."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+
+    def losses(self, model: nn.Module, index: Tensor, generator: torch.Generator, part: slice) -> Tensor:
+        self.steps += 1
+        return super().losses(model, index, generator, part) * (float("nan") if self.steps == 5 else 1.0)
+
+
+def test_a_sweep_that_ends_in_nan_leaves_no_gradients() -> None:
+    fit = fit_of(model_with("lora"))
+    find_rate(fit, Lost(), steps=20)
+    assert all(p.grad is None for p in fit.trained)
+    seen: list[Progress] = []
+    fit.run(Task(), seen.append)
+    assert all(torch.isfinite(torch.tensor(p.grad_norm)) for p in seen)
+
+
+def test_a_second_training_is_the_only_one_that_the_accelerator_knows() -> None:
+    accelerator, handle = Accelerator(cpu=True), model_with("lora")
+    for _ in range(2):
+        fit = Fit(accelerator, LayeredLearner(handle, lambda name: 1.0), CONFIG)
+    assert [o.optimizer for o in accelerator._optimizers] == [fit.optimizer.optimizer]
