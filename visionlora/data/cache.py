@@ -32,7 +32,7 @@ def default_cache_folder() -> Path:
 
 def key_of(*parts: str) -> str:
     """One file name for all that an entry depends on."""
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+    return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
 class TensorCache:

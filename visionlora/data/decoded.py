@@ -4,41 +4,35 @@ In: labelled pictures. Out: `Checked`, the same without what cannot be used, wit
 and a thumbnail of each picture, and its pixels as the backbone wants them; or one error that lists all there is to fix.
 
 On disk there is one file of pixels per data set and preprocessing, named by the content of all pictures, so that it is
-never stale; and one file of facts per folder, by which unchanged files (same size and time) are not even read again.
+never stale; what is known of each file is kept too (`visionlora.data.facts`).
 
 Letters in shapes: n pictures, s side of a stored picture.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
 import PIL
-from PIL import Image
 
-from visionlora.atomic import replace_file
-from visionlora.data.alike import perceptual_hash, thumbnail
 from visionlora.data.cache import key_of
-from visionlora.data.files import sha256_of
-from visionlora.data.images import decode_again, decode_noted, printable
+from visionlora.data.facts import Fact, FactsOfFolder
+from visionlora.data.images import decode_again
 from visionlora.data.labelled import LabelledData
-from visionlora.data.pixels import Keeper, Stamp, check_unchanged, keeper_for, remove_leftovers, stamp_of
+from visionlora.data.pixels import Keeper, keeper_for, remove_leftovers
 from visionlora.data.preprocess import Preprocessing
 from visionlora.data.wording import count_of, first_names, left_out, problem_report, remedy
 from visionlora.errors import DataError
 
-_VERSION = "2"  # of what the two files hold; a new number makes old files unused
+_VERSION = "2"  # of the pixels; a new number makes old files unused
 _THREADS = 4
 
 
@@ -100,23 +94,6 @@ class Pictures:
         return self.preprocessing.stored(decode_again(self.paths[index]))
 
 
-@dataclass(frozen=True)
-class _Facts:
-    """What is known of one file."""
-
-    size: int
-    mtime_ns: int
-    sha256: str
-    hash: int
-    thumbnail: npt.NDArray[np.uint8]
-    note: str
-
-    @property
-    def stamp(self) -> Stamp:
-        """By which the file is known to be unchanged."""
-        return self.size, self.mtime_ns
-
-
 def check_pictures(
     data: LabelledData,
     preprocessing: Preprocessing,
@@ -142,16 +119,10 @@ def check_pictures(
     if cache is not None:
         remove_leftovers(cache)
     keeper, why_not = keeper_for(len(data.items), preprocessing, cache, cache_limit)
-    facts_file = cache / f"facts-{key_of(_VERSION, str(data.root.resolve()))}.npz" if cache else None
-    known = _read_facts(facts_file) if facts_file else {}
-    places = _places([item.path for item in data.items])
-    facts: dict[int, _Facts] = {}
-    for i, (place, item) in enumerate(zip(places, data.items, strict=True)):
-        fact = known.get(place)
-        if fact is not None and fact.stamp == stamp_of(item.path):
-            facts[i] = fact
+    known = FactsOfFolder(cache, data.root, [item.path for item in data.items])
+    facts = {i: fact for i, item in enumerate(data.items) if (fact := known.of(item.path)) is not None}
     try:
-        problems = _look_at_all(data, places, facts, keeper, facts_file, progress)
+        problems = _look_at_all(data, known, facts, keeper, progress)
         good = sorted(facts)
         notes = _judged(data, facts, problems, skip_broken)
         checked = replace(data, items=tuple(data.items[i] for i in good))
@@ -179,45 +150,31 @@ def check_pictures(
 
 def _look_at_all(
     data: LabelledData,
-    places: Sequence[str],
-    facts: dict[int, _Facts],
+    known: FactsOfFolder,
+    facts: dict[int, Fact],
     keeper: Keeper,
-    facts_file: Path | None,
     progress: Callable[[int, int], None] | None,
 ) -> list[str]:
     """Adds what is missing to `facts` and its pixels to the keeper; returns the problems of the other pictures."""
-    unknown = [i for i in range(len(places)) if i not in facts]
+    unknown = [i for i in range(len(data.items)) if i not in facts]
     problems: list[str] = []
-    try:
+    with known:
         for done, i in enumerate(unknown, 1):
             try:
-                facts[i], image = _look(data.items[i].path, data.name_of(i))
+                facts[i], decoded = known.look(data.items[i].path, data.name_of(i))
             except DataError as error:
                 problems.append(str(error))
             else:
-                keeper.add(i, keeper.preprocessing.stored(image))
+                keeper.add(i, keeper.preprocessing.stored(decoded.image))
             if progress is not None:
                 progress(done, len(unknown))
-    finally:  # what was found so far is worth keeping when a person interrupts
-        if facts_file and unknown:
-            _write_facts(facts_file, {places[i]: facts[i] for i in sorted(facts)})
     return problems
-
-
-def _look(path: Path, shown: str) -> tuple[_Facts, Image.Image]:
-    """Reads a file: what is to be known of it, and the picture."""
-    stamp = stamp_of(path)
-    decoded = decode_noted(path, shown=shown)
-    sha256 = sha256_of(path)
-    check_unchanged(path, printable(shown), stamp)
-    image = decoded.image
-    return _Facts(*stamp, sha256, perceptual_hash(image), thumbnail(image), decoded.note or ""), image
 
 
 # What is wrong, and what to say.
 
 
-def _judged(data: LabelledData, facts: Mapping[int, _Facts], broken: Sequence[str], skip_broken: bool) -> list[str]:
+def _judged(data: LabelledData, facts: Mapping[int, Fact], broken: Sequence[str], skip_broken: bool) -> list[str]:
     """Notes on the pictures; raises when they cannot be used."""
     classes = Counter(c for i in facts for c in data.items[i].labels)
     fatal = [
@@ -259,62 +216,3 @@ def _judged(data: LabelledData, facts: Mapping[int, _Facts], broken: Sequence[st
 
 def _classes(data: LabelledData, i: int) -> str:
     return ", ".join(data.classes[c] for c in data.items[i].labels) or "no label"
-
-
-# Facts on disk.
-
-
-def _places(paths: Sequence[Path]) -> list[str]:
-    """Where each file really lies; of folders each is resolved once."""
-    folders: dict[Path, str] = {}
-    places = []
-    for path in paths:
-        parent = path.parent
-        if parent not in folders:
-            folders[parent] = os.path.realpath(parent)
-        place = os.path.join(folders[parent], path.name)  # noqa: PTH118 - a Path each is slow for 50,000 files
-        places.append(os.path.realpath(place) if path.is_symlink() else place)
-    return places
-
-
-def _read_facts(path: Path) -> dict[str, _Facts]:
-    """By place; nothing when the file is missing or broken."""
-    try:
-        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
-            places, notes = (_lines(file[name]) for name in ("places", "notes"))
-            columns = (file["stamps"].tolist(), file["sha256"], file["hashes"].tolist(), file["thumbnails"])
-        return {
-            place: _Facts(size, mtime, sha.tobytes().hex(), value, small, note)
-            for place, note, (size, mtime), sha, value, small in zip(places, notes, *columns, strict=True)
-        }
-    except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile):
-        return {}
-
-
-def _write_facts(path: Path, facts: Mapping[str, _Facts]) -> None:
-    """A cache that cannot be written is no reason to stop."""
-    if not facts:
-        return
-    values = list(facts.values())
-    content = io.BytesIO()
-    np.savez(
-        content,
-        places=_blob(facts),
-        notes=_blob(fact.note for fact in values),
-        stamps=np.array([fact.stamp for fact in values], np.int64),
-        sha256=np.frombuffer(bytes.fromhex("".join(fact.sha256 for fact in values)), np.uint8).reshape(-1, 32),
-        hashes=np.array([fact.hash for fact in values], np.uint64),
-        thumbnails=np.stack([fact.thumbnail for fact in values]),
-    )
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, content.getvalue())
-
-
-def _blob(texts: Mapping[str, _Facts] | Iterator[str]) -> npt.NDArray[np.uint8]:
-    # File names may hold any byte but zero, line breaks among them.
-    return np.frombuffer("\0".join(texts).encode("utf-8", "surrogateescape"), np.uint8)
-
-
-def _lines(blob: npt.NDArray[np.uint8]) -> list[str]:
-    return blob.tobytes().decode("utf-8", "surrogateescape").split("\0")

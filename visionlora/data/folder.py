@@ -12,15 +12,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-import numpy as np
-import numpy.typing as npt
-
 from visionlora.config.folders import ALPHA, FolderConfig
 from visionlora.config.train_sd import TrainSDConfig
-from visionlora.data.alike import look_alikes, looks_of
+from visionlora.data.alike import look_alikes
+from visionlora.data.cache import default_cache_folder
 from visionlora.data.captions import Captions, caption_of_name, read_captions
+from visionlora.data.facts import Fact, FactsOfFolder
 from visionlora.data.files import Listing, list_folder, sha256_of, suffix_of
-from visionlora.data.images import decode_noted, legible, printable
+from visionlora.data.images import legible, printable
 from visionlora.data.masks import Masks, find_masks, masks_of_column
 from visionlora.data.named_repeats import NamedRepeats, named_repeats
 from visionlora.data.parquet import PARQUET, Unpacked, unpack
@@ -150,7 +149,7 @@ def read_image_folder(
         captions: `filename` takes them from the names of the pictures instead.
         masks: `alpha`, a folder of masks, or the column of a parquet table that holds them; see `visionlora.data.masks`.
         skip_broken: leave out what cannot be used (and say so in the notes) instead of raising.
-        cache: a folder for the pictures of parquet files; by default the user's cache folder.
+        cache: a folder for what is known of the pictures, and for those of parquet files; by default the user's.
         progress: called with (pictures checked, pictures in all), before that with (rows unpacked, rows of the file).
 
     Raises:
@@ -215,14 +214,9 @@ class _Source:
 class _Looks:
     """What decoding the pictures has shown, by their names."""
 
-    sha256: dict[str, str] = field(default_factory=dict)
+    facts: dict[str, Fact] = field(default_factory=dict)
     masks: dict[str, tuple[Path, str]] = field(default_factory=dict)
     """File of the mask and its hash."""
-    sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """Height and width."""
-    rules: dict[str, str] = field(default_factory=dict)
-    hashes: dict[str, int] = field(default_factory=dict)
-    thumbnails: dict[str, npt.NDArray[np.uint8]] = field(default_factory=dict)
 
 
 def _read(
@@ -236,11 +230,12 @@ def _read(
     total, done = sum(len(source.pictures) for source in sources), 0
     looks = _Looks()
     for source in sources:
-        own = _checked(source, done, total, progress)
+        known = FactsOfFolder(cache or default_cache_folder(), source.root, list(source.pictures.values()))
+        with known:
+            own = _checked(source, known, done, total, progress)
         done += len(source.pictures)
         _caption(source, own)
-        looks.hashes |= {source.name_of(name): value for name, value in own.hashes.items()}
-        looks.thumbnails |= {source.name_of(name): value for name, value in own.thumbnails.items()}
+        looks.facts |= {source.name_of(name): fact for name, fact in own.facts.items()}
     notes = _without_common(sources)
     items = [item for source in sources for item in source.items]
     problems = {source.root: source.problems for source in sources if source.problems}
@@ -250,7 +245,8 @@ def _read(
         own_notes = [*source.notes, *(f"left out: {problem}" for problem in source.problems)]
         notes += [f"{source.label}: {note}" if source.label else note for note in own_notes]
     names = [item.name for item in items]
-    alike = look_alikes([looks.hashes[name] for name in names], [looks.thumbnails[name] for name in names])
+    facts = [looks.facts[name] for name in names]
+    alike = look_alikes([fact.hash for fact in facts], [fact.thumbnail for fact in facts])
     notes += _alike(names, alike)
     captions = "; ".join(f"{s.label}: {s.caption_source}" if s.label else s.caption_source for s in sources)
     return ImageFolder(
@@ -342,25 +338,26 @@ def _without_masks(listing: Listing, root: Path, masks: str | None) -> Listing:
 # What it looks like.
 
 
-def _checked(source: _Source, before: int, total: int, progress: Callable[[int, int], None] | None) -> _Looks:
-    """Decodes every picture: adds notes on conversions and problems to the source."""
+def _checked(
+    source: _Source, known: FactsOfFolder, before: int, total: int, progress: Callable[[int, int], None] | None
+) -> _Looks:
+    """Decodes every picture that is new, or has a mask: adds notes on conversions and problems to the source."""
     looks = _Looks()
     converted: dict[str, list[str]] = {}
     for done, (name, path) in enumerate(source.pictures.items(), before + 1):
         try:
-            decoded = decode_noted(path, shown=name)
-            sha256 = sha256_of(path)
-            if source.masks is not None:
-                mask = source.masks.check(name, decoded)
-                looks.masks[name] = mask, sha256 if mask == path else sha256_of(mask)
+            fact = known.of(path) if source.masks is None else None
+            if fact is None:
+                fact, decoded = known.look(path, name)
+                if source.masks is not None:
+                    mask = source.masks.check(name, decoded)
+                    looks.masks[name] = mask, fact.sha256 if mask == path else sha256_of(mask)
         except DataError as error:
             source.problems.append(str(error))
         else:
-            looks.sha256[name], looks.sizes[name] = sha256, decoded.image.size[::-1]
-            looks.rules[name] = decoded.rule
-            looks.hashes[name], looks.thumbnails[name] = looks_of(decoded.image)
-            if decoded.note:
-                converted.setdefault(decoded.note, []).append(name)
+            looks.facts[name] = fact
+            if fact.note:
+                converted.setdefault(fact.note, []).append(name)
         if progress is not None:
             progress(done, total)
     source.notes += [f"{note}: {first_names(names)}" for note, names in converted.items()]
@@ -387,7 +384,7 @@ def _alike(names: Sequence[str], sets: Sequence[Sequence[int]]) -> list[str]:
 def _caption(source: _Source, looks: _Looks) -> None:
     """Makes the items of the source from its pictures that can be used."""
     texts, captions = _texts(source)
-    kept, doubles = _without_doubles(looks.sha256, texts)
+    kept, doubles = _without_doubles({name: fact.sha256 for name, fact in looks.facts.items()}, texts)
     uncaptioned = [name for name in kept if name not in texts and name not in captions.blamed]
     if uncaptioned:
         source.problems.append(_missing_captions(source, uncaptioned, len(kept)))
@@ -396,10 +393,10 @@ def _caption(source: _Source, looks: _Looks) -> None:
     for name in kept:
         if name in texts:
             path, name_of_all = source.pictures[name], source.name_of(name)
-            mask, mask_sha256 = looks.masks.get(name, (None, None))
+            fact, (mask, mask_sha256) = looks.facts[name], looks.masks.get(name, (None, None))
             item = ImageItem(
-                path, texts[name], looks.sha256[name], source.named.of(name) or source.config.repeats, mask, mask_sha256,
-                size=looks.sizes[name], name=name_of_all, rule=looks.rules[name],
+                path, texts[name], fact.sha256, source.named.of(name) or source.config.repeats, mask, mask_sha256,
+                size=fact.size, name=name_of_all, rule=fact.rule,
             )  # fmt: skip
             source.items.append(item)
 

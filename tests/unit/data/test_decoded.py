@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 import visionlora.data.decoded as decoded
+import visionlora.data.facts as facts
 import visionlora.data.pixels as pixels
 from visionlora.data.alike import perceptual_hash, thumbnail
 from visionlora.data.classes import read_labelled
@@ -57,8 +58,8 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         names.append(path.name)
         return decode_again(path)
 
-    decode_noted = decoded.decode_noted
-    monkeypatch.setattr(decoded, "decode_noted", noted)
+    decode_noted = facts.decode_noted
+    monkeypatch.setattr(facts, "decode_noted", noted)
     for module in (decoded, pixels):
         monkeypatch.setattr(module, "decode_again", again)
     yield names
@@ -150,8 +151,8 @@ def test_a_picture_that_changes_while_it_is_read(pets: Path, cache: Path, monkey
         os.utime(path, ns=(1, path.stat().st_mtime_ns + 1))
         return result
 
-    noted = decoded.decode_noted
-    monkeypatch.setattr(decoded, "decode_noted", read)
+    noted = facts.decode_noted
+    monkeypatch.setattr(facts, "decode_noted", read)
     assert "cat/0.png was changed while it was read; start again when it is complete" in said(pets, cache)
 
 
@@ -216,9 +217,7 @@ def test_what_a_killed_pass_left_is_removed(pets: Path, cache: Path) -> None:
 
 
 @pytest.mark.parametrize("limit", [1, 4 << 30])
-def test_an_interrupted_pass_keeps_what_it_has_found(
-    pets: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, limit: int
-) -> None:
+def test_an_interrupted_pass_keeps_what_it_has_found(pets: Path, cache: Path, opened: list[str], limit: int) -> None:
     def interrupt(done: int, total: int) -> None:
         if done == 4:
             raise KeyboardInterrupt
@@ -226,16 +225,9 @@ def test_an_interrupted_pass_keeps_what_it_has_found(
     with pytest.raises(KeyboardInterrupt):
         checked(pets, cache, cache_limit=limit, progress=interrupt)
     assert [p.suffix for p in cache.iterdir()] == [".npz"]
-    looked: list[str] = []
-
-    def noted(path: Path, shown: str) -> Any:
-        looked.append(shown)
-        return look(path, shown)
-
-    look = decoded._look
-    monkeypatch.setattr(decoded, "_look", noted)
+    opened.clear()
     check_content(checked(pets, cache, cache_limit=limit))
-    assert looked == ["dog/3.png", "dog/5.png"]
+    assert opened[:2] == ["3.png", "5.png"]
 
 
 def test_broken_pictures(pets: Path, cache: Path, opened: list[str]) -> None:
