@@ -193,9 +193,9 @@ class AdaptedLinear(AdaptedLayer):
     it is called as a layer all the same, so that its own use of the weight is not taken for the other's.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., i) -> (..., o)."""
-        bias = cast(nn.Linear, self).bias
+    def forward(self, input: Tensor) -> Tensor:
+        """input (..., i) -> (..., o)."""
+        x, bias = input, cast(nn.Linear, self).bias
         if "calling" not in self.__dict__:
             return self.run(x, bias)
         self.__dict__["calling"] = True
@@ -309,11 +309,13 @@ class AdaptedLinear(AdaptedLayer):
 class AdaptedConv(AdaptedLayer):
     """A convolution with adapters; the down path moves over the input exactly as the base does."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (b, i, *s) -> (b, o, *s')."""
-        base = cast(Any, self)
+    def forward(self, input: Tensor) -> Tensor:
+        """input (b, i, *s) or (i, *s) -> (b, o, *s') or (o, *s')."""
+        base, x = cast(Any, self), input
         if not (active := self.active()):
             return self.guarded(cast(Tensor, super().forward(x)))
+        if x.dim() == len(base.stride) + 1:
+            return self.forward(x[None])[0]
         if self.masked(active):
             return self.plain(x, active)
         if any(m.sample_scale is not None for m in active):

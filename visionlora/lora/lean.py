@@ -29,11 +29,12 @@ class Lean(nn.Module):
 class LeanConv(Lean):
     """A frozen convolution that keeps nothing of its input."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (b, i, *s) -> (b, o, *s')."""
-        base = cast(Any, self)
+    def forward(self, input: Tensor) -> Tensor:
+        """input (b, i, *s) -> (b, o, *s')."""
+        base, x = cast(Any, self), input
         if (
-            torch.compiler.is_compiling()
+            x.dim() < len(base.stride) + 2  # one picture, without a batch
+            or torch.compiler.is_compiling()
             or not torch.is_grad_enabled()
             or not x.requires_grad
             or isinstance(base.padding, str)
@@ -66,11 +67,11 @@ class RemadeSiLU(torch.autograd.Function):
 class LeanSiLU(Lean):
     """SiLU after a normalisation: the normalisation's output is not kept."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """As `nn.SiLU`."""
-        if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and x.requires_grad):
-            return F.silu(x)
-        out: Tensor = RemadeSiLU.apply(x)
+        if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and input.requires_grad):
+            return F.silu(input)
+        out: Tensor = RemadeSiLU.apply(input)
         return out
 
 
@@ -118,12 +119,12 @@ class LeanGEGLU(Lean):
 class LeanPointwise(Lean):
     """A normalisation or activation whose output can be made again from its input."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """The layer's own output, with a note of what it was made from."""
-        out = cast(Tensor, super().forward(x))
-        if torch.is_grad_enabled() and x.requires_grad and not torch.compiler.is_compiling():
+        out = cast(Tensor, super().forward(input))
+        if torch.is_grad_enabled() and input.requires_grad and not torch.compiler.is_compiling():
             # The version tells whether somebody has changed the output in place since.
-            out.made_from = (x, self.again(x.device.type), out._version)  # type: ignore[attr-defined]
+            out.made_from = (input, self.again(input.device.type), out._version)  # type: ignore[attr-defined]
         return out
 
     def again(self, device: str) -> Callable[[Tensor], Tensor]:

@@ -156,14 +156,17 @@ def matcher(target: str) -> Callable[[Site], bool]:
     if target in ROLES:
         return lambda site: site.role == target
     if target not in plugins.names("visionlora.targets"):
-        return lambda site: (
-            ends_on_boundary(site.name, target)
-            or (
-                isinstance(site.layer, nn.MultiheadAttention) and ends_on_boundary(site.name.rpartition(".")[0], target)
-            )
-        )
+        return named_so(target)
     tests = [matcher(t) for t in presets().get(target, ())]
     return lambda site: any(test(site) for test in tests)
+
+
+def named_so(target: str) -> Callable[[Site], bool]:
+    """Whether a site's name ends so; of torch's attention, also that of the module."""
+    return lambda site: (
+        ends_on_boundary(site.name, target)
+        or (isinstance(site.layer, nn.MultiheadAttention) and ends_on_boundary(site.name.rpartition(".")[0], target))
+    )
 
 
 def known_words(model: nn.Module) -> set[str]:
@@ -180,19 +183,22 @@ def resolve(model: nn.Module, config: AdapterConfig) -> Resolution:
         TargetError: when one of the targets reaches nothing, is not a valid expression, reaches only modules that
             cannot be adapted, names a patch embedding or a part of a layer that has no parts.
     """
-    tests = {target: matcher(target) for target in config.target_list}
-    excluded = {target: matcher(target) for target in config.exclude_list}
+    sites = list(sites_of(model))
+    roles = {site.role for site in sites}
+    # `proj` and `conv` are also what layers are called, in models that have none of the role.
+    named = {t for t in (*config.target_list, *config.exclude_list) if t in ROLES and t not in roles}
+    tests = {target: (named_so if target in named else matcher)(target) for target in config.target_list}
+    excluded = {target: (named_so if target in named else matcher)(target) for target in config.exclude_list}
     reached: set[str] = set()
-    used: set[str] = set()
+    used = {target for target, test in excluded.items() if any(test(site) for site in sites)}
     hits: list[Site] = []
     skipped: list[tuple[str, str]] = []
     whole: set[int] = set()
-    for site in sites_of(model):
+    for site in sites:
         if not (found := [t for t, test in tests.items() if test(site)]):
             continue
         reached.update(found)
         if out := [t for t, test in excluded.items() if test(site)]:
-            used.update(out)
             skipped.append((site.name, f"excluded by {out[0]!r}"))
         elif any(ends_on_boundary(site.name, p) for p in patch_embeddings()):
             if found[0] in ROLES or found[0] in GROUPS:

@@ -506,3 +506,26 @@ def test_a_scale_that_cannot_be_merged_leaves_all_as_it_was() -> None:
     with pytest.raises(ConfigError, match="nothing was changed"):
         merge_together([handle], [1e8])
     assert torch.equal(model[3].weight, before) and handle.methods["3"].scale == 1.0
+
+
+def test_layers_are_called_as_torchs_are() -> None:
+    torch.manual_seed(0)
+    model = nn.ModuleDict(
+        {
+            "conv": nn.Conv2d(3, 4, 3),
+            "near": nn.Conv2d(3, 4, 3),
+            "dense": nn.Linear(4, 4),
+            "norm": nn.LayerNorm(4),
+            "act": nn.SiLU(),
+        }
+    )
+    handle = inject(model, AdapterConfig(rank=2, targets=("conv", "dense")))
+    for m in handle.methods.values():
+        m.lora_B.data.normal_()
+    picture = torch.randn(3, 6, 6, requires_grad=True)
+    for name in ("conv", "near"):
+        one = model[name](input=picture)
+        torch.testing.assert_close(one, model[name](picture[None])[0], rtol=1e-5, atol=1e-6)
+    x = torch.randn(2, 4, requires_grad=True)
+    for name in ("dense", "norm", "act"):
+        assert torch.equal(model[name](input=x), model[name](x))

@@ -131,3 +131,17 @@ def test_the_attention_names_of_transformers_before_5_9() -> None:
         "intermediate.dense": "mlp.in",
         "output.dense": "mlp.out",
     }
+
+
+def test_what_is_left_out_need_not_have_been_reached() -> None:
+    resolution = found(block(), "attn.q", exclude=("goto_q",))
+    assert [site.name for site in resolution.sites] == ["attn1.to_q"]
+    with pytest.raises(TargetError, match="Exclusion 'goto_x' reaches no layer"):
+        found(block(), "attn.q", exclude=("goto_x",))
+
+
+def test_a_role_that_a_model_has_not_is_the_name_of_a_layer() -> None:
+    model = nn.ModuleDict({"conv": nn.Conv2d(2, 2, 1), "other": nn.Linear(2, 2)})
+    assert [site.name for site in found(model, "conv").sites] == ["conv"]
+    model["conv1"] = nn.Conv2d(2, 2, 1)  # which has the role
+    assert [site.name for site in found(model, "conv").sites] == ["conv1"]
