@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from visionlora.pipelines.train_sd import Ready, batch_in_memory, default_prompts, material_of, new_adapter, prepare
+from visionlora.pipelines.sd_learning import batch_in_memory, material_of, new_adapter
+from visionlora.pipelines.sd_ready import Ready, prepare
+from visionlora.pipelines.train_sd import default_prompts
 
 from visionlora.config import TrainSDConfig
 from visionlora.data.buckets import Size

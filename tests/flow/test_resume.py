@@ -483,6 +483,6 @@ def test_chosen_ranks_are_kept(tiny_model: Path, dogs: Path, tmp_path: Path, mon
     with pytest.raises(Killed):
         train_sd(config(tiny_model, dogs, tmp_path / "cut", **settings), Killer(30))
     assert (tmp_path / "cut" / "checkpoints" / "state.pt").exists()
-    monkeypatch.setattr("visionlora.pipelines.train_sd.automatic_ranks", None)
+    monkeypatch.setattr("visionlora.pipelines.sd_learning.automatic_ranks", None)
     train_sd(resumed(tmp_path / "cut"))
     assert (tmp_path / "cut" / "adapter.safetensors").read_bytes() == (expected / "adapter.safetensors").read_bytes()

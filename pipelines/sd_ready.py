@@ -1,0 +1,233 @@
+"""What a run of train-sd starts from: pictures, base model and settings, each checked against the others.
+
+In: the settings. Out: `Ready`; nothing has been computed or written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from visionlora.pipelines.further import check_first, learned_before, named_base, read_first
+
+from visionlora.config import TrainSDConfig
+from visionlora.data.folder import ImageFolder, ImageItem, read_image_folder, read_pictures
+from visionlora.data.learned import Learned
+from visionlora.diffusion.denoiser import LearnedWord
+from visionlora.diffusion.encode import cut_captions
+from visionlora.diffusion.prior import check_class_folder
+from visionlora.diffusion.settings import (
+    captions_of,
+    check_attention,
+    check_base_precision,
+    noise_scheduler_of,
+    plan_of,
+    prepare_encoders,
+    validation_masks,
+)
+from visionlora.diffusion.validation import hold_out
+from visionlora.errors import ConfigError, DataError
+from visionlora.loaders import check_family
+from visionlora.lora.adapter import Adapter
+from visionlora.lora.config import AdapterConfig
+from visionlora.lora.further import further_config, method_for
+from visionlora.lora.inject import check_targets
+from visionlora.models.base import BaseModel, open_base
+from visionlora.report.listener import Listener
+from visionlora.report.resume import Start
+from visionlora.training.loop import new_accelerator
+from visionlora.training.settings import (
+    adapter_config,
+    suited,
+    text_adapter_config,
+)
+
+
+@dataclass(frozen=True)
+class Ready:
+    """Pictures and base model, checked; nothing has been computed or written."""
+
+    config: TrainSDConfig
+    """With every default filled in."""
+    folder: ImageFolder
+    """The pictures to train on."""
+    apart: tuple[ImageItem, ...]
+    """Those by which one sees whether it learned."""
+    base: BaseModel
+    fingerprints: dict[str, dict[str, str]]
+    noise_scheduler: Any
+    size: int
+    """Resolution, px."""
+    adapter: AdapterConfig
+    """Of the UNet."""
+    text_adapters: dict[str, AdapterConfig]
+    """Of the text encoders that are adapted."""
+    word: LearnedWord | None
+    accelerator: Any
+    first: Adapter | None
+    """What the run learns on from."""
+
+    @property
+    def in_bf16(self) -> bool:
+        """Whether the VAE multiplies in bf16, as the UNet does; not in fp16, which overflows in some."""
+        return bool(self.accelerator.mixed_precision == "bf16")
+
+
+def prepare(start: Start[TrainSDConfig], tell: Listener) -> Ready:
+    """Reads the pictures, opens the model, and checks all settings against both."""
+    config, first = start.config, read_first(start)
+    folder = read_pictures(config, progress=lambda done, total: tell.progress("Checking pictures", done, total))
+    for note in folder.notes:
+        tell.say(note)
+    tell.say(folder.caption_source)
+    before, not_known = learned_before(first, config)
+    folder, apart = held_out(folder, config, before)
+    if apart and not_known:
+        tell.say(not_known)
+    if apart:
+        tell.say(f"{len(folder.items)} pictures to train on, {len(apart)} apart to see whether it learned.")
+    if any(item.mask for item in folder.items) and not any(item.mask for item in apart) and config.validation:
+        tell.say(
+            f"The masks are for the pictures to train on alone; those of {config.validation} are judged whole. val_share, "
+            "instead, keeps pictures apart with their masks."
+        )
+    if config.prior_images is not None:
+        check_class_folder(Path(config.prior_images), [config.images, *(f.path for f in config.folders)])
+
+    base = open_base(named_base(config, first)[0])
+    tell.say(base.why)
+    config, notes = suited(config, base.suggested)
+    for note in notes:
+        tell.say(note)
+    size = config.resolution or base.resolution
+    base.check_resolution(size)
+    plan_of(config, base, size)
+    fingerprints = base.fingerprints()
+    noise_scheduler = noise_scheduler_of(config, base)
+    if first is not None:
+        check_parts(first, base, config)
+        check_first(first, start.config, base.id, fingerprints, tell)
+        method = method_for(first.component("unet"), config.method, str(config.start_from))
+        config = dataclasses.replace(config, method=method)
+    adapter, text_adapters = adapters_for(config, base, first)
+    accelerator = new_accelerator(
+        config.precision,
+        config.trackers,
+        start.folder,
+        parts_stop=config.train_text_encoder and config.text_encoder_stop < 1,
+    )
+    check_attention(config.attention, accelerator.device, accelerator.mixed_precision)
+    check_base_precision(config, accelerator.mixed_precision)
+    prepare_encoders(base, config, accelerator.device, accelerator.mixed_precision)
+    word = new_word(config, base, folder)
+    longest = [max(variants, key=len) for variants in captions_of(config, folder.items)]
+    for caption, lost in cut_captions(base, longest):
+        tell.say(f"The caption {caption!r} is longer than the model reads; it never sees: {lost}")
+    return Ready(
+        config,
+        folder,
+        apart,
+        base,
+        fingerprints,
+        noise_scheduler,
+        size,
+        adapter,
+        text_adapters,
+        word,
+        accelerator,
+        first,
+    )
+
+
+def adapters_for(
+    config: TrainSDConfig, base: BaseModel, first: Adapter | None
+) -> tuple[AdapterConfig, dict[str, AdapterConfig]]:
+    """Of the UNet, and of each text encoder that is adapted; checked against the model and what is learned on from."""
+    adapter = adapter_config(config, min_rank=config.min_rank)
+    if first is None:
+        check_targets(base.pipe.unet, adapter)
+    else:
+        adapter = further_config(adapter, first.component("unet"), first.info)
+    if not config.train_text_encoder:
+        return adapter, {}
+    text_adapters, parts = {}, base.components()
+    for name, _, _ in base.text_parts():
+        own = text_adapter_config(config, parts[name], last_is_read=not base.is_xl or name == "text_encoder_2")
+        if first is not None and (modules := first.component(name)):
+            method_for(modules, own.method, f"The part of {config.start_from} for {name}")
+            own = further_config(own, modules, {})
+        else:
+            check_targets(parts[name], own)
+        text_adapters[name] = own
+    return adapter, text_adapters
+
+
+def new_word(config: TrainSDConfig, base: BaseModel, folder: ImageFolder) -> LearnedWord | None:
+    """The word that is learned, where one is.
+
+    Raises:
+        ConfigError: when no caption has it.
+    """
+    if config.token is None:
+        return None
+    if not any(config.token in item.caption for item in folder.items):
+        example = folder.items[0].caption
+        raise ConfigError(
+            f"token is {config.token!r}, but no caption has it, so it could not be learned. Write it into the captions, or "
+            f"give one for all: --prompt 'a photo of {config.token}' (a caption now: {example!r})."
+        )
+    return LearnedWord(base, config.token, config.token_vectors, config.token_initializer)
+
+
+def check_parts(first: Adapter, base: BaseModel, config: TrainSDConfig) -> None:
+    """Refuses to learn on from an adapter with a part that the run does not train.
+
+    Raises:
+        AdapterFileError: when it is for another family of base models.
+        ConfigError: when it has such a part.
+    """
+    check_family(first, base)
+    if "unet" not in first.components:
+        raise ConfigError(f"{config.start_from} has no part for the UNet, so there is nothing to learn on from.")
+    if first.embeddings:
+        raise ConfigError(
+            f"{config.start_from} holds the learned word {next(iter(first.embeddings))!r}: no run can learn on from a word."
+        )
+    trained = {"unet", *(name for name, _, _ in base.text_parts() if config.train_text_encoder)}
+    if extra := [name for name in first.components if name not in trained]:
+        raise ConfigError(
+            f"{config.start_from} also changes {', '.join(extra)}, which this run would lose: set train_text_encoder=true."
+        )
+
+
+def held_out(folder: ImageFolder, config: TrainSDConfig, before: Learned) -> tuple[ImageFolder, tuple[ImageItem, ...]]:
+    """The pictures to train on, and those that are kept apart: none that was trained on before."""
+    trained, _ = before.positions([item.sha256 for item in folder.items])
+    if config.val_share:
+        if len(trained) == len(folder.items):
+            raise DataError(
+                f"{config.start_from} has learned from all of these pictures, so that none of them can tell whether it learns "
+                "more: leave val_share out, or name others with --validation."
+            )
+        return hold_out(folder, config.val_share, config.seed, trained)
+    if config.validation is None:
+        return folder, ()
+    apart = read_image_folder(
+        Path(config.validation), config.prompt, captions=config.captions, masks=validation_masks(config),
+        skip_broken=config.skip_broken,
+    )  # fmt: skip
+    known = {item.sha256: item.path for item in folder.items}
+    if doubles := [item.path.name for item in apart.items if item.sha256 in known]:
+        raise DataError(
+            f"{len(doubles)} pictures of {config.validation} are also among those to train on (first {doubles[0]}), so they "
+            "cannot tell whether it learned. Take them out of one folder."
+        )
+    trained, _ = before.positions([item.sha256 for item in apart.items])
+    if trained:
+        raise DataError(
+            f"{config.start_from} has learned from {len(trained)} pictures of {config.validation} (first "
+            f"{apart.items[min(trained)].path.name}), so they cannot tell whether it learns more. Take them out."
+        )
+    return folder, apart.items
