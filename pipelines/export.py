@@ -24,6 +24,7 @@ from visionlora.loaders import check_fingerprints, load_adapter
 from visionlora.lora.adapter import Adapter
 from visionlora.lora.inject import attach
 from visionlora.lora.merge import bake
+from visionlora.models.heads import LAST
 from visionlora.models.vision import VisionModel, as_logits, open_backbone
 
 TARGETS = ("timm", "transformers", "state-dict", "peft", "onnx")
@@ -82,6 +83,11 @@ def export(
         raise ConfigError(
             f"{backbone.id} is a model of {backbone.library}, which {to} cannot open. Export it to "
             f"{backbone.library if backbone.library in TARGETS else 'state-dict'} or onnx."
+        )
+    if (backbone.head == LAST and to in ("timm", "peft")) or (backbone.flat and to == "peft"):
+        raise ConfigError(
+            f"{backbone.id} has no place for one linear head, so visionlora put its own there, which {to} cannot. "
+            "Export it to onnx or state-dict."
         )
     x = torch.randn(
         CHECKED, 3, task.preprocessing.size, task.preprocessing.size, generator=torch.Generator().manual_seed(0)
@@ -146,7 +152,10 @@ def to_timm(backbone: VisionModel, task: ClassTask, path: Path, x: Tensor, wante
     import timm
 
     path.mkdir(parents=True, exist_ok=True)
-    replace_file(path / "model.safetensors", save_tensors(weights_of(backbone.model), {"format": "pt"}))
+    tensors = weights_of(backbone.model)
+    if backbone.flat:  # timm has a convolution of one pixel there
+        tensors[f"{backbone.head}.weight"] = tensors[f"{backbone.head}.weight"][:, :, None, None]
+    replace_file(path / "model.safetensors", save_tensors(tensors, {"format": "pt"}))
     model, p = cast(Any, backbone.model), task.preprocessing
     given = dict(model.pretrained_cfg)
     config = {

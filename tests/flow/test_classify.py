@@ -209,6 +209,39 @@ def test_weights_that_were_moved(
     export(run, tmp_path / "out", "timm", weights="moved.safetensors")
 
 
+@pytest.mark.parametrize(
+    ("name", "heads", "more", "targets", "fitting", "not_fitting"),
+    [
+        ("dla46_c", "fc", {}, "conv", "timm", "peft"),
+        ("deit_tiny_distilled_patch16_224", ["head", "head_dist"],
+         {"img_size": 32, "patch_size": 8, "depth": 2, "embed_dim": 24, "num_heads": 2}, "attn", "state-dict", "timm"),
+    ],
+)  # fmt: skip
+def test_heads_that_are_not_one_layer(
+    cli,
+    shapes: Path,
+    tmp_path: Path,
+    name: str,
+    heads: object,
+    more: dict,
+    targets: str,
+    fitting: str,
+    not_fitting: str,
+) -> None:
+    """A convolution before the flatten, and two heads of which the mean is taken."""
+    (tmp_path / "model").mkdir()
+    cfg = {"input_size": [3, 32, 32], "classifier": heads, "mean": [0.5] * 3, "std": [0.5] * 3, "crop_pct": 1.0,
+           "interpolation": "bicubic"}  # fmt: skip
+    config = {"architecture": name, "num_classes": 7, "model_args": more, "pretrained_cfg": cfg}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    run = learned(shapes, tmp_path / "run", model=str(tmp_path / "model"), weights="random", targets=targets)
+    code, out, err = cli("predict", "--adapter", run, shapes / "circle" / "00.png", "--json")
+    assert code == 0 and json.loads(out)[0]["label"], err
+    assert export(run, tmp_path / f"out.{fitting}", fitting).difference < 1e-3
+    with pytest.raises(vl.VisionLoRAError, match="has no place for one linear head"):
+        export(run, tmp_path / "no", not_fitting)
+
+
 def test_a_head_alone_is_no_folder_of_peft(shapes: Path, tiny_vit: Path, tmp_path: Path) -> None:
     run = learned(shapes, tmp_path / "run", model=str(tiny_vit), method="linear-probe")
     with pytest.raises(vl.VisionLoRAError, match="A PEFT folder holds at least one adapted layer"):

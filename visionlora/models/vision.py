@@ -21,6 +21,7 @@ from visionlora.errors import AdapterFileError, ModelError, nearest
 from visionlora.models.base import choose, quiet
 from visionlora.models.class_token import shorten
 from visionlora.models.fingerprint import architecture_fingerprint, weights_fingerprint
+from visionlora.models.heads import LAST, FlatLinear, append_head, flows_out, has, run
 
 EMBEDDED = "emoji-vit"
 DEFAULT_ON_GPU = "vit_base_patch16_224.augreg2_in21k_ft_in1k"
@@ -53,6 +54,8 @@ class VisionModel:
     """Where its config.json lies, of a model that was opened from a folder."""
     weights: str | None = None
     """The state dict that was read instead of the library's weights; `random` for none."""
+    flat: bool = False
+    """Whether the head must flatten what it reads, as it stands in the place of a convolution."""
 
     @property
     def parameters(self) -> int:
@@ -81,7 +84,7 @@ class VisionModel:
 
     def new_head(self, classes: int, seed: int) -> nn.Linear:
         """Puts a fresh linear head in its place: small random weights, so that no class is preferred at the start."""
-        head = nn.Linear(self.features, classes)
+        head = (FlatLinear if self.flat else nn.Linear)(self.features, classes)
         with torch.no_grad():
             head.weight.normal_(std=HEAD_STD, generator=torch.Generator().manual_seed(seed))
             head.bias.zero_()
@@ -201,25 +204,26 @@ def from_timm(id: str, name: str, weights: str | None) -> VisionModel:
     """A model of timm."""
     import timm
 
-    try:
-        with quiet():
-            model = timm.create_model(name, pretrained=weights is None, num_classes=0)
-    except Exception as e:
-        raise cannot_be_had(id, e) from None
-    config = dict(cast(Any, model).pretrained_cfg)
-    head = config.get("classifier", "head")
-    if not isinstance(head, str):
-        raise ModelError(
-            f"{id} has several heads ({', '.join(head)}), as distilled models have. Choose the variant without: "
-            f"{id.replace('_distilled', '')}."
-        )
+    def create(**more: Any) -> Any:
+        try:
+            with quiet():
+                return timm.create_model(name, pretrained=weights is None, **more)
+        except Exception as e:
+            raise cannot_be_had(id, e) from None
+
+    model = create(num_classes=0)
+    head = dict(model.pretrained_cfg).get("classifier")
+    if isinstance(head, str) and not has(model, head):  # timm takes off more than the last layer
+        whole = create()
+        if has(whole, head) and isinstance(whole.get_classifier(), nn.Module):
+            model = whole
     data = cast(Any, timm.data).resolve_model_data_config(model)
     interpolation = data["interpolation"] if data["interpolation"] in INTERPOLATIONS else "bicubic"
     preprocessing = Preprocessing(
         int(data["input_size"][-1]), tuple(data["mean"]), tuple(data["std"]), interpolation, float(data["crop_pct"]),
         "squash" if data.get("crop_mode") == "squash" else "center",
     )  # fmt: skip
-    return measured(id, "timm", model, head, preprocessing)
+    return measured(id, "timm", model, head if isinstance(head, str) and has(model, head) else LAST, preprocessing)
 
 
 def from_transformers(id: str, weights: str | None) -> VisionModel:
@@ -273,27 +277,30 @@ def from_torchvision(id: str, weights: str | None) -> VisionModel:
     preprocessing = Preprocessing(
         size, tuple(transforms.mean), tuple(transforms.std), str(transforms.interpolation.value), size / short
     )
-    head = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)][-1]
+    head = [n for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))][-1]
     return measured(id, "torchvision", model, head, preprocessing)
 
 
-@torch.no_grad()
 def measured(id: str, library: str, model: nn.Module, head: str, preprocessing: Preprocessing) -> VisionModel:
     """Takes the head off, looks how wide the features are, and leaves out what does not reach them."""
-    try:
-        model.get_submodule(head)
-    except AttributeError:
+    if head == LAST:
+        append_head(model)
+    if not has(model, head):
         names = [n for n, _ in model.named_children()]
-        raise ModelError(
-            f"{id} has no head named {head!r} (there: {', '.join(names)}), so it cannot classify."
-        ) from None
-    model.set_submodule(head, nn.Identity())
+        raise ModelError(f"{id} has no head named {head!r} (there: {', '.join(names)}), so it cannot classify.")
+    place = nn.Identity()
+    model.set_submodule(head, place)
     picture = torch.randn(1, 3, preprocessing.size, preprocessing.size, generator=torch.Generator().manual_seed(0))
-    features = as_logits(model.eval()(picture))
+    output, passed = run(id, model, place, picture)
+    features = as_logits(output)
     if features.dim() != 2:
         raise ModelError(f"{id} gives features of shape {tuple(features.shape)} where one row per picture is needed.")
+    if features is output and not flows_out(passed, features):  # other layers follow, or other heads stand beside it
+        append_head(model)
+        head = LAST
+    flat = head != LAST and passed[0].dim() > 2
     shorten(model, picture, features)
-    return VisionModel(id, library, "", model, head, int(features.shape[-1]), preprocessing)
+    return VisionModel(id, library, "", model, head, int(features.shape[-1]), preprocessing, flat=flat)
 
 
 def read_state(opened: VisionModel, path: Path) -> None:

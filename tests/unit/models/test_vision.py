@@ -1,7 +1,9 @@
 """Backbones of three libraries through one door."""
 
+import copy
 import json
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import timm
@@ -88,6 +90,49 @@ def test_a_convolutional_classifier_of_transformers(tmp_path: Path) -> None:
     assert as_logits(opened.model(torch.zeros(2, 3, 64, 64))).shape == (2, 5)
 
 
+@pytest.mark.parametrize(
+    ("name", "head"),
+    [
+        ("resnetv2_18", "head.fc"),  # a convolution before the flatten
+        ("dla46_c", "fc"),
+        ("dpn48b", "classifier"),
+        ("efficientvit_m0", "head.linear"),  # a part of what timm takes off without classes
+        ("shvit_s1", "head.l"),
+        ("levit_128s", "class_head"),  # several heads
+        ("repvit_m0_9", "class_head"),
+        ("efficientvim_m1", "class_head"),
+        ("deit_tiny_distilled_patch16_224", "class_head"),
+        ("torchvision/squeezenet1_1", "class_head"),  # layers after its convolution
+        ("torchvision/mobilenet_v3_small", "classifier.3"),
+        ("resnet18", "fc"),
+    ],
+)
+def test_each_family_learns_other_classes(name: str, head: str) -> None:
+    opened = open_backbone(name, "random")
+    assert opened.head == head
+    x = torch.randn(2, 3, opened.preprocessing.size, opened.preprocessing.size)
+    with torch.no_grad():
+        features = as_logits(opened.model(x))
+        before = opened.fingerprints()
+        new = opened.new_head(5, seed=1)
+        logits = as_logits(opened.model(x))
+    assert torch.allclose(logits, nn.functional.linear(features, new.weight, new.bias), atol=1e-4)
+    assert features.shape == (2, opened.features) and opened.fingerprints() == before
+    assert type(opened.model).forward is type(copy.deepcopy(opened.model)).forward
+
+
+def test_a_model_that_only_looks_is_refused_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Sees(nn.Module):
+        pretrained_cfg: ClassVar = {"classifier": None, "input_size": (3, 32, 32)}
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise ValueError("patches and positions are needed")
+
+    monkeypatch.setattr(timm, "create_model", lambda *_, **__: Sees())
+    with pytest.raises(ModelError, match=r"no features without its own head.*patches and positions are needed"):
+        open_backbone("vit_tiny_patch16_224", "random")
+
+
 def test_torchvision_by_name_without_weights() -> None:
     opened = open_backbone("torchvision/vit_b_16", weights="random")
     assert (opened.head, opened.features, opened.library) == ("heads.head", 768, "torchvision")
@@ -131,7 +176,6 @@ def test_depth_of_layers() -> None:
         ("vit_smal_patch16_224", None, "Did you mean 'vit_small_patch16_224'"),
         ("torchvision/vit_b_61", None, "Did you mean 'vit_b_16'"),
         ("nothing like it", None, "Give a timm name such as"),
-        ("deit_tiny_distilled_patch16_224", "random", "several heads"),
         ("emoji-vit", "nowhere.pt", "There is no file nowhere.pt with weights"),
     ],
 )

@@ -1,0 +1,79 @@
+"""Where the head of a classifier goes: where the library has its own, or after all that the model computes.
+
+A head of one linear layer is replaced where it stands, so that its name stays the library's. Where the library has a
+convolution of one pixel, which it flattens later, the new head flattens first. Several heads, or a head that other layers
+follow, give way to one at the end, under a name of its own.
+Letters in shapes: n pictures, d features, c classes.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from visionlora.errors import ModelError
+from visionlora.lora.classes import adapted_class
+
+LAST = "class_head"
+"""Name of a head at the end of a model that has no place for one."""
+NEAR = 1e-4
+"""Largest difference of what enters a head from what the model then gives, of the largest, at which they are the same."""
+
+
+class FlatLinear(nn.Linear):
+    """A linear head of pictures that are one pixel by now: (n, d) or (n, d, 1, 1) -> (n, c)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See the class."""
+        return super().forward(x.flatten(1))
+
+
+class HeadLast(nn.Module):
+    """Mixed into a model whose head comes after all that it computes."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """What the model gives, (n, d), through the head."""
+        return cast(Tensor, cast(Any, self).class_head(super().forward(*args, **kwargs)))
+
+
+def append_head(model: nn.Module) -> None:
+    """Gives a model a place for a head at its end, with nothing in it."""
+    model.add_module(LAST, nn.Identity())
+    model.__class__ = adapted_class(type(model), HeadLast)
+
+
+def has(model: nn.Module, name: str) -> bool:
+    """Whether there is a module of this name."""
+    return name in dict(model.named_modules())
+
+
+@torch.no_grad()
+def run(id: str, model: nn.Module, place: nn.Module, picture: Tensor) -> tuple[Any, list[Tensor]]:
+    """What the model gives for a picture, and what passed through one of its modules on the way.
+
+    Raises:
+        ModelError: when the model cannot run without its head.
+    """
+    passed: list[Tensor] = []
+    watch = place.register_forward_hook(lambda _, given, __: passed.append(given[0]))
+    try:
+        return model.eval()(picture), passed
+    except Exception as e:  # whatever the library raises, it means that heads of several widths or none were there
+        text = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        raise ModelError(
+            f"{id} gives no features without its own head, so it cannot learn other classes ({text[:200]}). Choose a model "
+            "with one head, such as vit_small_patch16_224."
+        ) from None
+    finally:
+        watch.remove()
+
+
+def flows_out(passed: list[Tensor], features: Tensor) -> bool:
+    """Whether what passed through the place of a head is what the model gave: then a head can stand there."""
+    if len(passed) != 1:
+        return False
+    x = passed[0]
+    flat = x if x.dim() == 2 else x.flatten(1)
+    return flat.shape == features.shape and bool((flat - features).abs().max() <= NEAR * features.abs().max())
