@@ -19,7 +19,9 @@ from visionlora.lora.classes import adapted_class
 LAST = "class_head"
 """Name of a head at the end of a model that has no place for one."""
 NEAR = 1e-4
-"""Largest difference of what enters a head from what the model then gives, of the largest, at which they are the same."""
+"""Largest difference, of the largest value, at which two tensors count as the same."""
+TRIED = 3
+"""Classes of a head on trial."""
 
 
 class FlatLinear(nn.Linear):
@@ -60,20 +62,45 @@ def run(id: str, model: nn.Module, place: nn.Module, picture: Tensor) -> tuple[A
     watch = place.register_forward_hook(lambda _, given, __: passed.append(given[0]))
     try:
         return model.eval()(picture), passed
-    except Exception as e:  # whatever the library raises, it means that heads of several widths or none were there
+    except (
+        Exception
+    ) as e:  # whatever the library raises, it means that the model needs more than a picture or its own head
         text = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         raise ModelError(
-            f"{id} gives no features without its own head, so it cannot learn other classes ({text[:200]}). Choose a model "
-            "with one head, such as vit_small_patch16_224."
+            f"{id} gives no features without its own head, for pictures of {picture.shape[-1]} px, so it cannot learn other "
+            f"classes ({text[:200]}). Choose another model, such as vit_small_patch16_224."
         ) from None
     finally:
         watch.remove()
 
 
-def flows_out(passed: list[Tensor], features: Tensor) -> bool:
-    """Whether what passed through the place of a head is what the model gave: then a head can stand there."""
+def fits(model: nn.Module, head: str, picture: Tensor, features: Tensor, passed: list[Tensor]) -> bool:
+    """Whether a linear head in this place gives what it would give of the model's features.
+
+    Args:
+        model: with `nn.Identity` in the place.
+        head: its name.
+        picture: (1, 3, s, s).
+        features: what the model gives for it.
+        passed: what went through the place on the way.
+    """
     if len(passed) != 1:
         return False
     x = passed[0]
-    flat = x if x.dim() == 2 else x.flatten(1)
-    return flat.shape == features.shape and bool((flat - features).abs().max() <= NEAR * features.abs().max())
+    flat = x.flatten(1) if x.dim() == 4 else x
+    if flat.shape == features.shape:
+        return close(flat, features)
+    if x.shape[-1] != features.shape[-1]:
+        return False
+    trial = nn.Linear(x.shape[-1], TRIED)  # tokens, of which one or the mean is taken later
+    model.set_submodule(head, trial)
+    try:
+        with torch.no_grad():
+            return close(model(picture), trial(features))
+    finally:
+        model.set_submodule(head, nn.Identity())
+
+
+def close(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are the same but for rounding."""
+    return a.shape == b.shape and bool((a - b).abs().max() <= NEAR * b.abs().max())
