@@ -21,7 +21,8 @@ from visionlora.errors import AdapterFileError, ModelError, nearest
 from visionlora.models.base import choose, quiet
 from visionlora.models.class_token import shorten
 from visionlora.models.fingerprint import architecture_fingerprint, weights_fingerprint
-from visionlora.models.heads import LAST, FlatLinear, append_head, flows_out, has, run
+from visionlora.models.heads import LAST, FlatLinear, append_head, fits, has, run
+from visionlora.models.processors import as_preprocessing
 
 EMBEDDED = "emoji-vit"
 DEFAULT_ON_GPU = "vit_base_patch16_224.augreg2_in21k_ft_in1k"
@@ -29,8 +30,6 @@ TORCHVISION = "torchvision/"
 SMALL = 20_000_000
 """Parameters below which a backbone learns at a higher rate and full fine-tuning is cheap."""
 HEAD_STD = 0.02
-USUAL_SIZE = 224
-"""Side of the input, px, of a model that does not say."""
 
 
 @dataclass(frozen=True)
@@ -242,20 +241,7 @@ def from_transformers(id: str, weights: str | None) -> VisionModel:
                 processor = {}
     except Exception as e:
         raise cannot_be_had(id, e) from None
-    names = {2: "bilinear", 3: "bicubic", 0: "nearest", 1: "lanczos"}
-    wanted = processor.get("size") or {}
-    short = wanted.get("shortest_edge") or wanted.get("height")
-    size = getattr(cast(Any, model).config, "image_size", None) or short or USUAL_SIZE  # convolutions take any size
-    size = int(size if isinstance(size, int) else size[0])
-    short = int(short or size)
-    preprocessing = Preprocessing(
-        size,
-        tuple(processor.get("image_mean") or (0.5, 0.5, 0.5)),
-        tuple(processor.get("image_std") or (0.5, 0.5, 0.5)),
-        names.get(int(processor.get("resample") or 2), "bilinear"),
-        min(1.0, size / short),
-        "squash" if "height" in wanted else "center",
-    )
+    preprocessing = as_preprocessing(id, processor, getattr(cast(Any, model).config, "image_size", None))
     linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.split(".")[0] == "classifier"]
     return measured(id, "transformers", model, linear[-1] if linear else "classifier", preprocessing)
 
@@ -295,10 +281,12 @@ def measured(id: str, library: str, model: nn.Module, head: str, preprocessing: 
     features = as_logits(output)
     if features.dim() != 2:
         raise ModelError(f"{id} gives features of shape {tuple(features.shape)} where one row per picture is needed.")
-    if features is output and not flows_out(passed, features):  # other layers follow, or other heads stand beside it
+    if features is output and not fits(
+        model, head, picture, features, passed
+    ):  # other layers follow, or other heads stand beside it
         append_head(model)
         head = LAST
-    flat = head != LAST and passed[0].dim() > 2
+    flat = head != LAST and passed[0].dim() == 4
     shorten(model, picture, features)
     return VisionModel(id, library, "", model, head, int(features.shape[-1]), preprocessing, flat=flat)
 
