@@ -22,6 +22,7 @@ EMBEDDED = "emoji-64"
 DEFAULT_ON_GPU = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 SMALL_UNET = 50_000_000
 """Parameters below which a UNet learns at ten times the usual rate, takes larger batches, and has memory to spare."""
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 SINGLE_FILE_SUFFIXES = (".safetensors", ".ckpt")
 
 
@@ -294,12 +295,33 @@ def _opened(id: str, source: str, why: str, pipe: Any) -> BaseModel:
             f"{id} is an inpainting or depth model: its UNet takes {pipe.unet.config.in_channels} channels "
             f"where text-to-image takes {pipe.vae.config.latent_channels}. Use the base model it came from."
         )
+    check_noise(id, pipe)
     pipe = as_text_to_image(pipe)
     pipe.set_progress_bar_config(disable=True)
     base = BaseModel(id, source, why, pipe)
     for part in (pipe.vae, *base.components().values()):
         part.requires_grad_(False).eval()
     return base
+
+
+def check_noise(id: str, pipe: Any) -> None:
+    """Raises ModelError for noise levels, predictions or latents that training would replace by others."""
+    config = pipe.scheduler.config
+    has_betas = config.get("beta_schedule") is not None or config.get("trained_betas") is not None
+    if not has_betas or config.get("use_flow_sigmas") or config.get("prediction_type") not in PREDICTION_TYPES:
+        kind = type(pipe.scheduler).__name__
+        flows = config.get("use_flow_sigmas") or "flow" in f"{kind} {config.get('prediction_type')}".lower()
+        noise = "EDM noise levels" if kind.startswith("EDM") else "flow matching" if flows else "other noise"
+        raise ModelError(
+            f"{id} has a {kind}, so it was trained with {noise}; visionlora trains models whose noise is given by betas and "
+            f"that predict {', '.join(PREDICTION_TYPES)}. Use a Stable Diffusion 1.x, 2.x or XL base such as {DEFAULT_ON_GPU}."
+        )
+    for name in ("latents_mean", "shift_factor"):
+        if pipe.vae.config.get(name):
+            raise ModelError(
+                f"The VAE of {id} shifts its latents ({name}), which visionlora's training does not. Use a Stable Diffusion "
+                f"1.x, 2.x or XL base such as {DEFAULT_ON_GPU}."
+            )
 
 
 def as_text_to_image(pipe: Any) -> Any:

@@ -281,9 +281,8 @@ def measured(id: str, library: str, model: nn.Module, head: str, preprocessing: 
     features = as_logits(output)
     if features.dim() != 2:
         raise ModelError(f"{id} gives features of shape {tuple(features.shape)} where one row per picture is needed.")
-    if features is output and not fits(
-        model, head, picture, features, passed
-    ):  # other layers follow, or other heads stand beside it
+    # other layers may follow there, or other heads stand beside it
+    if features is output and not fits(model, head, picture, features, passed):
         append_head(model)
         head = LAST
     flat = head != LAST and passed[0].dim() == 4

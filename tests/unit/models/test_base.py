@@ -142,6 +142,30 @@ def test_a_model_of_another_kind_is_refused(tiny_model: Path, tmp_path: Path) ->
         open_base(str(folder))
 
 
+@pytest.mark.parametrize(
+    ("part", "config", "said"),
+    [
+        ("scheduler", {"_class_name": "EDMEulerScheduler", "prediction_type": "v_prediction", "sigma_data": 1.0}, "EDM"),
+        ("scheduler", {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}, "flow matching"),
+        ("scheduler", {"_class_name": "DPMSolverMultistepScheduler", "prediction_type": "flow_prediction",
+                       "use_flow_sigmas": True}, "flow matching"),
+        ("vae", {"latents_mean": [0.1, 0.2, 0.3, 0.4], "latents_std": [1.0] * 4}, "latents_mean"),
+        ("vae", {"shift_factor": 0.1}, "shift_factor"),
+    ],
+)  # fmt: skip
+def test_noise_and_latents_that_training_does_not_know_are_refused(
+    tiny_xl: Path, tmp_path: Path, part: str, config: dict, said: str
+) -> None:
+    """`DDPMScheduler.from_config` would take defaults where such a config says nothing, and train on another schedule."""
+    kind = {"scheduler": ["diffusers", str(config.get("_class_name"))]} if part == "scheduler" else {}
+    folder = saved_as(tiny_xl, "StableDiffusionXLPipeline", tmp_path / "m", **kind)
+    file = folder / part / {"scheduler": "scheduler_config.json", "vae": "config.json"}[part]
+    before = {} if part == "scheduler" else json.loads(file.read_text())
+    file.write_text(json.dumps({**before, **config}))
+    with pytest.raises(ModelError, match=said):
+        open_base(str(folder))
+
+
 def test_a_checkpoint_of_sdxl_is_told_by_its_header(tmp_path: Path) -> None:
     second = {"conditioner.embedders.1.model.ln_final.weight": torch.zeros(1)}
     save_file(second, tmp_path / "xl.safetensors")
