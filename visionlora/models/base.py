@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from visionlora.errors import ModelError, nearest
+from visionlora.models.checkpoint_header import read_checkpoint_header
 from visionlora.models.fingerprint import architecture_fingerprint, weights_fingerprint
 
 EMBEDDED = "emoji-64"
@@ -178,7 +179,8 @@ def open_base(model: str = "auto", dtype: torch.dtype = torch.float32) -> BaseMo
     if path.is_file():
         if path.suffix.lower() not in SINGLE_FILE_SUFFIXES:
             raise ModelError(f"{path} is not a model: a single file ends in {' or '.join(SINGLE_FILE_SUFFIXES)}.")
-        return _opened(str(path), str(path), why, load_single_file(path, dtype))
+        pipe, said = load_single_file(path, dtype)
+        return _opened(str(path), str(path), why + said, pipe)
     if path.is_dir():
         if not (path / "model_index.json").is_file():
             raise ModelError(
@@ -209,17 +211,22 @@ def load_folder(source: str, dtype: torch.dtype) -> Any:
         ) from None
 
 
-def load_single_file(path: Path, dtype: torch.dtype) -> Any:
-    """A single-file checkpoint as a pipeline; the configuration of its family is fetched by diffusers."""
+def load_single_file(path: Path, dtype: torch.dtype) -> tuple[Any, str]:
+    """A single-file checkpoint as a pipeline, and what its header says beyond its family, for the line that says which model.
+
+    The configuration of its family is fetched by diffusers.
+    """
     try:
+        header = read_checkpoint_header(path)
         with quiet("diffusers", "transformers"):
-            if is_xl_file(path):
-                from diffusers import StableDiffusionXLPipeline
+            from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
-                return StableDiffusionXLPipeline.from_single_file(str(path)).to(dtype)
-            from diffusers import StableDiffusionPipeline
-
-            return StableDiffusionPipeline.from_single_file(str(path), safety_checker=None).to(dtype)
+            if header.is_xl:
+                pipe = StableDiffusionXLPipeline.from_single_file(str(path))
+            else:
+                pipe = StableDiffusionPipeline.from_single_file(str(path), safety_checker=None)
+            pipe.scheduler = header.scheduler(pipe.scheduler)
+            return pipe.to(dtype), header.words
     except Exception as e:
         text = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         raise ModelError(f"The checkpoint {path} cannot be opened: {text}") from None
@@ -252,16 +259,6 @@ def open_controlnet(source: str, base: BaseModel) -> Any:
             "Stable Diffusion. Take one for this base."
         )
     return net.to(base.pipe.unet.device).requires_grad_(False).eval()
-
-
-def is_xl_file(path: Path) -> bool:
-    """Whether a checkpoint is one of SDXL, by the names in its header."""
-    if path.suffix.lower() != ".safetensors":
-        return False
-    from safetensors import safe_open
-
-    with safe_open(path, "pt") as file:
-        return any(key.startswith("conditioner.embedders.1.") for key in file.keys())  # noqa: SIM118
 
 
 @contextlib.contextmanager

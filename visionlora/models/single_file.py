@@ -3,6 +3,7 @@
 model.diffusion_model.*                        the UNet, in sgm's names (`input_blocks.1.1.proj_in`)
 first_stage_model.*                            the VAE (`encoder.down.0.block.0.conv1`)
 cond_stage_model.transformer.text_model.*      CLIP's text encoder
+v_pred, ztsnr                                  of no values, where the velocity is predicted, where the last level is noise
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from visionlora.errors import ModelError
 from visionlora.formats.names import flattened, to_sgm, with_text_model
+from visionlora.models.checkpoint_header import V_PREDICTION, ZERO_SNR
 
 SGM_WORDS = re.compile(
     r"input_blocks|output_blocks|middle_block|transformer_blocks|proj_in|proj_out|to_[qkv]|to_out|in_layers|out_layers|"
@@ -82,4 +85,9 @@ def single_file(pipe: Any) -> dict[str, Tensor]:
     for name, tensor in pipe.text_encoder.state_dict().items():
         if not name.endswith("position_ids"):
             tensors["cond_stage_model.transformer." + with_text_model("text_encoder", name)] = tensor
+    scheduler = pipe.scheduler.config
+    if scheduler.get("prediction_type") == "v_prediction":
+        tensors[V_PREDICTION] = torch.tensor([])
+        if scheduler.get("rescale_betas_zero_snr"):
+            tensors[ZERO_SNR] = torch.tensor([])
     return {name: tensor.contiguous() for name, tensor in tensors.items()}

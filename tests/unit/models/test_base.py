@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from visionlora.errors import ModelError
 from visionlora.lora.config import AdapterConfig
 from visionlora.lora.inject import inject
-from visionlora.models.base import DEFAULT_ON_GPU, choose, fetch_default, is_xl_file, open_base
+from visionlora.models.base import DEFAULT_ON_GPU, choose, fetch_default, open_base
+from visionlora.models.checkpoint_header import read_checkpoint_header
 from visionlora.models.fingerprint import architecture_fingerprint, weights_fingerprint
 
 
@@ -166,9 +167,39 @@ def test_noise_and_latents_that_training_does_not_know_are_refused(
         open_base(str(folder))
 
 
+@pytest.mark.parametrize(
+    ("marks", "metadata", "prediction", "zero", "said"),
+    [
+        ((), {}, "epsilon", False, ""),
+        (("v_pred",), {}, "v_prediction", False, "It predicts the velocity (v_prediction), says its header."),
+        (("v_pred", "ztsnr"), {}, "v_prediction", True, "a last noise level of nothing but noise (ztsnr)"),
+        ((), {"modelspec.prediction_type": "v"}, "v_prediction", False, "It predicts the velocity"),
+        (("ztsnr",), {}, "epsilon", False, ""),
+    ],
+)
+def test_a_checkpoint_is_trained_as_its_header_says(
+    tiny_xl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, marks, metadata, prediction, zero, said
+) -> None:
+    import diffusers
+
+    tensors = {"conditioner.embedders.1.x": torch.zeros(1), **{mark: torch.tensor([]) for mark in marks}}
+    save_file(tensors, tmp_path / "own.safetensors", metadata)
+    monkeypatch.setattr(
+        diffusers.StableDiffusionXLPipeline, "from_single_file",
+        lambda _: diffusers.StableDiffusionXLPipeline.from_pretrained(tiny_xl),
+    )  # fmt: skip
+    base = open_base(str(tmp_path / "own.safetensors"))
+    assert (base.prediction_type, base.noise_scheduler.config.prediction_type) == (prediction, prediction)
+    assert (float(base.noise_scheduler.alphas_cumprod[-1]) < 1e-8) is zero
+    assert said in base.why and ("header" in base.why) is bool(said)
+
+
 def test_a_checkpoint_of_sdxl_is_told_by_its_header(tmp_path: Path) -> None:
     second = {"conditioner.embedders.1.model.ln_final.weight": torch.zeros(1)}
     save_file(second, tmp_path / "xl.safetensors")
     save_file({"cond_stage_model.x": torch.zeros(1)}, tmp_path / "one.safetensors")
-    assert is_xl_file(tmp_path / "xl.safetensors") and not is_xl_file(tmp_path / "one.safetensors")
-    assert not is_xl_file(tmp_path / "old.ckpt")
+    torch.save({"state_dict": {**second, "v_pred": torch.tensor([])}}, tmp_path / "xl.ckpt")
+    torch.save(second, tmp_path / "old.ckpt", _use_new_zipfile_serialization=False)
+    found = {p.name: read_checkpoint_header(p) for p in tmp_path.iterdir()}
+    assert {name for name, header in found.items() if header.is_xl} == {"xl.safetensors", "xl.ckpt"}
+    assert found["xl.ckpt"].prediction_type == "v_prediction" and not found["xl.ckpt"].zero_snr

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -48,6 +49,14 @@ def test_diffusers_reads_every_tensor_back(sd15_in_small: Path) -> None:
     own = {n.removeprefix("text_model."): t for n, t in pipe.text_encoder.state_dict().items()}
     assert own.keys() - {"embeddings.position_ids"} == text.keys()
     assert all(torch.equal(own[n], t) for n, t in text.items())
+
+
+def test_what_is_predicted_is_marked(sd15_in_small: Path) -> None:
+    pipe = open_base(str(sd15_in_small)).pipe
+    assert not {"v_pred", "ztsnr"} & single_file(pipe).keys()
+    for more, marks in (({}, {"v_pred"}), ({"rescale_betas_zero_snr": True}, {"v_pred", "ztsnr"})):
+        pipe.scheduler = DDIMScheduler(prediction_type="v_prediction", **more)
+        assert {"v_pred", "ztsnr"} & single_file(pipe).keys() == marks
 
 
 def test_bake_writes_one(sd15_in_small: Path, tmp_path: Path) -> None:

@@ -1,0 +1,84 @@
+"""What a single-file checkpoint says of its model, read without its weights: the names of its tensors, and its metadata."""
+
+from __future__ import annotations
+
+import pickletools
+import zipfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+SECOND_ENCODER = "conditioner.embedders.1."
+"""Begins the names of SDXL's second text encoder."""
+V_PREDICTION, ZERO_SNR = "v_pred", "ztsnr"
+"""Tensors whose mere names say that a model predicts the velocity, and that its last noise level is nothing but noise."""
+WORDS = {"v": "v_prediction", "v_prediction": "v_prediction", "epsilon": "epsilon"}
+"""Of `modelspec.prediction_type`, in diffusers' words."""
+
+
+@dataclass(frozen=True)
+class CheckpointHeader:
+    """What is known of a checkpoint by its header."""
+
+    is_xl: bool
+    """Whether it has the second text encoder of SDXL."""
+    prediction_type: str | None
+    """epsilon or v_prediction; None when it says nothing."""
+    zero_snr: bool
+    """Whether the last noise level is nothing but noise, for a model that predicts the velocity."""
+
+    @classmethod
+    def of(cls, names: Iterable[str], metadata: Mapping[str, Any]) -> CheckpointHeader:
+        """From the names of the tensors and the metadata."""
+        known = set(names)
+        said = WORDS.get(str(metadata.get("modelspec.prediction_type", "")).lower())
+        prediction = "v_prediction" if V_PREDICTION in known else said
+        return cls(
+            any(name.startswith(SECOND_ENCODER) for name in known), prediction,
+            prediction == "v_prediction" and ZERO_SNR in known,
+        )  # fmt: skip
+
+    @property
+    def words(self) -> str:
+        """What differs from its family, as a sentence that continues a line; empty for nothing."""
+        if self.prediction_type != "v_prediction":
+            return ""
+        more = ", with a last noise level of nothing but noise (ztsnr)" if self.zero_snr else ""
+        return f" It predicts the velocity (v_prediction){more}, says its header."
+
+    def scheduler(self, given: Any) -> Any:
+        """A pipeline's scheduler with what the checkpoint says, that of its family elsewhere."""
+        if self.zero_snr:
+            from diffusers import DDPMScheduler  # not every scheduler has such a level
+
+            more = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+            return DDPMScheduler.from_config({**given.config, **more})
+        if self.prediction_type is None:
+            return given
+        return type(given).from_config({**given.config, "prediction_type": self.prediction_type})
+
+
+def read_checkpoint_header(path: Path) -> CheckpointHeader:
+    """Reads it.
+
+    Raises:
+        OSError, SafetensorError: when the file cannot be read.
+    """
+    if path.suffix.lower() != ".safetensors":
+        return CheckpointHeader.of(pickled_names(path), {})
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        return CheckpointHeader.of(list(file.keys()), file.metadata() or {})
+
+
+def pickled_names(path: Path) -> set[str]:
+    """Every string in the index of a .ckpt that torch wrote, unpickling nothing; none of one from before torch 1.6."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            index = next((n for n in archive.namelist() if n.endswith("/data.pkl")), None)
+            data = archive.read(index) if index else b""
+        return {given for _, given, _ in pickletools.genops(data) if isinstance(given, str)} if data else set()
+    except (zipfile.BadZipFile, ValueError):
+        return set()
