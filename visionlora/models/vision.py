@@ -23,6 +23,7 @@ from visionlora.models.class_token import shorten
 from visionlora.models.fingerprint import architecture_fingerprint, weights_fingerprint
 from visionlora.models.heads import LAST, FlatLinear, append_head, fits, has, run
 from visionlora.models.processors import as_preprocessing
+from visionlora.models.state_dicts import head_names, weights_in
 
 EMBEDDED = "emoji-vit"
 DEFAULT_ON_GPU = "vit_base_patch16_224.augreg2_in21k_ft_in1k"
@@ -128,7 +129,7 @@ def open_backbone(model: str = "auto", weights: str | None = None) -> VisionMode
         torch.manual_seed(0)
         opened = named(chosen, weights)
     if weights not in (None, "random"):
-        read_state(opened, Path(weights).expanduser())
+        why += read_state(opened, Path(weights).expanduser())
         weights = str(Path(weights).expanduser().resolve())  # the adapter may be used from another folder
     opened.model.requires_grad_(False).eval()
     return replace(opened, why=why, weights=weights)
@@ -290,8 +291,11 @@ def measured(id: str, library: str, model: nn.Module, head: str, preprocessing: 
     return VisionModel(id, library, "", model, head, int(features.shape[-1]), preprocessing, flat=flat)
 
 
-def read_state(opened: VisionModel, path: Path) -> None:
-    """Loads a state dict; a head in it is left out, and anything else that does not fit is an error.
+def read_state(opened: VisionModel, path: Path) -> str:
+    """Loads a state dict; heads in it are left out, and anything else that does not fit is an error.
+
+    Returns:
+        A sentence on what was taken of several, and left out; empty for nothing.
 
     Raises:
         ModelError: when the file cannot be read or its names or shapes are not the model's.
@@ -301,16 +305,16 @@ def read_state(opened: VisionModel, path: Path) -> None:
     if not path.is_file():
         raise ModelError(f"There is no file {path} with weights. Name a state dict (.safetensors or .pt), or `random`.")
     try:
-        tensors = dict(open_file(path).tensors)
+        tensors = open_file(path).tensors
     except AdapterFileError as e:
         raise ModelError(str(e)) from None
-    for prefix in ("module.", "model."):
-        if tensors and all(n.startswith(prefix) for n in tensors):
-            tensors = {n.removeprefix(prefix): t for n, t in tensors.items()}
-    tensors = {n: t for n, t in tensors.items() if not n.startswith(opened.head + ".")}
     own = opened.model.state_dict()
-    check_state(opened.id, path, own, tensors)
-    opened.model.load_state_dict(tensors)
+    found, note = weights_in(tensors, own)
+    heads = head_names(opened.model, opened.head)
+    found = {n: t for n, t in found.items() if n in own or not n.startswith(heads)}
+    check_state(opened.id, path, own, found)
+    opened.model.load_state_dict(found)
+    return note
 
 
 def check_state(id: str, path: Path, own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:

@@ -160,6 +160,42 @@ def test_a_state_dict_replaces_the_weights_and_its_head_is_left_out(tmp_path: Pa
         assert all(torch.equal(t, got[n]) for n, t in state.items() if not n.startswith("head."))
 
 
+def around(prefix: str, state: dict) -> dict:
+    return {prefix + n: t for n, t in state.items()}
+
+
+@pytest.mark.parametrize(
+    ("saved", "said"),
+    [
+        (lambda good, bad: {"state_dict": bad, "state_dict_ema": good, "optimizer": {"state": bad}}, "state_dict_ema"),
+        (lambda good, bad: {"model": bad, "model_ema": around("module.", good)}, "model_ema"),
+        (lambda good, bad: {"state_dict": good, "optimizer": {"state": {0: {"exp_avg": torch.zeros(2)}}}}, ""),
+        (lambda good, bad: {"model": good, "scaler": {"scale": torch.ones(1)}}, ""),
+        (lambda good, bad: {"model": around("module.", good), "loss": torch.ones(1)}, ""),
+        (lambda good, bad: around("_orig_mod.", good), ""),
+        (lambda good, bad: around("module._orig_mod.", good), ""),
+        (lambda good, bad: {"state_dict": around("model.backbone.", good)}, ""),
+        (lambda good, bad: {**around("backbone.", good), "head.mlp.0.weight": torch.zeros(3)}, ""),
+        (lambda good, bad: {**around("module.", good), "n_averaged": torch.ones(())}, ""),
+        (lambda good, bad: {"model": {**good, "mask_token": torch.zeros(1), "decoder_blocks.0.norm1.weight": torch.zeros(2),
+                                      "decoder_pos_embed": torch.zeros(3)}}, "masked pretraining needs was left out (3"),
+    ],
+)  # fmt: skip
+def test_what_trainings_save_is_read(tmp_path: Path, saved, said: str) -> None:
+    folder = timm_folder(tmp_path / "a")
+    good = timm.create_model("vit_tiny_patch16_224", num_classes=3, **SMALL).state_dict()
+    torch.save(saved(good, {n: t + 1 for n, t in good.items()}), tmp_path / "own.pt")
+    opened = open_backbone(str(folder), weights=str(tmp_path / "own.pt"))
+    got = opened.model.state_dict()
+    assert all(torch.equal(t, got[n]) for n, t in good.items() if not n.startswith("head."))
+    assert said in opened.why and ("weights file" in opened.why) is bool(said)
+
+
+def test_a_state_dict_of_a_model_with_several_heads(tmp_path: Path) -> None:
+    torch.save(timm.create_model("levit_128s").state_dict(), tmp_path / "own.pt")
+    assert open_backbone("levit_128s", weights=str(tmp_path / "own.pt")).head == "class_head"
+
+
 def test_depth_of_layers() -> None:
     opened = open_backbone("emoji-vit")
     assert [opened.depth_of(n) for n in ("blocks.4.attn.qkv.q", "patch_embed.proj.weight", "norm.weight")] == [

@@ -1,0 +1,75 @@
+"""Whatever a training saved -> the weights of a model, under its own names.
+
+Trainings write the state dict beside their optimizer's, averaged weights beside the last, and names with the prefixes of
+what was around the model (DataParallel, torch.compile, Lightning).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+AVERAGED = ("state_dict_ema", "model_ema")
+"""Under which trainings keep averaged weights, which are taken before others."""
+PREFIXES = ("module.", "model.", "_orig_mod.", "backbone.")
+"""Of what was around a model."""
+BESIDE = re.compile(
+    r"(optimizer|lr_scheduler|scheduler|scaler|amp|loss_scaler|callbacks|loops|rng)[a-z_]*\.|n_averaged$"
+)
+"""What trainings keep beside the weights."""
+PRETRAINING = re.compile(r"(^|\.)(decoder[a-z_]*|mask_token)(\.|$)")
+"""What masked pretraining (MAE) needs and a classifier has not."""
+HEADS = re.compile(r"(head|fc|classifier)[a-z_]*\.")
+"""What may stand beside `backbone.`."""
+
+
+def weights_in(tensors: Mapping[str, Tensor], own: Collection[str]) -> tuple[dict[str, Tensor], str]:
+    """The weights among what a file holds, and a sentence on what was taken and left out; empty for nothing.
+
+    Args:
+        tensors: under the names of the file.
+        own: the names of the model's parameters and buffers.
+    """
+    found, notes = dict(tensors), []
+    part = next((p for p in AVERAGED if any(n.startswith(p + ".") for n in found)), None)
+    if part is not None:
+        found = under(found, part + ".")
+        notes.append(f"the averaged weights were taken ({part})")
+    else:
+        found = {n: t for n, t in found.items() if n in own or not BESIDE.match(n)}
+        if any(n.startswith("model.") for n in found) and not any(n in own for n in found):
+            found = under(found, "model.")
+    found = without_prefixes(found, own)
+    extra = [n for n in found if n not in own and PRETRAINING.search(n)]
+    if extra:
+        notes.append(f"what only masked pretraining needs was left out ({len(extra)} tensors, first {extra[0]!r})")
+    kept = {n: t for n, t in found.items() if n not in extra}
+    return kept, f" Of its weights file {' and '.join(notes)}." if notes else ""
+
+
+def under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Those whose names begin so, without it."""
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+
+
+def without_prefixes(tensors: dict[str, Tensor], own: Collection[str]) -> dict[str, Tensor]:
+    """Names without what was around the model, as long as all begin with it and none is the model's."""
+    while tensors and not any(n in own for n in tensors):
+        inner = {n for n in tensors if n != "n_averaged" and not HEADS.match(n)}
+        prefix = next((p for p in PREFIXES if inner and all(n.startswith(p) for n in inner)), None)
+        if prefix is None:
+            break
+        tensors = under(tensors, prefix)
+    return tensors
+
+
+def head_names(model: Any, head: str) -> tuple[str, ...]:
+    """What the names of a library's heads begin with: the one that was replaced, and those of timm that stand aside."""
+    given = dict(getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
+    names: Iterable[str] = (given,) if isinstance(given, str) else given
+    own = dict(model.named_modules())
+    tops = (n.split(".")[0] for n in names)
+    return (head + ".", *(f"{top}." for top in dict.fromkeys(tops) if top in own and not list(own[top].parameters())))
