@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from importlib import resources
 from pathlib import Path
 from typing import Any, cast
@@ -92,12 +93,37 @@ class VisionModel:
         return head
 
     def depth_of(self, name: str) -> int | None:
-        """The block that a parameter or layer belongs to, counted from 0; None outside of blocks."""
-        numbers = [int(part) for part in name.split(".") if part.isdigit()]
-        for part in name.split("."):
-            if part.startswith("encoder_layer_") and part[14:].isdigit():
-                return int(part[14:])
-        return numbers[0] if numbers else None
+        """The block that a parameter or layer belongs to, counted from 0 in the order of the model's modules.
+
+        A norm after the last block counts with it; None for what else is outside of blocks.
+        """
+        blocks, after = self._depths
+        if (block := self.block_of(name)) is not None:
+            return blocks.get(block)
+        return len(blocks) - 1 if any(n == name or n.startswith(name + ".") for n in after) else None
+
+    def block_of(self, name: str) -> str | None:
+        """The name of the block, up to its number (`layer4.1`); None outside of blocks, as for the head."""
+        parts = name.split(".")
+        if name == self.head or name.startswith(self.head + "."):
+            return None
+        found = (i for i, part in enumerate(parts) if part.removeprefix("encoder_layer_").isdigit())  # torchvision's
+        last = next(found, None)
+        return None if last is None else ".".join(parts[: last + 1])
+
+    @cached_property
+    def _depths(self) -> tuple[dict[str, int], list[str]]:
+        """The number of each block, and the parameters of norms after the last."""
+        names = [n for n, _ in self.model.named_parameters() if n != self.head and not n.startswith(self.head + ".")]
+        found = [self.block_of(n) for n in names]
+        blocks = {block: i for i, block in enumerate(dict.fromkeys(block for block in found if block is not None))}
+        last = max((i for i, block in enumerate(found) if block is not None), default=len(found))
+        return blocks, [n for n in names[last + 1 :] if self.is_norm(n)]
+
+    def is_norm(self, parameter: str) -> bool:
+        """Whether a parameter is one of a norm, by its name or its layer's kind."""
+        layer = self.model.get_submodule(parameter.rpartition(".")[0])
+        return "norm" in parameter or "norm" in type(layer).__name__.lower()
 
 
 def as_logits(output: Any) -> Tensor:

@@ -53,7 +53,7 @@ def rates_by_depth(
     """Each block learns at `decay` times the rate of the one above it; what stands before the blocks slowest of all.
 
     Args:
-        depth_of: from a name to its block, counted from 0; None outside of blocks.
+        depth_of: from a name to its block, counted from 0; None for what stands before the blocks.
         blocks: how many there are.
         decay: above 0 up to 1.
         head: name of the head.
@@ -68,8 +68,6 @@ def rates_by_depth(
         if name == head or name.startswith(head + "."):
             return head_factor
         depth = depth_of(name)
-        if depth is None and "norm" in name:  # the last normalisation, after all blocks
-            return 1.0
         return float(decay ** (blocks if depth is None else blocks - 1 - depth)) if decay != 1 else 1.0
 
     return rate_of

@@ -13,7 +13,10 @@ from torch import nn
 
 from visionlora.errors import ModelError
 from visionlora.models.vision import as_logits, open_backbone
+from visionlora.training.learner import rates_by_depth
 
+LAST = -1
+"""The depth of a model's last block."""
 SMALL = {"img_size": 32, "patch_size": 8, "depth": 2, "embed_dim": 24, "num_heads": 2}
 
 
@@ -137,6 +140,9 @@ def test_torchvision_by_name_without_weights() -> None:
     opened = open_backbone("torchvision/vit_b_16", weights="random")
     assert (opened.head, opened.features, opened.library) == ("heads.head", 768, "torchvision")
     assert opened.preprocessing.size == 224
+    assert [opened.depth_of(n) for n in ("conv_proj", "encoder.layers.encoder_layer_10.mlp.0.weight", "encoder.ln.bias")] == [
+        None, 10, 11,
+    ]  # fmt: skip
 
 
 def test_the_fingerprint_does_not_depend_on_the_head(tmp_path: Path) -> None:
@@ -196,14 +202,33 @@ def test_a_state_dict_of_a_model_with_several_heads(tmp_path: Path) -> None:
     assert open_backbone("levit_128s", weights=str(tmp_path / "own.pt")).head == "class_head"
 
 
-def test_depth_of_layers() -> None:
-    opened = open_backbone("emoji-vit")
-    assert [opened.depth_of(n) for n in ("blocks.4.attn.qkv.q", "patch_embed.proj.weight", "norm.weight")] == [
-        4,
-        None,
-        None,
-    ]
-    assert opened.depth_of("encoder.layers.encoder_layer_11.mlp.0.weight") == 11
+@pytest.mark.parametrize(
+    ("name", "depths"),
+    [
+        ("emoji-vit", {"blocks.4.attn.qkv.q": 4, "blocks.4": 4, "patch_embed.proj.weight": None, "pos_embed": None,
+                       "fc_norm.weight": LAST, "fc_norm": LAST, "head.weight": None}),
+        ("resnet18", {"conv1": None, "bn1.weight": None, "layer1.0.conv1": 0, "layer1.1.conv1": 1, "layer4.0.conv1": 6,
+                      "layer4.1.bn2": LAST, "layer4.0.downsample.0": 6}),
+        ("cait_xxs24_224", {"blocks.0.attn.qkv": 0, "blocks.23.mlp.fc1": 23, "blocks_token_only.0.attn.q": 24,
+                            "blocks_token_only.1.attn.q": LAST, "norm.bias": LAST}),
+        ("vit_tiny_patch16_224", {"norm_pre.weight": None, "blocks.0.norm1": 0, "norm.weight": LAST}),
+        ("torchvision/alexnet", {"features.0": 0, "classifier.4": LAST, "classifier.6.weight": None}),
+    ],
+)  # fmt: skip
+def test_depth_of_layers(name: str, depths: dict[str, int | None]) -> None:
+    opened = open_backbone(name, None if name == "emoji-vit" else "random")
+    if "norm_pre.weight" in depths:  # of CLIP's, before all blocks
+        opened.model.norm_pre = nn.LayerNorm(192)
+    last = max(opened.depth_of(n) or 0 for n, _ in opened.model.named_parameters())
+    assert {n: opened.depth_of(n) for n in depths} == {n: last if d == LAST else d for n, d in depths.items()}
+
+
+def test_rates_by_depth() -> None:
+    """Block by block slower; what stands before them slowest, a norm before them too."""
+    opened = open_backbone("resnet18", "random")
+    rate = rates_by_depth(opened.depth_of, 8, 0.5, opened.head, 3.0)
+    names = ("fc.weight", "layer4.1.conv1.weight", "layer4.0.conv1.weight", "layer1.0.bn1.weight", "bn1.weight")
+    assert [rate(n) for n in names] == [3.0, 1.0, 0.5, 0.5**7, 0.5**8]
 
 
 @pytest.mark.parametrize(
