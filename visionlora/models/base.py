@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module, resources
@@ -24,6 +24,15 @@ DEFAULT_ON_GPU = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 SMALL_UNET = 50_000_000
 """Parameters below which a UNet learns at ten times the usual rate, takes larger batches, and has memory to spare."""
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+OTHERS = {
+    "Flux": "FLUX", "StableDiffusion3": "Stable Diffusion 3", "PixArt": "PixArt", "Sana": "Sana", "Kolors": "Kolors",
+    "Kandinsky": "Kandinsky", "HunyuanDiT": "Hunyuan-DiT", "QwenImage": "Qwen-Image", "IF": "DeepFloyd IF",
+    "StableCascade": "Stable Cascade", "Wuerstchen": "Wuerstchen", "AuraFlow": "AuraFlow", "Lumina": "Lumina",
+    "StableVideo": "Stable Video Diffusion", "AnimateDiff": "AnimateDiff", "StableAudio": "Stable Audio",
+}  # fmt: skip
+"""Families that visionlora does not open, by what the names of their pipelines begin with."""
+NO_WEIGHTS = "no file named"
+"""In diffusers' and transformers' words for a folder without weights of the names that they look for."""
 SINGLE_FILE_SUFFIXES = (".safetensors", ".ckpt")
 
 
@@ -203,12 +212,50 @@ def load_folder(source: str, dtype: torch.dtype) -> Any:
         with quiet("diffusers", "transformers"):
             from diffusers import DiffusionPipeline
 
-            return DiffusionPipeline.from_pretrained(source, safety_checker=None, feature_extractor=None).to(dtype)
+            check_index(source, DiffusionPipeline.load_config(source))
+            return with_variant(source).to(dtype)
+    except ModelError:
+        raise
     except Exception as e:  # the Hub client and diffusers raise many kinds; the user needs one sentence
         text = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         raise ModelError(
             f"The model {source} cannot be opened: {text} Check the name and the connection, or use --model {EMBEDDED}."
         ) from None
+
+
+def with_variant(source: str) -> Any:
+    """A pipeline, of its fp16 files where there are no others."""
+    from diffusers import DiffusionPipeline
+
+    def load(**more: str) -> Any:
+        return DiffusionPipeline.from_pretrained(source, safety_checker=None, feature_extractor=None, **more)
+
+    try:
+        return load()
+    except OSError as e:
+        if NO_WEIGHTS not in str(e).lower():
+            raise
+        try:
+            return load(variant="fp16")
+        except Exception:  # the first error says what is missing
+            raise e from None
+
+
+def check_index(source: str, index: Mapping[str, Any]) -> None:
+    """Raises ModelError for a model of another kind, by its model_index.json, before gigabytes are read."""
+    kind = str(index.get("_class_name", "pipeline"))
+    family = next((name for start, name in OTHERS.items() if kind.startswith(start)), None)
+    if family is None and (index.get("unet") or [None])[0] is not None:
+        return
+    raise not_ours(source, f"{family or 'a model of another kind'} ({kind})")
+
+
+def not_ours(id: str, what: str) -> ModelError:
+    """For a model that is something else."""
+    return ModelError(
+        f"{id} is {what}; visionlora opens text-to-image models of Stable Diffusion 1.x, 2.x and XL. "
+        f"Give one of these, or {EMBEDDED}."
+    )
 
 
 def load_single_file(path: Path, dtype: torch.dtype) -> tuple[Any, str]:
@@ -283,10 +330,7 @@ def _opened(id: str, source: str, why: str, pipe: Any) -> BaseModel:
     kind = type(pipe).__name__
     if any(getattr(pipe, part, None) is None for part in ("unet", "vae", "text_encoder", "tokenizer")):
         what = "SDXL's refiner, which only finishes pictures" if hasattr(pipe, "text_encoder_2") else f"a {kind}"
-        raise ModelError(
-            f"{id} is {what}; visionlora opens text-to-image models of Stable Diffusion 1.x, 2.x and XL. "
-            f"Give one of these, or {EMBEDDED}."
-        )
+        raise not_ours(id, what)
     if pipe.unet.config.in_channels != pipe.vae.config.latent_channels:
         raise ModelError(
             f"{id} is an inpainting or depth model: its UNet takes {pipe.unet.config.in_channels} channels "

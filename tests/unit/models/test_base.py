@@ -135,6 +135,37 @@ def test_the_refiner_is_refused(tiny_xl: Path, tmp_path: Path) -> None:
         open_base(str(folder))
 
 
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("FluxPipeline", r"is FLUX \(FluxPipeline\); visionlora opens"),
+        ("StableDiffusion3Pipeline", r"is Stable Diffusion 3 \(StableDiffusion3Pipeline\)"),
+        ("NewestPipeline", r"is a model of another kind \(NewestPipeline\)"),
+    ],
+)
+def test_families_without_a_unet_are_named_before_they_are_read(tmp_path: Path, kind: str, said: str) -> None:
+    parts = {
+        "transformer": ["diffusers", "SomeTransformer2DModel"],
+        "text_encoder_2": ["transformers", "T5EncoderModel"],
+    }
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": kind, **parts}))
+    with pytest.raises(ModelError, match=said):
+        open_base(str(tmp_path))
+
+
+def test_a_folder_of_fp16_files_alone_opens(tiny_xl: Path, tmp_path: Path) -> None:
+    from diffusers import DiffusionPipeline
+
+    DiffusionPipeline.from_pretrained(tiny_xl).to(torch.float16).save_pretrained(tmp_path / "m", variant="fp16")
+    assert not [p for p in (tmp_path / "m").rglob("*.safetensors") if ".fp16." not in p.name]
+    base = open_base(str(tmp_path / "m"))
+    assert base.pipe.unet.dtype == torch.float32
+    assert base.fingerprints() == open_base(str(tiny_xl)).fingerprints()
+    (tmp_path / "m" / "unet" / "diffusion_pytorch_model.fp16.safetensors").unlink()
+    with pytest.raises(ModelError, match="cannot be opened"):
+        open_base(str(tmp_path / "m"))
+
+
 def test_a_model_of_another_kind_is_refused(tiny_model: Path, tmp_path: Path) -> None:
     folder = saved_as(tiny_model, "DDIMPipeline", tmp_path / "m")
     with pytest.raises(
