@@ -205,6 +205,7 @@ REFUSALS = {
     "format": (["convert", "dog.safetensors", "x", "--to", "koya"], "There is no adapter format 'koya'. Did you mean 'kohya'?"),
     "no file": (["inspect", "nothing.safetensors"], "There is no adapter file at"),
     "scale": (["merge", "dog.safetensors:much", "-o", "x"], "'much' is not a number; write path or path:scale."),
+    "scale that is no number": (["merge", "dog.safetensors:nan", "-o", "x"], "a scale must be a finite number, such as 0.8"),
     "dtype": (["bake", "auto", "dog.safetensors", "-o", "x", "--dtype", "float61"], "Did you mean 'float16'?"),
 }  # fmt: skip
 
@@ -217,3 +218,10 @@ def test_refusals(name: str, files: Path, monkeypatch: pytest.MonkeyPatch) -> No
         CliRunner().invoke(app, words, catch_exceptions=False)
     assert message in str(caught.value)
     assert not (files / "x").exists()
+
+
+def test_merge_refuses_scales_that_are_not_finite(tmp_path: Path) -> None:
+    from visionlora.pipelines.merge import merge
+
+    with pytest.raises(VisionLoRAError, match="The scale of dog is inf; it must be a finite number"):
+        merge([("dog", float("inf"))], tmp_path / "x")

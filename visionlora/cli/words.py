@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,15 +19,18 @@ def parse_lora(word: str) -> tuple[str, float]:
     """`path` or `path:scale`.
 
     Raises:
-        ConfigError: when the scale is not a number.
+        ConfigError: when the scale is not a finite number.
     """
     path, colon, scale = word.rpartition(":")
     if not colon or Path(word).exists():
         return word, 1.0
     try:
-        return path, float(scale)
+        number = float(scale)
     except ValueError:
         raise ConfigError(f"{word}: {scale!r} is not a number; write path or path:scale.") from None
+    if not math.isfinite(number):
+        raise ConfigError(f"{word}: a scale must be a finite number, such as 0.8; this one is {scale!r}.")
+    return path, number
 
 
 def parse_lora_use(word: str) -> tuple[str, float, dict[str, float]]:

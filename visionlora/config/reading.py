@@ -7,6 +7,7 @@ all problems of a configuration are reported together.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
@@ -244,7 +245,7 @@ def pairs_of(text: str, word: str) -> dict[str, float]:
     """`a=1,b=2`.
 
     Raises:
-        ConfigError: when a value is no number.
+        ConfigError: when a value is no finite number.
     """
     found = {}
     for part in text.split(","):
@@ -253,7 +254,7 @@ def pairs_of(text: str, word: str) -> dict[str, float]:
             found[name.strip()] = float(value)
         except ValueError:
             raise ConfigError(f"{word}: {part!r} is no name=number, separated by commas.") from None
-        if not equals:
+        if not equals or not math.isfinite(found[name.strip()]):
             raise ConfigError(f"{word}: {part!r} is no name=number, separated by commas.")
     return found
 

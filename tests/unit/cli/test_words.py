@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from visionlora.cli.words import parse_lora
+from visionlora.cli.words import parse_lora, parse_lora_use
 from visionlora.errors import ConfigError
 
 
@@ -29,3 +29,9 @@ def test_a_path_with_a_colon_that_exists_is_a_path(tmp_path: Path) -> None:
 def test_a_scale_that_is_no_number_is_refused() -> None:
     with pytest.raises(ConfigError, match="dog:strong: 'strong' is not a number; write path or path:scale"):
         parse_lora("dog:strong")
+
+
+@pytest.mark.parametrize("word", ["dog:nan", "dog:inf", "dog:-inf", "dog:1@up=nan"])
+def test_a_number_that_is_not_finite_is_refused(word: str) -> None:
+    with pytest.raises(ConfigError, match="finite|no name=number"):
+        parse_lora_use(word)
