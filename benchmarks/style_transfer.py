@@ -116,7 +116,7 @@ def main() -> None:
             adapter = ASSETS / "adapters" / style / "adapter.safetensors"
             if not args.committed:
                 images = str(ASSETS / "styles" / style / "train")
-                config = build(TrainSDConfig, read_yaml("emoji64_style"), parse_words(args.settings),
+                config = build(TrainSDConfig, read_yaml("emoji64_style"), parse_words(args.settings, TrainSDConfig),
                                {"images": images, "output": f"{temporary}/{style}"})  # fmt: skip
                 run = train_sd(config)
                 print(f"{style}: trained in {run.seconds:.0f} s")

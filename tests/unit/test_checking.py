@@ -71,6 +71,7 @@ def test_pictures_may_be_missing_and_may_be_wrong(tmp_path: Path) -> None:
     ("text", "expected"),
     [
         ("a: [", "this is not valid YAML: "),
+        ("prompt: 2024-13-45", "this is not valid YAML: month must be in"),
         ("- 1", "it must hold `key: value` lines; it holds a list."),
         ("rank", "it must hold `key: value` lines; it holds a str."),
     ],

@@ -79,9 +79,31 @@ def test_yaml_of_a_config_gives_it_back() -> None:
 
 
 def test_words_are_read_as_yaml() -> None:
-    assert parse_words(["steps=5", "flip=true", "prompt=a = b"]) == {"steps": 5, "flip": True, "prompt": "a = b"}
+    words = ["steps=5", "flip=true", "prompt=a = b", "betas=[0.9, 0.95]", "rank=auto"]
+    assert parse_words(words, TrainSDConfig) == {
+        "steps": 5, "flip": True, "prompt": "a = b", "betas": [0.9, 0.95], "rank": "auto",
+    }  # fmt: skip
     with pytest.raises(ConfigError, match="'steps' is not understood: settings are written key=value"):
-        parse_words(["steps"])
+        parse_words(["steps"], TrainSDConfig)
+
+
+@pytest.mark.parametrize("text", ["rex dog #1 best", "10:30", "photo of x: best", "2024-13-45", "", "yes", "[a, b]"])
+def test_texts_in_words_are_taken_as_they_are(text: str) -> None:
+    assert parse_words([f"prompt={text}", f"token-initializer={text}"], TrainSDConfig) == {
+        "prompt": text, "token-initializer": text,
+    }  # fmt: skip
+
+
+def test_a_date_that_does_not_exist_is_no_traceback(tmp_path: Path) -> None:
+    assert parse_words(["betas=2024-13-45"], TrainSDConfig) == {"betas": "2024-13-45"}
+    (tmp_path / "c.yaml").write_text("prompt: 2024-13-45\n")
+    with pytest.raises(ConfigError, match="is not valid YAML: month must be in"):
+        read_yaml(str(tmp_path / "c.yaml"))
+
+
+def test_an_empty_prompt_is_refused() -> None:
+    with pytest.raises(ConfigError, match="prompt is ''; write a caption, or leave it out"):
+        TrainSDConfig(images="a", prompt="")
 
 
 def test_every_recipe_is_a_valid_configuration() -> None:
@@ -160,7 +182,10 @@ def test_folders_are_groups_of_settings() -> None:
     )
     assert config.folders == (FolderConfig("./dog", "a sks dog", 10), FolderConfig("b"))
     assert (
-        build(TrainSDConfig, parse_words(["folders=[{path: a, captions: filename}]"])).folders[0].captions == "filename"
+        build(TrainSDConfig, parse_words(["folders=[{path: a, captions: filename}]"], TrainSDConfig))
+        .folders[0]
+        .captions
+        == "filename"
     )
 
 

@@ -56,7 +56,7 @@ def resolved(kind: type[C], given: Mapping[str, Any]) -> C:
     """
     flags = {k: v for k, v in given.items() if k not in ("settings", "config") and v is not None}
     files = [read_yaml(name) for name in given.get("config") or []]
-    words = parse_words(given.get("settings") or [])
+    words = parse_words(given.get("settings") or [], kind)
     layers = [*files, words, flags]
     resume, output = (next((str(x[k]) for x in reversed(layers) if x.get(k)), "") for k in ("resume", "output"))
     if resume and not any(layer.get(name) for layer in layers for name in ("images", "folders")):

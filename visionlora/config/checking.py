@@ -72,7 +72,7 @@ def check_file(name: str, more: MoreRules | None = None) -> Checked:
     text = config_text(name)
     try:
         node, settings = yaml.compose(text, Loader=yaml.SafeLoader), yaml.safe_load(text)
-    except yaml.YAMLError as e:
+    except (yaml.YAMLError, ValueError) as e:  # the latter for dates that do not exist
         mark = getattr(e, "problem_mark", None)
         return Checked(
             (), (Problem(mark.line + 1 if mark else None, f"this is not valid YAML: {getattr(e, 'problem', e)}."),)

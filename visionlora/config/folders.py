@@ -40,7 +40,6 @@ class FolderConfig:
         """What must hold: a setting, whether its value is fine, and what it must be."""
         return [
             ("path", bool(self.path.strip()), "name a folder of pictures"),
-            ("prompt", self.prompt is None or bool(self.prompt.strip()), "write a caption, or leave it out"),
             ("repeats", self.repeats >= 1, "it must be at least 1"),
             *reading_rules(self.prompt, self.captions, self.masks),
         ]
@@ -49,6 +48,7 @@ class FolderConfig:
 def reading_rules(prompt: str | None, captions: str, masks: str | None) -> list[tuple[str, bool, str]]:
     """What must hold of these settings, whether of one folder or of all."""
     return [
+        ("prompt", prompt is None or bool(prompt.strip()), "write a caption, or leave it out"),
         ("captions", captions in CAPTIONS, nearest(captions, CAPTIONS)),
         ("captions", captions != "filename" or prompt is None, "a prompt is given: leave one of them out"),
         ("masks", masks is None or bool(masks.strip()), "write alpha, the path of a folder or the column of a table"),

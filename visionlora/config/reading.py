@@ -6,6 +6,7 @@ all problems of a configuration are reported together.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping
@@ -206,7 +207,7 @@ def read_yaml(name: str) -> dict[str, Any]:
     text = config_text(name)
     try:
         settings = yaml.safe_load(text)
-    except yaml.YAMLError as e:
+    except (yaml.YAMLError, ValueError) as e:  # the latter for dates that do not exist
         where = getattr(e, "problem_mark", None)
         raise ConfigError(
             f"{name} is not valid YAML{f' at line {where.line + 1}' if where else ''}: {getattr(e, 'problem', e)}."
@@ -218,21 +219,27 @@ def read_yaml(name: str) -> dict[str, Any]:
     return {str(k): v for k, v in settings.items()}
 
 
-def parse_words(words: Iterable[str]) -> dict[str, Any]:
-    """`key=value` words; values are read as YAML, so that numbers, true/false and lists work.
+def parse_words(words: Iterable[str], kind: type) -> dict[str, Any]:
+    """`key=value` words; values are read as YAML, so that numbers, true/false and lists work, but texts are taken as they are.
+
+    Args:
+        words: of a command line.
+        kind: of configuration, which says what is text.
 
     Raises:
         ConfigError: for a word without `=`.
     """
     settings: dict[str, Any] = {}
+    hints = get_type_hints(kind)
     for word in words:
         key, equals, value = word.partition("=")
         if not equals or not key:
             raise ConfigError(f"{word!r} is not understood: settings are written key=value, options start with --.")
-        try:
+        settings[key] = value
+        if hints.get(key.replace("-", "_")) in (str, str | None):
+            continue
+        with contextlib.suppress(yaml.YAMLError, ValueError):
             settings[key] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            settings[key] = value
     return settings
 
 

@@ -33,5 +33,5 @@ def test_a_scale_that_is_no_number_is_refused() -> None:
 
 @pytest.mark.parametrize("word", ["dog:nan", "dog:inf", "dog:-inf", "dog:1@up=nan"])
 def test_a_number_that_is_not_finite_is_refused(word: str) -> None:
-    with pytest.raises(ConfigError, match="finite|no name=number"):
+    with pytest.raises(ConfigError, match=r"finite|no name=number"):
         parse_lora_use(word)
