@@ -225,3 +225,9 @@ def test_merge_refuses_scales_that_are_not_finite(tmp_path: Path) -> None:
 
     with pytest.raises(VisionLoRAError, match="The scale of dog is inf; it must be a finite number"):
         merge([("dog", float("inf"))], tmp_path / "x")
+
+
+def test_overlap_names_the_file_that_cannot_be_compared(files: Path) -> None:
+    classifier = Path(__file__).parents[2] / "assets" / "adapters" / "style-classifier"
+    with pytest.raises(VisionLoRAError, match=r"style-classifier: model\.head\.bias was trained in full"):
+        CliRunner().invoke(app, ["overlap", str(files / "dog.safetensors"), str(classifier)], catch_exceptions=False)

@@ -181,12 +181,8 @@ def test_folders_are_groups_of_settings() -> None:
         TrainSDConfig, {"folders": [{"path": "./dog", "repeats": "10", "prompt": "a sks dog"}, {"path": "b"}]}
     )
     assert config.folders == (FolderConfig("./dog", "a sks dog", 10), FolderConfig("b"))
-    assert (
-        build(TrainSDConfig, parse_words(["folders=[{path: a, captions: filename}]"], TrainSDConfig))
-        .folders[0]
-        .captions
-        == "filename"
-    )
+    words = parse_words(["folders=[{path: a, captions: filename}]"], TrainSDConfig)
+    assert build(TrainSDConfig, words).folders[0].captions == "filename"
 
 
 def test_folders_are_written_and_read_again() -> None:

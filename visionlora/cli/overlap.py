@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
 from visionlora.cli.console import ConsoleListener
+from visionlora.errors import AdapterFileError
+
+if TYPE_CHECKING:
+    from visionlora.lora.adapter import Adapter
 
 
 def command(
@@ -22,6 +26,8 @@ def command(
         from visionlora.lora.overlap import overlap
 
         named = {name: load_adapter(path) for name, path in zip(short_names(adapters), adapters, strict=True)}
+        for path, adapter in zip(adapters, named.values(), strict=True):
+            check_comparable(path, adapter)
         pairs = overlap(named, None if as_json else lambda done, total: listener.progress("Comparing", done, total))
     if picture is not None:
         from visionlora.report.overlap import draw_overlap
@@ -43,6 +49,18 @@ def command(
         typer.echo(f"{p.first} + {p.second}: {p.advice}.")
     if picture is not None:
         typer.echo(f"Drawn to {picture}.")
+
+
+def check_comparable(path: Path, adapter: Adapter) -> None:
+    """Raises AdapterFileError, which names the file, when ΔW of a layer depends on the base."""
+    from visionlora.lora.arithmetic import additive
+
+    for layer, module in adapter.modules.items():
+        try:
+            if module.kind != "shift":
+                additive(layer, module, "compared")
+        except AdapterFileError as e:
+            raise AdapterFileError(f"{path}: {e}") from None
 
 
 def short_names(paths: list[Path]) -> list[str]:
