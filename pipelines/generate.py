@@ -247,7 +247,10 @@ def check_pictures(config: GenerateConfig) -> None:
 def recipes_of(config: GenerateConfig, ready: Opened, plans: Sequence[tuple[str, list[LoraUse]]]) -> list[Recipe]:
     """Every picture of the run, in order."""
     base, net = ready.base, ready.controlnet
-    width, height = config.width or config.height or base.resolution, config.height or config.width or base.resolution
+    width, height = (
+        next(side for side in (*sides, base.resolution) if side is not None)
+        for sides in ((config.width, config.height), (config.height, config.width))
+    )
     for size in {width, height}:
         base.check_resolution(size)
     guidance = base.suggested["guidance_scale"] if config.guidance_scale is None else config.guidance_scale

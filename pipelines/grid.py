@@ -36,6 +36,8 @@ NUMBERS: dict[str, type] = {
     "control_scale": float,
 }  # fmt: skip
 WORDS = ("prompt", "negative_prompt", "scheduler", "compose")
+PLAIN = {*NUMBERS, *WORDS} - {"step", "prompt", "compose"}
+"""Axes that are fields of a recipe."""
 LORA = re.compile(r"lora:(?P<name>.+)\.(?P<what>[a-z_0-9]+)")
 """An axis of an adapter; of one that is there what follows its name counts, dots and all."""
 MOST_CELLS = 10_000
@@ -130,7 +132,7 @@ def changed(recipe: Recipe, axis: Axis, value: Any, tags: Tags | None = None) ->
         tagged = (tags or {}).get(value, ())
         own = {use.name: use for use in recipe.loras} | {use.name: use for use in tagged}
         return replace(recipe, prompt=take_tags(value)[0], loras=tuple(own.values()))
-    elif axis.name in (*NUMBERS, *WORDS):
+    elif axis.name in PLAIN:
         return replace(recipe, **{axis.name: value})
     else:
         match = LORA.fullmatch(axis.name)
@@ -231,8 +233,11 @@ def sheets_of(base: Recipe, x: Axis, y: Axis | None, others: Sequence[Axis], tag
 
 def cell_of(base: Recipe, settings: Sequence[tuple[Axis, Any]], tags: Tags | None) -> Recipe:
     """The recipe of one cell. The prompt comes first, as its tags may bring the adapters of other axes."""
+    plain = {axis.name: value for axis, value in settings if axis.name in PLAIN}
+    base = replace(base, **plain)  # at once: steps and strength may suit each other alone
     for axis, value in sorted(settings, key=lambda pair: pair[0].name != "prompt"):
-        base = changed(base, axis, value, tags)
+        if axis.name not in plain:
+            base = changed(base, axis, value, tags)
     return base
 
 

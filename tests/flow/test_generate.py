@@ -294,6 +294,7 @@ REFUSALS = {
     "unknown tag": (("--prompt", "<lora:dg:1>", "--lora-folder", "{loras}"), "names an adapter 'dg', which is not there. Did"),
     "no file": (("--prompt", "a", "--lora", "{loras}/nothing.safetensors"), "There is no adapter file at"),
     "size": (("--prompt", "a", "--width", 33), "A resolution of 33 px does not fit"),
+    "no width": (("--prompt", "a", "--width", 0), "A resolution of 0 px does not fit"),
     "compose": (("--prompt", "a", "--lora", "{loras}/dog.safetensors", "--compose", "swich"), "Did you mean 'switch'?"),
     "block": (("--prompt", "a", "--lora", "{loras}/dog.safetensors:1@dwn=1"), "No adapted layer is in block 'dwn'."),
     "region": (

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from visionlora.pipelines.grid import Axis, parse_axis
+from visionlora.pipelines.grid import Axis, cell_of, parse_axis
 
 import visionlora as vl
-from visionlora.diffusion.recipe import read_recipe
+from visionlora.diffusion.recipe import Recipe, read_recipe
 
 from .test_generate import COMMON, loras, run
 
@@ -95,6 +95,12 @@ def test_the_steps_of_a_training_as_an_axis(loras: Path, tiny_model: Path, tmp_p
 )
 def test_axes_are_typed(word: str, axis: Axis) -> None:
     assert parse_axis(word) == axis
+
+
+def test_steps_and_strength_of_a_cell_are_set_together() -> None:
+    start = Recipe("a", "m", 8, 8, init_image="a.png")
+    cell = cell_of(start, [(Axis("strength", (0.02,)), 0.02), (Axis("steps", (50,)), 50)], None)
+    assert (cell.steps, cell.strength) == (50, 0.02)
 
 
 REFUSALS = {

@@ -47,9 +47,20 @@ SCHEDULERS = {
     "pndm": Sampler("PNDMScheduler", "PLMS", {"skip_prk_steps": True}),
 }
 """By the word of --scheduler."""
+MOST_STEPS = 1000
+"""Noise levels that models are trained at; no scheduler takes more steps."""
 LATER = ("region_hashes", "precision", "model_hash", "controlnet_hash", "force", "allow_partial", "batch_size")
 """Fields that are written only where they are not as usual, so that recipes from before keep their keys."""
 TAG = re.compile(r"<lora:([^:<>]+)(?::([^:<>]+))?>")
+
+
+def exact(value: float) -> str:
+    """A number in as few digits as give it again.
+
+    >>> exact(1.0), exact(0.1234567890123)
+    ('1', '0.1234567890123')
+    """
+    return f"{value:.0f}" if float(value).is_integer() and abs(value) < 1e15 else repr(value)
 
 
 @dataclass(frozen=True)
@@ -66,8 +77,8 @@ class LoraUse:
 
     def word(self) -> str:
         """As `--lora` takes it."""
-        blocks = ",".join(f"{b}={v:g}" for b, v in self.blocks.items())
-        return f"{self.path}:{self.scale:g}" + (f"@{blocks}" if blocks else "")
+        blocks = ",".join(f"{b}={exact(v)}" for b, v in self.blocks.items())
+        return f"{self.path}:{exact(self.scale)}" + (f"@{blocks}" if blocks else "")
 
 
 @dataclass(frozen=True)
@@ -119,12 +130,26 @@ class Recipe:
     version: str = __version__
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ConfigError(f"steps is {self.steps}; it must be at least 1.")
+        if not 1 <= self.steps <= MOST_STEPS:
+            raise ConfigError(f"steps is {self.steps}; it must be between 1 and {MOST_STEPS}.")
         if self.scheduler not in SCHEDULERS:
             raise ConfigError(f"scheduler is {self.scheduler!r}. {nearest(self.scheduler, SCHEDULERS)}")
         if not 0 < self.strength <= 1:
             raise ConfigError(f"strength is {self.strength}; it must be above 0 and at most 1.")
+        if self.init_image and int(self.steps * self.strength) < 1:
+            enough = next((n for n in range(self.steps, MOST_STEPS + 1) if int(n * self.strength) >= 1), None)
+            raise ConfigError(
+                f"{self.steps} steps at strength {self.strength:g} leave the picture as it is: take "
+                + (f"at least {enough} steps, or " if enough else "")
+                + f"a strength of at least {math.ceil(1000 / self.steps) / 1000:g}."
+            )
+        if not (math.isfinite(self.guidance_scale) and self.guidance_scale >= 0):
+            raise ConfigError(
+                f"guidance_scale is {self.guidance_scale}; it must be 0 or more (up to 1 is no guidance)."
+            )
+        for name in ("width", "height"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1 px.")
         if not (math.isfinite(self.control_scale) and self.control_scale >= 0):
             raise ConfigError(f"control_scale is {self.control_scale}; it must be 0 or more.")
         if not 0 <= self.seed < 2**63:
@@ -175,19 +200,19 @@ class Recipe:
         for name, region in self.compose_options.get("regions", {}).items():
             words += [
                 "--region",
-                f"{name}=" + (region if isinstance(region, str) else ",".join(f"{v:g}" for v in region)),
+                f"{name}=" + (region if isinstance(region, str) else ",".join(map(exact, region))),
             ]
         if self.compose != "sum":
             options = ",".join(f"{k}={v}" for k, v in self.compose_options.items() if k != "regions")
             words += ["--compose", self.compose + (f":{options}" if options else "")]
         if self.init_image:
-            words += ["--init-image", self.init_image, "--strength", f"{self.strength:g}"]
+            words += ["--init-image", self.init_image, "--strength", exact(self.strength)]
         if self.mask:
             words += ["--mask", self.mask]
         if self.controlnet:
             words += ["--controlnet", self.controlnet, "--control", self.control]
-            words += ["--control-scale", f"{self.control_scale:g}"]
-        words += ["--seed", str(self.seed), "--steps", str(self.steps), "--guidance-scale", f"{self.guidance_scale:g}"]
+            words += ["--control-scale", exact(self.control_scale)]
+        words += ["--seed", str(self.seed), "--steps", str(self.steps), "--guidance-scale", exact(self.guidance_scale)]
         if self.precision != "fp32":
             words += ["--precision", self.precision]
         words += ["--scheduler", self.scheduler, "--width", str(self.width), "--height", str(self.height)]
@@ -252,7 +277,7 @@ def take_tags(prompt: str) -> tuple[str, list[tuple[str, float]]]:
     """The prompt without `<lora:name:scale>` tags, and the tags.
 
     Raises:
-        ConfigError: when a scale is not a number, or a tag is none of these.
+        ConfigError: when a scale is not a finite number, or a tag is none of these.
 
     >>> take_tags("a dog <lora:ink:0.8> running <lora:old>")
     ('a dog running', [('ink', 0.8), ('old', 1.0)])
@@ -260,9 +285,12 @@ def take_tags(prompt: str) -> tuple[str, list[tuple[str, float]]]:
     found = []
     for match in TAG.finditer(prompt):
         try:
-            found.append((match[1].strip(), float(match[2] or 1.0)))
+            scale = float(match[2] or 1.0)
         except ValueError:
-            raise ConfigError(f"{match[0]}: {match[2]!r} is not a number; write <lora:name:scale>.") from None
+            scale = math.nan
+        if not math.isfinite(scale):
+            raise ConfigError(f"{match[0]}: {match[2]!r} is not a finite number; write <lora:name:scale>.")
+        found.append((match[1].strip(), scale))
     if strange := re.search(r"<lora:[^<>]*>?", TAG.sub(" ", prompt)):
         raise ConfigError(
             f"{strange[0]} is not understood: a tag is <lora:name:scale>. Factors of parts and blocks go to the command: "

@@ -1,6 +1,7 @@
 """A picture says how it came to be."""
 
 import io
+import math
 import shlex
 from dataclasses import replace
 from pathlib import Path
@@ -55,6 +56,16 @@ def test_the_command_says_all_of_it() -> None:
     assert parse_composition(options["--compose"]) == ("switch", {"tau": 2})
 
 
+@given(st.floats(-3, 3), st.floats(0, 20), st.floats(0.05, 1))
+def test_the_command_says_numbers_exactly(scale: float, guidance: float, strength: float) -> None:
+    use = LoraUse("a", "a.safetensors", scale, {"up": scale})
+    recipe = Recipe("a", "m", 8, 8, loras=(use,), guidance_scale=guidance, init_image="a.png", strength=strength)
+    words = shlex.split(recipe.command())
+    options = dict(zip(words[2::2], words[3::2], strict=True))
+    assert parse_lora_use(options["--lora"]) == ("a.safetensors", scale, {"up": scale})
+    assert (float(options["--guidance-scale"]), float(options["--strength"])) == (guidance, strength)
+
+
 def test_what_was_let_through_is_in_the_command_and_not_in_the_name() -> None:
     let = replace(RECIPE, force=True, allow_partial=True)
     assert RECIPE.command().count("--force") == 0 and let.command().split()[-4:-2] == ["--force", "--allow-partial"]
@@ -80,11 +91,23 @@ def test_tags(prompt: str, expected: tuple) -> None:
 
 
 BAD = {
-    "steps": (lambda: Recipe("a", "m", 8, 8, steps=0), "steps is 0; it must be at least 1."),
+    "steps": (lambda: Recipe("a", "m", 8, 8, steps=0), "steps is 0; it must be between 1 and 1000."),
     "scheduler": (lambda: Recipe("a", "m", 8, 8, scheduler="eular"), "scheduler is 'eular'. Did you mean 'euler'?"),
     "strength": (lambda: Recipe("a", "m", 8, 8, strength=0), "strength is 0; it must be above 0 and at most 1."),
+    "too many steps": (lambda: Recipe("a", "m", 8, 8, steps=1001), "steps is 1001; it must be between 1 and 1000."),
+    "guidance": (lambda: Recipe("a", "m", 8, 8, guidance_scale=-3), "guidance_scale is -3; it must be 0 or more"),
+    "guidance nan": (
+        lambda: Recipe("a", "m", 8, 8, guidance_scale=math.nan),
+        "guidance_scale is nan; it must be 0 or more",
+    ),
+    "width": (lambda: Recipe("a", "m", 0, 8), "width is 0; it must be at least 1 px."),
+    "tag nan": (lambda: take_tags("<lora:a:nan>"), "'nan' is not a finite number; write <lora:name:scale>."),
+    "no step is left": (
+        lambda: Recipe("a", "m", 8, 8, steps=4, init_image="a.png", strength=0.2),
+        "4 steps at strength 0.2 leave the picture as it is: take at least 5 steps, or a strength of at least 0.25.",
+    ),
     "seed": (lambda: Recipe("a", "m", 8, 8, seed=-1), "seed is -1"),
-    "tag": (lambda: take_tags("<lora:a:loud>"), "'loud' is not a number; write <lora:name:scale>."),
+    "tag": (lambda: take_tags("<lora:a:loud>"), "'loud' is not a finite number; write <lora:name:scale>."),
     "block": (lambda: parse_lora_use("dog@up=loud"), "dog@up=loud: 'up=loud' is no name=number, separated by commas."),
     "option": (lambda: parse_composition("switch:tau"), "switch:tau: 'tau' is no name=number, separated by commas."),
 }
