@@ -117,6 +117,14 @@ def test_inspect_a_folder(files: Path) -> None:
     )
 
 
+def test_names_and_triggers_are_no_markup(files: Path) -> None:
+    adapter = vl.load_adapter(files / "dog.safetensors")
+    adapter.info["trigger"] = "[b]a[/b] :dog:"
+    vl.save_adapter(adapter, files / "dog[v2][b].safetensors")
+    text = run("inspect", files)
+    assert "dog[v2][b].safetensors" in text and "[b]a[/b] :dog:" in text
+
+
 @pytest.mark.parametrize("to", ["kohya", "diffusers", "peft"])
 def test_convert_there_and_back(files: Path, tmp_path: Path, to: str) -> None:
     there, back = tmp_path / ("there" if to == "peft" else "there.safetensors"), tmp_path / "back.safetensors"

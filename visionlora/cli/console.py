@@ -35,16 +35,16 @@ class ConsoleListener(Listener):
 
     def __init__(self, quiet: bool = False) -> None:
         """Args: `quiet` keeps standard output free for a program's answer; what is told goes to standard error."""
-        self.console = Console(highlight=False, soft_wrap=True, stderr=quiet)
+        self.console = Console(highlight=False, emoji=False, soft_wrap=True, stderr=quiet)
         self.live = self.console.is_terminal
         self.bars = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=28),
             TextColumn("{task.completed:.0f}/{task.total:.0f}"),
             TimeElapsedColumn(),
             TextColumn("eta"),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[detail]}"),
+            TextColumn("{task.fields[detail]}", markup=False),
             console=self.console,
             disable=not self.live,
         )

@@ -63,6 +63,7 @@ def table(found: list[Summary]) -> None:
     """One line per file."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     shown = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("file", "MB", "format", "base", "method", "layers", "rank", "alpha", "trigger"):
@@ -73,12 +74,13 @@ def table(found: list[Summary]) -> None:
         path = Path(s.path)
         label = f"{path.parent.name}/{path.name}" if path.name.startswith("adapter") else path.name
         if s.problem:
-            shown.add_row(label, "", f"[red]{s.problem}[/red]" if len(s.problem) < 40 else "cannot be read")
+            shown.add_row(Text(label), "", Text(s.problem, "red") if len(s.problem) < 40 else "cannot be read")
             continue
         ranks = ", ".join(map(str, s.ranks[:3])) + (" …" if len(s.ranks) > 3 else "")
         alpha = "" if s.alpha is None else f"{s.alpha:g}"
         layers = str(sum(s.components.values()))
-        shown.add_row(label, f"{s.size / 1e6:.1f}", s.format, s.base, s.method, layers, ranks, alpha, s.trigger)
+        row = (label, f"{s.size / 1e6:.1f}", s.format, s.base, s.method, layers, ranks, alpha, s.trigger)
+        shown.add_row(*map(Text, row))  # names and triggers are no markup
     Console(width=None if Console().is_terminal else 160).print(shown)
     for s in found:
         if s.problem:

@@ -8,10 +8,10 @@ from visionlora.cli.console import ConsoleListener, fail
 
 def test_plain_lines_name_the_stage_its_end_and_the_detail(capsys: pytest.CaptureFixture[str]) -> None:
     with ConsoleListener() as listener:
-        listener.say("Base [model]: x")
+        listener.say("Base [model]: x :dog:")
         for step in range(1, 101):
             listener.progress("Training", step, 100, f"loss {1 / step:.2f}")
-    assert capsys.readouterr().out.splitlines() == ["Base [model]: x", "Training 100/100  loss 0.01"]
+    assert capsys.readouterr().out.splitlines() == ["Base [model]: x :dog:", "Training 100/100  loss 0.01"]
 
 
 def test_long_stages_print_now_and_then_with_the_time_left(
