@@ -26,6 +26,7 @@ from visionlora.lora.inject import attach
 from visionlora.lora.merge import bake
 from visionlora.models.heads import LAST
 from visionlora.models.vision import VisionModel, as_logits, open_backbone
+from visionlora.report.runfolder import check_place
 
 TARGETS = ("timm", "transformers", "state-dict", "peft", "onnx")
 FOLDERS = ("timm", "transformers", "peft")
@@ -65,12 +66,15 @@ def export(
     Raises:
         ConfigError: when the target does not fit the backbone's library, needs a package, or the output exists.
         AdapterFileError: when the adapter is no classifier's or of another backbone.
+        RunFolderError: when nothing can be written at the output.
     """
     if to not in TARGETS:
         raise ConfigError(f"There is no export to {to!r}. {nearest(to, TARGETS)}")
     path = Path(output).expanduser()
     check_new(path, overwrite)
-    if path.exists() and path.is_dir() != (to in FOLDERS):
+    if not path.exists():
+        check_place(path if to in FOLDERS else path.parent)
+    elif path.is_dir() != (to in FOLDERS):
         there, needed = ("folder", "file") if path.is_dir() else ("file", "folder")
         raise ConfigError(f"{path} is a {there}, and {to} is written to a {needed}: name another output.")
     loaded = load_adapter(adapter)

@@ -29,6 +29,7 @@ from visionlora.mixing.mix import Mix, attach
 from visionlora.mixing.scales import Scale
 from visionlora.models.base import EMBEDDED, BaseModel, open_base, open_controlnet, quiet
 from visionlora.models.fingerprint import weights_fingerprint
+from visionlora.report.runfolder import check_place
 from visionlora.training.loop import resolve_precision
 
 Progress = Callable[[int, int], None]
@@ -100,6 +101,7 @@ def generate(
         AdapterFileError: when an adapter cannot be read or was made for another base.
         ModelError: when the base cannot be opened or the size does not fit it.
         DataError: when the picture to start from, its mask or the one to follow cannot be read.
+        RunFolderError: when the output cannot be a folder.
     """
     if config.num_images < 1:
         raise ConfigError(f"num_images is {config.num_images}; it must be at least 1.")
@@ -124,13 +126,14 @@ def opened(config: GenerateConfig, say: Callable[[str], None]) -> Opened:
     """The base model, the ControlNet, and every adapter that the prompts name, checked against each other.
 
     Raises:
-        ConfigError, AdapterFileError, ModelError: see `generate`.
+        ConfigError, AdapterFileError, ModelError, RunFolderError: see `generate`.
     """
     if not config.prompts:
         raise ConfigError("There is no prompt: --prompt TEXT, or --prompts FILE with one per line.")
     if config.batch_size < 1:
         raise ConfigError(f"batch_size is {config.batch_size}; it must be at least 1.")
     check_pictures(config)
+    check_place(config.output)
     paths = dict.fromkeys(use.path for prompt in config.prompts for use in uses_of(prompt, config))
     adapters = {path: load_adapter(path, config.allow_partial) for path in paths}
     model = config.model

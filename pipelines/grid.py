@@ -269,7 +269,7 @@ def grid(
 
     Raises:
         ConfigError: when an axis or setting cannot be used.
-        AdapterFileError, ModelError, DataError: see `visionlora.pipelines.generate.generate`.
+        AdapterFileError, ModelError, DataError, RunFolderError: see `visionlora.pipelines.generate.generate`.
     """
     axes = [a for a in (x, y, *others) if a is not None]
     prompts = [str(v) for a in axes if a.name == "prompt" for v in a.values]

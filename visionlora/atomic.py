@@ -21,7 +21,7 @@ def replace_file(path: Path, content: bytes, previous: Path | None = None) -> No
         previous: where the content before is kept, when there was some; at every moment one of the two files is whole.
 
     Raises:
-        OSError: when the file cannot be written; an older file of that name is left as it was.
+        OSError: with the name of the file, when it cannot be written; an older file of that name is left as it was.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -32,8 +32,12 @@ def replace_file(path: Path, content: bytes, previous: Path | None = None) -> No
         if previous is not None and path.exists():
             _keep(path, previous)
         temporary.replace(path)
+    except OSError as e:
+        e.filename, e.filename2 = str(path), None
+        raise
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def is_full(error: OSError) -> bool:

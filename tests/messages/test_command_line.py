@@ -35,3 +35,6 @@ def test_recipes_are_listed_and_copied_once(cli, tmp_path) -> None:
     code, _, err = cli("copy-config", "emoji64_dog")
     assert code == 2
     assert "exists already" in err
+    code, out, err = cli("copy-config", "emoji64_dog", "nowhere/x.yaml")
+    assert (code, out) == (1, "")
+    assert err == "Error: nowhere/x.yaml cannot be read or written: there is no folder nowhere.\n"

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 import time
+from pathlib import Path
 from typing import NoReturn
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from visionlora.atomic import is_full
 from visionlora.report.listener import Listener
 
 SECONDS_BETWEEN_LINES = 10.0
@@ -19,6 +21,20 @@ def fail(message: str, code: int) -> NoReturn:
     """Prints an error and ends the process."""
     print(f"Error: {message}", file=sys.stderr, flush=True)
     sys.exit(code)
+
+
+def file_problem(error: OSError) -> str:
+    """What is said of a file that cannot be read or written.
+
+    >>> file_problem(FileNotFoundError(2, "No such file or directory", "no/x.yaml"))
+    'no/x.yaml cannot be read or written: there is no folder no.'
+    """
+    if is_full(error):
+        return f"{error.filename or 'A file'} cannot be written: {error.strerror}. Free some space and try again."
+    folder = Path(error.filename).parent
+    if isinstance(error, FileNotFoundError) and not folder.exists():
+        return f"{error.filename} cannot be read or written: there is no folder {folder}."
+    return f"{error.filename} cannot be read or written: {error.strerror or type(error).__name__}."
 
 
 def duration(seconds: float) -> str:

@@ -16,7 +16,7 @@ import typer
 from visionlora import __version__
 from visionlora.atomic import is_full
 from visionlora.cli import adapters, classify, configs, generate, grid, inspect, overlap, plugins, train_sd
-from visionlora.cli.console import fail
+from visionlora.cli.console import fail, file_problem
 from visionlora.errors import VisionLoRAError
 
 app = typer.Typer(
@@ -73,9 +73,9 @@ def main() -> None:
     except OSError as e:
         if isinstance(e, BrokenPipeError):
             sys.exit(1)
-        if not is_full(e):
+        if os.environ.get("VISIONLORA_DEBUG") or not (is_full(e) or isinstance(e.filename, str)):
             raise
-        fail(f"{e.filename or 'A file'} cannot be written: {e.strerror}. Free some space and try again.", 1)
+        fail(file_problem(e), 1)
     except KeyboardInterrupt:
         fail("Interrupted.", 130)
 

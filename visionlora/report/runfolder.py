@@ -97,6 +97,16 @@ def check_run_folder(path: Path) -> None:
         raise RunFolderError(str(_cannot_write(path, error))) from None
 
 
+def check_place(path: Path) -> None:
+    """Raise RunFolderError unless ``path`` is a folder or could become one. Changes nothing on disk."""
+    try:
+        if path.exists() and not path.is_dir():
+            raise RunFolderError(f"The output {_shown(path)} is a file; name a folder with --output.")
+        _check_above(path)
+    except OSError as error:
+        raise RunFolderError(str(_cannot_write(path, error))) from None
+
+
 def open_run_folder(path: Path) -> RunFolder:
     """Check ``path`` and make the folder, with its parents.
 
@@ -149,6 +159,11 @@ def _check(path: Path) -> None:
             f"The output {_shown(path)} is a file, and a run needs a folder of its own. "
             f"Try --output {_shown(_free(path))}."
         )
+    _check_above(path)
+
+
+def _check_above(path: Path) -> None:
+    """What is there of a path must be a folder in which one may write."""
     above = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     if not above.is_dir():
         raise RunFolderError(

@@ -1,9 +1,12 @@
 """What a run prints where there is no terminal."""
 
+from pathlib import Path
+
 import pytest
 
+from visionlora.atomic import replace_file
 from visionlora.cli import console
-from visionlora.cli.console import ConsoleListener, fail
+from visionlora.cli.console import ConsoleListener, fail, file_problem
 
 
 def test_plain_lines_name_the_stage_its_end_and_the_detail(capsys: pytest.CaptureFixture[str]) -> None:
@@ -30,3 +33,15 @@ def test_errors_go_to_standard_error_with_their_code(capsys: pytest.CaptureFixtu
         fail("It broke.", 2)
     assert caught.value.code == 2
     assert capsys.readouterr().err == "Error: It broke.\n"
+
+
+def test_a_file_that_cannot_be_used_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError) as caught:
+        replace_file(tmp_path / "file" / "x.png", b"")
+    assert file_problem(caught.value) == f"{tmp_path}/file/x.png cannot be read or written: Not a directory."
+    with pytest.raises(OSError) as caught:
+        replace_file(tmp_path / "none" / "x.png", b"")
+    assert file_problem(caught.value).endswith(
+        f"none/x.png cannot be read or written: there is no folder {tmp_path}/none."
+    )
