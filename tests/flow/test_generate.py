@@ -308,7 +308,7 @@ REFUSALS = {
     "start": (("--prompt", "a", "--init-image", "{loras}/none.png"), "The picture to start from cannot be read"),
     "number": (("--prompt", "a", "--num-images", 0), "num_images is 0; it must be at least 1."),
     "batch": (("--prompt", "a", "--batch-size", 0), "batch_size is 0; it must be at least 1."),
-    "output is a file": (("--prompt", "a", "--model", "none", "--output", "{loras}/dog.safetensors"), "dog.safetensors is a file"),
+    "output is a file": (("--prompt", "a", "--model", "none", "--output", "{loras}/ink.safetensors"), "is a file; name a"),
     "output in a file": (
         ("--prompt", "a", "--model", "none", "--output", "{loras}/dog.safetensors/x"), "dog.safetensors is a file. Choose an",
     ),

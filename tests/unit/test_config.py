@@ -40,10 +40,30 @@ def test_dashes_and_underscores_mean_the_same() -> None:
         ("sample_prompts", "one", ("one",)),
         ("sample_prompts", ["one", "two"], ("one", "two")),
         ("prompt", 7, "7"),
+        ("timestep_range", "0,600", (0, 600)),
+        ("timestep_logit", "0, 1", (0.0, 1.0)),
+        ("betas", "0.9,0.95", (0.9, 0.95)),
+        ("betas", [0.9, 0.95], (0.9, 0.95)),
+        ("seed", 9007199254740993, 9007199254740993),
+        ("seed", "9007199254740993", 9007199254740993),
     ],
 )
 def test_values_are_converted(key: str, given: object, expected: object) -> None:
     assert getattr(build(TrainSDConfig, {"images": "a", key: given}), key) == expected
+
+
+def test_a_number_alone_is_a_list_of_one() -> None:
+    assert build(TrainSDConfig, {"images": "a", "optimizer": "sgd", "betas": 0.9}).betas == (0.9,)
+    for value in (True, "0,many", "0,,1"):
+        with pytest.raises(ConfigError, match="timestep_range is .*; expected a"):
+            build(TrainSDConfig, {"images": "a", "timestep_range": value})
+
+
+@pytest.mark.parametrize("seed", [-1, 99999999999999999999])
+def test_seeds_are_those_that_torch_takes(seed: int) -> None:
+    for kind in (TrainSDConfig, ClassifyConfig):
+        with pytest.raises(ConfigError, match=f"seed is {seed}; it must be between 0 and"):
+            build(kind, {"images": "a", "seed": str(seed)})
 
 
 def test_unknown_keys_and_wrong_types_come_in_one_message() -> None:

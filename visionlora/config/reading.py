@@ -111,10 +111,8 @@ def convert(value: Any, hint: Any) -> Any:
                 wanted.append(str(e).removeprefix("expected "))
         raise ValueError("expected " + " or ".join(wanted))
     if origin is tuple:
-        items = [value] if isinstance(value, str) else value
-        if not isinstance(items, list | tuple):
-            raise ValueError("expected a list")
         kind = get_args(hint)[0]
+        items = _items(value, kind)
         return _groups(items, kind) if dataclasses.is_dataclass(kind) else tuple(convert(item, kind) for item in items)
     if origin is dict:
         if not isinstance(value, Mapping):
@@ -132,20 +130,41 @@ def convert(value: Any, hint: Any) -> Any:
             return words[value.lower()]
         raise ValueError("expected true or false")
     if hint in (int, float) and not isinstance(value, bool):
-        try:
-            number = float(value)
-        except (TypeError, ValueError):
-            raise ValueError("expected a whole number" if hint is int else "expected a number") from None
-        if hint is int:
-            if not number.is_integer():
-                raise ValueError("expected a whole number")
-            return int(number)
-        return number
+        return _number(value, hint)
     if hint is str:
         if isinstance(value, str | int | float) and not isinstance(value, bool):
             return str(value)
         raise ValueError("expected a word")
     raise ValueError(f"expected {getattr(hint, '__name__', hint)}")
+
+
+def _items(value: Any, kind: Any) -> list[Any] | tuple[Any, ...]:
+    """The members of a list; of numbers also those of `0,600`, and a number alone."""
+    if kind in (int, float):
+        if isinstance(value, str):
+            return value.split(",")
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return [value]
+    items = [value] if isinstance(value, str) else value
+    if not isinstance(items, list | tuple):
+        raise ValueError("expected a list")
+    return items
+
+
+def _number(value: Any, kind: type) -> int | float:
+    """A number, a whole one to the last digit."""
+    if kind is int and isinstance(value, int | str):
+        with contextlib.suppress(ValueError):
+            return int(value)
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError("expected a whole number" if kind is int else "expected a number") from None
+    if kind is int:
+        if not number.is_integer():
+            raise ValueError("expected a whole number")
+        return int(number)
+    return number
 
 
 def _group(value: Any, cls: type[T]) -> T:

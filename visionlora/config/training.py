@@ -133,6 +133,7 @@ class TrainingConfig:
                 self.start_from is None or self.method not in ("full", "adalora", "linear-probe"),
                 f"{self.method} cannot go on from an adapter: leave the method out",
             ),
+            ("seed", 0 <= self.seed < 2**63, "it must be between 0 and 2^63 - 1"),
             *self.tracker_rules(),
         ]
 
