@@ -28,6 +28,7 @@ from visionlora.mixing.batches import adapters_of, batches_of
 from visionlora.mixing.mix import Mix, attach
 from visionlora.mixing.scales import Scale
 from visionlora.models.base import EMBEDDED, BaseModel, open_base, open_controlnet, quiet
+from visionlora.models.devices import usable_device
 from visionlora.models.fingerprint import weights_fingerprint
 from visionlora.report.runfolder import check_place
 from visionlora.training.loop import resolve_precision
@@ -134,6 +135,7 @@ def opened(config: GenerateConfig, say: Callable[[str], None]) -> Opened:
         raise ConfigError(f"batch_size is {config.batch_size}; it must be at least 1.")
     check_pictures(config)
     check_place(config.output)
+    device, precision = place_of(config)
     paths = dict.fromkeys(use.path for prompt in config.prompts for use in uses_of(prompt, config))
     adapters = {path: load_adapter(path, config.allow_partial) for path in paths}
     model = config.model
@@ -143,7 +145,6 @@ def opened(config: GenerateConfig, say: Callable[[str], None]) -> Opened:
     say(base.why)
     if follow_noise(base, adapters.values()):
         say("The noise levels end at nothing but noise, as an adapter was trained (zero_terminal_snr).")
-    device, precision = place_of(config)
     base.weights_hash  # noqa: B018  before the cast, after which it would be another
     with quiet("diffusers", "transformers"):
         base.pipe.to(device=device, dtype=BASE_DTYPES[precision])
@@ -160,15 +161,7 @@ def place_of(config: GenerateConfig) -> tuple[torch.device, str]:
     """
     if config.precision not in PRECISIONS:
         raise ConfigError(f"precision is {config.precision!r}. {nearest(config.precision, PRECISIONS)}")
-    there = torch.cuda.is_available()
-    try:
-        device = torch.device(("cuda" if there else "cpu") if config.device == "auto" else config.device)
-    except RuntimeError:
-        raise ConfigError(
-            f"device is {config.device!r}; it must be auto, cpu or cuda (cuda:1 for the second)."
-        ) from None
-    if device.type == "cuda" and not there:
-        raise ConfigError(f"device is {config.device!r}, but there is no GPU that torch can use. Take cpu.")
+    device = usable_device(config.device)
     if device.type == "cpu" and config.precision == "fp16":
         raise ConfigError("precision is 'fp16', which a CPU has no fast kernels for: --precision bf16 or fp32.")
     if config.precision != "auto":

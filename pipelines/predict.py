@@ -63,6 +63,7 @@ def predict(
 
     Raises:
         DataError: when there are no pictures, or some cannot be read: all of them are listed.
+        ConfigError: when a setting is out of range, the output exists or there is no such device.
         AdapterFileError, ModelError: see `visionlora.classifier.load_classifier`.
     """
     if batch_size < 1:
@@ -78,10 +79,6 @@ def predict(
         if target.suffix == ".parquet":
             parquet()
     paths = pictures_in([Path(p).expanduser() for p in images])
-    if device == "auto":
-        import torch
-
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     classifier = load_classifier(adapter, model, device, force, weights)
     tell.say(f"{classifier.backbone.why} {len(classifier.tasks[classifier.names[0]].classes)} classes.")
     found: list[Predicted] = []

@@ -34,6 +34,7 @@ from visionlora.lora.adapter import Adapter
 from visionlora.lora.handle import Handle
 from visionlora.lora.inject import attach
 from visionlora.lora.merge import merge_together
+from visionlora.models.devices import usable_device
 from visionlora.models.vision import VisionModel, as_logits, open_backbone
 
 COMPONENT = "model"
@@ -127,9 +128,12 @@ class Classifier:
 
         Args:
             backbone: from `visionlora.models.vision.open_backbone`.
-            device: to run on.
+            device: to run on; auto takes a GPU where there is one.
+
+        Raises:
+            ConfigError: when there is no such device.
         """
-        self.backbone, self.device = backbone, torch.device(device)
+        self.backbone, self.device = backbone, usable_device(device)
         self.fingerprints = backbone.fingerprints()
         self.model = backbone.model.to(self.device).eval()
         self.tasks: dict[str, ClassTask] = {}
@@ -340,14 +344,16 @@ def load_classifier(
     Args:
         adapters: one file, run folder or `Adapter`; or several by task name, on one backbone.
         model: the backbone; by default the one that the first adapter names.
-        device: to run on.
+        device: to run on; auto takes a GPU where there is one.
         force: accept a backbone of the same architecture with other weights.
         weights: a state dict of the backbone, where it is no longer where the first adapter says.
 
     Raises:
+        ConfigError: when there is no such device.
         AdapterFileError: when an adapter cannot be read, is no classifier's or is of another backbone.
         ModelError: when the backbone cannot be opened.
     """
+    device = usable_device(device)
     several = dict(adapters) if isinstance(adapters, Mapping) else {ONLY: adapters}
     loaded = {n: a if isinstance(a, Adapter) else load_adapter(a) for n, a in several.items()}
     if not loaded:

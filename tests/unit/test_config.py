@@ -55,7 +55,7 @@ def test_values_are_converted(key: str, given: object, expected: object) -> None
 def test_a_number_alone_is_a_list_of_one() -> None:
     assert build(TrainSDConfig, {"images": "a", "optimizer": "sgd", "betas": 0.9}).betas == (0.9,)
     for value in (True, "0,many", "0,,1"):
-        with pytest.raises(ConfigError, match="timestep_range is .*; expected a"):
+        with pytest.raises(ConfigError, match=r"timestep_range is .*; expected a"):
             build(TrainSDConfig, {"images": "a", "timestep_range": value})
 
 

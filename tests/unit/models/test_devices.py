@@ -1,0 +1,43 @@
+"""A device is one that is there."""
+
+import pytest
+import torch
+
+from visionlora.errors import ConfigError
+from visionlora.models.devices import usable_device
+
+
+def with_gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(torch.xpu, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+
+
+def test_auto_is_a_gpu_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_gpus(monkeypatch, 0)
+    assert usable_device() == usable_device("cpu") == torch.device("cpu")
+    with_gpus(monkeypatch, 2)
+    assert usable_device() == torch.device("cuda") and usable_device(torch.device("cuda:1")) == torch.device("cuda:1")
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("foo", "device is 'foo'; it must be auto, cpu or cuda"),
+        ("meta", "device is 'meta'; it must be auto, cpu or cuda"),
+        ("cuda", "device is 'cuda', but there is no GPU that torch can use. Take cpu."),
+        ("mps", "device is 'mps', but there is no mps device that torch can use. Take cpu."),
+    ],
+)
+def test_others_are_refused(word: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_gpus(monkeypatch, 0)
+    with pytest.raises(ConfigError) as caught:
+        usable_device(word)
+    assert message in str(caught.value)
+
+
+def test_a_gpu_too_many_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_gpus(monkeypatch, 2)
+    with pytest.raises(ConfigError, match="device is 'cuda:2', but the last one is cuda:1"):
+        usable_device("cuda:2")

@@ -1,0 +1,39 @@
+"""Which device a model runs on: a word of the user -> one that torch has here."""
+
+from __future__ import annotations
+
+import torch
+
+from visionlora.errors import ConfigError
+
+AUTO = "auto"
+
+
+def usable_device(word: str | torch.device = AUTO) -> torch.device:
+    """A device that is there; auto takes a GPU where there is one.
+
+    Raises:
+        ConfigError: when there is no such device.
+    """
+    there = {
+        "cpu": 1,
+        "cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0,
+        "xpu": torch.xpu.device_count() if torch.xpu.is_available() else 0,
+        "mps": int(torch.backends.mps.is_available()),
+    }
+    if word == AUTO:
+        return torch.device("cuda" if there["cuda"] else "cpu")
+    given = str(word)
+    try:
+        device = torch.device(word)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in there:
+        raise ConfigError(f"device is {given!r}; it must be auto, cpu or cuda (cuda:1 for the second).")
+    count = there[device.type]
+    if not count:
+        what = "GPU that torch can use" if device.type == "cuda" else f"{device.type} device that torch can use"
+        raise ConfigError(f"device is {given!r}, but there is no {what}. Take cpu.")
+    if device.type != "cpu" and device.index is not None and device.index >= count:
+        raise ConfigError(f"device is {given!r}, but the last one is {device.type}:{count - 1}.")
+    return device
