@@ -84,7 +84,7 @@ def draw_confusion(confusion: Sequence[Sequence[int]], classes: Sequence[str]) -
     _write_counts(axes, counts, shares, kept)
     axes.set_xlabel("predicted", color=SOFT)
     axes.set_ylabel("true", color=SOFT)
-    axes.set_title(title, loc="left", color=INK, fontsize=11, pad=8)
+    axes.set_title(title, loc="left", color=INK, fontsize=11, pad=8, parse_math=False)
     bar = figure.colorbar(picture, ax=axes, shrink=0.5, aspect=25, pad=0.02, ticks=[0, 0.05, 0.2, 0.5, 1])
     bar.ax.set_yticklabels(["0", "5 %", "20 %", "50 %", "100 %"])
     bar.ax.tick_params(labelsize=7, colors=SOFT, length=0)
@@ -132,9 +132,8 @@ def draw_reliability(
         )
         lower.set_ylim(0, most * 1.1 or 1)
         lower.set_xlabel("confidence", color=INK)
-        upper.set_title(
-            name if error is None else f"{name}, ECE {100 * error:.1f} %", loc="left", color=INK, fontsize=11
-        )
+        heading = name if error is None else f"{name}, ECE {100 * error:.1f} %"
+        upper.set_title(heading, loc="left", color=INK, fontsize=11, parse_math=False)
         if column == 0:
             upper.set_ylabel("share that is right", color=INK)
             lower.set_ylabel("pictures", color=INK)

@@ -38,10 +38,10 @@ def draw_norms(blocks: Mapping[str, float], title: str, path: Path) -> None:
     axes = figure.add_subplot()
     names, values = list(blocks), list(blocks.values())
     axes.barh(range(len(names)), values, color=COLOURS[0], height=0.7)
-    axes.set_yticks(range(len(names)), names, fontsize=8, color=INK)
+    axes.set_yticks(range(len(names)), names, fontsize=8, color=INK, parse_math=False)
     axes.invert_yaxis()
     axes.set_xlabel("‖ΔW‖ of the block", fontsize=9, color=INK)
-    axes.set_title(title, fontsize=10, loc="left", color=INK)
+    axes.set_title(title, fontsize=10, loc="left", color=INK, parse_math=False)
     axes.tick_params(axis="x", labelsize=8, colors=SOFT)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)

@@ -41,8 +41,9 @@ def draw_overlap(pairs: Sequence[PairOverlap], path: Path) -> None:
     axes = figure.add_subplot()
     values = [[blocks_of.get(b, float("nan")) for b in blocks] for blocks_of in found]
     picture = axes.imshow(values, vmin=0, vmax=1, cmap="viridis", aspect="auto")
-    axes.set_xticks(range(len(blocks)), blocks, rotation=40, ha="right", fontsize=8, color=INK)
-    axes.set_yticks(range(len(pairs)), [f"{p.first} + {p.second}" for p in pairs], fontsize=8, color=INK)
+    axes.set_xticks(range(len(blocks)), blocks, rotation=40, ha="right", fontsize=8, color=INK, parse_math=False)
+    names = [f"{p.first} + {p.second}" for p in pairs]
+    axes.set_yticks(range(len(pairs)), names, fontsize=8, color=INK, parse_math=False)
     for row, line in enumerate(values):
         for column, value in enumerate(line):
             if value == value:
