@@ -309,16 +309,11 @@ def described(finished: Finished) -> dict[str, Any]:
 def charts(run: RunFolder, material: Material, own: Finished) -> dict[str, bytes]:
     """Every picture of the report, also as files of the run folder."""
     found: dict[str, bytes] = {}
-    if own.history:
-        draw_curves(
-            run.path / "loss.png",
-            {
-                "training": [(p.step, p.loss) for p in own.history],
-                "validation": [(step, loss) for step, _, loss in own.evaluations],
-            },
-            xlabel="step",
-            ylabel="loss",
-        )
+    curves = {
+        "training": [(p.step, p.loss) for p in own.history],
+        "validation": [(step, loss) for step, _, loss in own.evaluations],
+    }
+    if own.history and draw_curves(run.path / "loss.png", curves, xlabel="step", ylabel="loss"):
         found["curves"] = (run.path / "loss.png").read_bytes()
     if isinstance(own.metrics, Metrics):
         found["confusion"] = draw_confusion(own.metrics.confusion, material.data.classes)

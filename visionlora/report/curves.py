@@ -32,7 +32,7 @@ def draw_curves(
     xlabel: str,
     ylabel: str,
     title: str = "",
-) -> None:
+) -> bool:
     """Draw one line per series; the same input gives the same bytes.
 
     Args:
@@ -42,15 +42,15 @@ def draw_curves(
         ylabel: What the vertical axis shows, with its unit.
         title: Drawn above the picture.
 
-    Raises:
-        ValueError: No series has a finite point.
+    Returns:
+        Whether any series has a finite point; otherwise nothing is drawn.
     """
     kept = {
         name: [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)] for name, points in series.items()
     }
     kept = {name: points for name, points in kept.items() if points}
     if not kept:
-        raise ValueError(f"There is nothing to draw: none of {list(series)} has a finite point.")
+        return False
 
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -86,6 +86,7 @@ def draw_curves(
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi="figure", metadata={"Software": None})
     write_atomic(path, content.getvalue())
+    return True
 
 
 def average(points: Sequence[tuple[float, float]]) -> Points:
