@@ -52,6 +52,28 @@ def test_values_are_converted(key: str, given: object, expected: object) -> None
     assert getattr(build(TrainSDConfig, {"images": "a", key: given}), key) == expected
 
 
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        (TrainSDConfig, "huber"), (TrainSDConfig, "prior_weight"), (TrainSDConfig, "weight_decay"), (TrainSDConfig, "alpha"),
+        (TrainSDConfig, "timestep_logit"), (TrainSDConfig, "guidance_scale"), (ClassifyConfig, "mixup"),
+        (ClassifyConfig, "focal_gamma"), (ClassifyConfig, "class_weights"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), 1e300])
+def test_numbers_are_finite(kind: type, name: str, value: float) -> None:
+    given = {"timestep_logit": [0, value], "class_weights": {"a": value}}.get(name, value)
+    with pytest.raises(ConfigError) as caught:
+        build(kind, {"images": "a", name: given})
+    (line,) = str(caught.value).splitlines()[1:]
+    assert line.startswith(f"- {name} is ") and line.endswith("; it must be a finite number, of at most 1e+30")
+
+
+def test_learning_rates_are_bounded() -> None:
+    with pytest.raises(ConfigError, match=r"learning_rate is 1000000\.0; it must be above 0 and at most 1000"):
+        TrainSDConfig(images="a", learning_rate=1e6)
+
+
 def test_a_number_alone_is_a_list_of_one() -> None:
     assert build(TrainSDConfig, {"images": "a", "optimizer": "sgd", "betas": 0.9}).betas == (0.9,)
     for value in (True, "0,many", "0,,1"):
@@ -87,7 +109,7 @@ def test_values_out_of_range_come_in_one_message() -> None:
         "- images is ''; name the folder of pictures to learn from: --images ./dog",
         "- steps is 0; it must be at least 1",
         "- rank is -1; it must be at least 1, or auto",
-        "- learning_rate is 0; it must be positive",
+        "- learning_rate is 0; it must be above 0 and at most 1000",
         "- precision is 'fp23'; Did you mean 'fp32'?",
         "- caption_dropout is 2; it must be between 0 and 1",
     ]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from visionlora.config.choices import OPTIMIZERS
-from visionlora.config.training import Rule, TrainingConfig
+from visionlora.config.training import Rule, TrainingConfig, rate_rule
 from visionlora.errors import nearest
 
 AUGMENTS = ("none", "light", "affine", "trivial", "rand")
@@ -105,11 +105,7 @@ class ClassifyConfig(TrainingConfig):
                 self.head_learning_rate is None or not self.find_rate,
                 "find_rate finds one for the head too: leave one of them out",
             ),
-            (
-                "head_learning_rate",
-                self.head_learning_rate is None or 0 < self.head_learning_rate < math.inf,
-                "it must be positive",
-            ),
+            rate_rule("head_learning_rate", self.head_learning_rate),
             (
                 "head_init",
                 self.head_init != "adapter" or self.start_from is not None,

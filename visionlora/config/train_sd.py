@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from visionlora.config.folders import FolderConfig, reading_rules
-from visionlora.config.training import PRECISIONS, Rule, TrainingConfig
+from visionlora.config.training import PRECISIONS, Rule, TrainingConfig, rate_rule
 from visionlora.errors import nearest
 
 ATTENTION = ("sdpa", "flash", "xformers")
@@ -205,11 +205,7 @@ class TrainSDConfig(TrainingConfig):
             ("huber", self.huber is None or self.huber > 0, "it must be positive"),
             ("noise_offset", 0 <= self.noise_offset <= 1, "it must be between 0 and 1"),
             ("input_perturbation", 0 <= self.input_perturbation <= 1, "it must be between 0 and 1"),
-            (
-                "text_encoder_learning_rate",
-                self.text_encoder_learning_rate is None or self.text_encoder_learning_rate > 0,
-                "it must be positive",
-            ),
+            rate_rule("text_encoder_learning_rate", self.text_encoder_learning_rate),
             ("text_encoder_stop", 0 < self.text_encoder_stop <= 1, "it must be above 0 and at most 1"),
             (
                 "token",
@@ -217,11 +213,7 @@ class TrainSDConfig(TrainingConfig):
                 "it must be one word, such as <dog>",
             ),
             ("token_vectors", self.token_vectors >= 1, "it must be at least 1"),
-            (
-                "token_learning_rate",
-                self.token_learning_rate is None or self.token_learning_rate > 0,
-                "it must be positive",
-            ),
+            rate_rule("token_learning_rate", self.token_learning_rate),
             (
                 "min_rank",
                 self.min_rank is None or (self.method == "tlora" and self.min_rank >= 1),

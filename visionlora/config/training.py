@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
 from visionlora.config.choices import OPTIMIZERS, SCHEDULES, TRACKERS, optimizer_problem, tracker_problem
 from visionlora.config.reading import raise_all
 from visionlora.errors import nearest
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+
+MOST_RATE = 1000
+"""The highest learning rate that is taken."""
+LARGEST = 1e30
+"""Numbers beyond are as good as infinite: products of two would be, in fp32."""
 
 RESUME_AUTO = "auto"
 """As `resume`: whichever run was cut off last."""
@@ -98,7 +104,10 @@ class TrainingConfig:
     """Leave out pictures that cannot be used instead of stopping."""
 
     def __post_init__(self) -> None:
-        raise_all([f"{name} is {getattr(self, name)!r}; {rule}" for name, fine, rule in self.rules() if not fine])
+        rule = f"it must be a finite number, of at most {LARGEST:g}"
+        wild = {f.name: rule for f in fields(self) if not _finite(getattr(self, f.name))}
+        rules = [*wild.items(), *((name, rule) for name, fine, rule in self.rules() if not fine and name not in wild)]
+        raise_all([f"{name} is {getattr(self, name)!r}; {rule}" for name, rule in rules])
 
     def rules(self) -> list[Rule]:
         """What must hold."""
@@ -112,7 +121,7 @@ class TrainingConfig:
                 "write a mean rank (8), parameters (300k) or a size (2MB)",
             ),
             ("alpha", self.alpha is None or (math.isfinite(self.alpha) and self.alpha > 0), "it must be positive"),
-            ("learning_rate", self.learning_rate is None or 0 < self.learning_rate < math.inf, "it must be positive"),
+            rate_rule("learning_rate", self.learning_rate),
             ("warmup_steps", self.warmup_steps >= 0, "it must be 0 or more"),
             *self.optimizer_rules(),
             ("weight_decay", self.weight_decay >= 0, "it must be 0 or more"),
@@ -186,6 +195,20 @@ class TrainingConfig:
             ("trackers", unknown is None, nearest(unknown or "", TRACKERS)),
             ("trackers", problem is None, problem or ""),
         ]
+
+
+def rate_rule(name: str, rate: float | None) -> Rule:
+    """What must hold of a learning rate; far above, its product with a gradient is no number any more."""
+    return name, rate is None or 0 < rate <= MOST_RATE, f"it must be above 0 and at most {MOST_RATE}"
+
+
+def _finite(value: Any) -> bool:
+    """Whether the numbers of a setting, or in it, can be computed with."""
+    if isinstance(value, Mapping):
+        value = tuple(value.values())
+    if isinstance(value, tuple):
+        return all(map(_finite, value))
+    return not isinstance(value, float) or abs(value) <= LARGEST
 
 
 def budget_of(text: str) -> tuple[str, int] | None:
