@@ -25,6 +25,7 @@ from visionlora.formats.inspection import weights_file
 from visionlora.loaders import check_base, follow_noise, load_adapter
 from visionlora.lora.adapter import Adapter
 from visionlora.mixing.batches import adapters_of, batches_of
+from visionlora.mixing.compose import composition
 from visionlora.mixing.mix import Mix, attach
 from visionlora.mixing.scales import Scale
 from visionlora.models.base import EMBEDDED, BaseModel, open_base, open_controlnet, quiet
@@ -134,6 +135,7 @@ def opened(config: GenerateConfig, say: Callable[[str], None]) -> Opened:
     if config.batch_size < 1:
         raise ConfigError(f"batch_size is {config.batch_size}; it must be at least 1.")
     check_pictures(config)
+    composition(config.compose, **dict(config.compose_options))  # raises also where there is nothing to compose
     check_place(config.output)
     device, precision = place_of(config)
     paths = dict.fromkeys(use.path for prompt in config.prompts for use in uses_of(prompt, config))

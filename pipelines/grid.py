@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import itertools
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -29,6 +30,7 @@ from visionlora.config import parse_composition
 from visionlora.diffusion.recipe import LoraUse, Recipe, take_tags
 from visionlora.errors import ConfigError, nearest
 from visionlora.loaders import load_adapter
+from visionlora.mixing.compose import composition
 from visionlora.report.grid import draw_grid
 
 NUMBERS: dict[str, type] = {
@@ -94,15 +96,32 @@ def parse_axis(word: str) -> Axis:
         return Axis(name, tuple(parts))
     values: list[Any] = []
     for part in parts:
-        ends = re.fullmatch(r"(-?\d+)\.\.(-?\d+)", part)
         try:
-            values += range(int(ends[1]), int(ends[2]) + 1) if ends else [kind(part)]
+            found = numbers_of(part, kind)
         except ValueError:
             what = "a whole number" if kind is int else "a number"
             raise ConfigError(f"Axis {name!r} has the value {part!r}, which is not {what}.") from None
+        if isinstance(found, range) and found.stop - found.start > MOST_CELLS:
+            count = f"{found.stop - found.start:,}"
+            raise ConfigError(f"Axis {name!r} has {count} values; a grid has at most {MOST_CELLS:,} pictures.")
+        values += found
     if not values:
         raise ConfigError(f"Axis {name!r} has no value: {text!r}.")
     return Axis(name, tuple(kind(v) for v in values))
+
+
+def numbers_of(text: str, kind: type) -> Sequence[float]:
+    """`7`, or `1..4`.
+
+    Raises:
+        ValueError: when it is neither.
+    """
+    if ends := re.fullmatch(r"(-?\d+)\.\.(-?\d+)", text):
+        return range(int(ends[1]), int(ends[2]) + 1)
+    number = kind(text)
+    if isinstance(number, float) and not math.isfinite(number):
+        raise ValueError(text)
+    return [number]
 
 
 Tags = Mapping[str, Sequence[LoraUse]]
@@ -278,6 +297,9 @@ def grid(
             f"A grid starts from one prompt, and there are {len(config.prompts) + len(prompts)}: give several as an axis, --y "
             "'prompt=a dog|a cat', and leave --prompt out."
         )
+    for word in (v for a in axes if a.name == "compose" for v in a.values):
+        name, options = parse_composition(word)
+        composition(name, **options)
     start = replace(config, prompts=list(config.prompts) or prompts[:1], num_images=1, output=config.output / "cells")
     ready = opened(start, say)
     base, adapters = ready.base, ready.adapters

@@ -296,6 +296,8 @@ REFUSALS = {
     "size": (("--prompt", "a", "--width", 33), "A resolution of 33 px does not fit"),
     "no width": (("--prompt", "a", "--width", 0), "A resolution of 0 px does not fit"),
     "compose": (("--prompt", "a", "--lora", "{loras}/dog.safetensors", "--compose", "swich"), "Did you mean 'switch'?"),
+    "compose of nothing": (("--prompt", "a", "--compose", "foo"), "There is no composition 'foo'."),
+    "tau": (("--prompt", "a", "--compose", "switch:tau=nan"), "'tau=nan' is no name=number"),
     "block": (("--prompt", "a", "--lora", "{loras}/dog.safetensors:1@dwn=1"), "No adapted layer is in block 'dwn'."),
     "region": (
         ("--prompt", "a", "--lora", "{loras}/dog.safetensors", "--region", "dg=0,0,1,1"),

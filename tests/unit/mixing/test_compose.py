@@ -174,7 +174,10 @@ def check_iso_c_of_one(pipe, three) -> None:
 
 
 MESSAGES = {
-    "tau": (lambda: composition("switch", tau=0), "tau is 0; it must be at least 1 step."),
+    "tau": (lambda: composition("switch", tau=0), "tau is 0; it must be a whole number of at least 1 step."),
+    "tau nan": (lambda: composition("switch", tau=np.nan), "tau is nan; it must be a whole number"),
+    "option": (lambda: composition("switch", taw=1), "Composition 'switch' has no option 'taw'. Did you mean 'tau'?"),
+    "no options": (lambda: composition("composite", tau=1), "Composition 'composite' has no option 'tau'. It has none."),
     "no regions": (lambda: composition("regional"), "needs a region per adapter"),
     "box": (lambda: composition("regional", regions={"a": (0.5, 0, 0.2, 1)}), "a box is (left, top, right, bottom)"),
     "mask": (lambda: composition("regional", regions={"a": np.zeros((2, 3, 4))}), "it must be (height, width)"),

@@ -5,6 +5,7 @@ A plug-in adds one through the entry point group `visionlora.compositions`: a su
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from visionlora import plugins
@@ -49,6 +50,11 @@ def composition(name: str | Composition, **options: Any) -> Composition:
         raise ConfigError(
             f"There is no composition {name!r}. {nearest(name, [*COMPOSITIONS, *plugins.names(PLUGIN_GROUP)])}"
         )
+    known = inspect.signature(cls).parameters
+    unknown = [o for o in options if o not in known]
+    if unknown and not any(p.kind is p.VAR_KEYWORD for p in known.values()):
+        hint = nearest(unknown[0], known) if known else "It has none."
+        raise ConfigError(f"Composition {name!r} has no option {unknown[0]!r}. {hint}")
     try:
         return cls(**options)
     except TypeError as e:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -19,8 +20,8 @@ class Switch(Composition):
     per_step: ClassVar[bool] = True
 
     def __init__(self, tau: int = 5) -> None:
-        if tau < 1:
-            raise ConfigError(f"tau is {tau}; it must be at least 1 step.")
+        if not (1 <= tau < math.inf and tau == int(tau)):
+            raise ConfigError(f"tau is {tau}; it must be a whole number of at least 1 step.")
         self.tau = tau
 
     def weights(self, names: Sequence[str], step: int, steps: int) -> Weights:
