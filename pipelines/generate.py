@@ -77,6 +77,9 @@ class GenerateConfig:
     force: bool = False
     allow_partial: bool = False
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "output", Path(self.output).expanduser())
+
 
 @dataclass(frozen=True)
 class Drawn:

@@ -74,6 +74,14 @@ def test_learning_rates_are_bounded() -> None:
         TrainSDConfig(images="a", learning_rate=1e6)
 
 
+def test_a_tilde_is_the_home_folder_and_nothing_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/ann")
+    config = TrainSDConfig(images="a", output="~/runs/./a", resume="auto")
+    assert (config.output, config.resume) == ("/home/ann/runs/a", "auto")
+    config = build(TrainSDConfig, {"images": "a", "output": "", "resume": " "})
+    assert (config.output, config.resume) == (None, None)
+
+
 def test_a_number_alone_is_a_list_of_one() -> None:
     assert build(TrainSDConfig, {"images": "a", "optimizer": "sgd", "betas": 0.9}).betas == (0.9,)
     for value in (True, "0,many", "0,,1"):

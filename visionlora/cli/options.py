@@ -75,7 +75,7 @@ def finished(config: TrainingConfig) -> str | None:
 
 def pictures_of(folder: str) -> dict[str, Any]:
     """Where the run in a folder has its pictures: it knows them itself. Nothing when there is no run."""
-    file = Path(folder) / "config.yaml"
+    file = Path(folder).expanduser() / "config.yaml"
     if not folder or not file.is_file():
-        return {"images": folder} if folder and not Path(folder).is_dir() else {}
+        return {"images": folder} if folder and not file.parent.is_dir() else {}
     return {name: value for name, value in read_yaml(str(file)).items() if name in ("images", "folders") and value}

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, Literal
 
 from visionlora.config.choices import OPTIMIZERS, SCHEDULES, TRACKERS, optimizer_problem, tracker_problem
@@ -104,6 +105,8 @@ class TrainingConfig:
     """Leave out pictures that cannot be used instead of stopping."""
 
     def __post_init__(self) -> None:
+        for name in ("output", "resume"):
+            object.__setattr__(self, name, at_home(getattr(self, name)))
         rule = f"it must be a finite number, of at most {LARGEST:g}"
         wild = {f.name: rule for f in fields(self) if not _finite(getattr(self, f.name))}
         rules = [*wild.items(), *((name, rule) for name, fine, rule in self.rules() if not fine and name not in wild)]
@@ -195,6 +198,17 @@ class TrainingConfig:
             ("trackers", unknown is None, nearest(unknown or "", TRACKERS)),
             ("trackers", problem is None, problem or ""),
         ]
+
+
+def at_home(path: str | None) -> str | None:
+    """A path with ~ for the home folder resolved; None when it is empty.
+
+    >>> at_home("runs/a"), at_home(" ")
+    ('runs/a', None)
+    """
+    if path is None or not path.strip():
+        return None
+    return str(Path(path).expanduser()) if path.startswith("~") else path
 
 
 def rate_rule(name: str, rate: float | None) -> Rule:
