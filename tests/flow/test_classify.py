@@ -322,6 +322,15 @@ def test_a_run_that_was_cut_off_ends_in_the_same_bytes(
     assert code == 2 and "is finished" in err
 
 
+def test_a_run_that_is_finished_already_tells_the_same(cli, shapes: Path, tiny_vit: Path) -> None:
+    words = ("classify", "--images", shapes, "--model", tiny_vit, "--steps", 2, "--output", "run", "--json")
+    code, out, err = cli(*words)
+    assert code == 0, err
+    code, again, err = cli(*words, "--resume", "auto")
+    assert code == 0 and "is finished; nothing is left to do" in err
+    assert json.loads(again) == {**json.loads(out), "finished": True}
+
+
 def test_a_resumed_run_keeps_its_settings_and_pictures(cli, shapes: Path, tiny_vit: Path, tmp_path: Path) -> None:
     import shutil
 

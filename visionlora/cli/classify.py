@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
 from visionlora.cli import options
 from visionlora.cli.console import ConsoleListener, duration
-from visionlora.config import ClassifyConfig
+from visionlora.config import ClassifyConfig, read_yaml
 
 if TYPE_CHECKING:
     from visionlora.pipelines.classify import ClassifyResult
@@ -71,16 +71,30 @@ def command(
     if (line := options.finished(resolved)) is not None:
         typer.echo(line, err=as_json)
         if as_json:
-            run = Path(resolved.output or "")
-            found = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
-            paths = {"adapter": str(run / "adapter.safetensors"), "report": str(run / "report.html")}
-            typer.echo(json.dumps({**paths, "finished": True, "metrics": found}))
+            typer.echo(json.dumps({**found_before(Path(resolved.output or "")), "finished": True}))
         return
     with ConsoleListener(quiet=as_json) as listener:
         from visionlora.pipelines.classify import classify
 
         result = classify(resolved, listener)
     show(result, resolved, as_json)
+
+
+def found_before(run: Path) -> dict[str, Any]:
+    """What a finished run has found, under the keys under which it told them."""
+    kept = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
+    beside = ("evaluated_on", "temperature", "ece_before", "ece_after", "best_step", "contenders")
+    metrics = {name: value for name, value in kept.items() if name not in beside}
+    several = "mean_average_precision" in metrics
+    select = read_yaml(str(run / "config.yaml")).get("select_by") or ("map" if several else "top1")
+    figure = "mean_average_precision" if select == "map" else select
+    return {
+        "adapter": str(run / "adapter.safetensors"),
+        "report": str(run / "report.html"),
+        "classes": [row["name"] for row in metrics["per_class"]],
+        "contenders": {name: contender["metrics"][figure] for name, contender in kept["contenders"].items()},
+        "metrics": metrics,
+    }
 
 
 def show(result: ClassifyResult, resolved: ClassifyConfig, as_json: bool) -> None:
