@@ -177,8 +177,9 @@ def to_timm(backbone: VisionModel, task: ClassTask, path: Path, x: Tensor, wante
     if arguments := model_arguments(backbone):
         config["model_args"] = arguments
     replace_file(path / "config.json", (json.dumps(config, indent=2) + "\n").encode())
-    again = timm.create_model(f"local-dir:{path}", pretrained=True)
-    return Exported(path, difference(again, x, wanted), f'timm.create_model("local-dir:{path}", pretrained=True)')
+    name = f"local-dir:{path}"
+    again = timm.create_model(name, pretrained=True)
+    return Exported(path, difference(again, x, wanted), f"timm.create_model({name!r}, pretrained=True)")
 
 
 def model_arguments(backbone: VisionModel) -> dict[str, Any]:
@@ -207,7 +208,7 @@ def to_transformers(backbone: VisionModel, task: ClassTask, path: Path, x: Tenso
         image_std=list(p.std), resample=numbers[p.interpolation],
     ).save_pretrained(path)  # fmt: skip
     again = AutoModelForImageClassification.from_pretrained(path)
-    how = f'AutoModelForImageClassification.from_pretrained("{path}")'
+    how = f"AutoModelForImageClassification.from_pretrained({str(path)!r})"
     return Exported(path, difference(again, x, wanted), how)
 
 
@@ -225,7 +226,7 @@ def to_state_dict(backbone: VisionModel, task: ClassTask, path: Path, x: Tensor,
 def to_peft(adapter: Adapter, backbone: VisionModel, path: Path, x: Tensor, wanted: Tensor) -> Exported:
     """A folder for `PeftModel.from_pretrained`, with the head among its modules_to_save."""
     peft.write(adapter, path)
-    how = f'PeftModel.from_pretrained(model with {len(wanted[0])} classes, "{path}")'
+    how = f"PeftModel.from_pretrained(model with {len(wanted[0])} classes, {str(path)!r})"
     try:
         from peft import PeftModel
     except ImportError:

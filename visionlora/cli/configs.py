@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -34,7 +35,7 @@ def copy_config(
         raise ConfigError(f"{target} exists already; name another file: visionlora copy-config {name} FILE.")
     target.write_text(config_text(name), encoding="utf-8")
     typer.echo(
-        f"Wrote {target}. Use it: visionlora {commands_for(read_yaml(name))[0]} --images FOLDER --config {target}"
+        f"Wrote {target}. Use it: visionlora {commands_for(read_yaml(name))[0]} --images FOLDER --config {shlex.quote(str(target))}"
     )
 
 

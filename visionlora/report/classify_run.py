@@ -371,9 +371,10 @@ def write_card(
         },
         **changed(changes),
     }
+    file = f"{run.path.resolve().name}/adapter.safetensors"
     usage = (
         "import visionlora as vl\n\n"
-        f'classifier = vl.load_classifier("{run.path.name}/adapter.safetensors")\n'
+        f"classifier = vl.load_classifier({file!r})\n"
         'classifier.predict("picture.png", top_k=3)'
     )
     note = f"{material.data.source}. " + (

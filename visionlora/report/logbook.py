@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -86,7 +87,7 @@ class Logbook:
     def go_on(self, command: str) -> str:
         """How to go on with a run that was interrupted, and from where when that is not its last step."""
         lost = "" if self.fit.whole else f" from step {self.kept} (the step was cut off)"
-        return f"Go on{lost} with: visionlora {command} --resume {self.start.folder}"
+        return f"Go on{lost} with: visionlora {command} --resume {shlex.quote(str(self.start.folder))}"
 
     def checkpoint(self, more: Mapping[str, Any]) -> None:
         """Writes all that the run needs to go on.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -319,7 +320,7 @@ def _check_unfinished(folder: Path, config: TrainingConfig) -> None:
     if (folder / "run.json").is_file():
         raise RunFinished(
             f"The run in {folder} is finished; there is nothing to resume. Start a new one, which may learn on from its "
-            f"adapter: start_from={folder}."
+            f"adapter: {shlex.quote(f'start_from={folder}')}."
         )
 
 
@@ -366,7 +367,7 @@ def _settings_in(folder: Path, kind: type[C]) -> C:
     if command not in (others := commands_for(settings)):
         raise RunFolderError(
             f"{folder} is a run of `visionlora {others[0]}`, not of `visionlora {command}`. Go on with it by: "
-            f"visionlora {others[0]} --resume {folder}"
+            f"visionlora {others[0]} --resume {shlex.quote(str(folder))}"
         )
     if names := unknown(command, settings):
         raise RunFolderError(

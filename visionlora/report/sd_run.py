@@ -147,6 +147,23 @@ def facts(
     }
 
 
+def usage(pipeline: str, source: str, run: Path, prompt: str) -> str:
+    """Python that draws a picture with diffusers, for the model card.
+
+    Args:
+        pipeline: class of diffusers.
+        source: of the base model.
+        run: its folder.
+        prompt: what to draw.
+    """
+    return (
+        f"from diffusers import {pipeline}\n\n"
+        f"pipe = {pipeline}.from_pretrained({source!r})\n"
+        f'pipe.load_lora_weights({run.resolve().name!r}, weight_name="adapter.safetensors")\n'
+        f"pipe({prompt!r}).images[0]"
+    )
+
+
 def report(
     run: RunFolder,
     config: TrainSDConfig,
@@ -174,12 +191,6 @@ def report(
         title=f"Training on {name}",
     )
     source = "assets/emoji-64" if base.id == EMBEDDED else base.source
-    usage = (
-        f"from diffusers import {type(base.pipe).__name__}\n\n"
-        f'pipe = {type(base.pipe).__name__}.from_pretrained("{source}")\n'
-        f'pipe.load_lora_weights("{run.path.name}", weight_name="adapter.safetensors")\n'
-        f"pipe({sheet.prompts[0]!r}).images[0]"
-    )
     run.write_text(
         "README.md",
         model_card(
@@ -188,7 +199,7 @@ def report(
             trigger=config.token or trigger(folder),
             facts=facts(config, loop, base, folder, handle) | changed(changes),
             samples=sheet.last_samples() if sheet.columns else [],
-            usage=usage,
+            usage=usage(type(base.pipe).__name__, source, run.path, sheet.prompts[0]),
             images_note=f"{len(folder.items)} pictures; {folder.caption_source}",
             license=None,
         ),

@@ -1,0 +1,15 @@
+"""What a run says of itself."""
+
+import ast
+from pathlib import Path
+
+from visionlora.report.sd_run import usage
+
+
+def test_the_snippet_is_python_for_every_name(tmp_path: Path, monkeypatch) -> None:
+    folder = tmp_path / 'a "b" c\'s'
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    text = usage("StableDiffusionPipeline", 'C:\\new\\"x"', Path(), 'a "dog"')
+    found = [node.value for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Constant)]
+    assert {'C:\\new\\"x"', folder.name, 'a "dog"'} <= set(found)
