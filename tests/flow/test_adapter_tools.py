@@ -214,6 +214,8 @@ REFUSALS = {
     "no file": (["inspect", "nothing.safetensors"], "There is no adapter file at"),
     "scale": (["merge", "dog.safetensors:much", "-o", "x"], "'much' is not a number; write path or path:scale."),
     "scale that is no number": (["merge", "dog.safetensors:nan", "-o", "x"], "a scale must be a finite number, such as 0.8"),
+    "picture of several": (["inspect", ".", "--picture", "x"], "--picture is for one adapter, and several are given"),
+    "layers of several": (["inspect", "dog.safetensors", "ink.safetensors", "--modules"], "--modules is for one adapter"),
     "dtype": (["bake", "auto", "dog.safetensors", "-o", "x", "--dtype", "float61"], "Did you mean 'float16'?"),
 }  # fmt: skip
 

@@ -62,6 +62,13 @@ def test_what_needs_another_setting_is_a_problem_of_its_line(tmp_path: Path) -> 
     ]
 
 
+def test_wrong_folders_do_not_make_images_missing(tmp_path: Path) -> None:
+    assert problems("folders:\n  - path: a\n    promt: b\n", tmp_path) == [
+        "line 1: folders[0].promt is not a setting. Did you mean 'prompt'?"
+    ]
+    assert problems("images: a\nfolders: 3\n", tmp_path) == ["line 2: folders is 3; expected a list"]
+
+
 def test_pictures_may_be_missing_and_may_be_wrong(tmp_path: Path) -> None:
     assert problems("sample_steps: 2\n", tmp_path) == []
     assert problems("images:\n", tmp_path) == ["line 1: images is None; expected a word"]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from visionlora.errors import AdapterFileError
+from visionlora.errors import AdapterFileError, ConfigError
 
 if TYPE_CHECKING:
     from visionlora.formats.inspection import Inspection, Summary
@@ -33,6 +33,11 @@ def command(
         f for f in files if f.is_dir() and not peft.is_folder(f) and not any((f / n).is_file() for n in FOLDER_FILES)
     ]
     if folders or len(files) > 1:
+        for option, given in (("--picture", picture), ("--model", model), ("--modules", modules or None)):
+            if given is not None:
+                raise ConfigError(
+                    f"{option} is for one adapter, and several are given: name one file, or leave it out."
+                )
         paths = [p for f in files for p in (adapter_files(f) if f in folders else [f])]
         if not paths:
             raise AdapterFileError(f"There are no adapters in {', '.join(map(str, folders))}.")

@@ -118,7 +118,9 @@ def problems_of(kind: type[TrainingConfig], settings: Mapping[str, Any], more: M
             bad = {_setting_of(p) for p in new} & set(left)
             if not bad:
                 return problems
-            left = {k: v for k, v in left.items() if k not in bad} | ({"images": "."} if "images" in bad else {})
+            left = {k: v for k, v in left.items() if k not in bad}
+            if not left.get("folders"):
+                left.setdefault("images", ".")
         except ConfigError as e:
             return [*problems, str(e)]
         else:
