@@ -16,6 +16,7 @@ _HOMES = {
     "AdapterPool": "visionlora.mixing.pool",
     "Classifier": "visionlora.classifier",
     "ClassifyConfig": "visionlora.config",
+    "GenerateConfig": "visionlora.pipelines.generate",
     "Handle": "visionlora.lora.handle",
     "Prediction": "visionlora.classifier",
     "TrainSDConfig": "visionlora.config",
@@ -28,7 +29,10 @@ _HOMES = {
     "Size": "visionlora.lora.arithmetic",
     "classify": "visionlora.pipelines.classify",
     "choose_ranks": "visionlora.lora.rank",
+    "export": "visionlora.pipelines.export",
     "extract_adapter": "visionlora.lora.arithmetic",
+    "generate": "visionlora.pipelines.generate",
+    "grid": "visionlora.pipelines.grid",
     "inject": "visionlora.lora.inject",
     "input_spectra": "visionlora.lora.rank",
     "inspect_file": "visionlora.formats.inspection",
@@ -38,6 +42,7 @@ _HOMES = {
     "merge_adapters": "visionlora.lora.arithmetic",
     "pack": "visionlora.lora.packed",
     "merge_together": "visionlora.lora.merge",
+    "predict": "visionlora.pipelines.predict",
     "resize_adapter": "visionlora.lora.arithmetic",
     "save_adapter": "visionlora.loaders",
     "train_sd": "visionlora.pipelines.train_sd",
@@ -63,6 +68,7 @@ if TYPE_CHECKING:
     from visionlora.lora.handle import Handle as Handle
     from visionlora.lora.inject import inject as inject
     from visionlora.lora.merge import merge_together as merge_together
+    from visionlora.lora.packed import pack as pack
     from visionlora.lora.rank import choose_ranks as choose_ranks
     from visionlora.lora.rank import input_spectra as input_spectra
     from visionlora.mixing.mix import Mix as Mix
@@ -71,6 +77,13 @@ if TYPE_CHECKING:
     from visionlora.mixing.scales import Ramp as Ramp
     from visionlora.mixing.scales import Scale as Scale
     from visionlora.mixing.scales import Window as Window
+    from visionlora.pipelines.classify import classify as classify
+    from visionlora.pipelines.export import export as export
+    from visionlora.pipelines.generate import GenerateConfig as GenerateConfig
+    from visionlora.pipelines.generate import generate as generate
+    from visionlora.pipelines.grid import grid as grid
+    from visionlora.pipelines.predict import predict as predict
+    from visionlora.pipelines.train_sd import train_sd as train_sd
 
 __all__ = [*sorted(_HOMES), "__version__"]
 

@@ -1,5 +1,8 @@
 """The public names are there, sorted, and load on first use."""
 
+import ast
+from pathlib import Path
+
 import pytest
 
 import visionlora
@@ -9,6 +12,14 @@ def test_every_public_name_exists() -> None:
     assert len(visionlora.__all__) >= 10
     assert sorted(visionlora.__all__[:-1]) == visionlora.__all__[:-1]
     assert all(getattr(visionlora, name) is not None for name in visionlora.__all__)
+
+
+def test_type_checkers_see_every_name() -> None:
+    tree = ast.parse(Path(visionlora.__file__).read_text())
+    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    seen = {(node.module, alias.name) for node in block.body for alias in node.names}
+    assert seen == {(home, name) for name, home in visionlora._HOMES.items()}
+    assert {"classify", "export", "generate", "grid", "predict", "train_sd"} <= {name for _, name in seen}
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
