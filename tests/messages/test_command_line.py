@@ -38,3 +38,11 @@ def test_recipes_are_listed_and_copied_once(cli, tmp_path) -> None:
     code, out, err = cli("copy-config", "emoji64_dog", "nowhere/x.yaml")
     assert (code, out) == (1, "")
     assert err == "Error: nowhere/x.yaml cannot be read or written: there is no folder nowhere.\n"
+
+
+def test_ctrl_c_is_said() -> None:
+    code = "import sys; sys.argv = ['visionlora', 'plugins']\nfrom visionlora import plugins\n"
+    code += "def installed():\n    raise KeyboardInterrupt\nplugins.installed = installed\n"
+    code += "from visionlora.cli.main import main\nmain()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "Interrupted.\n")

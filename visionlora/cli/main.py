@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -18,6 +18,8 @@ from visionlora.atomic import is_full
 from visionlora.cli import adapters, classify, configs, generate, grid, inspect, overlap, plugins, train_sd
 from visionlora.cli.console import fail, file_problem
 from visionlora.errors import VisionLoRAError
+
+INTERRUPTED = 130
 
 app = typer.Typer(
     name="visionlora",
@@ -77,7 +79,17 @@ def main() -> None:
             raise
         fail(file_problem(e), 1)
     except KeyboardInterrupt:
-        fail("Interrupted.", 130)
+        interrupted()
+    except SystemExit as e:
+        if e.code == INTERRUPTED:  # what typer makes of Ctrl-C
+            interrupted()
+        raise
+
+
+def interrupted() -> NoReturn:
+    """Ends the process after Ctrl-C."""
+    print("Interrupted.", file=sys.stderr, flush=True)
+    sys.exit(INTERRUPTED)
 
 
 if __name__ == "__main__":
