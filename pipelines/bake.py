@@ -10,7 +10,7 @@ from pathlib import Path
 from visionlora.atomic import check_new
 from visionlora.errors import ModelError
 from visionlora.formats.header import hashed, write_file
-from visionlora.loaders import apply, load_adapter
+from visionlora.loaders import apply, check_draws, load_adapter
 from visionlora.lora.merge import bake as bake_handles
 from visionlora.models.base import open_base, quiet
 from visionlora.models.single_file import single_file
@@ -41,6 +41,8 @@ def bake(
     output = Path(output).expanduser()
     check_new(output, overwrite)
     loaded = [(load_adapter(path), scale) for path, scale in adapters]
+    for (path, _), (adapter, _) in zip(adapters, loaded, strict=True):
+        check_draws(adapter, path)
     if model == "auto" and loaded:
         model = str(loaded[0][0].info.get("base", {}).get("id", "auto"))
     base = open_base(model)

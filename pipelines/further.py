@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from visionlora.config import TrainingConfig, given_names
+from visionlora.config import TrainingConfig, TrainSDConfig, given_names
 from visionlora.data.learned import Learned
 from visionlora.errors import AdapterFileError
 from visionlora.formats import native
-from visionlora.loaders import check_fingerprints, load_adapter
+from visionlora.loaders import check_draws, check_fingerprints, load_adapter
 from visionlora.lora.adapter import Adapter
 from visionlora.report.listener import Listener
 from visionlora.report.resume import Start
@@ -29,12 +29,15 @@ def read_first(start: Start[Any]) -> Adapter | None:
     """The adapter that the run learns on from; a run that goes on reads its own copy.
 
     Raises:
-        AdapterFileError: when it cannot be read.
+        AdapterFileError: when it cannot be read, or is a classifier and the run is none.
     """
     if start.config.start_from is None:
         return None
     own = start.folder / FIRST_FILE
-    return load_adapter(own if start.state is not None and own.is_file() else start.config.start_from)
+    first = load_adapter(own if start.state is not None and own.is_file() else start.config.start_from)
+    if isinstance(start.config, TrainSDConfig):
+        check_draws(first, start.config.start_from)
+    return first
 
 
 def keep_first(first: Adapter | None, run: RunFolder, start: Start[Any]) -> None:

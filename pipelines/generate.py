@@ -22,7 +22,7 @@ from visionlora.diffusion.settings import BASE_DTYPES
 from visionlora.errors import AdapterFileError, ConfigError, nearest
 from visionlora.formats.container import file_hashes
 from visionlora.formats.inspection import weights_file
-from visionlora.loaders import check_base, follow_noise, load_adapter
+from visionlora.loaders import check_base, check_draws, follow_noise, load_adapter
 from visionlora.lora.adapter import Adapter
 from visionlora.mixing.batches import adapters_of, batches_of
 from visionlora.mixing.compose import composition
@@ -142,12 +142,12 @@ def opened(config: GenerateConfig, say: Callable[[str], None]) -> Opened:
     check_place(config.output)
     device, precision = place_of(config)
     paths = dict.fromkeys(use.path for prompt in config.prompts for use in uses_of(prompt, config))
-    adapters = {path: load_adapter(path, config.allow_partial) for path in paths}
+    adapters = {path: loaded(path, config) for path in paths}
     model = config.model
     if model == "auto" and adapters:
         model = str(next(iter(adapters.values())).info.get("base", {}).get("id", "auto"))
     base = open_base(model)
-    say(base.why)
+    say(base.why if model == config.model else f"Base model: {base.id}, which the adapter names. Choose with --model.")
     if follow_noise(base, adapters.values()):
         say("The noise levels end at nothing but noise, as an adapter was trained (zero_terminal_snr).")
     base.weights_hash  # noqa: B018  before the cast, after which it would be another
@@ -172,6 +172,17 @@ def place_of(config: GenerateConfig) -> tuple[torch.device, str]:
     if config.precision != "auto":
         return device, config.precision
     return device, {"no": "fp32"}.get(found := resolve_precision("auto", device), found)
+
+
+def loaded(path: str, config: GenerateConfig) -> Adapter:
+    """An adapter that can draw.
+
+    Raises:
+        AdapterFileError: when it cannot be read, or is a classifier's.
+    """
+    adapter = load_adapter(path, config.allow_partial)
+    check_draws(adapter, path)
+    return adapter
 
 
 def make_fit(adapter: Adapter, base: BaseModel, config: GenerateConfig) -> None:

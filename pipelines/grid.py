@@ -19,6 +19,7 @@ from visionlora.pipelines.generate import (
     Progress,
     draw_all,
     hash_of,
+    loaded,
     make_fit,
     opened,
     recipes_of,
@@ -29,7 +30,6 @@ from visionlora.atomic import replace_file
 from visionlora.config import parse_composition
 from visionlora.diffusion.recipe import LoraUse, Recipe, take_tags
 from visionlora.errors import ConfigError, nearest
-from visionlora.loaders import load_adapter
 from visionlora.mixing.compose import composition
 from visionlora.report.grid import draw_grid
 
@@ -311,7 +311,7 @@ def grid(
     cells = [r for sheet in sheets for row in sheet.recipes for r in row]
     for path in dict.fromkeys(use.path for r in cells for use in r.loras):
         if path not in adapters:
-            adapters[path] = load_adapter(path, config.allow_partial)
+            adapters[path] = loaded(path, config)
             make_fit(adapters[path], base, config)
     for r in cells:
         for size in {r.width, r.height}:

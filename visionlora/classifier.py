@@ -363,6 +363,8 @@ def load_classifier(
     if chosen is None:
         raise AdapterFileError("This adapter does not say which backbone it is for: name it with --model.")
     backbone = open_backbone(chosen, weights or (base.get("weights") if model is None else None))
+    if model is None:
+        backbone = replace(backbone, why=f"Backbone: {backbone.id}, which the adapter names. Choose with --model.")
     classifier = Classifier(backbone, device)
     for name, adapter in loaded.items():
         classifier.add(name, adapter, force)

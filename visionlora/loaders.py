@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,16 @@ def check_base(adapter: Adapter, base: BaseModel, force: bool = False, allow_par
         if component not in there and not allow_partial:
             raise AdapterFileError(f"The adapter has a part for {component!r}, which {base.id} has not.")
     check_fingerprints(adapter, base.id, there, force)
+
+
+def check_draws(adapter: Adapter, where: str | Path) -> None:
+    """Raises AdapterFileError when an adapter is a classifier, which no picture can be drawn with."""
+    if found := adapter.info.get("classifier"):
+        count = len(found.get("classes", ()))
+        raise AdapterFileError(
+            f"{where} is a classifier of {count} classes, made by `visionlora classify`, and changes no pictures: it is for "
+            f"`visionlora predict --adapter {shlex.quote(str(where))}`. Name a style or subject adapter."
+        )
 
 
 def check_fingerprints(adapter: Adapter, id: str, there: Mapping[str, Mapping[str, str]], force: bool = False) -> None:
@@ -229,6 +240,8 @@ def load_pipeline(
         force: see `check_base`.
     """
     loaded = {n: a if isinstance(a, Adapter) else load_adapter(a) for n, a in adapters.items()}
+    for name, adapter in loaded.items():
+        check_draws(adapter, name)
     if model == "auto" and loaded:
         model = str(next(iter(loaded.values())).info.get("base", {}).get("id", "auto"))
     base = open_base(model)

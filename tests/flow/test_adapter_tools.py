@@ -237,6 +237,12 @@ def test_merge_refuses_scales_that_are_not_finite(tmp_path: Path) -> None:
         merge([("dog", float("inf"))], tmp_path / "x")
 
 
+def test_bake_refuses_a_classifier(tmp_path: Path) -> None:
+    classifier = Path(__file__).parents[2] / "assets" / "adapters" / "style-classifier"
+    with pytest.raises(VisionLoRAError, match=r"style-classifier is a classifier of \d+ classes, .* predict --adapter"):
+        CliRunner().invoke(app, ["bake", "auto", str(classifier), "-o", str(tmp_path / "x")], catch_exceptions=False)
+
+
 def test_overlap_names_the_file_that_cannot_be_compared(files: Path) -> None:
     classifier = Path(__file__).parents[2] / "assets" / "adapters" / "style-classifier"
     with pytest.raises(VisionLoRAError, match=r"style-classifier: model\.head\.bias was trained in full"):

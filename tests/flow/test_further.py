@@ -11,7 +11,7 @@ from visionlora.pipelines.train_sd import train_sd
 
 import visionlora as vl
 from visionlora.config import ClassifyConfig, TrainSDConfig, build
-from visionlora.errors import ConfigError, DataError
+from visionlora.errors import AdapterFileError, ConfigError, DataError
 from visionlora.loaders import load_adapter, save_adapter
 
 from ..doubles import Ears
@@ -181,6 +181,13 @@ def test_a_head_that_does_not_know_the_classes(first: Path, shapes: Path, tmp_pa
         run(shapes, tmp_path / "on", start_from=str(first), head_init="adapter")
     with pytest.raises(ConfigError, match="there is no start_from whose head it could be"):
         run(shapes, tmp_path / "on", head_init="adapter")
+
+
+def test_pictures_cannot_be_learned_on_from_a_classifier(dogs: Path, tmp_path: Path) -> None:
+    classifier = Path(__file__).parents[2] / "assets" / "adapters" / "style-classifier"
+    settings = {"images": str(dogs), "output": str(tmp_path / "on"), "start_from": str(classifier)}
+    with pytest.raises(AdapterFileError, match=r"style-classifier is a classifier of \d+ classes"):
+        train_sd(build(TrainSDConfig, settings))
 
 
 def test_pictures_kept_apart_from_a_style_were_not_learned(tiny_model: Path, dogs: Path, tmp_path: Path) -> None:

@@ -289,9 +289,11 @@ def test_a_batch_that_does_not_fit_is_halved(tiny_model: Path, tmp_path: Path, m
     assert "A batch of 5 pictures does not fit into memory: drawing 2 at a time." in told
 
 
+CLASSIFIER = Path(__file__).parents[2] / "assets" / "adapters" / "style-classifier"
 REFUSALS = {
     "no prompt": ((), "There is no prompt: --prompt TEXT, or --prompts FILE with one per line."),
     "unknown tag": (("--prompt", "<lora:dg:1>", "--lora-folder", "{loras}"), "names an adapter 'dg', which is not there. Did"),
+    "classifier": (("--prompt", "a", "--lora", CLASSIFIER), "style-classifier is a classifier of"),
     "no file": (("--prompt", "a", "--lora", "{loras}/nothing.safetensors"), "There is no adapter file at"),
     "size": (("--prompt", "a", "--width", 33), "A resolution of 33 px does not fit"),
     "no width": (("--prompt", "a", "--width", 0), "A resolution of 0 px does not fit"),
@@ -405,6 +407,11 @@ def test_pictures_that_do_not_go_together(tiny_model: Path, tiny_xl: Path, tmp_p
         with pytest.raises(vl.VisionLoRAError, match=re.escape(said)):
             run(*words)
         assert not list((tmp_path / "out").glob("*"))
+
+
+def test_a_base_that_the_adapter_names_was_not_chosen(loras: Path, tiny_model: Path, tmp_path: Path) -> None:
+    told = run("generate", "--prompt", "a", "--lora", loras / "dog.safetensors", *COMMON, "--output", tmp_path)
+    assert f"Base model: {tiny_model}, which the adapter names. Choose with --model." in told
 
 
 def test_adapters_of_one_name_and_tags_that_are_none(loras: Path, tiny_model: Path, tmp_path: Path) -> None:

@@ -54,6 +54,9 @@ def test_a_file_is_all_that_predict_needs(tiny_vit: Path, tmp_path: Path) -> Non
     found = load_classifier(tmp_path / "adapter.safetensors").predict(pictures(3), top_k=2)
     assert all(len(p.labels) == 2 and set(p.labels) <= set(TASKS["pets"]) for p in found)
     assert all(p.probabilities[0] >= p.probabilities[1] > 0 and p.label == p.labels[0] for p in found)
+    assert (
+        load_classifier(adapter).backbone.why == f"Backbone: {tiny_vit}, which the adapter names. Choose with --model."
+    )
     one = load_classifier(adapter).predict(pictures(3)[1])
     assert one[0].labels == found[1].labels[:1]
     assert one[0].probability == pytest.approx(found[1].probability, abs=1e-5)

@@ -34,9 +34,8 @@ def copy_config(
     if target.exists():
         raise ConfigError(f"{target} exists already; name another file: visionlora copy-config {name} FILE.")
     target.write_text(config_text(name), encoding="utf-8")
-    typer.echo(
-        f"Wrote {target}. Use it: visionlora {commands_for(read_yaml(name))[0]} --images FOLDER --config {shlex.quote(str(target))}"
-    )
+    command, file = commands_for(read_yaml(name))[0], shlex.quote(str(target))
+    typer.echo(f"Wrote {target}. Use it: visionlora {command} --images FOLDER --config {file}")
 
 
 def check(
