@@ -247,13 +247,15 @@ def hash_in_state(file: Path, size: int, changed: int) -> str:
 
 
 def check_pictures(config: GenerateConfig) -> None:
-    """Raises ConfigError when one of the pictures lacks what it goes with."""
+    """Raises ConfigError when one of the pictures lacks what it goes with, DataError when one cannot be read."""
     if config.mask is not None and config.init_image is None:
         raise ConfigError("A mask says what of a picture is drawn anew: give the picture with --init-image.")
     if config.control is not None and config.controlnet is None:
         raise ConfigError("A picture to follow needs a ControlNet: --controlnet FOLDER or a Hub id.")
     if config.controlnet is not None and config.control is None:
         raise ConfigError("A ControlNet needs a picture to follow: --control FILE.")
+    for field, what in PICTURES.items():
+        named(getattr(config, field), what)
 
 
 def recipes_of(config: GenerateConfig, ready: Opened, plans: Sequence[tuple[str, list[LoraUse]]]) -> list[Recipe]:
