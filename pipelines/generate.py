@@ -138,6 +138,7 @@ def opened(config: GenerateConfig, say: Callable[[str], None]) -> Opened:
     if config.batch_size < 1:
         raise ConfigError(f"batch_size is {config.batch_size}; it must be at least 1.")
     check_pictures(config)
+    check_numbers(config)
     composition(config.compose, **dict(config.compose_options))  # raises also where there is nothing to compose
     check_place(config.output)
     device, precision = place_of(config)
@@ -256,6 +257,16 @@ def check_pictures(config: GenerateConfig) -> None:
         raise ConfigError("A ControlNet needs a picture to follow: --control FILE.")
     for field, what in PICTURES.items():
         named(getattr(config, field), what)
+
+
+def check_numbers(config: GenerateConfig) -> None:
+    """Raises ConfigError, before a model is opened, when no recipe could have these settings."""
+    width, height = (1 if side is None else side for side in (config.width, config.height))
+    guidance = 1.0 if config.guidance_scale is None else config.guidance_scale
+    Recipe(
+        "", "", width, height, seed=config.seed, steps=config.steps, guidance_scale=guidance, scheduler=config.scheduler,
+        init_image=str(config.init_image or ""), strength=config.strength, control_scale=config.control_scale,
+    )  # fmt: skip
 
 
 def recipes_of(config: GenerateConfig, ready: Opened, plans: Sequence[tuple[str, list[LoraUse]]]) -> list[Recipe]:

@@ -296,7 +296,7 @@ REFUSALS = {
     "classifier": (("--prompt", "a", "--lora", CLASSIFIER), "style-classifier is a classifier of"),
     "no file": (("--prompt", "a", "--lora", "{loras}/nothing.safetensors"), "There is no adapter file at"),
     "size": (("--prompt", "a", "--width", 33), "A resolution of 33 px does not fit"),
-    "no width": (("--prompt", "a", "--width", 0), "A resolution of 0 px does not fit"),
+    "no width": (("--prompt", "a", "--width", 0), "width is 0; it must be at least 1 px."),
     "compose": (("--prompt", "a", "--lora", "{loras}/dog.safetensors", "--compose", "swich"), "Did you mean 'switch'?"),
     "compose of nothing": (("--prompt", "a", "--compose", "foo"), "There is no composition 'foo'."),
     "tau": (("--prompt", "a", "--compose", "switch:tau=nan"), "'tau=nan' is no name=number"),

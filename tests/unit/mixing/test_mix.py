@@ -375,7 +375,7 @@ REFUSALS = {
     "remove": (lambda m, a: m.remove("b"), "No adapter named 'b' is attached."),
     "mode": (lambda m, a: Mix(m.target, "marged"), "mode is 'marged'. Did you mean 'merged'?"),
     "composition": (lambda m, a: m.set_composition("swich"), "There is no composition 'swich'. Did you mean 'switch'?"),
-    "option": (lambda m, a: m.set_composition("switch", tua=3), "Composition 'switch' has no option 'tua'. Did you mean 'tau'?"),
+    "option": (lambda m, a: m.set_composition("switch", tua=3), "Composition 'switch' has no option 'tua'."),
     "target": (lambda m, a: Mix(3), "int is neither a module nor a pipeline with a UNet"),
     "scale of none": (
         lambda m, a: vl.attach(m.target, {"x": a}, scales={"y": 1.0}),
