@@ -27,7 +27,7 @@ def train(tiny_model: Path, dogs: Path, tmp_path: Path):
     def run(*settings: str, name: str = "r", model: Path = tiny_model) -> tuple[str, Path]:
         fixed = {"images": str(dogs), "model": str(model), "output": str(tmp_path / name), **SMALL}
         ears = Ears()
-        folder = train_sd(build(TrainSDConfig, fixed, parse_words(settings)), ears).folder
+        folder = train_sd(build(TrainSDConfig, fixed, parse_words(settings, TrainSDConfig)), ears).folder
         return "\n".join(ears.lines), folder
 
     return run

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from visionlora.pipelines import train_sd as pipeline
+from visionlora.pipelines import sd_learning
 from visionlora.pipelines.train_sd import train_sd
 
 import visionlora as vl
@@ -171,7 +171,7 @@ def test_what_is_masked_counts_as_in_training(tiny_model: Path, dogs: Path, tmp_
 def apart(monkeypatch: pytest.MonkeyPatch) -> list[Validation]:
     """What the runs judge by."""
     seen: list[Validation] = []
-    monkeypatch.setattr(pipeline, "Validation", lambda *more: seen.append(Validation(*more)) or seen[-1])
+    monkeypatch.setattr(sd_learning, "Validation", lambda *more: seen.append(Validation(*more)) or seen[-1])
     return seen
 
 
