@@ -15,7 +15,7 @@ import typer
 
 from visionlora import __version__
 from visionlora.atomic import is_full
-from visionlora.cli import adapters, classify, configs, generate, grid, inspect, overlap, plugins, train_sd
+from visionlora.cli import adapters, cache, classify, configs, generate, grid, inspect, overlap, plugins, train_sd
 from visionlora.cli.console import fail, file_problem
 from visionlora.errors import VisionLoRAError
 
@@ -46,6 +46,7 @@ app.command("overlap")(overlap.command)
 app.command("configs")(configs.list_configs)
 app.command("copy-config")(configs.copy_config)
 app.command("check")(configs.check)
+app.command("cache")(cache.command)
 app.command("plugins")(plugins.command)
 
 

@@ -1,0 +1,179 @@
+"""The folders and tables that pictures are read from: what is there, and what each picture looks like.
+
+In: where to look. Out: a `Source` for each, and `Looks`, every picture of which has been decoded once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+from visionlora.config.folders import ALPHA, FolderConfig
+from visionlora.data.facts import Fact, FactsOfFolder
+from visionlora.data.files import Listing, list_folder, sha256_of, suffix_of
+from visionlora.data.images import printable
+from visionlora.data.masks import Masks, find_masks, masks_of_column
+from visionlora.data.named_repeats import NamedRepeats, named_repeats
+from visionlora.data.parquet import PARQUET, Unpacked, unpack
+from visionlora.data.wording import (
+    ENDINGS,
+    first_names,
+    missing,
+    no_pictures,
+)
+from visionlora.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True)
+class Words:
+    """How the caption for all pictures is named in messages."""
+
+    prompt: str
+    for_all: str
+    changes: str
+
+
+OPTION = Words("--prompt", "pass --prompt for all", '--prompt "..." changes it')
+SETTING = Words("its prompt", "give the folder a prompt for all", "a prompt for the folder changes it")
+
+
+@dataclass
+class Source:
+    """One folder, from what is listed in it to what is said of it."""
+
+    config: FolderConfig
+    words: Words
+    root: Path
+    label: str
+    """Goes before names and notes; empty where there is only one folder."""
+    pictures: dict[str, Path]
+    """Names within the folder -> files, in order."""
+    listing: Listing
+    unpacked: Unpacked | None = None
+    masks: Masks | None = None
+    named: NamedRepeats = field(default_factory=lambda: named_repeats(()))
+    notes: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    caption_source: str = ""
+
+    def name_of(self, picture: str) -> str:
+        """How the picture is named among those of all folders."""
+        folder = Path(self.config.path).parent if self.label and self.root.is_file() else self.label
+        return (PurePosixPath(folder) / picture).as_posix()
+
+
+@dataclass
+class Looks:
+    """What decoding the pictures has shown, by their names."""
+
+    facts: dict[str, Fact] = field(default_factory=dict)
+    masks: dict[str, tuple[Path, str]] = field(default_factory=dict)
+    """File of the mask and its hash."""
+
+
+def opened(
+    configs: Sequence[FolderConfig],
+    words: Words,
+    cache: Path | None,
+    progress: Callable[[int, int], None] | None,
+) -> list[Source]:
+    """Lists all folders; raises what is wrong with any of them as a whole."""
+    sources, problems = [], []
+    seen: set[Path] = set()
+    for config in configs:
+        root = Path(config.path).expanduser()
+        if root.resolve() in seen:
+            raise ConfigError(f"folders: {printable(root)} is there twice; raise its repeats instead.")
+        seen.add(root.resolve())
+        label = Path(config.path).as_posix() if len(configs) > 1 else ""
+        try:
+            sources.append(_open(Source(config, words, root, label, {}, Listing()), cache, progress))
+        except DataError as error:
+            problems.append(str(error))
+    if problems:
+        raise DataError("\n".join(problems))
+    return sources
+
+
+def _open(source: Source, cache: Path | None, progress: Callable[[int, int], None] | None) -> Source:
+    root, config = source.root, source.config
+    if suffix_of(root.name) == PARQUET and not root.is_dir():
+        if not root.exists():
+            raise DataError(missing(root, "parquet file", (PARQUET,)))
+        tables = {root.name: root}
+    else:
+        _check_folder(root)
+        source.listing = listing = _without_masks(list_folder(root), root, config.masks)
+        source.pictures = {name: root / name for name in listing.pictures}
+        tables = {name: root / name for name in listing.others if suffix_of(name) == PARQUET}
+        if source.pictures and tables:
+            source.notes.append(f"not used, as there are pictures beside it: {first_names(tables)}")
+            tables = {}
+        if not source.pictures and not tables:
+            empty = f"is empty; put the pictures into it ({ENDINGS}) or pass another folder."
+            raise DataError(no_pictures(root, listing, empty))
+    source.problems += source.listing.problems
+    if source.words is OPTION:  # one of several folders has settings that say it
+        source.named = named_repeats(source.pictures)
+        source.notes += [source.named.note()] if source.named.repeats else []
+    if tables:
+        column = config.masks if config.masks != ALPHA else None
+        source.unpacked = unpack(tables, cache, progress, column)
+        source.pictures = source.unpacked.pictures
+        source.problems += source.unpacked.problems
+        if not source.pictures and not source.problems:
+            raise DataError(f"{printable(root)} has no rows; pass another table.")
+        if column is not None:
+            source.masks = masks_of_column(column, source.pictures, source.unpacked.masks)
+            return source
+    if config.masks is not None:
+        source.masks = find_masks(config.masks, root, source.pictures)
+    return source
+
+
+def _check_folder(root: Path) -> None:
+    if root.is_dir():
+        return
+    if root.exists():
+        raise DataError(f"{printable(root)} is a file, not a folder; pass the folder that holds the pictures.")
+    raise DataError(missing(root))
+
+
+def _without_masks(listing: Listing, root: Path, masks: str | None) -> Listing:
+    """The listing without a folder of masks that lies in the folder: they are no pictures to learn from."""
+    folder = Path(masks).expanduser().resolve() if masks not in (None, ALPHA) else root.resolve()
+    if folder == root.resolve() or not folder.is_relative_to(root.resolve()):
+        return listing
+    inside = folder.relative_to(root.resolve()).as_posix() + "/"
+    pictures, others = ([n for n in names if not n.startswith(inside)] for names in (listing.pictures, listing.others))
+    return Listing(pictures, others, listing.folders, listing.links, listing.problems)
+
+
+# What it looks like.
+
+
+def looked_at(
+    source: Source, known: FactsOfFolder, before: int, total: int, progress: Callable[[int, int], None] | None
+) -> Looks:
+    """Decodes every picture that is new, or has a mask: adds notes on conversions and problems to the source."""
+    looks = Looks()
+    converted: dict[str, list[str]] = {}
+    for done, (name, path) in enumerate(source.pictures.items(), before + 1):
+        try:
+            fact = known.of(path) if source.masks is None else None
+            if fact is None:
+                fact, decoded = known.look(path, name)
+                if source.masks is not None:
+                    mask = source.masks.check(name, decoded)
+                    looks.masks[name] = mask, fact.sha256 if mask == path else sha256_of(mask)
+        except DataError as error:
+            source.problems.append(str(error))
+        else:
+            looks.facts[name] = fact
+            if fact.note:
+                converted.setdefault(fact.note, []).append(name)
+        if progress is not None:
+            progress(done, total)
+    source.notes += [f"{note}: {first_names(names)}" for note, names in converted.items()]
+    return looks
