@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -56,6 +56,8 @@ class GenerateConfig:
     scheduler: str = "dpm++"
     width: int | None = None
     height: int | None = None
+    clip_skip: int | None = None
+    """Layers from the end that the text is read; by default as the adapters were trained, else 1."""
     compose: str = "sum"
     compose_options: tuple[tuple[str, Any], ...] = ()
     init_image: Path | None = None
@@ -147,7 +149,7 @@ def opened(config: GenerateConfig, say: Callable[[str], None]) -> Opened:
     model = config.model
     if model == "auto" and adapters:
         model = str(next(iter(adapters.values())).info.get("base", {}).get("id", "auto"))
-    base = open_base(model)
+    base = open_base(model).reading(clip_skip_of(config, adapters))
     say(base.why if model == config.model else f"Base model: {base.id}, which the adapter names. Choose with --model.")
     if follow_noise(base, adapters.values()):
         say("The noise levels end at nothing but noise, as an adapter was trained (zero_terminal_snr).")
@@ -157,6 +159,21 @@ def opened(config: GenerateConfig, say: Callable[[str], None]) -> Opened:
     for adapter in adapters.values():
         make_fit(adapter, base, config)
     return Opened(base, adapters, None if config.controlnet is None else open_controlnet(config.controlnet, base))
+
+
+def clip_skip_of(config: GenerateConfig, adapters: Mapping[str, Adapter]) -> int:
+    """How many layers from the end the text is read.
+
+    Raises:
+        ConfigError: when adapters were trained otherwise than each other, and it was not said how to draw.
+    """
+    if config.clip_skip is not None:
+        return config.clip_skip
+    found = {path: int((a.info.get("training") or {}).get("clip_skip", 1)) for path, a in adapters.items()}
+    if len(set(found.values())) > 1:
+        said = ", ".join(f"{value} ({path})" for path, value in found.items())
+        raise ConfigError(f"These adapters were trained with clip_skip {said}: choose with --clip-skip.")
+    return next(iter(found.values()), 1)
 
 
 def place_of(config: GenerateConfig) -> tuple[torch.device, str]:
@@ -292,7 +309,7 @@ def recipes_of(config: GenerateConfig, ready: Opened, plans: Sequence[tuple[str,
             config.seed + k, config.steps, guidance, config.scheduler, start, start_hash, config.strength, mask, mask_hash,
             config.controlnet or "", control, control_hash, config.control_scale, masks, precision,
             "" if base.id == EMBEDDED else base.weights_hash, "" if net is None else weights_fingerprint(net),
-            config.force, config.allow_partial,
+            base.clip_skip, config.force, config.allow_partial,
         )
         for prompt, uses in plans
         for k in range(config.num_images)
@@ -384,7 +401,7 @@ def draw_batch(pipe: Any, batch: Sequence[Recipe], given: Given) -> list[Image.I
     try:
         with torch.no_grad():
             latents = pipe(
-                **prompt_arguments(pipe, [recipe.prompt for recipe in batch], first.negative_prompt),
+                **prompt_arguments(pipe, [recipe.prompt for recipe in batch], first.negative_prompt, first.clip_skip),
                 num_inference_steps=first.steps,
                 guidance_scale=first.guidance_scale,
                 generator=[torch.Generator().manual_seed(recipe.seed) for recipe in batch],

@@ -12,7 +12,7 @@ from typing import Any
 
 from visionlora.pipelines.further import check_first, learned_before, named_base, read_first
 
-from visionlora.config import TrainSDConfig
+from visionlora.config import TrainSDConfig, given_names
 from visionlora.data.folder import ImageFolder, ImageItem, read_image_folder, read_pictures
 from visionlora.data.learned import Learned
 from visionlora.diffusion.denoiser import LearnedWord
@@ -96,7 +96,9 @@ def prepare(start: Start[TrainSDConfig], tell: Listener) -> Ready:
     if config.prior_images is not None:
         check_class_folder(Path(config.prior_images), [config.images, *(f.path for f in config.folders)])
 
-    base = open_base(named_base(config, first)[0])
+    if first is not None and "clip_skip" not in given_names(config):
+        config = dataclasses.replace(config, clip_skip=(first.info.get("training") or {}).get("clip_skip", 1))
+    base = open_base(named_base(config, first)[0]).reading(config.clip_skip)
     tell.say(base.why)
     config, notes = suited(config, base.suggested)
     for note in notes:
@@ -154,7 +156,8 @@ def adapters_for(
         return adapter, {}
     text_adapters, parts = {}, base.components()
     for name, _, _ in base.text_parts():
-        own = text_adapter_config(config, parts[name], last_is_read=not base.is_xl or name == "text_encoder_2")
+        not_read = int(name == "text_encoder") if base.is_xl else base.clip_skip - 1
+        own = text_adapter_config(config, parts[name], not_read)
         if first is not None and (modules := first.component(name)):
             method_for(modules, own.method, f"The part of {config.start_from} for {name}")
             own = further_config(own, modules, {})

@@ -194,3 +194,26 @@ def test_packed_bases_do_not_go_with_everything(train) -> None:
         train("method=tlora", "compile=true")
     with pytest.raises(ConfigError, match="min_rank is 2; it is for method tlora"):
         train("min_rank=2")
+
+
+def test_a_text_that_is_read_earlier_is_drawn_so_too(train, tiny_model: Path, tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    import visionlora as vl
+    from visionlora.cli.main import app
+    from visionlora.diffusion.recipe import read_recipe
+
+    _, run = train("clip_skip=2", "train_text_encoder=true")
+    adapter = vl.load_adapter(run)
+    assert adapter.info["training"]["clip_skip"] == 2
+    assert not any("layers.1." in name for name in adapter.component("text_encoder"))  # its last layer is not read
+    _, further = train(f"start_from={run}", "train_text_encoder=true", name="further")
+    assert vl.load_adapter(further).info["training"]["clip_skip"] == 2
+    words = ["generate", "--prompt", "a dog", "--lora", str(run), "--steps", "2", "--width", "32"]
+    words += ["--output", str(tmp_path / "p")]
+    for more in ([], ["--clip-skip", "1"]):
+        result = CliRunner().invoke(app, [*words, *more], catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+    recipes = {read_recipe(p).clip_skip: read_recipe(p) for p in (tmp_path / "p").iterdir()}
+    assert set(recipes) == {1, 2}
+    assert "Clip skip: 2" in recipes[2].parameters() and "--clip-skip 1" in recipes[1].command()

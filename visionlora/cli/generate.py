@@ -40,6 +40,10 @@ Guidance = Annotated[
 ]
 Scheduler = Annotated[str, typer.Option(help="dpm++, ddim, euler, euler-a, heun, unipc or pndm.")]
 Width = Annotated[Optional[int], typer.Option(help="In px.")]  # noqa: UP045
+ClipSkip = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option(help="Layers from the end that the text is read; by default as the adapters were trained, else 1."),
+]
 Compose = Annotated[
     str, typer.Option(help="sum, balanced, orthogonal, switch[:tau=5], composite, k-lora, knots or iso-c.")
 ]
@@ -87,6 +91,7 @@ def command(
     scheduler: Scheduler = "dpm++",
     width: Width = None,
     height: Width = None,
+    clip_skip: ClipSkip = None,
     compose: Compose = "sum",
     region: Region = None,
     init_image: InitImage = None,

@@ -11,6 +11,7 @@ from visionlora.cli.console import ConsoleListener
 from visionlora.cli.generate import (
     AllowPartial,
     BatchSize,
+    ClipSkip,
     Compose,
     Control,
     ControlNet,
@@ -56,6 +57,7 @@ def command(
     scheduler: Scheduler = "dpm++",
     width: Width = None,
     height: Width = None,
+    clip_skip: ClipSkip = None,
     compose: Compose = "sum",
     region: Region = None,
     init_image: InitImage = None,

@@ -80,6 +80,9 @@ class TrainSDConfig(TrainingConfig):
     """By default half of learning_rate."""
     text_encoder_stop: float = 1.0
     """Share of the steps after which the text encoders stay as they are."""
+    clip_skip: int = 1
+    """How many layers from the end the text is read, of Stable Diffusion 1.x and 2.x: 1 after the last, 2 before it, for models
+    that were trained so."""
     token: str | None = None
     """A new word, such as <dog>, whose meaning is learned together with the adapter and kept in its file."""
     token_vectors: int = 1
@@ -212,6 +215,7 @@ class TrainSDConfig(TrainingConfig):
                 self.token is None or (bool(self.token.strip()) and not any(c.isspace() for c in self.token)),
                 "it must be one word, such as <dog>",
             ),
+            ("clip_skip", self.clip_skip >= 1, "it must be at least 1, which reads the last layer"),
             ("token_vectors", self.token_vectors >= 1, "it must be at least 1"),
             rate_rule("token_learning_rate", self.token_learning_rate),
             (

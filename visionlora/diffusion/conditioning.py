@@ -61,7 +61,9 @@ def token_ids(base: BaseModel, captions: Sequence[str]) -> list[Tensor]:
     ]
 
 
-def text_states(encoders: Sequence[nn.Module], ids: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+def text_states(
+    encoders: Sequence[nn.Module], ids: Sequence[Tensor], clip_skip: int = 1
+) -> tuple[Tensor, Tensor | None]:
     """What the UNet reads of captions: text (b, t, w), and for two encoders the summary (b, p).
 
     One encoder (Stable Diffusion 1.x and 2.x): its last hidden state. Two (SDXL): of both the last but one, side by side, and
@@ -70,12 +72,33 @@ def text_states(encoders: Sequence[nn.Module], ids: Sequence[Tensor]) -> tuple[T
     Args:
         encoders: of transformers.
         ids: for each encoder, (b, t).
+        clip_skip: of one encoder, how many layers from the end it is read; see `BaseModel.clip_skip`.
     """
     if len(encoders) == 1:
-        (encoder,) = encoders
-        return encoder(ids[0])[0], None
+        encoder: Any = encoders[0]
+        if clip_skip == 1:
+            return encoder(ids[0])[0], None
+        states = encoder(ids[0], output_hidden_states=True).hidden_states[-clip_skip]
+        return getattr(encoder, "text_model", encoder).final_layer_norm(states), None
     found = [encoder(i, output_hidden_states=True) for encoder, i in zip(encoders, ids, strict=True)]
     return torch.cat([f.hidden_states[-2] for f in found], dim=-1), found[-1][0]
+
+
+def words_or_states(pipe: Any, prompts: Sequence[str], negative: str, clip_skip: int) -> dict[str, Any]:
+    """What a pipeline is called with: the words, or where they are read before the last layer what the encoder makes of them.
+
+    A pipeline of diffusers could do the latter itself, but not with every version of transformers.
+    """
+    if clip_skip == 1:
+        return {"prompt": list(prompts), "negative_prompt": [negative] * len(prompts) if negative else None}
+    tokenizer, encoder = pipe.tokenizer, pipe.text_encoder
+    texts = [pipe.maybe_convert_prompt(text, tokenizer) for text in (*prompts, negative)]
+    limit = {"max_length": tokenizer.model_max_length, "truncation": True, "padding": "max_length"}
+    ids = tokenizer(texts, return_tensors="pt", **limit).input_ids
+    with torch.no_grad():
+        states, _ = text_states([encoder], [ids.to(encoder.device)], clip_skip)
+    count = len(prompts)
+    return {"prompt_embeds": states[:count], "negative_prompt_embeds": states[count:].expand(count, -1, -1)}
 
 
 def empty_is_zero(base: BaseModel) -> bool:

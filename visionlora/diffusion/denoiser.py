@@ -78,6 +78,7 @@ class Denoiser(nn.Module):
         for name, _, encoder in base.text_parts():
             self.add_module(name, encoder)
         self.names = [name for name, _, _ in base.text_parts()]
+        self.clip_skip = base.clip_skip
         if word is not None:
             self.word = word
 
@@ -92,7 +93,7 @@ class Denoiser(nn.Module):
         return_dict: bool = False,
     ) -> Any:
         """See `TokenConditioning` for the arguments."""
-        text, pooled = text_states([getattr(self, name) for name in self.names], token_ids)
+        text, pooled = text_states([getattr(self, name) for name in self.names], token_ids, self.clip_skip)
         if pooled is None:
             return self.unet(noisy, timesteps, encoder_hidden_states=text, return_dict=return_dict)
         if there is not None:

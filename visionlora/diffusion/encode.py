@@ -165,7 +165,7 @@ def encode_text(base: BaseModel, captions: Sequence[str]) -> list[dict[str, Tens
     """Of each caption `text` (tokens, width) and for SDXL `pooled` (width), as the pipeline computes them."""
     encoders = [encoder for _, _, encoder in base.text_parts()]
     ids = token_ids(base, captions)
-    text, pooled = text_states(encoders, [i.to(e.device) for i, e in zip(ids, encoders, strict=True)])
+    text, pooled = text_states(encoders, [i.to(e.device) for i, e in zip(ids, encoders, strict=True)], base.clip_skip)
     rows = [{"text": t} for t in text.cpu()]
     return rows if pooled is None else [{**row, "pooled": p} for row, p in zip(rows, pooled.cpu(), strict=True)]
 
@@ -362,4 +362,5 @@ def text_keys(base: BaseModel, captions: Sequence[str], salt: str = "") -> list[
         f"{weights_fingerprint(e)} {t.model_max_length}" + ("" if e.dtype == torch.float32 else f" {e.dtype}")
         for _, t, e in base.text_parts()
     ]
-    return [key_of("text 2", *encoders, salt, c) for c in captions]
+    layer = [] if base.clip_skip == 1 else [f"clip_skip {base.clip_skip}"]
+    return [key_of("text 2", *encoders, *layer, salt, c) for c in captions]

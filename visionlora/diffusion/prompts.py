@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from visionlora.diffusion.conditioning import words_or_states
 from visionlora.errors import ConfigError
 
 WEIGHT = re.compile(r"\((?P<words>[^()]+?):\s*(?P<weight>\d+(?:\.\d+)?|\.\d+)\s*\)")
@@ -47,20 +48,26 @@ def in_words(pipe: Any, prompt: str) -> bool:
     return not has_weights(prompt) and not too_long(pipe, prompt)
 
 
-def prompt_arguments(pipe: Any, prompts: Sequence[str], negative: str) -> dict[str, Any]:
+def prompt_arguments(pipe: Any, prompts: Sequence[str], negative: str, clip_skip: int = 1) -> dict[str, Any]:
     """What a pipeline is called with for a batch of pictures: the words, or embeddings where words are not enough.
 
     Args:
         pipe: of diffusers.
         prompts: one per picture; all the same where one of them, or `negative`, is not `in_words`.
         negative: what not to draw.
+        clip_skip: see `BaseModel.clip_skip`.
 
     Raises:
-        ConfigError: when compel is needed and not installed.
+        ConfigError: when compel is needed and not installed, or the text is to be read before the last layer.
     """
     prompt = prompts[0]
     if all(in_words(pipe, p) for p in (prompt, negative)):
-        return {"prompt": list(prompts), "negative_prompt": [negative] * len(prompts) if negative else None}
+        return words_or_states(pipe, prompts, negative, clip_skip)
+    if clip_skip != 1:
+        raise ConfigError(
+            f"clip_skip is {clip_skip}; a prompt with weights such as (word:1.2), or one longer than the text encoder reads, "
+            "is read after the last layer alone: leave the weights out, shorten it, or give --clip-skip 1."
+        )
     try:
         from compel import Compel, DiffusersTextualInversionManager, ReturnedEmbeddingsType
     except ImportError:

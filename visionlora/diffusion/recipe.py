@@ -49,7 +49,16 @@ SCHEDULERS = {
 """By the word of --scheduler."""
 MOST_STEPS = 1000
 """Noise levels that models are trained at; no scheduler takes more steps."""
-LATER = ("region_hashes", "precision", "model_hash", "controlnet_hash", "force", "allow_partial", "batch_size")
+LATER = (
+    "region_hashes",
+    "precision",
+    "model_hash",
+    "controlnet_hash",
+    "clip_skip",
+    "force",
+    "allow_partial",
+    "batch_size",
+)
 """Fields that are written only where they are not as usual, so that recipes from before keep their keys."""
 TAG = re.compile(r"<lora:([^:<>]+)(?::([^:<>]+))?>")
 
@@ -121,6 +130,8 @@ class Recipe:
     """Tells the weights at the place of the model apart from others; empty for the model that comes with visionlora."""
     controlnet_hash: str = ""
     """Likewise."""
+    clip_skip: int = 1
+    """How many layers from the end the text was read; see `BaseModel.clip_skip`."""
     force: bool = False
     """Whether adapters made for other weights were let through."""
     allow_partial: bool = False
@@ -216,6 +227,8 @@ class Recipe:
         if self.precision != "fp32":
             words += ["--precision", self.precision]
         words += ["--scheduler", self.scheduler, "--width", str(self.width), "--height", str(self.height)]
+        if self.clip_skip != 1 or self.loras:  # without it what the adapters say would count
+            words += ["--clip-skip", str(self.clip_skip)]
         words += ["--force"] * self.force + ["--allow-partial"] * self.allow_partial
         return shlex.join([*words, "--output", output])
 
@@ -235,6 +248,8 @@ class Recipe:
             "Size": f"{self.width}x{self.height}",
             "Model": Path(self.model).name,
         }
+        if self.clip_skip != 1:
+            settings["Clip skip"] = self.clip_skip
         if self.init_image:
             settings["Denoising strength"] = f"{self.strength:g}"
         if self.controlnet:

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from visionlora.diffusion.conditioning import words_or_states
 from visionlora.diffusion.recipe import SCHEDULERS
 from visionlora.errors import ConfigError, ModelError
 from visionlora.models.base import BaseModel
@@ -94,7 +95,7 @@ def draw(
         for i in range(0, len(prompts), config.batch_size):
             part = list(prompts[i : i + config.batch_size])
             latents = pipe(
-                part,
+                **words_or_states(pipe, part, "", base.clip_skip),
                 height=size,
                 width=size,
                 num_inference_steps=config.steps,

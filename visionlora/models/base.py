@@ -7,7 +7,7 @@ import hashlib
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib import import_module, resources
 from pathlib import Path
@@ -48,6 +48,29 @@ class BaseModel:
     """One line: which model was taken, why, and how to choose another."""
     pipe: Any
     """A `StableDiffusionPipeline` or `StableDiffusionXLPipeline`."""
+    clip_skip: int = 1
+    """How many layers from the end the text is read, of Stable Diffusion 1.x and 2.x: 1 after the last, 2 before it, as models
+    of anime are often trained."""
+
+    def reading(self, clip_skip: int) -> BaseModel:
+        """The same model, its text read so many layers from the end.
+
+        Raises:
+            ModelError: when it is SDXL, or has fewer layers.
+        """
+        if clip_skip == self.clip_skip:
+            return self
+        if self.is_xl:
+            raise ModelError(
+                f"clip_skip is {clip_skip}, but {self.id} is an SDXL, whose text is always read before the last layer: leave "
+                "clip_skip out."
+            )
+        layers = int(self.pipe.text_encoder.config.num_hidden_layers)
+        if not 1 <= clip_skip <= layers:
+            raise ModelError(
+                f"clip_skip is {clip_skip}; the text encoder of {self.id} has {layers} layers: give 1 (the last) to {layers}."
+            )
+        return replace(self, clip_skip=clip_skip)
 
     @property
     def is_xl(self) -> bool:

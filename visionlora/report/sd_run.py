@@ -83,6 +83,7 @@ def header(
             "learning_rate": loop.learning_rate,
             "seed": config.seed,
             "data_sha256": data_hash(folder),
+            **({} if base.clip_skip == 1 else {"clip_skip": base.clip_skip}),
             **({"zero_terminal_snr": True} if config.zero_terminal_snr else {}),
             **history(learned, config.start_from, before),
         },
@@ -124,6 +125,7 @@ def public_metadata(
         "modelspec.resolution": f"{size}x{size}",
         "modelspec.date": datetime.fromtimestamp(started, timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "modelspec.prediction_type": {"v_prediction": "v"}.get(base.prediction_type, base.prediction_type),
+        "ss_clip_skip": "None" if base.clip_skip == 1 else str(base.clip_skip),
         **({"ss_zero_terminal_snr": "True"} if config.zero_terminal_snr else {}),
         **({"modelspec.trigger_phrase": word} if (word := config.token or trigger(folder)) else {}),
     }

@@ -29,20 +29,20 @@ def adapter_config(config: TrainingConfig, **more: Any) -> AdapterConfig:
     return AdapterConfig(rank=rank, save_memory=config.save_memory is not False, **own, **more)
 
 
-def text_adapter_config(config: TrainingConfig, encoder: nn.Module, last_is_read: bool) -> AdapterConfig:
+def text_adapter_config(config: TrainingConfig, encoder: nn.Module, not_read: int) -> AdapterConfig:
     """The same on a CLIP text encoder, as far as it has such layers.
 
     Args:
         config: of the run.
         encoder: of transformers.
-        last_is_read: whether the UNet reads its last layer; SDXL's first encoder is read before it.
+        not_read: layers at its end that the UNet does not read.
     """
     adapter = adapter_config(config)
     if adapter.method == "tlora":  # no timestep reaches a text encoder
         adapter = dataclasses.replace(adapter, method="lora")
     wide = {"mlp", "all"} & set(adapter.target_list)
     layers = int(cast(Any, encoder).config.num_hidden_layers)
-    exclude = () if last_is_read else (rf"re:.*layers\.{layers - 1}\..*",)
+    exclude = tuple(rf"re:.*layers\.{layers - 1 - k}\..*" for k in range(not_read))
     return dataclasses.replace(adapter, targets=("attn", "mlp") if wide else "attn", exclude=exclude)
 
 

@@ -16,7 +16,7 @@ from visionlora.errors import ConfigError
 def run(*words: str) -> str:
     result = CliRunner().invoke(app, ["cache", *words], catch_exceptions=False)
     assert result.exit_code == 0, result.output
-    return result.output
+    return result.stdout
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def test_it_says_what_is_there(folder: Path) -> None:
 
 
 def test_what_was_not_used_goes_first_then_all(folder: Path) -> None:
-    assert run("--unused-days", "30").startswith("Took away 1 entries, 1.0 MiB.")
+    assert "Took away 1 entries, 1.0 MiB." in run("--unused-days", "30")
     assert sorted(p.name for p in folder.iterdir()) == sorted([f"{key_of('new')}.safetensors", "mine.txt"])
     found = json.loads(run("--clear", "--json"))
     assert found["removed"] == {"entries": 1, "bytes": 2**20} and found["kept"]["latents and text"]["entries"] == 0

@@ -28,6 +28,11 @@ def test_plain_words_go_as_they_are(pipe) -> None:
     assert prompt_arguments(pipe, ["a dog (big)"], "") == {"prompt": ["a dog (big)"], "negative_prompt": None}
 
 
+def test_weights_do_not_go_with_an_earlier_layer(pipe) -> None:
+    with pytest.raises(ConfigError, match="clip_skip is 2; a prompt with weights"):
+        prompt_arguments(pipe, ["a (dog:1.1) b"], "x", clip_skip=2)
+
+
 def test_weights_of_one_are_the_words_and_others_move_their_tokens(pipe) -> None:
     pytest.importorskip("compel")
     with torch.no_grad():
