@@ -149,7 +149,10 @@ def opened(config: GenerateConfig, say: Callable[[str], None]) -> Opened:
     model = config.model
     if model == "auto" and adapters:
         model = str(next(iter(adapters.values())).info.get("base", {}).get("id", "auto"))
-    base = open_base(model).reading(clip_skip_of(config, adapters))
+    base = open_base(model)
+    base = base.reading(
+        clip_skip_of(config, {} if base.is_xl else adapters)
+    )  # kohya writes it for SDXL, where it is nothing
     say(base.why if model == config.model else f"Base model: {base.id}, which the adapter names. Choose with --model.")
     if follow_noise(base, adapters.values()):
         say("The noise levels end at nothing but noise, as an adapter was trained (zero_terminal_snr).")

@@ -96,9 +96,10 @@ def prepare(start: Start[TrainSDConfig], tell: Listener) -> Ready:
     if config.prior_images is not None:
         check_class_folder(Path(config.prior_images), [config.images, *(f.path for f in config.folders)])
 
-    if first is not None and "clip_skip" not in given_names(config):
+    base = open_base(named_base(config, first)[0])
+    if first is not None and "clip_skip" not in given_names(config) and not base.is_xl:
         config = dataclasses.replace(config, clip_skip=(first.info.get("training") or {}).get("clip_skip", 1))
-    base = open_base(named_base(config, first)[0]).reading(config.clip_skip)
+    base = base.reading(config.clip_skip)
     tell.say(base.why)
     config, notes = suited(config, base.suggested)
     for note in notes:

@@ -217,9 +217,11 @@ def follow_noise(base: BaseModel, adapters: Iterable[Adapter]) -> bool:
     """Lets a base draw at the noise levels that an adapter was trained at, where these end at nothing but noise.
 
     Returns:
-        Whether one was.
+        Whether one was, and the base can: one that predicts the noise sees nothing else there.
     """
-    wanted = any((a.info.get("training") or {}).get("zero_terminal_snr") for a in adapters)
+    wanted = base.prediction_type != "epsilon" and any(
+        (a.info.get("training") or {}).get("zero_terminal_snr") for a in adapters
+    )
     if wanted:
         base.pipe.scheduler = zero_terminal(base.pipe.scheduler)
     return wanted

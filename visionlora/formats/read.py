@@ -144,7 +144,8 @@ def described(metadata: Mapping[str, str]) -> dict[str, Any]:
         info["trigger"] = trigger
     if name := metadata.get("ss_sd_model_name"):
         info["base_name"] = name
-    steps = metadata.get("ss_steps", "")
-    if steps.isdigit():
-        info["training"] = {"steps": int(steps)}
-    return info
+    numbers = {"steps": metadata.get("ss_steps", ""), "clip_skip": metadata.get("ss_clip_skip", "")}
+    training: dict[str, Any] = {name: int(text) for name, text in numbers.items() if text.isdigit()}
+    if metadata.get("ss_zero_terminal_snr") == "True":
+        training["zero_terminal_snr"] = True
+    return {**info, "training": training} if training else info

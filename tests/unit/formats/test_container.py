@@ -73,6 +73,8 @@ def written(folder: Path) -> Path:
 def test_what_other_tools_wrote_is_carried_over_and_stale_hashes_are_not(tmp_path: Path) -> None:
     adapter = vl.load_adapter(written(tmp_path))
     assert adapter.info["training"] == {"steps": 7}
+    save_file(kohya(), tmp_path / "b.safetensors", {"ss_clip_skip": "2", "ss_zero_terminal_snr": "True"})
+    assert vl.load_adapter(tmp_path / "b.safetensors").info["training"] == {"clip_skip": 2, "zero_terminal_snr": True}
     vl.save_adapter(adapter, tmp_path / "a.safetensors", "kohya")
     metadata = read_header(tmp_path / "a.safetensors").metadata
     assert metadata["ss_steps"] == "7" and metadata["sshs_model_hash"] != "stale"
