@@ -33,19 +33,20 @@ def command(
         folder = default_cache_folder()
         entries = list(entries_of(folder))
         chosen = [e for e in entries if clear or (unused_days is not None and time.time() - e.used > unused_days * DAY)]
-        gone = []
+        gone = {}
         for done, entry in enumerate(chosen, 1):
-            gone += [entry] if remove(entry) else []
+            if remove(entry):
+                gone[entry.path] = entry.nbytes
             listener.progress("Taking away", done, len(chosen))
-    left = [e for e in entries if e not in gone]
+    left = [e for e in entries if e.path not in gone]
     sizes = {kind: [e.nbytes for e in left if e.kind == kind] for kind in KINDS}
     if as_json:
         kept = {kind: {"entries": len(own), "bytes": sum(own)} for kind, own in sizes.items()}
-        removed = {"entries": len(gone), "bytes": sum(e.nbytes for e in gone)}
+        removed = {"entries": len(gone), "bytes": sum(gone.values())}
         typer.echo(json.dumps({"folder": str(folder), "kept": kept, "removed": removed}))
         return
     if clear or unused_days is not None:
-        typer.echo(f"Took away {len(gone):,} entries, {size_of(sum(e.nbytes for e in gone))}.")
+        typer.echo(f"Took away {len(gone):,} entries, {size_of(sum(gone.values()))}.")
     if failed := len(chosen) - len(gone):
         typer.echo(f"{failed:,} entries could not be taken away: check the permissions of {folder}.")
     width = max(map(len, KINDS))

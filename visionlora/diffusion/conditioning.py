@@ -49,16 +49,15 @@ class Conditioning:
 
 def token_ids(base: BaseModel, captions: Sequence[str]) -> list[Tensor]:
     """Of each text encoder, (captions, t), cut and padded to what it reads."""
-    return [
-        tokenizer(
-            [base.pipe.maybe_convert_prompt(caption, tokenizer) for caption in captions],
-            padding="max_length",
-            truncation=True,
-            max_length=tokenizer.model_max_length,
-            return_tensors="pt",
-        ).input_ids
-        for _, tokenizer, _ in base.text_parts()
-    ]
+    return [ids_of(base.pipe, tokenizer, captions) for _, tokenizer, _ in base.text_parts()]
+
+
+def ids_of(pipe: Any, tokenizer: Any, texts: Sequence[str]) -> Tensor:
+    """(texts, t), cut and padded to what the encoder reads; a learned word may stand for several."""
+    whole = [pipe.maybe_convert_prompt(text, tokenizer) for text in texts]
+    limit = {"padding": "max_length", "truncation": True, "max_length": tokenizer.model_max_length}
+    ids: Tensor = tokenizer(whole, return_tensors="pt", **limit).input_ids
+    return ids
 
 
 def text_states(
@@ -91,12 +90,9 @@ def words_or_states(pipe: Any, prompts: Sequence[str], negative: str, clip_skip:
     """
     if clip_skip == 1:
         return {"prompt": list(prompts), "negative_prompt": [negative] * len(prompts) if negative else None}
-    tokenizer, encoder = pipe.tokenizer, pipe.text_encoder
-    texts = [pipe.maybe_convert_prompt(text, tokenizer) for text in (*prompts, negative)]
-    limit = {"max_length": tokenizer.model_max_length, "truncation": True, "padding": "max_length"}
-    ids = tokenizer(texts, return_tensors="pt", **limit).input_ids
+    ids = ids_of(pipe, pipe.tokenizer, [*prompts, negative])
     with torch.no_grad():
-        states, _ = text_states([encoder], [ids.to(encoder.device)], clip_skip)
+        states, _ = text_states([pipe.text_encoder], [ids.to(pipe.text_encoder.device)], clip_skip)
     count = len(prompts)
     return {"prompt_embeds": states[:count], "negative_prompt_embeds": states[count:].expand(count, -1, -1)}
 

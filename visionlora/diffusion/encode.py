@@ -310,13 +310,8 @@ def encode_dataset(
     own_captions += [(item.caption,) for item in class_items]
     distinct = list(dict.fromkeys(["", *more_captions, *(c for each in own_captions for c in each)]))
     place, of_texts = {c: i for i, c in enumerate(distinct)}, text_keys(base, distinct, salt)
-    check_room(
-        base,
-        cache,
-        [f for key, f in zip(keys, framings, strict=True) if not cache.holds(key)],
-        len(plan.variants),
-        sum(not cache.holds(key) for key in of_texts),
-    )
+    lacking = [f for key, f in zip(keys, framings, strict=True) if not cache.holds(key)]
+    check_room(base, cache, lacking, len(plan.variants), sum(not cache.holds(key) for key in of_texts))
     latents, new_latents = cache.fill(
         keys,
         lambda part: encode_variants(

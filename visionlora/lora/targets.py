@@ -8,7 +8,7 @@ hits ``mid_block.attn1.to_q`` but not ``goto_q``), or ``re:`` and a regular expr
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, TypeVar, cast
@@ -138,8 +138,12 @@ def presets() -> dict[str, tuple[str, ...]]:
     return {name: tuple(value) for name, value in plugins.load_all("visionlora.targets").items()}
 
 
-def matcher(target: str) -> Callable[[Site], bool]:
+def matcher(target: str, roles: Collection[str | None] = ROLES) -> Callable[[Site], bool]:
     """Whether a site is reached by this target.
+
+    Args:
+        target: see the module.
+        roles: that the model has: `proj` and `conv` are also what layers are called, in models that have none of the role.
 
     Raises:
         TargetError: for an expression that is not valid.
@@ -153,20 +157,17 @@ def matcher(target: str) -> Callable[[Site], bool]:
     if target in GROUPS:
         roles = GROUPS[target]
         return lambda site: site.role in roles
-    if target in ROLES:
+    if target in ROLES and target in roles:
         return lambda site: site.role == target
     if target not in plugins.names("visionlora.targets"):
-        return named_so(target)
+        return lambda site: (
+            ends_on_boundary(site.name, target)
+            or (
+                isinstance(site.layer, nn.MultiheadAttention) and ends_on_boundary(site.name.rpartition(".")[0], target)
+            )
+        )
     tests = [matcher(t) for t in presets().get(target, ())]
     return lambda site: any(test(site) for test in tests)
-
-
-def named_so(target: str) -> Callable[[Site], bool]:
-    """Whether a site's name ends so; of torch's attention, also that of the module."""
-    return lambda site: (
-        ends_on_boundary(site.name, target)
-        or (isinstance(site.layer, nn.MultiheadAttention) and ends_on_boundary(site.name.rpartition(".")[0], target))
-    )
 
 
 def known_words(model: nn.Module) -> set[str]:
@@ -185,10 +186,8 @@ def resolve(model: nn.Module, config: AdapterConfig) -> Resolution:
     """
     sites = list(sites_of(model))
     roles = {site.role for site in sites}
-    # `proj` and `conv` are also what layers are called, in models that have none of the role.
-    named = {t for t in (*config.target_list, *config.exclude_list) if t in ROLES and t not in roles}
-    tests = {target: (named_so if target in named else matcher)(target) for target in config.target_list}
-    excluded = {target: (named_so if target in named else matcher)(target) for target in config.exclude_list}
+    tests = {target: matcher(target, roles) for target in config.target_list}
+    excluded = {target: matcher(target, roles) for target in config.exclude_list}
     reached: set[str] = set()
     used = {target for target, test in excluded.items() if any(test(site) for site in sites)}
     hits: list[Site] = []
@@ -283,11 +282,13 @@ def named_patterns(config: AdapterConfig, hits: Sequence[Site]) -> AdapterConfig
 
 def by_name(setting: str, pattern: Mapping[str, V], hits: Sequence[Site]) -> dict[str, V]:
     """One pattern: the site's own name counts before all words, and of these the first that reaches it."""
-    found: dict[str, V] = {}
-    for word in [*(s.name for s in hits if s.name in pattern), *pattern]:
-        reached = [s.name for s in hits if s.name == word] or [s.name for s in hits if matcher(word)(s)]
+    names, roles = {s.name for s in hits}, {s.role for s in hits}
+    found = {name: value for name, value in pattern.items() if name in names}
+    for word in [w for w in pattern if w not in names]:
+        test = matcher(word, roles)
+        reached = [s.name for s in hits if test(s)]
         if not reached:
-            hint = nearest(word, [*ROLES, *GROUPS, *(s.name for s in hits)])
+            hint = nearest(word, [*ROLES, *GROUPS, *names])
             raise TargetError(f"{setting} names {word!r}, which is none of the adapted layers. {hint}")
         found = dict.fromkeys(reached, pattern[word]) | found
     return found

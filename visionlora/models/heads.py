@@ -62,9 +62,7 @@ def run(id: str, model: nn.Module, place: nn.Module, picture: Tensor) -> tuple[A
     watch = place.register_forward_hook(lambda _, given, __: passed.append(given[0]))
     try:
         return model.eval()(picture), passed
-    except (
-        Exception
-    ) as e:  # whatever the library raises, it means that the model needs more than a picture or its own head
+    except Exception as e:  # whatever it is, the model needs more than a picture, or its own head
         text = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         raise ModelError(
             f"{id} gives no features without its own head, for pictures of {picture.shape[-1]} px, so it cannot learn other "

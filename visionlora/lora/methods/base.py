@@ -9,7 +9,7 @@ A method describes its effect in three terms, all differentiable, from which lay
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from visionlora.lora.adapter import AdapterModule
 from visionlora.lora.config import AdapterConfig
-from visionlora.lora.functional import delta_weight
+from visionlora.lora.functional import delta_weight, wide
 from visionlora.lora.kernels import Rows
 
 Factors = tuple[Tensor, Tensor, "float | Tensor"]
@@ -117,6 +117,7 @@ class Method(nn.Module):
         self.dropout, self._merged = float(dropout), False
         self.adapter_name = "default"
         self._scale = 1.0
+        self._of_weight: tuple[tuple[Any, ...], Tensor] | None = None
         self._sample_scale: Tensor | None = None
         self._sample_mark: object = None
         self.row_mask: Tensor | None = None
@@ -237,7 +238,21 @@ class Method(nn.Module):
         """Changes whenever the effect may have: scale and the versions of all tensors."""
         tensors = (*self._parameters.values(), *self._buffers.values())
         # The scales by picture are replaced, and a new tensor may lie where a freed one did: the mark is kept instead.
-        return (self._scale, self._sample_mark, *[mark(t) for t in tensors if t is not None])
+        weight = () if self.additive else self.site.mark()
+        return (self._scale, self._sample_mark, *weight, *[mark(t) for t in tensors if t is not None])
+
+    def of_weight(self, build: Callable[[Tensor], Tensor]) -> Tensor:
+        """What `build` makes of the base weight in fp32 or wider, from before while the weight is the same.
+
+        Compiled code takes it as it is.
+        """
+        kept = self._of_weight
+        if kept is not None and (torch.compiler.is_compiling() or kept[0] == self.site.mark()):
+            return kept[1]
+        with torch.inference_mode(False), torch.no_grad():
+            made = build(wide(self.site.weight))
+        self._of_weight = self.site.mark(), made
+        return made
 
     def memory(self) -> dict[str, Tensor]:
         """What training changes: the parameters, and what else the method keeps between steps."""

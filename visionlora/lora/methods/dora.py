@@ -6,8 +6,6 @@ output is written as the base's own plus a change that is zero while B is, so tr
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -38,7 +36,7 @@ class DoRA(Method):
         self.lora_A, self.lora_B = nn.Parameter(lora_A), nn.Parameter(lora_B)
         self.shared_norms: Tensor | None = None
         self.alpha, self.scaling = float(alpha), alpha / len(lora_A) if scaling is None else scaling
-        self._squares: tuple[tuple[Any, ...], Tensor] | None = None
+        self.squares()
         with torch.no_grad():
             self.magnitude = nn.Parameter(self.norms().clone() if magnitude is None else magnitude)
 
@@ -75,21 +73,11 @@ class DoRA(Method):
             return columns
         weight = wide(self.site.weight)
         factors = self.lora_A.detach().to(weight.dtype), self.lora_B.detach().to(weight.dtype)
-        return sum_row_norms(weight, self.squares(weight), *factors, self.scaling)
+        return sum_row_norms(weight, self.squares(), *factors, self.scaling)
 
-    def squares(self, weight: Tensor) -> Tensor:
-        """‖W‖² of each output row, (o,), from before while the weight is the same."""
-        if torch.compiler.is_compiling():
-            return weight.flatten(1).square().sum(1)
-        now = self.site.mark()
-        if self._squares is None or self._squares[0] != now:
-            with torch.inference_mode(False), torch.no_grad():
-                self._squares = now, weight.flatten(1).square().sum(1)
-        return self._squares[1]
-
-    def state(self) -> tuple[Any, ...]:
-        """The effect depends on the weight too."""
-        return (*super().state(), self.site.mark())
+    def squares(self) -> Tensor:
+        """‖W‖² of each output row, (o,)."""
+        return self.of_weight(lambda weight: weight.flatten(1).square().sum(1))
 
     def begin(self) -> None:
         """Gain and factors of one forward pass share the norms."""

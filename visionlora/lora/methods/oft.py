@@ -10,13 +10,11 @@ Sources: OFT, arXiv 2306.07280; BOFT, arXiv 2311.06243; the layout of the blocks
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from visionlora.lora.adapter import AdapterModule
-from visionlora.lora.functional import wide
 from visionlora.lora.methods.base import Factors, Method, Site
 from visionlora.lora.products import factors
 
@@ -30,22 +28,16 @@ class OFT(Method):
     def __init__(self, site: Site, module: AdapterModule) -> None:
         super().__init__(site)
         self.module = module
-        self._change: tuple[tuple[Any, ...], Tensor] | None = None
+        self.change()
 
-    @property
     def change(self) -> Tensor:
-        """R·W - W in fp32, from before while the weight is the same."""
-        if self._change is None or (not torch.compiler.is_compiling() and self._change[0] != self.site.mark()):
-            with torch.inference_mode(False), torch.no_grad():
-                weight = wide(self.site.weight.detach())
-                tensors = {n: t.to(weight.device) for n, t in self.module.tensors.items()}
-                constraint = float(self.module.options.get("constraint", 0))
-                self._change = self.site.mark(), rotated(weight, tensors, constraint) - weight
-        return self._change[1]
+        """R·W - W in fp32."""
+        return self.of_weight(self.turned)
 
-    def state(self) -> tuple[Any, ...]:
-        """The effect depends on the weight too."""
-        return (*super().state(), self.site.mark())
+    def turned(self, weight: Tensor) -> Tensor:
+        """R·W - W of a weight."""
+        tensors = {n: t.to(weight.device) for n, t in self.module.tensors.items()}
+        return rotated(weight, tensors, float(self.module.options.get("constraint", 0))) - weight
 
     @classmethod
     def load(cls, site: Site, module: AdapterModule) -> OFT:
@@ -54,12 +46,12 @@ class OFT(Method):
 
     def factors(self) -> list[Factors]:
         """ΔW beside an identity."""
-        return [(*factors("diff", {"diff": self.change}), self.factor * 1.0)]
+        return [(*factors("diff", {"diff": self.change()}), self.factor * 1.0)]
 
     @torch.no_grad()
     def delta_weight(self, weight: Tensor) -> Tensor:
         """R·W - W."""
-        return self.change * self._scale
+        return self.change() * self._scale
 
     def export(self) -> AdapterModule:
         """As it was read."""
