@@ -152,7 +152,9 @@ def opened(start: Start[ClassifyConfig], tell: Listener) -> Ready:
     """Opens the backbone, reads and splits the pictures, and checks all settings against both."""
     config, first = start.config, read_first(start)
     model, weights = named_base(config, first)
-    backbone = open_backbone(model, config.weights or weights)
+    if config.image_size is None and first is not None:
+        config = dataclasses.replace(config, image_size=(first.info.get("base") or {}).get("image_size"))
+    backbone = open_backbone(model, config.weights or weights, config.image_size)
     tell.say(backbone.why)
     accelerator = new_accelerator(config.precision, config.trackers, start.folder)
     backbone.model.to(accelerator.device)

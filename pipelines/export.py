@@ -80,7 +80,7 @@ def export(
     loaded = load_adapter(adapter)
     base = loaded.info.get("base", {})
     chosen = weights or (base.get("weights") if model is None else None)
-    backbone = open_backbone(model or str(base.get("id", "auto")), chosen)
+    backbone = open_backbone(model or str(base.get("id", "auto")), chosen, base.get("image_size"))
     task = ClassTask.of(loaded, backbone.head)
     check_fingerprints(loaded, backbone.id, backbone.fingerprints(), force)
     if to in ("timm", "transformers") and backbone.library != to:
@@ -184,10 +184,12 @@ def to_timm(backbone: VisionModel, task: ClassTask, path: Path, x: Tensor, wante
 
 def model_arguments(backbone: VisionModel) -> dict[str, Any]:
     """The arguments that a timm folder gives to its architecture, which a name alone does not tell."""
-    folder = backbone.folder
-    if folder is None:
-        return {}
-    return dict(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_args", {}))
+    found: dict[str, Any] = {}
+    if (folder := backbone.folder) is not None:
+        found = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_args", {})
+    if backbone.image_size is not None and hasattr(backbone.model, "set_input_size"):
+        found = {**found, "img_size": backbone.image_size}
+    return dict(found)
 
 
 def to_transformers(backbone: VisionModel, task: ClassTask, path: Path, x: Tensor, wanted: Tensor) -> Exported:

@@ -163,6 +163,11 @@ class Classifier:
         head = self.backbone.head
         task = ClassTask.of(loaded, head)
         check_fingerprints(loaded, self.backbone.id, self.fingerprints, force)
+        if (loaded.info.get("base") or {}).get("image_size") != self.backbone.image_size:
+            raise AdapterFileError(
+                f"This adapter was trained on pictures of {task.preprocessing.size} px, and {self.backbone.id} is open for "
+                f"{self.backbone.preprocessing.size} px: give it a classifier of its own."
+            )
         if task.weight.shape[1] != self.backbone.features:
             raise AdapterFileError(
                 f"The head of this adapter reads {task.weight.shape[1]} features; {self.backbone.id} gives "
@@ -362,7 +367,8 @@ def load_classifier(
     chosen = model or base.get("id")
     if chosen is None:
         raise AdapterFileError("This adapter does not say which backbone it is for: name it with --model.")
-    backbone = open_backbone(chosen, weights or (base.get("weights") if model is None else None))
+    chosen_weights = weights or (base.get("weights") if model is None else None)
+    backbone = open_backbone(chosen, chosen_weights, base.get("image_size"))
     if model is None:
         backbone = replace(backbone, why=f"Backbone: {backbone.id}, which the adapter names. Choose with --model.")
     classifier = Classifier(backbone, device)

@@ -248,6 +248,32 @@ def test_a_head_alone_is_no_folder_of_peft(shapes: Path, tiny_vit: Path, tmp_pat
         export(run, tmp_path / "p", "peft")
 
 
+def test_pictures_of_another_size_than_the_backbones_own(cli, shapes: Path, tiny_vit: Path, tmp_path: Path) -> None:
+    """The size goes into the adapter: predict, export and a run that learns on need not be told."""
+    run = learned(shapes, tmp_path / "run", model=str(tiny_vit), image_size=48)
+    base, about = (load_adapter(run).info[part] for part in ("base", "classifier"))
+    assert base["image_size"] == about["preprocessing"]["size"] == 48
+    classifier = vl.load_classifier(run)
+    files = sorted((shapes / "cross").iterdir())
+    found = classifier.predict(files)
+    assert classifier.backbone.preprocessing.size == 48
+
+    (written := tmp_path / "timm").mkdir()
+    exported = export(run, written / "model", "timm")
+    assert exported.difference is not None and exported.difference < 1e-4
+    again = learned(shapes, tmp_path / "again", start_from=str(run), image_size=None)
+    assert load_adapter(again).info["base"]["image_size"] == 48
+    assert "image_size: 48" in (again / "config.yaml").read_text()
+    own = learned(shapes, tmp_path / "own", start_from=str(run), image_size=32)
+    assert "image_size" not in load_adapter(own).info["base"], "its own size again"
+
+    with pytest.raises(vl.VisionLoRAError, match=r"trained on pictures of 32 px, and .* is open for 48 px"):
+        classifier.add("own", own)
+    assert classifier.predict(files) == found
+    code, _, err = cli("classify", "--images", shapes, "--model", tiny_vit, "--image-size", 50)
+    assert code == 2 and "try 48 or 56" in err
+
+
 def test_a_resumed_run_has_the_same_backbone(cli, shapes: Path, tiny_vit: Path, tmp_path: Path) -> None:
     import shutil
 

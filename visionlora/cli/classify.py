@@ -30,6 +30,9 @@ def command(
         typer.Option(help="auto, emoji-vit, a timm name, a folder, torchvision/NAME or a Hub id."),
     ] = None,
     weights: Annotated[Optional[str], typer.Option(help="A state dict to start from, or random.")] = None,  # noqa: UP045
+    image_size: Annotated[
+        Optional[int], typer.Option(help="Side of the pictures that the backbone reads, px, if not its own.")  # noqa: UP045
+    ] = None,
     output: options.Output = None,
     epochs: Annotated[Optional[float], typer.Option(help="Passes over the training pictures.")] = None,  # noqa: UP045
     steps: options.Steps = None,

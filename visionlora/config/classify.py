@@ -21,6 +21,8 @@ class ClassifyConfig(TrainingConfig):
 
     weights: str | None = None
     """A state dict to start from instead of the library's weights, or `random`."""
+    image_size: int | None = None
+    """Side of the pictures that the backbone reads, px, where it is not to be its own: larger shows more, smaller is faster."""
     table: str | None = None
     """CSV, JSON lines or parquet with a row per picture; without it the folders are the classes."""
     path_column: str | None = None
@@ -87,6 +89,7 @@ class ClassifyConfig(TrainingConfig):
         return [
             *super().rules(),
             *((name, False, "it must be at least 0 and below 1") for name in shares),
+            ("image_size", self.image_size is None or self.image_size >= 1, "it must be 1 px or more"),
             ("test_share", bool(shares) or self.val_share + self.test_share < 1, "with val_share it must stay below 1"),
             ("epochs", self.epochs is None or 0 < self.epochs < math.inf, "it must be positive"),
             ("epochs", self.epochs is None or self.steps is None, "give epochs or steps, not both"),

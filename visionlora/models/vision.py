@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
@@ -23,6 +23,7 @@ from visionlora.models.base import choose, quiet
 from visionlora.models.class_token import shorten
 from visionlora.models.fingerprint import architecture_fingerprint, weights_fingerprint
 from visionlora.models.heads import LAST, FlatLinear, append_head, fits, has, run
+from visionlora.models.input_size import set_input_size
 from visionlora.models.processors import as_preprocessing
 from visionlora.models.state_dicts import head_names, weights_in
 
@@ -57,6 +58,10 @@ class VisionModel:
     """The state dict that was read instead of the library's weights; `random` for none."""
     flat: bool = False
     """Whether the head must flatten what it reads, as it stands in the place of a convolution."""
+    image_size: int | None = None
+    """Side that its pictures have, px, where it is not the model's own."""
+    at_own_size: Mapping[str, str] = field(default_factory=dict)
+    """Its fingerprints before it was made to read another size: by them it is the same model."""
 
     @property
     def parameters(self) -> int:
@@ -69,7 +74,9 @@ class VisionModel:
         return self.parameters < SMALL
 
     def fingerprints(self) -> dict[str, dict[str, str]]:
-        """Architecture and weights fingerprint, without the head."""
+        """Architecture and weights fingerprint, without the head; the same for every `image_size`."""
+        if self.at_own_size:
+            return {"model": dict(self.at_own_size)}
         head = self.model.get_submodule(self.head)
         self.set_head(nn.Identity())
         found = {
@@ -139,16 +146,18 @@ def fetch_default() -> None:
     timm.create_model(DEFAULT_ON_GPU, pretrained=True)
 
 
-def open_backbone(model: str = "auto", weights: str | None = None) -> VisionModel:
+def open_backbone(model: str = "auto", weights: str | None = None, image_size: int | None = None) -> VisionModel:
     """Opens a backbone, frozen, on the CPU.
 
     Args:
         model: `auto`, `emoji-vit`, a timm name, a timm or transformers folder, `torchvision/NAME`, or the Hub id of a
             timm or transformers model.
         weights: a state dict (.safetensors, .pt) to read instead of the library's weights, or `random` for none.
+        image_size: side of the pictures that it is to read, px; by default its own.
 
     Raises:
-        ModelError: when there is no such model, it cannot be had, or the state dict does not fit.
+        ModelError: when there is no such model, it cannot be had, the state dict does not fit, or it cannot read
+            pictures of that size.
     """
     chosen, why = choose("Backbone", model, EMBEDDED, DEFAULT_ON_GPU, fetch_default)
     with torch.random.fork_rng(devices=[]):  # so that `random` is the same model whenever it is opened
@@ -158,7 +167,20 @@ def open_backbone(model: str = "auto", weights: str | None = None) -> VisionMode
         why += read_state(opened, Path(weights).expanduser())
         weights = str(Path(weights).expanduser().resolve())  # the adapter may be used from another folder
     opened.model.requires_grad_(False).eval()
-    return replace(opened, why=why, weights=weights)
+    opened = replace(opened, why=why, weights=weights)
+    return opened if image_size in (None, opened.preprocessing.size) else at_size(opened, image_size)
+
+
+def at_size(opened: VisionModel, size: int) -> VisionModel:
+    """The same model for pictures of `size` px, changed in place."""
+    own = opened.preprocessing.size
+    known = opened.fingerprints()["model"]
+    with quiet():
+        set_input_size(opened.id, opened.model, size, own)
+    return replace(
+        opened, why=f"{opened.why} It reads {size} px instead of its own {own}.", image_size=size, at_own_size=known,
+        preprocessing=replace(opened.preprocessing, size=size),
+    )  # fmt: skip
 
 
 def named(chosen: str, weights: str | None) -> VisionModel:

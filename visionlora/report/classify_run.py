@@ -77,6 +77,8 @@ def header(
     before = (None, None) if first is None else (config.start_from, first.info)
     if backbone.weights is not None:
         base["weights"] = backbone.weights
+    if backbone.image_size is not None:
+        base["image_size"] = backbone.image_size
     return {
         "version": __version__,
         "base": base,

@@ -1,0 +1,44 @@
+"""Backbones that read pictures of another size than their own."""
+
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+from visionlora.errors import ModelError
+from visionlora.models.vision import as_logits, open_backbone
+
+
+def test_a_timm_model_is_the_one_that_timm_makes_for_that_size(tiny_vit: Path) -> None:
+    opened = open_backbone(str(tiny_vit), image_size=48)
+    there = timm.create_model(f"local-dir:{tiny_vit}", pretrained=True, num_classes=0, img_size=48).eval()
+    x = torch.randn(2, 3, 48, 48, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(as_logits(opened.model(x)), there(x), rtol=1e-5, atol=1e-5)
+    assert (opened.image_size, opened.preprocessing.size, opened.preprocessing.crop_pct) == (48, 48, 0.9)
+    assert opened.why.endswith("It reads 48 px instead of its own 32.")
+    assert not any(p.requires_grad for p in opened.model.parameters())
+
+
+def test_it_is_the_same_model_by_its_fingerprints(tiny_vit: Path) -> None:
+    own = open_backbone(str(tiny_vit)).fingerprints()
+    assert open_backbone(str(tiny_vit), image_size=48).fingerprints() == own
+    assert open_backbone(str(tiny_vit), image_size=32).image_size is None, "its own size is no change"
+
+
+@pytest.mark.parametrize("name", ["resnet18", "torchvision/resnet18", "torchvision/vit_b_16"])
+def test_convolutions_and_torchvisions_vit_read_other_sizes(name: str) -> None:
+    opened = open_backbone(name, "random", image_size=64)
+    with torch.no_grad():
+        assert as_logits(opened.model(torch.zeros(1, 3, 64, 64))).shape == (1, opened.features)
+    assert opened.preprocessing.size == 64
+
+
+def test_what_loses_pixels_or_cannot_be_read_is_refused(tiny_vit: Path) -> None:
+    with pytest.raises(ModelError, match=r"patches of 8 px, so image_size 50 would lose some: try 48 or 56\."):
+        open_backbone(str(tiny_vit), image_size=50)
+    with pytest.raises(ModelError, match=r"image_size 5 would lose some: try 8\."):
+        open_backbone(str(tiny_vit), image_size=5)
+    with pytest.raises(ModelError, match=r"cait_xxs24_224 does not take pictures of 192 px .*Its own size is 224 px"):
+        open_backbone("cait_xxs24_224", "random", image_size=192)

@@ -1,0 +1,66 @@
+"""A vision backbone for pictures of another size than its own.
+
+Convolutions take any size. What a transformer learned of positions is resampled as its library does it: timm's
+`set_input_size`, torchvision's `interpolate_embeddings`. A model that can neither is refused.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from visionlora.errors import ModelError
+
+
+def set_input_size(id: str, model: nn.Module, size: int, own: int) -> None:
+    """Makes a model, in place, read squares of `size` px.
+
+    Args:
+        id: as a user would name the model.
+        model: in evaluation mode, with an identity in the place of its head.
+        size: px.
+        own: the side that it was made for, px.
+
+    Raises:
+        ModelError: when it takes pictures of its own size alone, or not of this one.
+    """
+    patch = patch_of(model)
+    if patch is not None and size % patch:
+        lower = size // patch * patch
+        near = " or ".join(str(s) for s in (lower, lower + patch) if s)
+        raise ModelError(
+            f"{id} cuts pictures into patches of {patch} px, so image_size {size} would lose some: try {near}."
+        )
+    try:
+        if callable(resize := getattr(model, "set_input_size", None)):  # timm's
+            resize(img_size=(size, size))
+        elif hasattr(model, "encoder") and hasattr(model, "seq_length"):  # torchvision's ViT
+            resample_torchvision(cast(Any, model), size)
+        with torch.no_grad():
+            model(torch.zeros(1, 3, size, size))
+    except Exception as e:  # each library says in a kind of its own that it cannot
+        text = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        raise ModelError(
+            f"{id} does not take pictures of {size} px ({text[:200]}). Its own size is {own} px: leave image_size out, try "
+            "another, such as a multiple of 32, or choose a model that takes any: most of timm's."
+        ) from None
+
+
+def patch_of(model: nn.Module) -> int | None:
+    """The side of the patches that a ViT cuts pictures into, px; None for other models."""
+    found = getattr(getattr(model, "patch_embed", None), "patch_size", getattr(model, "patch_size", None))
+    side = found[0] if isinstance(found, (tuple, list)) else found
+    return side if isinstance(side, int) and side > 0 else None
+
+
+def resample_torchvision(model: Any, size: int) -> None:
+    """The positions of torchvision's VisionTransformer for squares of `size` px."""
+    from torchvision.models.vision_transformer import interpolate_embeddings
+
+    before: Tensor = model.encoder.pos_embedding
+    state: Any = {"encoder.pos_embedding": before.detach()}
+    found = interpolate_embeddings(size, model.patch_size, state)["encoder.pos_embedding"]
+    model.encoder.pos_embedding = nn.Parameter(found.clone(), requires_grad=before.requires_grad)
+    model.image_size, model.seq_length = size, int(found.shape[1])
