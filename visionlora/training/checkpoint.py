@@ -6,6 +6,7 @@ The state before the last one is kept beside it, for a disk that loses what was 
 from __future__ import annotations
 
 import io
+import shlex
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -36,7 +37,7 @@ def write_state(path: Path, state: Mapping[str, Any]) -> None:
     except OSError as e:
         raise WriteError(
             f"The checkpoint {path} cannot be written ({e.strerror or e}); the last one is still whole. Free some space and "
-            f"go on with --resume {path.parent.parent}."
+            f"go on with --resume {shlex.quote(str(path.parent.parent))}."
         ) from None
 
 
@@ -54,7 +55,7 @@ def read_state(path: Path, say: Callable[[str], None] = lambda line: None) -> di
     if not path.is_file() and not previous.is_file():
         raise RunFolderError(
             f"There is no checkpoint at {path}: the run was ended before its first one. Start it anew: "
-            f"--resume auto --output {path.parent.parent}."
+            f"--resume auto --output {shlex.quote(str(path.parent.parent))}."
         )
     found, problem = _load(path)
     if found is None:

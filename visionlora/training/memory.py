@@ -14,6 +14,9 @@ from visionlora.lora.packed import keeping_dense, owner_of
 SPARE = 0.8
 """Share of the free memory that may be used; gradients on the way and the allocator's gaps take the rest."""
 
+NO_LIMIT = 2**62
+"""Bytes; version 1 of control groups writes a number near 2^63 where there is no limit."""
+
 
 def bytes_kept(model: nn.Module, run: Callable[[], Tensor]) -> int:
     """Bytes that a forward pass keeps for backward, each storage once, those of parameters not counted."""
@@ -38,10 +41,51 @@ def free_memory(device: torch.device) -> int | None:
         return int(torch.cuda.mem_get_info(device)[0])
     if sys.platform != "linux":
         return None
-    for line in Path("/proc/meminfo").read_text().splitlines():
+    found = [limit for limit in (available(), left_in_group()) if limit is not None]
+    return min(found, default=None)
+
+
+def available(meminfo: Path = Path("/proc/meminfo")) -> int | None:
+    """Bytes that the machine can still give, without swapping."""
+    for line in text_of(meminfo).splitlines():
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
     return None
+
+
+def left_in_group(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int | None:
+    """Bytes that the control groups of this process leave it, of a container or a batch system; None without a limit.
+
+    Of either version (the kernel's documentation: admin-guide/cgroup-v1/memory, cgroup-v2). A container often sees its
+    own group at the root. Pages of files count as used until others need them, so they are taken off.
+    """
+    found: list[int] = []
+    for line in text_of(own).splitlines():
+        number, controllers, path = line.split(":", 2)
+        if number == "0":
+            top, limit, usage, cached = root, "memory.max", "memory.current", "inactive_file"
+        elif "memory" in controllers.split(","):
+            top, limit, usage = root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+            cached = "total_inactive_file"
+        else:
+            continue
+        inside = top / path.lstrip("/")
+        for group in [g for g in (inside, *inside.parents) if g == top or top in g.parents]:
+            highest, used = text_of(group / limit).strip(), text_of(group / usage).strip()
+            if highest.isdigit() and used.isdigit() and int(highest) < NO_LIMIT:
+                stat = dict(
+                    entry.split(" ", 1) for entry in text_of(group / "memory.stat").splitlines() if " " in entry
+                )
+                found.append(max(0, int(highest) - int(used) + int(stat.get(cached, 0))))
+    return min(found, default=None)
+
+
+def text_of(path: Path) -> str:
+    """Of a file of the kernel's; empty where there is none."""
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
 
 
 def at_once(together: int, per_picture: int, free: int | None) -> int:

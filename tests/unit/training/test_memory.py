@@ -1,11 +1,14 @@
 """What fits in memory at once."""
 
+from pathlib import Path
+
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from visionlora.training.memory import SPARE, at_once, bytes_kept, free_memory
+from visionlora.training.memory import SPARE, at_once, available, bytes_kept, free_memory, left_in_group
 
 
 def test_what_a_pass_keeps_is_counted_once_and_without_weights() -> None:
@@ -29,3 +32,38 @@ def test_the_largest_share_that_fits(together: int, per_picture: int, free: int)
 def test_free_memory_is_told_where_it_can_be() -> None:
     found = free_memory(torch.device("cpu"))
     assert found is None or found > 2**20
+
+
+def group(folder: Path, **files: object) -> None:
+    """A control group as the kernel shows it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (folder / name.replace("__", ".")).write_text(f"{content}\n")
+
+
+@pytest.mark.parametrize("line", ["0::/", "0::/slice/job"], ids=["seen as the root", "below others"])
+def test_a_containers_limit_counts(tmp_path: Path, line: str) -> None:
+    own = tmp_path / "self"
+    own.write_text(line)
+    stat = "anon 5\ninactive_file 30"
+    group(tmp_path / "root", memory__max=1000, memory__current=400, memory__stat=stat)
+    group(tmp_path / "root" / "slice", memory__max="max", memory__current=10)
+    assert left_in_group(tmp_path / "root", own) == 630
+    group(tmp_path / "root" / "slice" / "job", memory__max=500, memory__current=450, memory__stat=stat)
+    assert left_in_group(tmp_path / "root", own) == (630 if line == "0::/" else 80), "the tightest counts"
+
+
+def test_groups_of_the_first_version(tmp_path: Path) -> None:
+    own = tmp_path / "self"
+    own.write_text("5:cpu:/x\n4:memory:/job\n0::/\n")
+    unlimited = {"memory__limit_in_bytes": 2**63 - 4096, "memory__usage_in_bytes": 5}
+    group(tmp_path / "root" / "memory" / "job", **unlimited)
+    assert left_in_group(tmp_path / "root", own) is None
+    group(tmp_path / "root" / "memory", memory__limit_in_bytes=100, memory__usage_in_bytes=70,
+          memory__stat="total_inactive_file 20")  # fmt: skip
+    assert left_in_group(tmp_path / "root", own) == 50
+
+
+def test_a_system_that_tells_nothing(tmp_path: Path) -> None:
+    assert left_in_group(tmp_path / "none", tmp_path / "neither") is None
+    assert available(tmp_path / "none") is None
