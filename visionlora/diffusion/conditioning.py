@@ -61,7 +61,7 @@ def ids_of(pipe: Any, tokenizer: Any, texts: Sequence[str]) -> Tensor:
 
 
 def text_states(
-    encoders: Sequence[nn.Module], ids: Sequence[Tensor], clip_skip: int = 1
+    encoders: Sequence[nn.Module], ids: Sequence[Tensor], clip_skip: int = 1, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """What the UNet reads of captions: text (b, t, w), and for two encoders the summary (b, p).
 
@@ -72,12 +72,13 @@ def text_states(
         encoders: of transformers.
         ids: for each encoder, (b, t).
         clip_skip: of one encoder, how many layers from the end it is read; see `BaseModel.clip_skip`.
+        mask: of one encoder, (b, t), 0 where a token is not to be seen by others.
     """
     if len(encoders) == 1:
         encoder: Any = encoders[0]
         if clip_skip == 1:
-            return encoder(ids[0])[0], None
-        states = encoder(ids[0], output_hidden_states=True).hidden_states[-clip_skip]
+            return encoder(ids[0], mask)[0], None
+        states = encoder(ids[0], mask, output_hidden_states=True).hidden_states[-clip_skip]
         return getattr(encoder, "text_model", encoder).final_layer_norm(states), None
     found = [encoder(i, output_hidden_states=True) for encoder, i in zip(encoders, ids, strict=True)]
     return torch.cat([f.hidden_states[-2] for f in found], dim=-1), found[-1][0]

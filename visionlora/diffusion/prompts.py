@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
-from visionlora.diffusion.conditioning import words_or_states
+from torch import Tensor
+
+from visionlora.diffusion.conditioning import text_states, words_or_states
 from visionlora.errors import ConfigError
 
 WEIGHT = re.compile(r"\((?P<words>[^()]+?):\s*(?P<weight>\d+(?:\.\d+)?|\.\d+)\s*\)")
@@ -48,6 +51,23 @@ def in_words(pipe: Any, prompt: str) -> bool:
     return not has_weights(prompt) and not too_long(pipe, prompt)
 
 
+class ReadBefore:
+    """A text encoder whose last hidden state is an earlier one, as compel calls it.
+
+    compel has a setting of its own, for one layer before the last, which transformers since 5.6 breaks.
+    """
+
+    def __init__(self, encoder: Any, clip_skip: int) -> None:
+        self.encoder, self.clip_skip = encoder, clip_skip
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.encoder, name)
+
+    def __call__(self, ids: Tensor, *mask: Tensor | None, **wanted: Any) -> SimpleNamespace:
+        """ids (b, t) -> `last_hidden_state` (b, t, w)."""
+        return SimpleNamespace(last_hidden_state=text_states([self.encoder], [ids], self.clip_skip, *mask)[0])
+
+
 def prompt_arguments(pipe: Any, prompts: Sequence[str], negative: str, clip_skip: int = 1) -> dict[str, Any]:
     """What a pipeline is called with for a batch of pictures: the words, or embeddings where words are not enough.
 
@@ -58,16 +78,11 @@ def prompt_arguments(pipe: Any, prompts: Sequence[str], negative: str, clip_skip
         clip_skip: see `BaseModel.clip_skip`.
 
     Raises:
-        ConfigError: when compel is needed and not installed, or the text is to be read before the last layer.
+        ConfigError: when compel is needed and not installed.
     """
     prompt = prompts[0]
     if all(in_words(pipe, p) for p in (prompt, negative)):
         return words_or_states(pipe, prompts, negative, clip_skip)
-    if clip_skip != 1:
-        raise ConfigError(
-            f"clip_skip is {clip_skip}; a prompt with weights such as (word:1.2), or one longer than the text encoder reads, "
-            "is read after the last layer alone: leave the weights out, shorten it, or give --clip-skip 1."
-        )
     try:
         from compel import Compel, DiffusersTextualInversionManager, ReturnedEmbeddingsType
     except ImportError:
@@ -76,7 +91,7 @@ def prompt_arguments(pipe: Any, prompts: Sequence[str], negative: str, clip_skip
         raise ConfigError(f"The prompt {what}, for which compel is needed: {INSTALL}.") from None
     shared = {"textual_inversion_manager": DiffusersTextualInversionManager(pipe), "truncate_long_prompts": False}
     if getattr(pipe, "text_encoder_2", None) is None:
-        reader = Compel(tokenizer=pipe.tokenizer, text_encoder=pipe.text_encoder, **shared)
+        reader = Compel(tokenizer=pipe.tokenizer, text_encoder=ReadBefore(pipe.text_encoder, clip_skip), **shared)
         texts, more = [reader(as_compel(prompt)), reader(as_compel(negative))], {}
     else:
         reader = Compel(

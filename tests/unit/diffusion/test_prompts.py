@@ -28,11 +28,6 @@ def test_plain_words_go_as_they_are(pipe) -> None:
     assert prompt_arguments(pipe, ["a dog (big)"], "") == {"prompt": ["a dog (big)"], "negative_prompt": None}
 
 
-def test_weights_do_not_go_with_an_earlier_layer(pipe) -> None:
-    with pytest.raises(ConfigError, match="clip_skip is 2; a prompt with weights"):
-        prompt_arguments(pipe, ["a (dog:1.1) b"], "x", clip_skip=2)
-
-
 def test_weights_of_one_are_the_words_and_others_move_their_tokens(pipe) -> None:
     pytest.importorskip("compel")
     with torch.no_grad():
@@ -42,6 +37,19 @@ def test_weights_of_one_are_the_words_and_others_move_their_tokens(pipe) -> None
     torch.testing.assert_close(one["negative_prompt_embeds"], encoded(pipe, "x"))
     moved = (strong["prompt_embeds"] - one["prompt_embeds"]).abs().amax(-1)[0]
     assert bool((moved[2:5] > 0).all()) and float(moved[0]) == 0
+
+
+def test_weights_are_read_before_the_last_layer_too(pipe) -> None:
+    pytest.importorskip("compel")
+    with torch.no_grad():
+        plain = prompt_arguments(pipe, ["a dog b"], "x", clip_skip=2)
+        one = prompt_arguments(pipe, ["a (dog:1.0) b"], "x", clip_skip=2)
+        strong, last = (prompt_arguments(pipe, ["a (dog:1.5) b"], "x", clip_skip=skip) for skip in (2, 1))
+        weak = prompt_arguments(pipe, ["a (dog:0.5) b"], "x", clip_skip=2)
+    for name, states in plain.items():
+        torch.testing.assert_close(one[name], states)
+    assert all(not torch.equal(other["prompt_embeds"], plain["prompt_embeds"]) for other in (strong, weak, last))
+    assert not torch.allclose(strong["prompt_embeds"], last["prompt_embeds"])
 
 
 def test_the_end_of_a_long_prompt_counts(pipe) -> None:
