@@ -118,7 +118,9 @@ def check_pictures(
     """
     if cache is not None:
         remove_leftovers(cache)
-    keeper, why_not = keeper_for(len(data.items), preprocessing, cache, cache_limit)
+    # pixels may differ in the last bit between versions of Pillow
+    made_as = key_of(_VERSION, PIL.__version__, json.dumps(preprocessing.to_dict(), sort_keys=True))
+    keeper, why_not = keeper_for(len(data.items), preprocessing, made_as, cache, cache_limit)
     known = FactsOfFolder(cache, data.root, [item.path for item in data.items])
     facts = {i: fact for i, item in enumerate(data.items) if (fact := known.of(item.path)) is not None}
     try:
@@ -126,13 +128,9 @@ def check_pictures(
         good = sorted(facts)
         notes = _judged(data, facts, problems, skip_broken)
         checked = replace(data, items=tuple(data.items[i] for i in good))
-        key = key_of(
-            _VERSION,
-            PIL.__version__,  # pixels may differ in the last bit
-            json.dumps(preprocessing.to_dict(), sort_keys=True),
-            *(facts[i].sha256 for i in good),
-        )
-        kept = keeper.finish(key, {i: (data.items[i].path, facts[i].stamp) for i in good}, progress)
+        sha256 = {i: facts[i].sha256 for i in good}
+        files = {i: (data.items[i].path, facts[i].stamp) for i in good}
+        kept = keeper.finish(key_of(made_as, *sha256.values()), files, sha256, progress)
     finally:
         keeper.close()
     why_not = why_not or keeper.failed

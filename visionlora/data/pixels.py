@@ -1,5 +1,7 @@
 """The decoded pixels of a data set in one file on disk, written as they come and read by mapping it.
 
+The file is NumPy's .npy, and after the array it says of which pictures its rows are: where some are added to a data set, or
+taken away, the others are copied from the file before.
 Letters in shapes: n pictures, s side of a stored picture.
 """
 
@@ -8,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import IO
 
@@ -21,6 +23,10 @@ from visionlora.errors import DataError
 
 if sys.platform != "win32":
     import fcntl
+
+END = b"vl-rows1"
+"""The last bytes of a file that says what its rows are: before them 32 bytes of SHA-256 per row, and 16 of how they were
+made."""
 
 Stamp = tuple[int, int]
 """Size and time of the last change, ns: a file that has both unchanged is taken to be the same."""
@@ -41,23 +47,33 @@ def check_unchanged(path: Path, shown: str, stamp: Stamp) -> None:
         raise DataError(f"{shown} was changed while it was read; start again when it is complete")
 
 
-def keeper_for(n: int, preprocessing: Preprocessing, cache: Path | None, limit: int) -> tuple[Keeper, str]:
-    """Where pixels go, and if they go nowhere, why."""
+def keeper_for(
+    n: int, preprocessing: Preprocessing, made_as: str, cache: Path | None, limit: int
+) -> tuple[Keeper, str]:
+    """Where pixels go, and if they go nowhere, why; see `Keeper`."""
     need = n * preprocessing.stored_size**2 * 3
     reason = ""
     if cache is None:
         reason = "no cache folder is used"
     elif need > limit:
         reason = f"kept on disk they would take {need / 1e9:.1f} GB, more than the limit of {limit / 1e9:.1f} GB"
-    return Keeper(None if reason else cache, preprocessing), reason
+    return Keeper(None if reason else cache, preprocessing, made_as), reason
 
 
 class Keeper:
     """Writes pixels to a temporary file as they come, which becomes the kept file when all are there in order."""
 
-    def __init__(self, folder: Path | None, preprocessing: Preprocessing) -> None:
+    def __init__(self, folder: Path | None, preprocessing: Preprocessing, made_as: str) -> None:
+        """Nothing is kept yet.
+
+        Args:
+            folder: of the kept files; None to keep nothing.
+            preprocessing: to what the pictures are made.
+            made_as: a key of everything but the pictures that pixels depend on, 32 hex digits.
+        """
         self.folder = folder
         self.preprocessing = preprocessing
+        self.made_as = bytes.fromhex(made_as)
         self.rows: list[int] = []
         """The picture of each row that was written."""
         self.failed = ""
@@ -76,13 +92,18 @@ class Keeper:
             self._fail(error)
 
     def finish(
-        self, key: str, files: Mapping[int, tuple[Path, Stamp]], progress: Callable[[int, int], None] | None
+        self,
+        key: str,
+        files: Mapping[int, tuple[Path, Stamp]],
+        sha256: Mapping[int, str],
+        progress: Callable[[int, int], None] | None,
     ) -> npt.NDArray[np.uint8] | None:
         """The pixels of all pictures in order, or None where they are not kept.
 
         Args:
             key: of these pictures.
-            files: position -> file and its stamp, in order; what was not added is decoded.
+            files: position -> file and its stamp, in order; what was not added, and is in no other file, is decoded.
+            sha256: of each of them, in hex.
             progress: see `check_pictures`.
         """
         if self.folder is None or self.failed:
@@ -92,9 +113,9 @@ class Keeper:
             return kept
         try:
             if self._writer is not None and self.rows == list(files):
-                self._writer.finish(final)
+                self._writer.finish(final, self._rows_of(sha256[i] for i in files))
             else:
-                self._gather(final, files, progress)
+                self._gather(final, files, sha256, progress)
         except OSError as error:
             self._fail(error)
             return None
@@ -111,34 +132,65 @@ class Keeper:
         self,
         final: Path,
         files: Mapping[int, tuple[Path, Stamp]],
+        sha256: Mapping[int, str],
         progress: Callable[[int, int], None] | None,
     ) -> None:
-        """Writes the file anew from what was added and, for all others, from the pictures."""
+        """Writes the file anew from what was added, from other files and, for all others, from the pictures."""
         added = self._writer.rows() if self._writer is not None else None
         row_of = {i: row for row, i in enumerate(self.rows)}
-        total, done = sum(i not in row_of for i in files), 0
+        before = self._rows_before({sha256[i] for i in files if i not in row_of}, final.parent)
+        total, done = sum(i not in row_of and sha256[i] not in before for i in files), 0
         writer = Writer(final.parent, "all", self.preprocessing.stored_size)
         try:
             for i, (path, stamp) in files.items():
                 if added is not None and i in row_of:
                     writer.add(added[row_of[i]])
                     continue
+                if sha256[i] in before:
+                    array, row = before[sha256[i]]
+                    writer.add(array[row])
+                    continue
                 writer.add(self.preprocessing.stored(decode_again(path)))
                 check_unchanged(path, printable(path), stamp)
                 done += 1
                 if progress is not None:
                     progress(done, total)
-            writer.finish(final)
+            writer.finish(final, self._rows_of(sha256[i] for i in files))
         finally:
             writer.remove()
 
-    def _open(self, path: Path, n: int) -> npt.NDArray[np.uint8] | None:
+    def _rows_of(self, sha256: Iterable[str]) -> bytes:
+        """What stands after the array."""
+        return b"".join(bytes.fromhex(digest) for digest in sha256) + self.made_as + END
+
+    def _rows_before(self, wanted: set[str], folder: Path) -> dict[str, tuple[npt.NDArray[np.uint8], int]]:
+        """Of the pictures that other kept files have: the file's array and the row, by SHA-256."""
+        found: dict[str, tuple[npt.NDArray[np.uint8], int]] = {}
+        for path in folder.glob("pictures-*.npy"):
+            if len(found) == len(wanted):
+                break
+            with contextlib.suppress(OSError), path.open("rb") as file:
+                file.seek(-min(len(self.made_as) + len(END), path.stat().st_size), os.SEEK_END)
+                if file.read() != self.made_as + END:
+                    continue
+                array = self._open(path)
+                if array is None or (n := len(array)) == 0:
+                    continue
+                file.seek(-(32 * n + len(self.made_as) + len(END)), os.SEEK_END)
+                digests = file.read(32 * n)
+                for row in range(n):
+                    if (digest := digests[32 * row : 32 * row + 32].hex()) in wanted:
+                        found.setdefault(digest, (array, row))
+        return found
+
+    def _open(self, path: Path, n: int | None = None) -> npt.NDArray[np.uint8] | None:
         side = self.preprocessing.stored_size
         try:
             array = np.load(path, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError, EOFError):
             return None
-        return np.asarray(array) if array.shape == (n, side, side, 3) and array.dtype == np.uint8 else None
+        right = array.shape[1:] == (side, side, 3) and array.dtype == np.uint8 and n in (None, len(array))
+        return np.asarray(array) if right else None
 
     def _fail(self, error: OSError) -> None:
         self.failed = f"{self.folder} cannot be written ({error.strerror or error})"
@@ -187,9 +239,12 @@ class Writer:
         array: npt.NDArray[np.uint8] = np.load(self.path, mmap_mode="r", allow_pickle=False)
         return array
 
-    def finish(self, final: Path) -> None:
-        """Puts the complete file in its place."""
+    def finish(self, final: Path, more: bytes) -> None:
+        """Puts the complete file, with `more` after the array, in its place."""
         self._complete()
+        self.file.seek(0, os.SEEK_END)
+        self.file.write(more)
+        self.file.flush()
         os.fsync(self.file.fileno())
         self.file.close()
         self.path.replace(final)
