@@ -35,7 +35,7 @@ def set_input_size(id: str, model: nn.Module, size: int, own: int) -> None:
         )
     try:
         if callable(resize := getattr(model, "set_input_size", None)):  # timm's
-            resize(img_size=(size, size))
+            resize(img_size=(size, size), **windows_of(model))
         elif hasattr(model, "encoder") and hasattr(model, "seq_length"):  # torchvision's ViT
             resample_torchvision(cast(Any, model), size)
         with torch.no_grad():
@@ -50,9 +50,20 @@ def set_input_size(id: str, model: nn.Module, size: int, own: int) -> None:
 
 def patch_of(model: nn.Module) -> int | None:
     """The side of the patches that a ViT cuts pictures into, px; None for other models."""
-    found = getattr(getattr(model, "patch_embed", None), "patch_size", getattr(model, "patch_size", None))
+    embed: Any = getattr(model, "patch_embed", None)
+    found = getattr(embed, "patch_size", getattr(model, "patch_size", None))
     side = found[0] if isinstance(found, (tuple, list)) else found
-    return side if isinstance(side, int) and side > 0 else None
+    if not isinstance(side, int) or side < 1:
+        return None
+    step = getattr(getattr(embed, "proj", None), "stride", (side, side))
+    return side if tuple(step) == (side, side) else None  # patches that overlap lose nothing
+
+
+def windows_of(model: nn.Module) -> dict[str, Any]:
+    """Of timm's first Swin, whose position biases are those of its windows: these stay, as where timm makes it anew."""
+    if type(model).__module__ != "timm.models.swin_transformer":
+        return {}
+    return {"window_size": tuple(stage.blocks[0].window_size for stage in cast(Any, model).layers)}
 
 
 def resample_torchvision(model: Any, size: int) -> None:

@@ -7,6 +7,7 @@ import timm
 import torch
 
 from visionlora.errors import ModelError
+from visionlora.models.input_size import patch_of, set_input_size
 from visionlora.models.vision import as_logits, open_backbone
 
 
@@ -33,6 +34,27 @@ def test_convolutions_and_torchvisions_vit_read_other_sizes(name: str) -> None:
     with torch.no_grad():
         assert as_logits(opened.model(torch.zeros(1, 3, 64, 64))).shape == (1, opened.features)
     assert opened.preprocessing.size == 64
+
+
+@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "swin_s3_tiny_224"])
+def test_swins_windows_stay_as_timm_makes_them(name: str) -> None:
+    """Their position biases are not resampled, and an exported folder opens to the same model."""
+    small = {"embed_dim": 12, "depths": (2, 2, 2, 2), "num_heads": (1, 1, 2, 2), "num_classes": 0}
+    torch.manual_seed(0)
+    model = timm.create_model(name, **small).eval()
+    for n, p in model.named_parameters():
+        if "relative_position" in n:
+            torch.nn.init.normal_(p)
+    set_input_size(name, model, 256, 224)
+    there = timm.create_model(name, img_size=256, **small).eval()
+    there.load_state_dict(model.state_dict())
+    x = torch.randn(1, 3, 256, 256, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(model(x), there(x))
+
+
+def test_patches_that_overlap_lose_no_pixels() -> None:
+    assert patch_of(timm.create_model("pvt_v2_b0", depths=(1, 1, 1, 1))) is None
 
 
 def test_what_loses_pixels_or_cannot_be_read_is_refused(tiny_vit: Path) -> None:
