@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from visionlora.errors import ConfigError
+from visionlora.lora.adapted import AdaptedLayer
 from visionlora.lora.classes import adapted_class
 from visionlora.lora.kernels import low_rank_linear
 from visionlora.lora.layers import (
-    AdaptedLayer,
     AdaptedLinear,
     restore_class,
     swap_class,
@@ -179,6 +179,8 @@ def plain_projection(x: Tensor, weight: Tensor, bias: Tensor | None, active: lis
             part = out[..., rows]
             shown = part if gain.with_bias or bias is None else part - bias[rows].to(out.dtype)
             total = total + F.pad(gain.value.to(out.dtype) * shown, pad)
+        if (scale := m.input_gain()) is not None:
+            total = total + F.pad(F.linear(x * scale.to(x.dtype), weight[rows]), pad)
         for lora_A, lora_B, scaling in m.factors():
             seen = F.dropout(x.to(out.dtype), m.dropout, m.training)
             change = F.linear(F.linear(seen, lora_A.to(out.dtype)), lora_B.to(out.dtype)) * scaling

@@ -18,13 +18,14 @@ from torch import nn
 
 from visionlora import plugins
 from visionlora.errors import AdapterFileError, ConfigError, TargetError
+from visionlora.lora.adapted import AdaptedLayer
 from visionlora.lora.adapter import Adapter, AdapterModule
 from visionlora.lora.attention import AdaptedAttention, take_over
 from visionlora.lora.classes import forward_of_its_own
 from visionlora.lora.config import PLUGIN_GROUPS, AdapterConfig
 from visionlora.lora.handle import Handle, InjectionReport, freeze
 from visionlora.lora.in_full import InFull
-from visionlora.lora.layers import AdaptedLayer, adapt
+from visionlora.lora.layers import adapt
 from visionlora.lora.lean import Lean, make_lean, unlean
 from visionlora.lora.methods import KINDS, METHODS
 from visionlora.lora.methods.base import Method, Site

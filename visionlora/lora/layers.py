@@ -15,7 +15,7 @@ Letters in shapes: b batch, n tokens, i in, o out, r rank, *s spatial sizes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
@@ -23,16 +23,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visionlora.errors import ConfigError
+from visionlora.lora.adapted import AdaptedLayer
 from visionlora.lora.classes import adapted_class
 from visionlora.lora.functional import wide
 from visionlora.lora.kernels import CONVOLVE, HEAVY, Geometry, convolution, low_rank_conv, low_rank_linear
-from visionlora.lora.methods.base import Method, last_switch, mark, switched
+from visionlora.lora.methods.base import Method, switched
 from visionlora.lora.together import (
     Batch,
-    Stack,
+    base_outputs,
     branches_of,
-    build_batch,
-    build_stack,
+    has_gain,
     part_of,
     placed,
     shared_terms,
@@ -44,154 +44,14 @@ from visionlora.lora.together import (
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-class AdaptedLayer(nn.Module):
-    """Mixed into the class of an adapted layer. Adapters with scale 0 are not run: the output is the base's own."""
-
-    adapters: nn.ModuleDict
-    originals: dict[str, Tensor]
-    """The untouched weight and bias while some adapter is merged."""
-    _kept: dict[Any, tuple[list[Any], Any]]
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """What torch calls to move and cast a module: the originals go along."""
-        found = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.originals = {n: fn(t) for n, t in self.originals.items()}
-        return found
-
-    def methods(self) -> Iterator[Method]:
-        """Every adapter's part on this layer."""
-        return (cast(Method, m) for m in self.adapters.values())
-
-    def active(self) -> list[Method]:
-        """The parts that are to be run beside the weight; looked for again only after some adapter was switched."""
-        compiling = torch.compiler.is_compiling()
-        now = None if compiling else last_switch()  # compiled code would be traced again for it
-        mine = self._modules["adapters"]  # other than that of the layer that this one is a replica of
-        if not compiling and (known := self.__dict__.get("_active")) and known[0] is now and known[1] is mine:
-            return cast("list[Method]", known[2])
-        found, everywhere = [], True
-        for m in self.methods():
-            if m.merged:
-                continue
-            if m.sample_scale is not None:
-                self.check_inference(m)
-                everywhere = False
-            if compiling or m.scale != 0:
-                found.append(m)
-        if not compiling and everywhere:
-            self.__dict__["_active"] = (now, mine, found)
-        return found
-
-    def check_inference(self, method: Method) -> None:
-        """Raises ConfigError where scales per picture have no path: with gradients, compiled, or read by another layer."""
-        why = ""
-        if torch.compiler.is_compiling():
-            why = "compiled code"
-        elif torch.is_grad_enabled():
-            why = "training"
-        elif not isinstance(self, (AdaptedLinear, AdaptedConv)):
-            why = "packed attention"
-        if why:
-            raise ConfigError(
-                f"Adapter {method.adapter_name!r} has scales per picture, which do not go with {why}: "
-                + ("run under torch.no_grad()." if why == "training" else "give it one scale for the batch.")
-            )
-
-    def guarded(self, out: Tensor) -> Tensor:
-        """`out`; where merged adapters are in training mode, with an error for whoever runs backward through it."""
-        if torch.is_grad_enabled() and self.training and not torch.compiler.is_compiling():
-            for m in self.methods():
-                if m.merged and m.trainable:
-                    first = next(p for p in m.parameters() if p.requires_grad)
-                    guarded: Tensor = MergedTraining.apply(out, first, m.adapter_name, m.site.name)
-                    return guarded
-        return out
-
-    def masked(self, active: list[Method]) -> bool:
-        """Whether pictures of the batch differ in the components that act.
-
-        Raises:
-            ConfigError: when they also have scales of their own.
-        """
-        found = any(m.row_mask is not None for m in active)
-        if found and any(m.sample_scale is not None for m in active):
-            raise ConfigError("Scales per picture do not go with T-LoRA at a timestep per picture: give one timestep.")
-        return found
-
-    def wants_graph(self, x: Tensor, active: list[Method]) -> bool:
-        """Whether a gradient will be asked of this layer, or inputs are left out at random, as when it trains.
-
-        The latter without gradients too: the first pass of `torch.utils.checkpoint` must see what its second will.
-        """
-        if torch.is_grad_enabled() and (x.requires_grad or any(m.trainable for m in active) or self.base_trains()):
-            return True
-        return self.training and any(m.dropout for m in active)
-
-    def base_trains(self) -> bool:
-        """Whether a gradient will be asked for the layer's own weight or bias."""
-        return any(p is not None and p.requires_grad for p in self._parameters.values())
-
-    def stack(self, dtype: torch.dtype, active: list[Method]) -> Stack:
-        """The active adapters concatenated; kept until a scale or a factor changes."""
-        stack: Stack = self.kept(dtype, active, lambda: build_stack(cast(Any, self).weight, dtype, active))
-        return stack
-
-    def batch(self, dtype: torch.dtype, active: list[Method]) -> Batch | None:
-        """The active adapters picture by picture; None when no picture has scales of its own.
-
-        Raises:
-            ConfigError: when the adapters have scales for different numbers of pictures.
-        """
-        if all(m.sample_scale is None for m in active):
-            return None
-        sizes = {len(m.sample_scale) for m in active if m.sample_scale is not None and len(m.sample_scale) > 1} or {1}
-        if len(sizes) > 1:
-            raise ConfigError(
-                f"Adapters have scales for {' and '.join(map(str, sorted(sizes)))} pictures: give all the same."
-            )
-        (pictures,) = sizes
-        weight = cast(Any, self).weight
-        found: Batch = self.kept(("batch", dtype), active, lambda: build_batch(weight, dtype, active, pictures))
-        return found
-
-    def kept(self, what: Any, active: list[Method], build: Callable[[], Any], base: Iterable[Tensor] = ()) -> Any:
-        """What `build` gives, from before while the active adapters are the same, and the tensors of the base it reads.
-
-        Those in training are not kept: writes through `.data`, which much training code does, leave no trace.
-        """
-        state: list[Any] = [mark(t) for t in base]
-        for m in active:
-            if m.trainable:
-                return build()
-            state += m.state()
-        found = self._kept.get(what)
-        if found is None or found[0] != state:
-            found = self._kept[what] = (state, build())
-        return found[1]
-
-
-class MergedTraining(torch.autograd.Function):
-    """The identity; backward is refused, as the gradient would not reach the merged adapter."""
-
-    @staticmethod
-    def forward(ctx: Any, out: Tensor, parameter: Tensor, adapter: str, layer: str) -> Tensor:  # noqa: D102
-        ctx.names = adapter, layer
-        return out.view_as(out)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:  # noqa: D102
-        adapter, layer = ctx.names
-        raise ConfigError(
-            f"Adapter {adapter!r} is merged into {layer!r}, so training it would change nothing: call unmerge() first."
-        )
-
-
 class AdaptedLinear(AdaptedLayer):
     """A linear layer with adapters.
 
     Where the module above reads its weight (`visionlora.lora.attention.WeightUser`) it has a flag `calling`, true while
     it is called as a layer all the same, so that its own use of the weight is not taken for the other's.
     """
+
+    by_picture = True
 
     def forward(self, input: Tensor) -> Tensor:
         """input (..., i) -> (..., o)."""
@@ -225,8 +85,10 @@ class AdaptedLinear(AdaptedLayer):
     def trained(self, x: Tensor, weight: Tensor, bias: Tensor | None, active: list[Method]) -> Tensor:
         """With gradients."""
         if (scale := total_input_gain(active)) is not None:
-            out = low_rank_linear(x * (1 + scale).to(x.dtype), weight, bias, [])
-            return out + self.added(x, out, bias, active)
+            out, before = base_outputs(
+                lambda seen, b: low_rank_linear(seen, weight, b, []), x, bias, scale, has_gain(active)
+            )
+            return out + self.added(x, before, bias, active)
         gain, over = (total_gain(active, weight.shape[0], with_bias) for with_bias in (False, True))
         if over is not None:
             out = low_rank_linear(x, weight, bias, [])
@@ -236,11 +98,12 @@ class AdaptedLinear(AdaptedLayer):
     def plain(self, x: Tensor, weight: Tensor, bias: Tensor | None, active: list[Method]) -> Tensor:
         """Ordinary operations alone."""
         scale = total_input_gain(active)
-        out = F.linear(x if scale is None else x * (1 + scale).to(x.dtype), weight, bias)
-        return out + self.added(x, out, bias, active)
+        gained = scale is not None and has_gain(active)
+        out, before = base_outputs(lambda seen, b: F.linear(seen, weight, b), x, bias, scale, gained)
+        return out + self.added(x, before, bias, active)
 
     def added(self, x: Tensor, out: Tensor, bias: Tensor | None, active: list[Method]) -> Tensor:
-        """What the adapters add to the base's output."""
+        """What the adapters add to the base's output, `out` where the input is not scaled."""
         total = torch.zeros((), dtype=out.dtype, device=out.device)
         if (gain := total_gain(active, out.shape[-1], False)) is not None:
             total = total + gain.to(out.dtype) * (out if bias is None else out - bias.to(out.dtype))
@@ -266,9 +129,8 @@ class AdaptedLinear(AdaptedLayer):
             return value.repeat(times, 1).view(times * b, *(1,) * (x.dim() - 2), value.shape[1])
 
         with torch.no_grad():
-            seen = x if batch.input_gain is None else x * (1 + each(batch.input_gain)).to(x.dtype)
-            base = F.linear(seen, weight, bias)
-            out = base
+            scale = None if batch.input_gain is None else each(batch.input_gain)
+            out, base = base_outputs(lambda seen, b: F.linear(seen, weight, b), x, bias, scale, batch.gained)
             if batch.gain is not None:
                 out = out + each(batch.gain) * (base if bias is None else base - bias.to(base.dtype))
             if batch.gain_with_bias is not None:
@@ -291,15 +153,11 @@ class AdaptedLinear(AdaptedLayer):
             return self.batched(x, weight, bias, batch)
         stack = self.stack(dtype, active)
         with torch.no_grad():
-            seen = x if stack.input_gain is None else x * (1 + stack.input_gain).to(x.dtype)
-            out = F.linear(seen, weight, bias)
-            added: list[Tensor] = []
+            out, base = base_outputs(lambda seen, b: F.linear(seen, weight, b), x, bias, stack.input_gain, stack.gained)
             if stack.gain is not None:
-                added.append(stack.gain * (out if bias is None else out - bias.to(out.dtype)))
+                out = out + stack.gain * (base if bias is None else base - bias.to(base.dtype))
             if stack.gain_with_bias is not None:
-                added.append(stack.gain_with_bias * out)
-            for part in added:
-                out = out + part
+                out = out + stack.gain_with_bias * base
             if stack.lora_A is not None and stack.lora_B is not None:
                 h = F.linear(x, stack.lora_A)
                 out.view(-1, out.shape[-1]).addmm_(h.view(-1, h.shape[-1]), stack.lora_B.t())
@@ -308,6 +166,8 @@ class AdaptedLinear(AdaptedLayer):
 
 class AdaptedConv(AdaptedLayer):
     """A convolution with adapters; the down path moves over the input exactly as the base does."""
+
+    by_picture = True
 
     def forward(self, input: Tensor) -> Tensor:
         """input (b, i, *s) or (i, *s) -> (b, o, *s') or (o, *s')."""
@@ -337,13 +197,19 @@ class AdaptedConv(AdaptedLayer):
         heavy = isinstance(self, HeavyByMatmul)
         return low_rank_conv(padded, base.weight, base.bias, geometry, branches_of(active), heavy)
 
+    def without_adapters(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The base's own convolution."""
+        base = cast(Any, self)
+        found: Tensor = base._conv_forward(x, base.weight, bias)
+        return found
+
     def plain(self, x: Tensor, active: list[Method]) -> Tensor:
         """Ordinary operations alone."""
         base, spatial = cast(Any, self), (1,) * (x.dim() - 2)
-        scale = total_input_gain(active)
-        seen = x if scale is None else x * (1 + scale).to(x.dtype).view(-1, *spatial)
-        out: Tensor = base._conv_forward(seen, base.weight, base.bias)
-        total = out
+        if (scale := total_input_gain(active)) is not None:
+            scale = scale.view(-1, *spatial)
+        gained = scale is not None and has_gain(active)
+        total, out = base_outputs(self.without_adapters, x, base.bias, scale, gained)
         for with_bias in (False, True):
             if (gain := total_gain(active, out.shape[1], with_bias)) is not None:
                 shown = out if with_bias or base.bias is None else out - base.bias.view(-1, *spatial).to(out.dtype)
@@ -364,9 +230,8 @@ class AdaptedConv(AdaptedLayer):
             return value.repeat(times, 1).view(times * b, -1, *spatial)
 
         with torch.no_grad():
-            seen = x if batch.input_gain is None else x * (1 + each(batch.input_gain)).to(x.dtype)
-            before: Tensor = base._conv_forward(seen, base.weight, base.bias)
-            out = before
+            scale = None if batch.input_gain is None else each(batch.input_gain)
+            out, before = base_outputs(self.without_adapters, x, base.bias, scale, batch.gained)
             if batch.gain is not None:
                 shown = before if base.bias is None else before - base.bias.view(-1, *spatial).to(before.dtype)
                 out = out + each(batch.gain) * shown
@@ -395,9 +260,8 @@ class AdaptedConv(AdaptedLayer):
             return self.batched(x, batch)
         stack = self.stack(dtype, active)
         with torch.no_grad():
-            seen = x if stack.input_gain is None else x * (1 + stack.input_gain).to(x.dtype).view(-1, *spatial)
-            out: Tensor = base._conv_forward(seen, base.weight, base.bias)
-            total = out
+            scale = None if stack.input_gain is None else stack.input_gain.view(-1, *spatial)
+            total, out = base_outputs(self.without_adapters, x, base.bias, scale, stack.gained)
             if stack.gain is not None:
                 shown = out if base.bias is None else out - base.bias.view(-1, *spatial).to(out.dtype)
                 total = total + stack.gain.view(-1, *spatial) * shown

@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from visionlora.lora.adapted import AdaptedLayer
 from visionlora.lora.classes import adapted_class, forward_of_its_own
 from visionlora.lora.kernels import first_derivative, low_rank_conv, undo
-from visionlora.lora.layers import CONVOLUTIONS, AdaptedLayer, HeavyByMatmul, conv_geometry
+from visionlora.lora.layers import CONVOLUTIONS, HeavyByMatmul, conv_geometry
 
 
 class Lean(nn.Module):

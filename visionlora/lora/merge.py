@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from visionlora.errors import ConfigError
-from visionlora.lora.layers import AdaptedLayer, with_adapters
+from visionlora.lora.adapted import AdaptedLayer
+from visionlora.lora.layers import with_adapters
 from visionlora.lora.methods.base import Method
 from visionlora.lora.packed import Packed
 from visionlora.lora.together import stacked_update

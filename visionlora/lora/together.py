@@ -5,7 +5,7 @@ Letters in shapes: b batch, i in, o out, r rank, *s spatial sizes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -38,6 +38,11 @@ class Stack:
     input_gain: Tensor | None
     """(i,): the base sees x · (1 + input_gain)."""
 
+    @property
+    def gained(self) -> bool:
+        """Whether the output is multiplied."""
+        return self.gain is not None or self.gain_with_bias is not None
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -54,6 +59,11 @@ class Batch:
     input_gain: Tensor | None
     """(b, i): the base sees x · (1 + input_gain)."""
     pictures: int
+
+    @property
+    def gained(self) -> bool:
+        """Whether the output is multiplied."""
+        return self.gain is not None or self.gain_with_bias is not None
 
     def rows(self, x: Tensor, layer: nn.Module) -> int:
         """How often the pictures follow each other in x: twice under classifier-free guidance.
@@ -180,6 +190,30 @@ def total_input_gain(active: Iterable[Method]) -> Tensor | None:
         if gain is not None:
             parts.append(gain)
     return torch.stack(parts).sum(0) if len(parts) > 1 else (parts[0] if parts else None)
+
+
+def has_gain(active: Iterable[Method]) -> bool:
+    """Whether some adapter multiplies the output."""
+    return any(m.gain() is not None for m in active)
+
+
+def base_outputs(
+    run: Callable[[Tensor, Tensor | None], Tensor], x: Tensor, bias: Tensor | None, scale: Tensor | None, gained: bool
+) -> tuple[Tensor, Tensor]:
+    """The base's output for x · (1 + scale), and its output that gains multiply: for x as it is, since ΔW add up.
+
+    Args:
+        run: the base, with a bias or without.
+        x: input.
+        bias: of the base.
+        scale: sum of the input gains, shaped to go with x.
+        gained: whether there are gains; the second output is worth nothing otherwise.
+    """
+    if scale is not None and gained:
+        before = run(x, bias)
+        return before + run(x * scale.to(x.dtype), None), before
+    out = run(x if scale is None else x * (1 + scale).to(x.dtype), bias)
+    return out, out
 
 
 def branches_of(active: Iterable[Method]) -> list[Branch]:

@@ -1,0 +1,86 @@
+"""Factors on the output and on the input of a layer, of one adapter and of several: every way to run gives the same."""
+
+import pytest
+import torch
+from torch import nn
+
+import visionlora as vl
+from visionlora.lora.adapter import Adapter, AdapterModule
+from visionlora.lora.inject import attach
+
+PAIRS = [
+    ("dora-out", "dora-in"),
+    ("ia3-out", "ia3-in"),
+    ("dora-out", "ia3-in"),
+    ("ia3-in", "lora"),
+    ("dora-in", "dora-in"),
+]
+
+
+def layer(kind: str) -> tuple[nn.Module, torch.Tensor]:
+    torch.manual_seed(1)
+    if kind == "linear":
+        return nn.Sequential(nn.Linear(6, 8)).requires_grad_(False), torch.randn(2, 3, 6)
+    return nn.Sequential(nn.Conv2d(6, 8, 3, padding=1)).requires_grad_(False), torch.randn(2, 6, 5, 5)
+
+
+def module(kind: str, weight: torch.Tensor, seed: int) -> AdapterModule:
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator) * 0.3
+
+    o, i, *k = weight.shape
+    lora = {"lora_A": random(2, i, *k), "lora_B": random(o, 2, *(1 for _ in k))}
+    if kind == "lora":
+        return AdapterModule("lora", lora, 2.0)
+    if kind.startswith("dora"):
+        rows = weight.flatten(1) if kind == "dora-out" else weight.transpose(0, 1).flatten(1)
+        norms = rows.norm(dim=1)
+        options = {} if kind == "dora-out" else {"axis": "in"}
+        return AdapterModule("dora", {**lora, "magnitude": norms * (1 + random(len(norms)))}, 2.0, options)
+    on_input = kind == "ia3-in"
+    return AdapterModule("ia3", {"vector": 1 + random(i if on_input else o)}, 1.0, {"on_input": on_input})
+
+
+@pytest.mark.parametrize("shape", ["linear", "conv"])
+@pytest.mark.parametrize("pair", PAIRS)
+def test_two_adapters_add_up_in_every_mode(pair: tuple[str, str], shape: str) -> None:
+    model, x = layer(shape)
+    made = {
+        n: Adapter({"model.0": module(kind, model[0].weight, k)})
+        for k, (n, kind) in enumerate(zip("ab", pair, strict=True))
+    }
+    with torch.no_grad():
+        mix = vl.attach(model, made)
+        assert mix.running == "merged"
+        wanted = model(x)
+        mix.detach()
+        for mode in ("stacked", "batched"):
+            mix = vl.attach(model, made, mode=mode)
+            torch.testing.assert_close(model(x), wanted, rtol=1e-4, atol=1e-5)
+            mix.detach()
+    for name, adapter in made.items():
+        attach(model, adapter, name=name)
+    torch.testing.assert_close(model(x.requires_grad_()), wanted, rtol=1e-4, atol=1e-5)
+    compiled = torch.compile(model, backend="eager")
+    torch.testing.assert_close(compiled(x.detach()), wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["dora-in", "ia3-in", "dora-out"])
+@pytest.mark.parametrize("own", [False, True])
+def test_in_torchs_attention_with_gradients_as_without(kind: str, own: bool) -> None:
+    """With one packed weight, and with one for each of q, k and v."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2, batch_first=True, kdim=8, vdim=6 if own else None)})
+    model.eval().requires_grad_(False)
+    attention = model["attn"]
+    weight = attention.q_proj_weight if own else attention.in_proj_weight[:8]
+    attach(model, Adapter({"model.attn.q": module(kind, weight, 3)}))
+    x = torch.randn(2, 3, 8)
+    value = torch.randn(2, 3, 6) if own else x
+    with torch.no_grad():
+        without, _ = attention(x, x, value, need_weights=False)
+    other = x.clone().requires_grad_()
+    found, _ = attention(other, x if own else other, value if own else other, need_weights=False)
+    torch.testing.assert_close(found, without, rtol=1e-4, atol=1e-5)
