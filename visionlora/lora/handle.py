@@ -15,7 +15,7 @@ from visionlora.errors import ConfigError, TargetError
 from visionlora.lora.adapter import Adapter, AdapterModule
 from visionlora.lora.attention import give_back
 from visionlora.lora.config import AdapterConfig
-from visionlora.lora.in_full import InFull, is_changed
+from visionlora.lora.in_full import InFull
 from visionlora.lora.layers import release
 from visionlora.lora.lean import make_plain
 from visionlora.lora.merge import as_before_on_error, check_scale, write_weights
@@ -41,12 +41,12 @@ def freeze(model: nn.Module, base: Iterable[nn.Parameter], trained: Collection[n
         p.requires_grad_(p in trained or (frozen.handles > 1 and p.requires_grad))
 
 
-def thaw(model: nn.Module, trained: Iterable[nn.Parameter]) -> None:
+def thaw(model: nn.Module, trained: Iterable[InFull]) -> None:
     """Undoes `freeze` for one of them; with the last everything is as it was before the first."""
     frozen: Frozen = vars(model)["_frozen"]
     frozen.handles -= 1
-    for p in trained:
-        p.requires_grad_(is_changed(p) and p.requires_grad)
+    for f in trained:
+        f.parameter.requires_grad_(f.is_changed and f.parameter.requires_grad)
     if not frozen.handles:
         for p, trains in vars(model).pop("_frozen").before.items():
             p.requires_grad_(trains)
@@ -270,7 +270,7 @@ class Handle:
         make_plain(self._lean)
         if self._freezes:
             self._freezes = False
-            thaw(self.model, [f.parameter for f in self.in_full.values()])
+            thaw(self.model, self.in_full.values())
         self.methods, self.in_full, self._owners, self._lean = {}, {}, (), []
 
     # -------------------------------------------------------------------------------------------------------- files

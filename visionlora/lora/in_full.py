@@ -1,54 +1,71 @@
 """Parameters of the base that adapters change in place: a head that trains in full, norms and biases of other trainers' files.
 
 Several adapters may change one parameter. What is written is the original plus each one's difference times its scale, so
-that the order in which they come, are scaled and go does not matter.
+that the order in which they come, are scaled and go does not matter. Where other adapters are merged into the parameter,
+this is what they are merged into: it is written to the layer's original, and they are merged anew.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from visionlora.lora.adapted import AdaptedLayer
 from visionlora.lora.functional import wide
+from visionlora.lora.merge import merge_anew
 
 
 @dataclass
 class Changed:
-    """What adapters make of one parameter; it hangs on the parameter."""
+    """What adapters make of one parameter; it hangs on the parameter's module."""
 
     original: Tensor
     """As it was before the first."""
     parts: list[InFull] = field(default_factory=list)
 
 
-def is_changed(parameter: nn.Parameter) -> bool:
-    """Whether some adapter changes this parameter in place."""
-    return hasattr(parameter, "_changed")
-
-
 class InFull:
     """One adapter's change of one parameter."""
 
-    def __init__(self, parameter: nn.Parameter, value: Tensor | None = None, difference: Tensor | None = None) -> None:
+    def __init__(
+        self, owner: nn.Module, name: str, value: Tensor | None = None, difference: Tensor | None = None
+    ) -> None:
         """Changes it.
 
         Args:
-            parameter: of the base.
+            owner: the module of the base that has the parameter.
+            name: of the parameter there.
             value: what it becomes.
             difference: what is added to it. With neither the parameter itself is the value, and may train.
         """
-        self.parameter, self.scale = parameter, 1.0
+        self.owner, self.name, self.scale = owner, name, 1.0
         self._value, self._difference = value, difference
         self._trains = value is None and difference is None
-        slot = cast("Any", parameter)
-        if not is_changed(parameter):
-            slot._changed = Changed(parameter.detach().clone())
-        self._changed: Changed = slot._changed
+        changed: dict[str, Changed] = vars(owner).setdefault("_changed", {})
+        if name not in changed:
+            changed[name] = Changed(self._unmerged.detach().clone())
+        self._changed = changed[name]
         self._write(lambda parts: parts.append(self))
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """What is changed."""
+        return cast("nn.Parameter", getattr(self.owner, self.name))
+
+    @property
+    def _unmerged(self) -> Tensor:
+        """The parameter without what other adapters have merged into it."""
+        found: Tensor = getattr(self.owner, "originals", {}).get(self.name, self.parameter)
+        return found
+
+    @property
+    def is_changed(self) -> bool:
+        """Whether some adapter, this one or another, changes the parameter."""
+        return self.name in vars(self.owner).get("_changed", {})
 
     @property
     def original(self) -> Tensor:
@@ -64,8 +81,8 @@ class InFull:
             return (wide(self.original) + self.difference().to(self.original.device)).to(self.original.dtype)
         others = [p for p in self._changed.parts if p is not self and p.scale]
         if not others:
-            return self.parameter.detach()
-        return self._narrow(wide(self.parameter.detach()) - sum(p.scale * p.difference() for p in others))
+            return self._unmerged.detach()
+        return self._narrow(wide(self._unmerged.detach()) - sum(p.scale * p.difference() for p in others))
 
     @torch.no_grad()
     def difference(self) -> Tensor:
@@ -84,7 +101,10 @@ class InFull:
         """As if it had never been."""
         self._write(lambda parts: parts.remove(self))
         if not self._changed.parts:
-            del cast("Any", self.parameter)._changed
+            changed: dict[str, Changed] = vars(self.owner)["_changed"]
+            del changed[self.name]
+            if not changed:
+                del vars(self.owner)["_changed"]
 
     def bake(self) -> None:
         """What it makes of the parameter, at its scale, is the original from now on."""
@@ -117,7 +137,9 @@ class InFull:
         """Makes a change of the parts or their scales, and writes what follows from it."""
         self._hold()
         change(self._changed.parts)
-        self.parameter.copy_(self._sum(self._changed.parts))
+        self._unmerged.copy_(self._sum(self._changed.parts))
+        if isinstance(self.owner, AdaptedLayer) and self.name in self.owner.originals:
+            merge_anew(self.owner)
         for part in self._changed.parts:
             if part._trains and part.scale == 1:  # the parameter holds it again, and trains on
                 part._value = None

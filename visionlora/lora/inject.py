@@ -95,7 +95,7 @@ def inject(
     handle._freezes = True
     for n in base:
         if n in replaced:
-            handle.in_full[n] = InFull(base[n])
+            handle.in_full[n] = InFull(*owner_of(model, n))
     if config.save_memory and methods:
         handle._lean = make_lean(model)
     handle.report = InjectionReport(
@@ -119,7 +119,7 @@ def learning_on(model: nn.Module, config: AdapterConfig, modules: Mapping[str, A
     methods, replaced, skipped = fit(model, modules, "model")
     if skipped:
         raise misfits(model, "model", skipped, len(modules))
-    strange = [path for _, path, _ in replaced] + [
+    strange = [path for path, _ in replaced] + [
         m.site.name for m in methods if type(m) is not METHODS.get(config.method)
     ]
     if strange:
@@ -171,8 +171,8 @@ def attach(
     if skipped and (not allow_partial or len(skipped) == len(modules)):
         raise misfits(model, component, skipped, len(modules))
     _place(handle, methods, name)
-    for parameter, path, m in replaced:
-        handle.in_full[path] = InFull(parameter, m.tensors.get("value"), m.tensors.get("shift"))
+    for path, m in replaced:
+        handle.in_full[path] = InFull(*owner_of(model, path), m.tensors.get("value"), m.tensors.get("shift"))
     left_out = {path for path, _ in skipped}
     used = {path: m for path, m in modules.items() if path not in left_out}
     count = sum(t.numel() for m in used.values() for t in m.tensors.values())
@@ -182,7 +182,7 @@ def attach(
         count,
         0,
         {path: m.rank for path, m in used.items() if m.rank},
-        tuple(path for _, path, _ in replaced),
+        tuple(path for path, _ in replaced),
         tuple(path for path, m in used.items() if m.is_zero()),
     )
     return handle
@@ -190,11 +190,11 @@ def attach(
 
 def fit(
     model: nn.Module, modules: Mapping[str, AdapterModule], component: str
-) -> tuple[list[Method], list[tuple[nn.Parameter, str, AdapterModule]], list[tuple[str, str]]]:
+) -> tuple[list[Method], list[tuple[str, AdapterModule]], list[tuple[str, str]]]:
     """Matches an adapter's modules with a model's layers, without touching the model.
 
     Returns:
-        The methods to place; (parameter, name, module) for what is changed in place; (name, reason) for what does not fit.
+        The methods to place; (name, module) of parameters that are changed in place; (name, reason) for what does not fit.
 
     Raises:
         AdapterFileError: for a kind of module that is unknown here.
@@ -208,7 +208,8 @@ def fit(
         path = spelled.get(given, given)
         try:
             if m.kind in IN_PLACE:
-                replaced.append((fitting_parameter(base, path, m, component, model), path, m))
+                check_parameter(base, path, m, component, model)
+                replaced.append((path, m))
                 continue
             if m.kind not in KINDS:
                 raise AdapterFileError(f"The adapter's layer {component}.{path} is of kind {m.kind!r}, unknown here.")
@@ -315,14 +316,16 @@ def check_shape(site: Site, module: AdapterModule, name: str) -> None:
         raise TargetError(f"The adapter's ΔW for {name} has shape {given}, the base weight {wanted}.")
 
 
-def fitting_parameter(
-    base: Mapping[str, nn.Parameter], path: str, module: AdapterModule, component: str, model: nn.Module
-) -> nn.Parameter:
-    """The base parameter that a module of kind `full` or `shift` changes in place.
+def owner_of(model: nn.Module, path: str) -> tuple[nn.Module, str]:
+    """The module that a parameter belongs to, and its name there."""
+    owner, _, name = path.rpartition(".")
+    return model.get_submodule(owner), name
 
-    Raises:
-        TargetError: when there is none of this name and shape.
-    """
+
+def check_parameter(
+    base: Mapping[str, nn.Parameter], path: str, module: AdapterModule, component: str, model: nn.Module
+) -> None:
+    """Raises TargetError when no base parameter has the name and shape of a module of kind `full` or `shift`."""
     (value,) = module.tensors.values()
     if path not in base:
         raise TargetError(f"The adapter changes {component}.{path}, which {type(model).__name__} has not.")
@@ -330,7 +333,6 @@ def fitting_parameter(
         raise TargetError(
             f"The adapter's {component}.{path} has shape {tuple(value.shape)}, the base's {tuple(base[path].shape)}."
         )
-    return base[path]
 
 
 def check_name(layers: Iterable[nn.Module], name: str) -> None:

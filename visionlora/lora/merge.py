@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, cast
 
@@ -63,10 +63,21 @@ def write_weights(handles: Sequence[Handle]) -> None:
         original = keep_original(layer, name)
         torch.addmm(original.flatten(1), up, down, out=cast(Tensor, getattr(layer, name)).flatten(1))
     for layer, values in new:
-        restore_all_but(layer, values)
-        for name, value in values.items():
-            keep_original(layer, name)
-            cast(Tensor, getattr(layer, name)).copy_(value)
+        write(layer, values)
+
+
+@torch.no_grad()
+def merge_anew(layer: AdaptedLayer) -> None:
+    """Writes the weights of one layer again, after an original has changed."""
+    write(layer, with_adapters(layer, [m for m in layer.methods() if m.merged]))
+
+
+def write(layer: AdaptedLayer, values: Mapping[str, Tensor]) -> None:
+    """Writes these parameters of a layer; the others are the originals."""
+    restore_all_but(layer, values)
+    for name, value in values.items():
+        keep_original(layer, name)
+        cast(Tensor, getattr(layer, name)).copy_(value)
 
 
 def direct_update(layer: AdaptedLayer, merged: Sequence[Method]) -> tuple[str, Tensor, Tensor] | None:
@@ -178,11 +189,12 @@ def bake(handles: Sequence[Handle], scales: Sequence[float] | None = None) -> No
                 changed.set_scale(scale)
     merge_together(handles, scales)
     for handle in handles:
-        for m in handle.methods.values():
-            cast(AdaptedLayer, m.site.layer).originals.clear()
-            m.merged = False
         for changed in handle.in_full.values():
             changed.bake()
         handle.in_full = {}
+    for handle in handles:
+        for m in handle.methods.values():
+            cast(AdaptedLayer, m.site.layer).originals.clear()
+            m.merged = False
     for handle in handles:
         handle.eject()

@@ -1,5 +1,8 @@
 """Several adapters that change one parameter in place: the sum of what each does at its scale, in any order."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from hypothesis import given
@@ -50,7 +53,7 @@ def test_each_adds_its_own_difference(kinds, steps, order) -> None:
         left.pop(which).eject()
         wanted = ORIGINAL + sum(scales[i] * differences[i] for i in left)
         torch.testing.assert_close(model[0].bias.data, wanted)
-    assert torch.equal(model[0].bias, ORIGINAL) and not hasattr(model[0].bias, "_changed")
+    assert torch.equal(model[0].bias, ORIGINAL) and "_changed" not in vars(model[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -101,3 +104,89 @@ def test_a_mix_of_two() -> None:
     torch.testing.assert_close(model[0].bias.data, ORIGINAL + 10)
     mix.detach()
     assert torch.equal(model[0].bias, ORIGINAL)
+
+
+# ------------------------------------------------------------------------------------ beside others that are merged
+
+
+def linear() -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(4, 3)).requires_grad_(False)
+
+
+def beside(kind: str) -> tuple[Adapter, Adapter]:
+    """One that changes a parameter in place, and one that is merged into it."""
+    torch.manual_seed(2)
+    if kind == "weight":
+        lora = AdapterModule.lora(torch.randn(2, 4), torch.randn(3, 2), 2.0)
+        full = AdapterModule("full", {"value": torch.randn(3, 4)}, 1.0)
+        return Adapter({"model.0.weight": full}), Adapter({"model.0": lora})
+    factors = AdapterModule("ia3", {"vector": torch.tensor([0.5, 2.0, -1.0])}, 1.0, {"on_input": False})
+    return shift(3.0), Adapter({"model.0": factors})
+
+
+@pytest.mark.parametrize("kind", ["weight", "bias"])
+@pytest.mark.parametrize("order", ["ab", "ba"])
+def test_beside_one_that_is_merged(kind: str, order: str) -> None:
+    model, made, x = linear(), dict(zip("ab", beside(kind), strict=True)), torch.randn(2, 4)
+    before = {n: p.clone() for n, p in model.named_parameters()}
+
+    def found(a: float, b: float, mode: str) -> torch.Tensor:
+        other = linear()
+        vl.attach(other, {n: made[n] for n in order}, scales={"a": a, "b": b}, mode=mode)
+        return other(x)
+
+    with torch.no_grad():
+        mix = vl.attach(model, {n: made[n] for n in order})
+        for a, b in ((1.0, 1.0), (0.0, 1.0), (0.5, 1.0), (1.0, -2.0), (1.0, 0.0), (1.0, 1.0)):
+            mix.set_scales({"a": a, "b": b})
+            assert mix.running == "merged"
+            torch.testing.assert_close(model(x), found(a, b, "stacked"))
+        mix.detach()
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("kind", ["weight", "bias"])
+def test_on_a_parameter_into_which_another_is_merged_already(kind: str) -> None:
+    model, (changing, merged), x = linear(), beside(kind), torch.randn(2, 4)
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    first = attach(model, merged, name="merged")
+    first.merge()
+    alone = model(x)
+    second = attach(model, changing, name="changing")
+    both = model(x)
+    first.unmerge()
+    torch.testing.assert_close(model(x), both)
+    first.merge()
+    second.eject()
+    assert torch.equal(model(x), alone)
+    first.eject()
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("kind", ["weight", "bias"])
+def test_baked_with_one_that_is_merged(kind: str) -> None:
+    model, made, x = linear(), beside(kind), torch.randn(2, 4)
+    handles = [attach(model, a, name=n) for n, a in zip("ab", made, strict=True)]
+    with torch.no_grad():
+        wanted = model(x)
+        bake(handles)
+    assert type(model[0]) is nn.Linear
+    torch.testing.assert_close(model(x), wanted)
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda given: pickle.loads(pickle.dumps(given))])
+def test_copies_come_off_by_themselves(again) -> None:
+    model = norm()
+    handle = attach(model, shift(1.0))
+    twin, its = again((model, handle))
+    its.set_scale(0.5)
+    torch.testing.assert_close(twin[0].bias.data, ORIGINAL + 0.5)
+    torch.testing.assert_close(model[0].bias.data, ORIGINAL + 1)
+    its.eject()
+    handle.eject()
+    assert torch.equal(twin[0].bias, ORIGINAL) and torch.equal(model[0].bias, ORIGINAL)
+    mix = vl.attach(model, {"a": shift(1.0)})
+    twin = again(mix)
+    twin.detach()
+    assert torch.equal(twin.target[0].bias, ORIGINAL) and not torch.equal(model[0].bias, ORIGINAL)
