@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +34,13 @@ from visionlora.lora.names import resolve_names
 from visionlora.lora.overlap import PairOverlap, overlap
 from visionlora.mixing.compose import Composition, composition
 from visionlora.mixing.compose.balanced import scaled
+from visionlora.mixing.moments import Moments, check_stepped
+from visionlora.mixing.rows import check_pictures, knows_pictures, of_prompts, repeated, rows_of, tiled
 from visionlora.mixing.scales import Scale, as_scale, block_factors
 from visionlora.mixing.words import Words
 
 MODES = ("auto", "merged", "stacked", "batched")
 PARTS = ("unet", "text_encoder", "text_encoder_2")
-TRAINED_TIMESTEPS = 1000
-"""Of a UNet that is called without a pipeline's scheduler."""
 
 
 @dataclass
@@ -89,6 +90,7 @@ class Mix:
         """The mode in use."""
         self._hooks: list[Any] = []
         self._moment = (0, 1)
+        self._moments = Moments(target)
         self._rows = 0
         self._evaluations: list[dict[str, float]] = []
         """Factors of the adapters in each evaluation of the UNet, where the composition wants several."""
@@ -284,6 +286,8 @@ class Mix:
                 member.factors = block_factors(member.scale, self.layers(name))
         self._evaluations = self.composition.evaluations(list(self.handles))
         batched, stepped = self.needs_batch, self.needs_steps
+        if stepped:
+            check_stepped(self.parts.get("unet", self.parts.get("", next(iter(self.parts.values())))))
         if self.mode == "merged" and (batched or stepped):
             what = "scales per picture" if batched else "scales or a composition that change from step to step"
             raise ConfigError(f"mode 'merged' cannot have {what}: use mode='auto'.")
@@ -343,9 +347,15 @@ class Mix:
                     if scale != m.scale:
                         m.scale = scale
                 for layer, changed in handle.in_full.items():
-                    factor = 1.0 if member is None else member.factors[component, layer]
+                    factor = 1.0 if member is None else member.factors[component, layer] * member.scale.of_all_images
                     changed.set_scale(strength * factor * (weight if isinstance(weight, (int, float)) else 1.0))
         self._set_rows(self._rows)
+
+    @property
+    def _images(self) -> dict[str, Tensor]:
+        """Factors by picture, of the adapters that have any."""
+        given = {n: m.scale.images for n, m in self.members.items() if n in self.handles}
+        return {n: torch.tensor(list(v)).float() for n, v in given.items() if v is not None}
 
     def _on_unet(self, component: str) -> bool:
         """Whether a part runs at every step: of a pipeline the UNet, of a bare module all there is."""
@@ -353,14 +363,9 @@ class Mix:
 
     def _set_rows(self, rows: int) -> None:
         """The scales of pictures and evaluations; rows of one evaluation, 0 where there is but one."""
-        evaluations = self._evaluations if rows else []
+        evaluations, factors_by_picture = self._evaluations if rows else [], self._images
         for name, pairs in self.handles.items():
-            member = self.members.get(name)
-            images = (
-                None
-                if member is None or member.scale.images is None
-                else torch.tensor(list(member.scale.images)).float()
-            )
+            images = factors_by_picture.get(name)
             shares: Tensor | None = images
             if evaluations:
                 own = torch.ones(rows) if images is None else tiled(images, rows)
@@ -382,7 +387,12 @@ class Mix:
     def _hooked(self) -> Iterator[Any]:
         """Hooks on the UNet, where something depends on the step or on evaluations."""
         unet = self.parts.get("unet", self.parts.get(""))
-        if unet is None or not (self.needs_steps or self._evaluations):
+        images = self._images
+        for component, part in self.parts.items() if images else ():
+            if not self._on_unet(component):
+                yield part.register_forward_pre_hook(partial(self._before_text, component), with_kwargs=True)
+        counted = images and knows_pictures(self.target)
+        if unet is None or not (self.needs_steps or self._evaluations or counted):
             return
         yield unet.register_forward_pre_hook(self._before, with_kwargs=True)
         if self._evaluations:
@@ -392,17 +402,31 @@ class Mix:
         """Sets the scales of this step; repeats the batch for evaluations."""
         if self.needs_steps:
             timestep = kwargs.get("timestep", args[1] if len(args) > 1 else None)
-            moment = self.moment_of(timestep)
+            moment = self._moments.at(timestep)
             if moment != self._moment:
                 self._set(*moment)
+        if not self._evaluations and not knows_pictures(self.target):
+            return None
+        rows = rows_of(args, kwargs)
+        for images in self._images.values():
+            if len(images) > 1 and knows_pictures(self.target):
+                check_pictures(self.target, len(images), rows)
         if not self._evaluations:
             return None
-        rows = len(next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.dim() > 1))
         if rows != self._rows:
             self._rows = rows
             self._set_rows(rows)
         times = len(self._evaluations)
         return repeated(args, rows, times), repeated(kwargs, rows, times)
+
+    def _before_text(self, component: str, encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Sets the scales of the prompts that a text encoder reads."""
+        for name, images in self._images.items():
+            acting = [m for c, h in self.handles[name] if c == component for m in h.methods.values() if m.scale]
+            shares = of_prompts(images, rows_of(args, kwargs)) if acting else images
+            for m in acting:
+                if m.sample_scale is None or not torch.equal(m.sample_scale, shares):
+                    m.sample_scale = shares
 
     def _after(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Blends the evaluations."""
@@ -414,20 +438,6 @@ class Mix:
             return (blended, *output[1:])
         output[next(iter(output))] = blended  # sample of diffusers, logits of transformers
         return output
-
-    def moment_of(self, timestep: Any) -> tuple[int, int]:
-        """(step, steps) of a timestep: its place in the scheduler's list, or by its value where there is no scheduler."""
-        value = float(torch.as_tensor(timestep).flatten()[0])
-        scheduler = getattr(self.target, "scheduler", None)
-        timesteps = getattr(scheduler, "timesteps", None)
-        if timesteps is not None and len(timesteps):
-            near = (timesteps.float().cpu() - value).abs()
-            if float(near.min()) < 0.5:
-                # Of a picture to start from the pipeline leaves out the first timesteps, according to its strength.
-                run = getattr(self.target, "_num_timesteps", None)
-                skipped = max(0, len(timesteps) - run) if isinstance(run, int) and run > 0 else 0
-                return max(0, int(near.argmin()) - skipped), len(timesteps) - skipped
-        return min(TRAINED_TIMESTEPS - 1, max(0, TRAINED_TIMESTEPS - 1 - round(value))), TRAINED_TIMESTEPS
 
 
 def parts_of(target: Any) -> dict[str, nn.Module]:
@@ -444,30 +454,6 @@ def parts_of(target: Any) -> dict[str, nn.Module]:
             f"{type(target).__name__} is neither a module nor a pipeline with a UNet: adapters cannot go on it."
         )
     return found
-
-
-def tiled(images: Tensor, rows: int) -> Tensor:
-    """One factor per picture -> one per row, pictures following each other.
-
-    Raises:
-        ConfigError: when the rows are no whole batches.
-    """
-    if rows % len(images):
-        raise ConfigError(
-            f"There are scales for {len(images)} pictures, and {rows} rows: give one per picture of the batch."
-        )
-    return images.repeat(rows // len(images))
-
-
-def repeated(value: Any, rows: int, times: int) -> Any:
-    """Every tensor of `rows` rows several times in a row, in tuples, lists and dicts too."""
-    if isinstance(value, Tensor):
-        return torch.cat([value] * times) if value.dim() and len(value) == rows else value
-    if isinstance(value, dict):
-        return {k: repeated(v, rows, times) for k, v in value.items()}
-    if isinstance(value, (tuple, list)):
-        return type(value)(repeated(v, rows, times) for v in value)
-    return value
 
 
 def attach(

@@ -106,6 +106,11 @@ class Scale:
                 f"A list of block weights has 17 or 26 numbers, as in A1111; this one has {len(self.blocks)}."
             )
 
+    @property
+    def of_all_images(self) -> float:
+        """The factor of every picture, where all have the same; 1 where they differ."""
+        return float(self.images[0]) if self.images is not None and len(set(self.images)) == 1 else 1.0
+
     def at(self, progress: float) -> float:
         """The factor of this moment, the strength included."""
         factor = float(self.steps(progress)) if callable(self.steps) else 1.0

@@ -1,0 +1,92 @@
+"""Steps of every scheduler, of pictures to start from, of samplings that end early and of several pipelines of one model."""
+
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import visionlora as vl
+from visionlora.errors import ConfigError
+from visionlora.lora.adapter import Adapter, AdapterModule
+from visionlora.models.base import open_base
+
+from .test_mix import adapter
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+class Seen:
+    """Notes the scale of the first adapter's first layer at every call of the UNet."""
+
+    def __init__(self, pipe, mix) -> None:
+        self.scales: list[float] = []
+        method = next(iter(dict(mix.handles["a"])["unet"].methods.values()))
+        self.hook = pipe.unet.conv_out.register_forward_hook(lambda *_: self.scales.append(method.scale))
+
+    def by(self, pipe, steps: int, **options) -> list[float]:
+        self.scales.clear()
+        pipe("dog", num_inference_steps=steps, height=32, width=32, output_type="latent", guidance_scale=1.0, **options)
+        return list(self.scales)
+
+
+def drawing(pipe, steps: vl.Scale) -> Seen:
+    pipe.set_progress_bar_config(disable=True)
+    mix = vl.attach(pipe, {"a": adapter(pipe, 0, ("lora",), text=False)}, scales={"a": steps})
+    return Seen(pipe, mix)
+
+
+SIX = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
+SCHEDULERS = {
+    "DDIMScheduler": ({}, SIX),
+    "EulerDiscreteScheduler": ({}, SIX),
+    "DPMSolverMultistepScheduler": ({}, SIX),
+    "PNDMScheduler": ({"skip_prk_steps": True}, [1, 2, 2, 3, 4, 5, 6]),
+    "HeunDiscreteScheduler": ({}, [1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6]),
+    "KDPM2DiscreteScheduler": ({}, [1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_every_step_has_its_turn(tiny_model: Path, name: str) -> None:
+    options, expected = SCHEDULERS[name]
+    pipe = open_base(str(tiny_model)).pipe
+    pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config, **options)
+    seen = drawing(pipe, vl.Scale(steps=SIX))
+    assert seen.by(pipe, 6) == expected
+    assert seen.by(pipe, 6) == expected, "the next picture begins anew"
+
+
+def test_the_first_steps_of_runge_and_kutta(tiny_model: Path) -> None:
+    pipe = open_base(str(tiny_model)).pipe
+    pipe.scheduler = diffusers.PNDMScheduler.from_config(pipe.scheduler.config, skip_prk_steps=False)
+    found = drawing(pipe, vl.Scale(steps=SIX)).by(pipe, 6)
+    assert len(found) == 15 and found == sorted(found) and set(found) == set(SIX)
+
+
+def test_a_sampling_that_ends_early_is_cut_at_its_end(tiny_xl: Path) -> None:
+    pipe = open_base(str(tiny_xl)).pipe
+    seen = drawing(pipe, vl.Scale(steps=vl.Ramp(1.0, 0.0)))
+    assert seen.by(pipe, 10, denoising_end=0.8) == pytest.approx([1 - k / 9 for k in range(8)])
+
+
+def test_another_pipeline_of_the_same_parts_starts_where_it_starts(tiny_model: Path) -> None:
+    pipe = open_base(str(tiny_model)).pipe
+    seen = drawing(pipe, vl.Scale(steps=vl.Ramp(1.0, 0.0)))
+    other = diffusers.StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False)
+    other.set_progress_bar_config(disable=True)
+    assert seen.by(pipe, 4) == pytest.approx([1, 2 / 3, 1 / 3, 0])
+    seen.scales.clear()
+    other("dog", image=Image.new("RGB", (32, 32)), strength=0.5, num_inference_steps=10, output_type="latent")
+    assert seen.scales == pytest.approx([1, 0.75, 0.5, 0.25, 0])
+
+
+@pytest.mark.parametrize("how", [{"scales": {"a": vl.Scale(steps=[1.0, 0.0])}}, {"compose": "switch"}])
+def test_models_without_timesteps_are_told_so(how: dict) -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    lora = Adapter({"model.0": AdapterModule.lora(torch.ones(1, 4), torch.ones(4, 1), 1.0)})
+    with pytest.raises(ConfigError, match="follow the timestep, which Sequential is not given"):
+        vl.attach(model, {"a": lora, "b": lora}, **how)
+    assert type(model[0]) is nn.Linear

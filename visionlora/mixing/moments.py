@@ -1,0 +1,69 @@
+"""Which step of how many a UNet is called for, told by its timestep."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from visionlora.errors import ConfigError
+
+TRAINED_TIMESTEPS = 1000
+"""Of a UNet that is called without a pipeline's scheduler."""
+
+
+class Moments:
+    """Counts the steps of one sampling after the other.
+
+    A step is one of those that the scheduler was asked for, also where it evaluates the model more than once for it (Heun,
+    DPM2, the first steps of PNDM). Of a picture to start from the first timesteps are left out: 0 is the first step done.
+    """
+
+    def __init__(self, target: Any) -> None:
+        """None yet.
+
+        Args:
+            target: what has the scheduler, if anything has.
+        """
+        self.target = target
+        self._timesteps: Tensor | None = None
+        self._levels = torch.zeros(0)
+        self._first = self._last = 0
+
+    def at(self, timestep: Any) -> tuple[int, int]:
+        """(step, steps) of a timestep: its place in the scheduler's list, or by its value where there is no scheduler."""
+        value = float(torch.as_tensor(timestep).flatten()[0])
+        scheduler = getattr(self.target, "scheduler", None)
+        timesteps = getattr(scheduler, "timesteps", None)
+        if timesteps is not None and len(timesteps):
+            asked = getattr(scheduler, "num_inference_steps", None) or len(timesteps)
+            if fresh := timesteps is not self._timesteps:  # every sampling sets them anew
+                self._timesteps, self._levels = timesteps, levels(timesteps, asked)
+            near = (self._levels - value).abs()
+            if float(near.min()) < 0.5:
+                count = len(self._levels)
+                step, steps = int(near.argmin()), min(count, asked)
+                step = step * steps // count
+                if fresh or step < self._last:
+                    self._first = step
+                self._last = step
+                return step - self._first, steps - self._first
+        return min(TRAINED_TIMESTEPS - 1, max(0, TRAINED_TIMESTEPS - 1 - round(value))), TRAINED_TIMESTEPS
+
+
+def levels(timesteps: Tensor, asked: int) -> Tensor:
+    """The timesteps in order, each once where there are other than one for each step that was asked for."""
+    values = timesteps.float().cpu()
+    return values if len(values) == asked else torch.tensor(list(dict.fromkeys(values.tolist())))
+
+
+def check_stepped(model: nn.Module) -> None:
+    """Raises ConfigError when a model is not called with a timestep."""
+    known = inspect.signature(model.forward).parameters.values()
+    if not any(p.name == "timestep" or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in known):
+        raise ConfigError(
+            f"Scales and compositions that change from step to step follow the timestep, which {type(model).__name__} is not "
+            "given: they are for the UNets of diffusion models. Give a number, and another composition than switch and k-lora."
+        )
