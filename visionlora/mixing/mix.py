@@ -9,8 +9,8 @@ Three ways to run, one result (`mode`):
               per step
     stacked   factors of all active adapters side by side: one pair of small matmuls per layer, scales may change at any step
     batched   each picture of a batch with its own adapters and scales
-`auto` takes merged, stacked when scales or the composition change from step to step, batched when pictures have scales of
-their own or the composition evaluates adapters one by one.
+`auto` takes merged, stacked when scales or the composition change from step to step or weights are packed in few bits,
+batched when pictures have scales of their own or the composition evaluates adapters one by one.
 """
 
 from __future__ import annotations
@@ -29,18 +29,19 @@ from visionlora.loaders import check_family_of, load_adapter
 from visionlora.lora.adapter import Adapter
 from visionlora.lora.handle import Handle
 from visionlora.lora.inject import attach as attach_one
-from visionlora.lora.merge import merge_together
+from visionlora.lora.merge import check_scale, merge_together
 from visionlora.lora.names import resolve_names
 from visionlora.lora.overlap import PairOverlap, overlap
+from visionlora.lora.packed import Packed
 from visionlora.mixing.compose import Composition, composition
 from visionlora.mixing.compose.balanced import scaled
 from visionlora.mixing.moments import Moments, check_stepped
+from visionlora.mixing.parts import parts_of, places, word_for
 from visionlora.mixing.rows import check_pictures, knows_pictures, of_prompts, repeated, rows_of, tiled
 from visionlora.mixing.scales import Scale, as_scale, block_factors
 from visionlora.mixing.words import Words
 
 MODES = ("auto", "merged", "stacked", "batched")
-PARTS = ("unet", "text_encoder", "text_encoder_2")
 
 
 @dataclass
@@ -236,14 +237,12 @@ class Mix:
         for number, (name, adapter) in enumerate(prepared.items()):
             pairs: list[tuple[str, Handle]] = []
             self.handles[name] = pairs
-            for component in adapter.components:
-                part = self.part(component, adapter)
-                if part is not None:
-                    handle = attach_one(part, adapter, component, f"mix{number}", self.allow_partial)
-                    pairs.append((component, handle))
-                    if strange := [n for n in adapter.component(component) if n not in handle.methods]:
-                        spelled = resolve_names(strange, list(handle.methods))
-                        self._in_file |= {(name, component, layer): given for given, layer in spelled.items()}
+            for component, part in places(adapter, self.parts, self.target, self.allow_partial).items():
+                handle = attach_one(part, adapter, component, f"mix{number}", self.allow_partial)
+                pairs.append((component, handle))
+                if strange := [n for n in adapter.component(component) if n not in handle.methods]:
+                    spelled = resolve_names(strange, list(handle.methods))
+                    self._in_file |= {(name, component, layer): given for given, layer in spelled.items()}
         if list(self.handles) != list(self.members):
             self._check_plain_scales()
         self._configure()
@@ -257,23 +256,6 @@ class Mix:
                     "which they are lost: give a number, or compose otherwise (balanced, orthogonal, switch)."
                 )
 
-    def part(self, component: str, adapter: Adapter) -> nn.Module | None:
-        """The module that a component of an adapter goes on.
-
-        Raises:
-            ConfigError: when the target has none and nothing may be left out.
-        """
-        if component in self.parts:
-            return self.parts[component]
-        if list(self.parts) == [""] and len(adapter.components) == 1:
-            return self.parts[""]
-        if self.allow_partial:
-            return None
-        where = ", ".join(p for p in self.parts if p) or type(self.target).__name__
-        raise ConfigError(
-            f"The adapter has a part for {component!r}; here there is {where}. allow_partial=True leaves it out."
-        )
-
     def layers(self, name: str) -> list[tuple[str, str]]:
         """(component, layer) of everything that an attached adapter changes."""
         return [(c, layer) for c, h in self.handles[name] for layer in (*h.methods, *h.in_full)]
@@ -283,8 +265,12 @@ class Mix:
         for name in self.handles:
             member = self.members.get(name)
             if member is not None:
-                member.factors = block_factors(member.scale, self.layers(name))
+                words = {(c, layer): (word_for(self.parts, c), layer) for c, layer in self.layers(name)}
+                factors = block_factors(member.scale, words.values())
+                member.factors = {at: factors[word] for at, word in words.items()}
         self._evaluations = self.composition.evaluations(list(self.handles))
+        if not any(m.scale.strength for m in self.members.values()):
+            self._evaluations = []  # the base alone, bit for bit
         batched, stepped = self.needs_batch, self.needs_steps
         if stepped:
             check_stepped(self.parts.get("unet", self.parts.get("", next(iter(self.parts.values())))))
@@ -295,7 +281,7 @@ class Mix:
             raise ConfigError(
                 "mode 'stacked' cannot have scales per picture or evaluations per adapter: use mode='auto'."
             )
-        auto = "batched" if batched else "stacked" if stepped else "merged"
+        auto = "batched" if batched else "stacked" if stepped or self.packed else "merged"
         self.running = auto if self.mode == "auto" else self.mode
         if self.running != "merged":
             self._unmerge()
@@ -318,6 +304,12 @@ class Mix:
     def needs_batch(self) -> bool:
         """Whether pictures or evaluations differ in their adapters."""
         return bool(self._evaluations) or any(m.scale.images is not None for m in self.members.values())
+
+    @property
+    def packed(self) -> bool:
+        """Whether adapters are on weights in few bits, into which nothing can be merged."""
+        methods = (m for pairs in self.handles.values() for _, h in pairs for m in h.methods.values())
+        return any(isinstance(m.site.layer, Packed) for m in methods)
 
     @property
     def needs_steps(self) -> bool:
@@ -345,6 +337,7 @@ class Mix:
                     own = weight if isinstance(weight, (int, float)) else weight.get(f"{component}.{given}", 1.0)
                     scale = strength * factor * own
                     if scale != m.scale:
+                        check_scale(name, scale)
                         m.scale = scale
                 for layer, changed in handle.in_full.items():
                     factor = 1.0 if member is None else member.factors[component, layer] * member.scale.of_all_images
@@ -438,22 +431,6 @@ class Mix:
             return (blended, *output[1:])
         output[next(iter(output))] = blended  # sample of diffusers, logits of transformers
         return output
-
-
-def parts_of(target: Any) -> dict[str, nn.Module]:
-    """The parts of a pipeline by the names in adapter files; a bare module under the empty name.
-
-    Raises:
-        ConfigError: when the target is neither.
-    """
-    if isinstance(target, nn.Module):
-        return {"": target}
-    found = {n: p for n in PARTS if isinstance(p := getattr(target, n, None), nn.Module)}
-    if not found:
-        raise ConfigError(
-            f"{type(target).__name__} is neither a module nor a pipeline with a UNet: adapters cannot go on it."
-        )
-    return found
 
 
 def attach(

@@ -14,6 +14,8 @@ from visionlora.formats.names import flattened, to_sgm
 WEBUI_26 = ("BASE", *(f"IN{k:02d}" for k in range(12)), "MID", *(f"OUT{k:02d}" for k in range(12)))
 WEBUI_17 = ("BASE", "IN01", "IN02", "IN04", "IN05", "IN07", "IN08", "MID", *(f"OUT{k:02d}" for k in range(3, 12)))
 """Block-weight lists of A1111's extension sd-webui-lora-block-weight; blocks that the shorter list lacks get 0."""
+LARGEST = 3.4028234663852886e38
+"""In fp32, in which scales are multiplied."""
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 OUTSIDE = {"conv_in": "in", "time_embedding": "in", "add_embedding": "in", "conv_out": "out", "conv_norm_out": "out"}
 """Layers of a UNet outside its blocks, and the word for where they are."""
@@ -89,13 +91,15 @@ class Scale:
     """One factor per picture of a batch."""
 
     def __post_init__(self) -> None:
+        for name in ("strength", "blocks", "steps", "images"):
+            object.__setattr__(self, name, plain(getattr(self, name)))
         numbers = [self.strength, *(self.blocks.values() if isinstance(self.blocks, Mapping) else self.blocks)]
         numbers += list(self.images or [])
         if not callable(self.steps) and self.steps is not None:
             numbers += list(self.steps)
             object.__setattr__(self, "steps", PerStep(tuple(float(v) for v in self.steps)))
         for value in numbers:
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= LARGEST:
                 raise ConfigError(f"A scale is {value!r}; it must be a finite number.")
         if self.images is not None and not len(self.images):
             raise ConfigError("images is empty: give one number per picture of the batch.")
@@ -147,8 +151,18 @@ def scale_from(strength: float, words: Mapping[str, float]) -> Scale:
     return Scale(strength, blocks, steps)
 
 
+def plain(value: Any) -> Any:
+    """Numbers of numpy and torch, and what holds them, as Python's own."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if isinstance(value, Mapping):
+        return {k: plain(v) for k, v in value.items()}
+    return type(value)(plain(v) for v in value) if type(value) in (list, tuple) else value
+
+
 def as_scale(value: Any) -> Scale:
     """A number, factors by block, an A1111 list or a `Scale` as a `Scale`."""
+    value = plain(value)
     if isinstance(value, Scale):
         return value
     if isinstance(value, Mapping):
@@ -194,10 +208,16 @@ def block_factors(scale: Scale, layers: Iterable[tuple[str, str]]) -> dict[tuple
         layers: pairs of component and name.
 
     Raises:
-        ConfigError: when a word reaches none of the layers.
+        ConfigError: when a word reaches none of the layers, unless it is one of those of a pipeline's parts.
     """
     layers = list(layers)
+    on_pipeline = not layers or any(component in COMPONENTS for component, _ in layers)
     if not isinstance(scale.blocks, Mapping):
+        if not on_pipeline:
+            raise ConfigError(
+                "A list of block weights is for the UNet of Stable Diffusion, which this model is not: give factors by the "
+                f"beginnings of layers' names, such as {{{layers[0][1]!r}: 0.5}}."
+            )
         names = WEBUI_17 if len(scale.blocks) == 17 else WEBUI_26
         by_name = dict(zip(names, scale.blocks, strict=True))
         return {layer: float(by_name.get(webui_block(*layer), 0.0)) for layer in layers}
@@ -212,7 +232,8 @@ def block_factors(scale: Scale, layers: Iterable[tuple[str, str]]) -> dict[tuple
         reached.update(fitting)
         found[layer] = float(scale.blocks[fitting[-1]]) if fitting else 1.0
     for word in scale.blocks:
-        if word not in reached and word not in (*COMPONENTS, "down", "mid", "up", "in", "out"):
+        of_pipeline = on_pipeline and word in (*COMPONENTS, "down", "mid", "up", "in", "out")
+        if word not in reached and not of_pipeline:
             short = {w for w in known if w.count(".") <= word.count(".")} or known
             raise ConfigError(f"No adapted layer is in block {word!r}. {nearest(word, short)}")
     return found

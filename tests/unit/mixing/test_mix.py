@@ -121,6 +121,12 @@ def test_a_scale_of_zero_everywhere_is_the_base(pipe) -> None:
         mix.detach()
     mix = vl.attach(pipe, {"a": adapter(pipe, 0)}, scales={"a": {"unet": 0.0, "text_encoder": 0.0}})
     assert torch.equal(run(pipe), plain)
+    mix.detach()
+    three = {n: adapter(pipe, k) for k, n in enumerate("abc")}
+    for options in ({"compose": "composite"}, {"compose": "regional", "regions": dict.fromkeys("abc", (0, 0, 0.3, 1))}):
+        mix = vl.attach(pipe, three, scales=dict.fromkeys(three, 0.0), **options)
+        assert torch.equal(run(pipe), plain)
+        mix.detach()
 
 
 @pytest.mark.parametrize(
@@ -149,6 +155,46 @@ def test_lists_of_a1111(pipe) -> None:
     mix.set_scales({"a": [1.0] * 17})
     found = {f"{c}.{n}": m.scale for c, h in mix.handles["a"] for n, m in h.methods.items()}
     assert found["unet.conv_in"] == 0 and found["unet.down_blocks.0.attentions.0.proj_in"] == 1
+
+
+def test_words_of_blocks_reach_a_unet_by_itself(pipe) -> None:
+    """Under the name that `handle.save(path)` gives it."""
+    made = adapter(pipe, 0, ("lora",), text=False)
+    by_itself = Adapter({n.replace("unet.", "model.", 1): m for n, m in made.modules.items()})
+    with torch.no_grad():
+        for blocks in ({"up": 0.0, "in": 0.5}, [0.0] + [1.0] * 12 + [0.5] * 13):
+            mix = vl.attach(pipe, {"a": made}, scales={"a": blocks})
+            wanted = run(pipe)
+            mix.detach()
+            mix = vl.attach(pipe.unet, {"a": by_itself}, scales={"a": blocks})
+            assert torch.equal(run(pipe), wanted)
+            mix.detach()
+
+
+def test_a_module_by_itself_takes_the_part_that_fits(pipe) -> None:
+    made, plain = adapter(pipe, 0, ("lora",)), run(pipe)
+    for part in ("unet", "text_encoder"):
+        mix = vl.attach(getattr(pipe, part), {"a": made}, allow_partial=True)
+        assert [c for c, _ in mix.handles["a"]] == [part] and not torch.equal(run(pipe), plain)
+        mix.detach()
+    with pytest.raises(ConfigError, match="has a part for 'text_encoder'; here there is UNet2DConditionModel"):
+        vl.attach(pipe.unet, {"a": made})
+    foreign = Adapter({"text_encoder_2.a": next(iter(made.modules.values()))})
+    with pytest.raises(ConfigError, match="has a part for 'text_encoder_2'; here there is unet, text_encoder"):
+        vl.attach(pipe, {"a": foreign}, allow_partial=True)
+    assert torch.equal(run(pipe), plain)
+
+
+def test_on_weights_in_few_bits_auto_keeps_adapters_beside_them() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(64, 64)).requires_grad_(False).eval(), torch.randn(2, 64)
+    vl.pack(model, "nf4")
+    lora = AdapterModule.lora(torch.randn(2, 64), torch.randn(64, 2), 2.0)
+    with torch.no_grad():
+        plain = model(x)
+        mix = vl.attach(model, {"a": Adapter({"model.0": lora})})
+        assert mix.running == "stacked"
+        torch.testing.assert_close(model(x), plain + x @ lora.delta_weight().t(), rtol=1e-4, atol=1e-3)
 
 
 def test_each_picture_of_a_batch_has_its_own(pipe) -> None:
@@ -363,6 +409,9 @@ REFUSALS = {
     ),
     "NaN": (lambda m, a: m.set_scales({"a": float("nan")}), "A scale is nan; it must be a finite number."),
     "no number": (lambda m, a: m.set_scales({"a": "loud"}), "A scale is 'loud'; it must be a finite number."),
+    "too large": (
+        lambda m, a: m.set_scales({"a": vl.Scale(1e30, blocks={"up": 1e30})}), "must be a finite number",
+    ),
     "list": (lambda m, a: m.set_scales({"a": [1.0, 2.0]}), "has 17 or 26 numbers, as in A1111; this one has 2."),
     "images": (lambda m, a: vl.Scale(images=[]), "images is empty: give one number per picture of the batch."),
     "steps": (lambda m, a: vl.Scale(steps=[]), "steps is empty: give at least one number."),

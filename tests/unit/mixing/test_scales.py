@@ -1,9 +1,11 @@
 """Scales from the words of the command line."""
 
+import numpy as np
 import pytest
+import torch
 
 from visionlora.errors import ConfigError
-from visionlora.mixing.scales import Ramp, Scale, Window, scale_from
+from visionlora.mixing.scales import Ramp, Scale, Window, as_scale, block_factors, scale_from
 
 
 def test_words_are_blocks_and_moments() -> None:
@@ -24,3 +26,21 @@ def test_words_are_blocks_and_moments() -> None:
 def test_moments_that_cannot_be(words: dict[str, float], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         scale_from(1.0, words)
+
+
+def test_numbers_of_numpy_and_torch_are_numbers() -> None:
+    assert Scale(np.float32(0.5)) == Scale(0.5) and as_scale(torch.tensor(0.5)) == Scale(0.5)
+    assert Scale(images=np.array([1.0, 0.0])) == Scale(images=torch.tensor([1.0, 0.0])) == Scale(images=[1.0, 0.0])
+    assert Scale(steps=np.array([1.0, 0.5])) == Scale(steps=(1.0, 0.5))
+    assert as_scale({"up": np.float32(0.5)}) == Scale(blocks={"up": 0.5})
+    assert as_scale(np.ones(26)) == Scale(blocks=(1.0,) * 26)
+    for value in (np.bool_(True), torch.tensor([float("nan")]), 1e39, np.float32("inf")):
+        with pytest.raises(ConfigError, match=r"must be a finite number|has 17 or 26"):
+            as_scale(value)
+
+
+@pytest.mark.parametrize("blocks", [{"up": 0.0}, {"unet": 0.5}, {"in": 0.0}, [1.0] * 26])
+def test_words_of_a_unet_are_refused_where_there_is_none(blocks) -> None:
+    with pytest.raises(ConfigError, match=r"No adapted layer is in block|A list of block weights is for the UNet"):
+        block_factors(Scale(blocks=blocks), [("model", "blocks.0.attn.qkv")])
+    assert block_factors(Scale(blocks=blocks), [("text_encoder", "layers.0.fc1")])
