@@ -12,6 +12,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+MOST = 0.99
+"""Share of ‖ΔW‖² that the directions of a wide ΔW hold."""
+
 
 def delta_weight(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     """ΔW = scaling · B·A in fp32, in the shape of the base weight: (o, i) or (o, i/g, *k).
@@ -79,6 +82,19 @@ def decompose(lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     qa, ra = torch.linalg.qr(down.t())
     u, s, v = torch.linalg.svd(rb @ ra.t(), full_matrices=False)
     return qb @ u, s, v @ qa.t()
+
+
+def directions(lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The output and input directions of a ΔW as wide as its layer, (o, k) and (n, k), that hold most of ‖ΔW‖².
+
+    Its factors say nothing of them: one may be the identity. None for a narrower one, whose factors do.
+    """
+    down, up = lora_A.flatten(1), lora_B.flatten(1)
+    if len(down) < min(len(up), down.shape[1]):
+        return None
+    u, s, v = decompose(down, up)
+    k = rank_for_energy(s, MOST) if bool(s.any()) else 0
+    return u[:, :k], v[:k].t()
 
 
 def resize(lora_A: Tensor, lora_B: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,8 @@ Per layer and pair:
     inputs    the same for the row spaces of A: 1 when both react to the same directions
     cosine    ⟨ΔW_1, ΔW_2⟩ / (‖ΔW_1‖·‖ΔW_2‖): above 0 they push the same way, below 0 against each other
     shared    the part of ‖ΔW_2‖² that lies in the output directions of the first, and the other way round: their mean
-All by QR of the factors and products of r x r matrices. Principal angles: Björck and Golub, 1973.
+All by QR of the factors and products of r x r matrices; of a ΔW as wide as its layer, which has all directions if ever so
+little, the spaces are those of 99 % of its energy. Principal angles: Björck and Golub, 1973.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch import Tensor
 from visionlora.errors import ConfigError
 from visionlora.lora.adapter import Adapter, AdapterModule
 from visionlora.lora.arithmetic import additive
+from visionlora.lora.functional import directions
 
 STRONGER = 2.0
 """Ratio of ‖ΔW‖ from which one adapter drowns the other in a plain sum."""
@@ -151,9 +153,9 @@ def layer_overlap(name: str, first: tuple[Tensor, Tensor], second: tuple[Tensor,
     inner = float(((a1 @ a2.t()) * (b1.t() @ b2)).sum())
     if min(norms) == 0:
         return LayerOverlap(name, 0.0, 0.0, 0.0, 0.0, *norms)
-    q1, q2 = basis(b1), basis(b2)
+    (q1, p1), (q2, p2) = (directions(a, b) or (basis(b), basis(a.t())) for a, b in (first, second))
     in_first, in_second = energy(a2, q1.t() @ b2) / norms[1] ** 2, energy(a1, q2.t() @ b1) / norms[0] ** 2
-    outputs, inputs = angles(q1, q2), angles(basis(a1.t()), basis(a2.t()))
+    outputs, inputs = angles(q1, q2), angles(p1, p2)
     return LayerOverlap(name, outputs, inputs, inner / (norms[0] * norms[1]), (in_first + in_second) / 2, *norms)
 
 

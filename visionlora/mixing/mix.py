@@ -181,7 +181,7 @@ class Mix:
         changed = {n: replace(m, scale=as_scale(scales[n])) if n in scales else m for n, m in self.members.items()}
         before, self.members = self.members, changed
         try:
-            if self._prepared_from_scales:
+            if self._prepared_from_scales or (self.composition.skips_silent and silent(before) != silent(changed)):
                 self._rebuild()
             else:
                 self._configure()
@@ -431,6 +431,11 @@ class Mix:
             return (blended, *output[1:])
         output[next(iter(output))] = blended  # sample of diffusers, logits of transformers
         return output
+
+
+def silent(members: Mapping[str, Member]) -> set[str]:
+    """The adapters of scale 0."""
+    return {n for n, m in members.items() if not m.scale.strength}
 
 
 def attach(

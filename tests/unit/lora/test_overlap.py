@@ -97,3 +97,17 @@ def test_refusals() -> None:
     other = Adapter({"unet.down_blocks.0.a": AdapterModule.lora(torch.ones(1, 5), torch.ones(8, 1), 1.0)})
     with pytest.raises(vl.VisionLoRAError, match="of different sizes: they were made for different base models"):
         overlap({"a": adapter(0), "b": other})
+
+
+@pytest.mark.parametrize("meet", [False, True])
+def test_a_difference_as_wide_as_its_layer_has_the_directions_of_its_energy(meet: bool) -> None:
+    def difference(row: int, column: int) -> Adapter:
+        delta = torch.full((6, 6), 1e-9)
+        delta[row, column] = 1.0
+        return Adapter({"unet.a": AdapterModule("diff", {"diff": delta}, 1.0)})
+
+    (pair,) = overlap({"a": difference(0, 1), "b": difference(0 if meet else 2, 3)})
+    assert pair.mean("outputs") == pytest.approx(float(meet), abs=1e-6)
+    assert pair.mean("shared") == pytest.approx(float(meet), abs=1e-6)
+    assert pair.mean("inputs") == pytest.approx(0, abs=1e-6)
+    assert ("they write to the same directions" in pair.advice) == meet

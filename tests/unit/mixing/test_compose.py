@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 import visionlora as vl
 from visionlora.lora.adapter import Adapter, AdapterModule
@@ -221,3 +222,61 @@ def test_switch_is_put_back_when_it_cannot_be_left(pipe, three) -> None:
     with pytest.raises(vl.VisionLoRAError, match="K-LoRA chooses between two"):
         mix.set_composition("k-lora")
     assert type(mix.composition) is COMPOSITIONS["switch"] and mix.running == "stacked"
+
+
+# ---------------------------------------------------------------------------------------- wide ones, silent ones, norms
+
+
+def single(kind: str, row: int, column: int) -> Adapter:
+    """ΔW = 1 at one place of a 6 x 6 layer."""
+    up, down = torch.eye(6)[:, row : row + 1], torch.eye(6)[column : column + 1]
+    if kind == "diff":
+        return Adapter({"model.0": AdapterModule("diff", {"diff": up @ down}, 1.0)})
+    return Adapter({"model.0": AdapterModule.lora(down, up, 1.0)})
+
+
+@pytest.mark.parametrize("first", ["lora", "diff"])
+@pytest.mark.parametrize("second", ["lora", "diff"])
+def test_a_wide_one_uses_the_directions_of_its_energy_alone(first: str, second: str) -> None:
+    two = {"a": single(first, 0, 1), "b": single(second, 2, 3)}
+    prepared = composition("orthogonal").prepare(two, dict.fromkeys("ab", 1.0))
+    for name, one in prepared.items():
+        torch.testing.assert_close(one.delta_weights()["model.0"], two[name].delta_weights()["model.0"])
+    meeting = composition("orthogonal").prepare({**two, "b": single(second, 0, 3)}, dict.fromkeys("ab", 1.0))
+    assert float(meeting["b"].delta_weights()["model.0"].norm()) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["orthogonal", "balanced"])
+def test_one_at_scale_zero_leaves_the_others_alone(pipe, three, name: str) -> None:
+    expected = alone(pipe, {"b": three["b"]}, {"b": 0.7})["b"]
+    mix = vl.attach(pipe, three, scales={"a": 0.0, "b": 0.7, "c": 0.0}, compose=name)
+    torch.testing.assert_close(run(pipe), expected, rtol=1e-4, atol=1e-4)
+    mix.set_scales({"a": 1.0})
+    both = run(pipe)
+    assert not torch.allclose(both, expected, atol=1e-2)
+    mix.set_scales({"a": 0.0})
+    torch.testing.assert_close(run(pipe), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["balanced", "orthogonal", "k-lora", "knots"])
+def test_biases_are_composed_with_the_rest(name: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6)).requires_grad_(False)
+    model.forward = lambda x, timestep=0: model[0](x)
+    shifts = {n: torch.randn(6) for n in "ab"}
+    made = {
+        n: Adapter({**single("lora", k, k).modules, "model.0.bias": AdapterModule("shift", {"shift": s}, 1.0)})
+        for k, (n, s) in enumerate(shifts.items())
+    }
+    before = model[0].bias.clone()
+    mix = vl.attach(model, made, compose=name)
+    torch.testing.assert_close(model[0].bias, before + shifts["a"] + shifts["b"])
+    mix.detach()
+    assert torch.equal(model[0].bias, before)
+
+
+def test_regions_are_of_pictures() -> None:
+    model = nn.Sequential(nn.Linear(6, 6))
+    vl.attach(model, {"a": single("lora", 0, 0)}, compose="regional", regions={"a": (0, 0, 1, 1)})
+    with pytest.raises(vl.VisionLoRAError, match="for models whose output is pictures"), torch.no_grad():
+        model(torch.randn(2, 6))

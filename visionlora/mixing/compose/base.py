@@ -22,6 +22,8 @@ class Composition:
 
     per_step: ClassVar[bool] = False
     """Whether `weights` depends on the step."""
+    skips_silent: ClassVar[bool] = False
+    """Whether `prepare` leaves adapters of scale 0 out of account."""
 
     def prepare(self, adapters: Mapping[str, Adapter], scales: Mapping[str, float]) -> dict[str, Adapter]:
         """The adapters to attach in place of these.

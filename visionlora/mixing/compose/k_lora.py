@@ -42,6 +42,8 @@ class KLoRA(Composition):
         totals = [0.0, 0.0]
         self.sums = {}
         for name in content.modules.keys() & style.modules.keys():
+            if "shift" in (content.modules[name].kind, style.modules[name].kind):
+                continue
             pair = [additive(name, a.modules[name], "compared") for a in (content, style)]
             k = max(1, pair[0].rank) * max(1, pair[1].rank)
             sums = []

@@ -58,7 +58,16 @@ class Regional(Composition):
         return [dict.fromkeys(names, 0.0), *({other: float(other == name) for other in names} for name in names)]
 
     def blend(self, outputs: Tensor) -> Tensor:
-        """By the masks; where they overlap they share, where there is none the base draws."""
+        """By the masks; where they overlap they share, where there is none the base draws.
+
+        Raises:
+            ConfigError: when the outputs are no pictures.
+        """
+        if outputs.dim() != 5:
+            raise ConfigError(
+                "Composition 'regional' is for models whose output is pictures; this one's has shape "
+                f"{tuple(outputs.shape[1:])}."
+            )
         size = outputs.shape[-2:]
         masks = torch.stack(
             [F.interpolate(self.masks[n], size=size, mode="area")[0, 0] for n in self.names]
