@@ -87,15 +87,16 @@ def text_states(
 def words_or_states(pipe: Any, prompts: Sequence[str], negative: str, clip_skip: int) -> dict[str, Any]:
     """What a pipeline is called with: the words, or where they are read before the last layer what the encoder makes of them.
 
-    A pipeline of diffusers could do the latter itself, but not with every version of transformers.
+    A pipeline of diffusers could do the latter itself, but not with every version of transformers. As there, `negative` is read
+    once for each picture: adapters may have another scale on each.
     """
     if clip_skip == 1:
         return {"prompt": list(prompts), "negative_prompt": [negative] * len(prompts) if negative else None}
-    ids = ids_of(pipe, pipe.tokenizer, [*prompts, negative])
+    count = len(prompts)
+    ids = ids_of(pipe, pipe.tokenizer, [*prompts, *[negative] * count])
     with torch.no_grad():
         states, _ = text_states([pipe.text_encoder], [ids.to(pipe.text_encoder.device)], clip_skip)
-    count = len(prompts)
-    return {"prompt_embeds": states[:count], "negative_prompt_embeds": states[count:].expand(count, -1, -1)}
+    return {"prompt_embeds": states[:count], "negative_prompt_embeds": states[count:]}
 
 
 def empty_is_zero(base: BaseModel) -> bool:
