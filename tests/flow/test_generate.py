@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 import visionlora as vl
 from visionlora.cli.main import app
 from visionlora.diffusion.recipe import SCHEDULERS, read_recipe
+from visionlora.lora.adapter import Adapter
 from visionlora.models.base import open_base
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -27,7 +28,7 @@ def loras(tiny_model: Path, tmp_path: Path) -> Path:
 
 
 def save_loras(model: Path, folder: Path) -> Path:
-    """Three adapters for a model: two on the UNet, one on a text encoder."""
+    """Four adapters for a model: two on the UNet, one on a text encoder, and a word of nine vectors, `<rex>`."""
     base = open_base(str(model))
     for seed, name in enumerate(("dog", "ink", "word")):
         part, targets = ("text_encoder", "attn,mlp") if name == "word" else ("unet", "attn,mlp,conv")
@@ -38,6 +39,10 @@ def save_loras(model: Path, folder: Path) -> Path:
         info = {"base": {"id": str(model), "fingerprints": base.fingerprints()}}
         vl.save_adapter(handle.adapter(part, info), folder / f"{name}.safetensors")
         handle.eject()
+    widths = {name: encoder.get_input_embeddings().weight.shape[1] for name, _, encoder in base.text_parts()}
+    generator = torch.Generator().manual_seed(9)
+    vectors = {name: torch.randn(9, width, generator=generator) for name, width in widths.items()}
+    vl.save_adapter(Adapter({}, {}, {"<rex>": vectors}), folder / "rex.safetensors")
     return folder
 
 
@@ -235,6 +240,12 @@ def test_processes_share_the_pictures(tiny_model: Path, tmp_path: Path, monkeypa
 TOGETHER = {
     "tags": ("--num-images", 2, "--prompt", "a cat <lora:dog:0.5>", "--prompt", "a dog <lora:ink:1>"),
     "text encoders": ("--prompt", "a cat <lora:word:2>", "--prompt", "a dog <lora:word:1><lora:ink:0.5>"),
+    "text encoders read earlier": (
+        "--clip-skip", 2, "--negative-prompt", "a hat", "--prompt", "a cat <lora:word:2>", "--prompt", "a pen <lora:word:1>",
+    ),
+    "a word that makes a prompt too long": (
+        "--lora", "{loras}/rex.safetensors", "--prompt", "a b c d e f g h <rex>", "--prompt", "z <rex>",
+    ),
     "blocks and steps": ("--lora", "{loras}/ink.safetensors:0.7@start=0.5,up=2", "--prompt", "a cat <lora:dog:0.5>"),
     "one composition": (
         "--lora", "{loras}/ink.safetensors", "--lora", "{loras}/dog.safetensors", "--compose", "composite", "--num-images", 2,
@@ -253,6 +264,8 @@ def test_pictures_drawn_together_are_as_drawn_alone(
     case: str, model: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     folder = request.getfixturevalue(model)
+    if "--clip-skip" in TOGETHER[case] and model == "tiny_xl":
+        pytest.skip("read before the last layer anyway")
     loras = save_loras(folder, tmp_path / "loras")
     pictures(loras)
     if "--controlnet" in TOGETHER[case]:

@@ -7,41 +7,52 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from visionlora.diffusion.conditioning import text_states, words_or_states
 from visionlora.errors import ConfigError
 
-WEIGHT = re.compile(r"\((?P<words>[^()]+?):\s*(?P<weight>\d+(?:\.\d+)?|\.\d+)\s*\)")
+WEIGHT = re.compile(r"(?<!\\)\((?P<words>(?:\\.|[^()\\])+?):\s*(?P<weight>\d+(?:\.\d+)?|\.\d+)\s*\)")
+ESCAPED = re.compile(r"\\([()\[\]\\])")
 INSTALL = "pip install 'visionlora[prompts]'"
 
 
 def has_weights(prompt: str) -> bool:
-    """Whether a prompt has `(word:1.2)` somewhere.
+    r"""Whether a prompt has `(word:1.2)` somewhere.
 
-    >>> has_weights("a (red:1.3) heart"), has_weights("a heart (red)")
-    (True, False)
+    >>> has_weights("a (red:1.3) heart"), has_weights("a heart (red)"), has_weights(r"(miku \(sitting\):1.2)")
+    (True, False, True)
     """
     return WEIGHT.search(prompt) is not None
 
 
-def as_compel(prompt: str) -> str:
-    r"""A1111's weights in compel's syntax; other parentheses are text.
+def unescaped(text: str) -> str:
+    r"""A text without the backslashes that tell brackets from those of weights, as A1111 reads it.
 
-    >>> as_compel("a (red:1.3) heart (big)")
-    'a (red)1.3 heart \\(big\\)'
+    >>> unescaped(r"miku \(sitting\)")
+    'miku (sitting)'
     """
-    parts, at = [], 0
+    return ESCAPED.sub(r"\1", text)
+
+
+def weighted(prompt: str) -> list[tuple[str, float]]:
+    """The texts of a prompt and their weights; brackets that are none of a weight are text.
+
+    >>> weighted("a (red:1.3) heart (big)")
+    [('a', 1.0), ('red', 1.3), ('heart (big)', 1.0)]
+    """
+    found, at = [], 0
     for match in WEIGHT.finditer(prompt):
-        parts.append(re.sub(r"([()])", r"\\\1", prompt[at : match.start()]))
-        parts.append(f"({match['words'].strip()}){float(match['weight']):g}")
+        found += [(prompt[at : match.start()], 1.0), (match["words"], float(match["weight"]))]
         at = match.end()
-    return "".join([*parts, re.sub(r"([()])", r"\\\1", prompt[at:])])
+    texts = [(unescaped(text).strip(), weight) for text, weight in [*found, (prompt[at:], 1.0)]]
+    return [(text, weight) for text, weight in texts if text] or [("", 1.0)]
 
 
 def too_long(pipe: Any, prompt: str) -> bool:
     """Whether the text encoder would not see the end of a prompt."""
-    whole = pipe.maybe_convert_prompt(prompt, pipe.tokenizer)  # a learned word may stand for several
+    whole = pipe.maybe_convert_prompt(unescaped(prompt), pipe.tokenizer)  # a learned word may stand for several
     ids = pipe.tokenizer(whole, truncation=False, verbose=False).input_ids
     return len(ids) > int(pipe.tokenizer.model_max_length)
 
@@ -73,27 +84,25 @@ def prompt_arguments(pipe: Any, prompts: Sequence[str], negative: str, clip_skip
 
     Args:
         pipe: of diffusers.
-        prompts: one per picture; all the same where one of them, or `negative`, is not `in_words`.
+        prompts: one per picture.
         negative: what not to draw.
         clip_skip: see `BaseModel.clip_skip`.
 
     Raises:
         ConfigError: when compel is needed and not installed.
     """
-    prompt = prompts[0]
-    if all(in_words(pipe, p) for p in (prompt, negative)):
-        return words_or_states(pipe, prompts, negative, clip_skip)
+    strange = next((text for text in (*prompts, negative) if not in_words(pipe, text)), None)
+    if strange is None:
+        return words_or_states(pipe, [unescaped(prompt) for prompt in prompts], unescaped(negative), clip_skip)
     try:
         from compel import Compel, DiffusersTextualInversionManager, ReturnedEmbeddingsType
+        from compel.prompt_parser import Conjunction, FlattenedPrompt
     except ImportError:
-        weighted = has_weights(prompt) or has_weights(negative)
-        what = "has weights such as (word:1.2)" if weighted else "is longer than the text encoder reads"
+        what = "has weights such as (word:1.2)" if has_weights(strange) else "is longer than the text encoder reads"
         raise ConfigError(f"The prompt {what}, for which compel is needed: {INSTALL}.") from None
     shared = {"textual_inversion_manager": DiffusersTextualInversionManager(pipe), "truncate_long_prompts": False}
-    if getattr(pipe, "text_encoder_2", None) is None:
-        reader = Compel(tokenizer=pipe.tokenizer, text_encoder=ReadBefore(pipe.text_encoder, clip_skip), **shared)
-        texts, more = [reader(as_compel(prompt)), reader(as_compel(negative))], {}
-    else:
+    two = getattr(pipe, "text_encoder_2", None) is not None
+    if two:
         reader = Compel(
             tokenizer=[pipe.tokenizer, pipe.tokenizer_2],
             text_encoder=[pipe.text_encoder, pipe.text_encoder_2],
@@ -101,11 +110,31 @@ def prompt_arguments(pipe: Any, prompts: Sequence[str], negative: str, clip_skip
             requires_pooled=[False, True],
             **shared,
         )
-        (text, pooled), (without, pooled_without) = reader(as_compel(prompt)), reader(as_compel(negative))
-        if not negative and pipe.config.get("force_zeros_for_empty_prompt", False):
-            without, pooled_without = without * 0, pooled_without * 0  # as the pipeline does
-        texts = [text, without]
-        more = {"pooled_prompt_embeds": pooled, "negative_pooled_prompt_embeds": pooled_without}
-    text, without = reader.pad_conditioning_tensors_to_same_length(texts)
-    found = {"prompt_embeds": text, "negative_prompt_embeds": without, **more}
-    return {name: value.repeat(len(prompts), *(1,) * (value.dim() - 1)) for name, value in found.items()}
+    else:
+        reader = Compel(tokenizer=pipe.tokenizer, text_encoder=ReadBefore(pipe.text_encoder, clip_skip), **shared)
+
+    def read(text: str) -> tuple[Tensor, Tensor | None]:
+        parts = weighted(text)  # not read by compel, whose own syntax would be found in it
+        states = reader.build_conditioning_tensor_for_conjunction(Conjunction([FlattenedPrompt(parts)]))[0]
+        words = " ".join(part for part, _ in parts)
+        return states, reader.conditioning_provider.get_pooled_embeddings(
+            [words], device=reader.device
+        ) if two else None
+
+    distinct = list(dict.fromkeys(prompts))
+    with torch.no_grad():
+        texts, (without, pooled_without) = [read(text) for text in distinct], read(negative)
+        states = reader.pad_conditioning_tensors_to_same_length(
+            [*(text for text, _ in texts), without], read("")[0] if two else None
+        )
+    if pooled_without is not None and not negative and pipe.config.get("force_zeros_for_empty_prompt", False):
+        states[-1], pooled_without = states[-1] * 0, pooled_without * 0  # as the pipeline does
+    rows = [distinct.index(prompt) for prompt in prompts]
+    found = {
+        "prompt_embeds": torch.cat([states[row] for row in rows]),
+        "negative_prompt_embeds": torch.cat([states[-1]] * len(rows)),
+    }
+    if pooled_without is not None:
+        found["pooled_prompt_embeds"] = torch.cat([pooled for row in rows if (pooled := texts[row][1]) is not None])
+        found["negative_pooled_prompt_embeds"] = torch.cat([pooled_without] * len(rows))
+    return found

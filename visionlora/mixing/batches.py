@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from visionlora.diffusion.recipe import LoraUse, Recipe
@@ -25,17 +25,26 @@ def batches_of(
         recipes: what to draw.
         size: the most pictures of a batch.
         words: whether a prompt is given to the pipeline in words.
-        adapters: by path.
+        adapters: by path; they need not be on the pipeline, which then does not know the words that they bring.
     """
     groups: dict[Recipe | str, list[Recipe]] = {}
     for recipe in recipes:
-        plain = words(recipe.prompt) and words(recipe.negative_prompt)
-        free = plain and recipe.compose == "sum" and all(differs(adapters[use.path]) for use in recipe.loras)
+        own = [adapters[use.path] for use in recipe.loras]
+        plain = words(in_pieces(recipe.prompt, own)) and words(in_pieces(recipe.negative_prompt, own))
+        free = plain and recipe.compose == "sum" and all(map(differs, own))
         shared = replace(
             recipe, seed=0, prompt="" if plain else recipe.prompt, loras=() if free else recipe.loras, batch_size=1
         )
         groups.setdefault(shared.to_json(), []).append(recipe)
     return [group[k : k + size] for group in groups.values() for k in range(0, len(group), size)]
+
+
+def in_pieces(prompt: str, adapters: Iterable[Adapter]) -> str:
+    """A prompt with a letter for each vector of the words that adapters bring: as long as it is once these are known."""
+    counts = {w: max(map(len, parts.values())) for a in adapters for w, parts in a.embeddings.items()}
+    for word in sorted(counts, key=len, reverse=True):
+        prompt = prompt.replace(word, " a" * counts[word] + " ")
+    return prompt
 
 
 def differs(adapter: Adapter) -> bool:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from visionlora.diffusion.prompts import as_compel, prompt_arguments
+from visionlora.diffusion.prompts import prompt_arguments, weighted
 from visionlora.errors import ConfigError
 from visionlora.models.base import open_base
 
@@ -60,6 +60,18 @@ def test_the_end_of_a_long_prompt_counts(pipe) -> None:
     assert long.shape[1] > 16 and not torch.equal(long, other)
 
 
+def test_every_prompt_of_a_batch_is_read(pipe) -> None:
+    pytest.importorskip("compel")
+    prompts = ["z", "a (dog:1.5) b", "z"]
+    with torch.no_grad():
+        together = prompt_arguments(pipe, prompts, "x")
+        alone = prompt_arguments(pipe, prompts[1:2], "x")
+    torch.testing.assert_close(together["prompt_embeds"][:1], encoded(pipe, "z"))
+    assert torch.equal(together["prompt_embeds"][0], together["prompt_embeds"][2])
+    assert torch.equal(together["prompt_embeds"][1:2], alone["prompt_embeds"])
+    assert len(together["negative_prompt_embeds"]) == 3
+
+
 def test_without_compel_it_says_what_to_install(pipe, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "compel", None)
     with pytest.raises(ConfigError, match=r"has weights such as \(word:1.2\), for which compel is needed: pip install"):
@@ -69,4 +81,47 @@ def test_without_compel_it_says_what_to_install(pipe, monkeypatch: pytest.Monkey
 
 
 def test_several_weights() -> None:
-    assert as_compel("(a cat:1.2) and (dog: .5), (plain)") == r"(a cat)1.2 and (dog)0.5, \(plain\)"
+    assert weighted("(a cat:1.2) and (dog: .5), (plain)") == [
+        ("a cat", 1.2), ("and", 1.0), ("dog", 0.5), (", (plain)", 1.0)
+    ]  # fmt: skip
+    assert weighted(" ") == [("", 1.0)] and weighted(r"a \(b:1.2\) c") == [("a (b:1.2) c", 1.0)]
+    assert weighted(r"(miku \(sitting\):1.2)") == [("miku (sitting)", 1.2)]
+
+
+@pytest.mark.parametrize(
+    "text", ["a+ b-", 'say "hi"', "a.blend(1)", "[x|y] {z}", "(a, b).and()", "a+++ (b)-", r"c \(d\)"]
+)
+def test_only_weights_are_syntax(text: str, pipe) -> None:
+    """The same words, whether a weight beside them or their length makes compel read them or not."""
+    pytest.importorskip("compel")
+    plain = prompt_arguments(pipe, [text], "")
+    assert plain["prompt"] == [text.replace("\\", "")]
+    pipe.tokenizer.model_max_length = 64
+    pipe.text_encoder = Spelled()
+    with torch.no_grad():
+        prompt_arguments(pipe, [f"{text} (red:1.3)"], "")
+    expected = pipe.tokenizer(f"{plain['prompt'][0]} red").input_ids
+    assert any(ids[: len(expected)] == expected for ids in pipe.text_encoder.seen)
+
+
+class Spelled:
+    """A text encoder that keeps the tokens it is given."""
+
+    device, dtype = torch.device("cpu"), torch.float32
+
+    def __init__(self) -> None:
+        self.seen: list[list[int]] = []
+
+    def __call__(self, ids: torch.Tensor, *mask: object, **wanted: object) -> tuple[torch.Tensor]:
+        self.seen.append(ids[0].tolist())
+        return (torch.nn.functional.one_hot(ids.long(), 64).float(),)
+
+
+def test_a_long_prompt_of_sdxl_and_a_short_negative_one(tiny_xl: Path) -> None:
+    pytest.importorskip("compel")
+    pipe = open_base(str(tiny_xl)).pipe
+    found = prompt_arguments(pipe, ["abcdefghijklmnopqrst uvw xyz"], "")
+    assert found["prompt_embeds"].shape == found["negative_prompt_embeds"].shape == (1, 32, 40)
+    assert not found["negative_prompt_embeds"].any(), "as the pipeline has it for no text"
+    one, plain = (prompt_arguments(pipe, [f"a ({w}) b"], "x") for w in ("dog:1.0", "dog:1.5"))
+    assert torch.equal(one["pooled_prompt_embeds"], plain["pooled_prompt_embeds"]), "the summary has no weights in it"

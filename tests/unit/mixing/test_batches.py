@@ -4,7 +4,7 @@ import torch
 
 from visionlora.diffusion.recipe import LoraUse, Recipe
 from visionlora.lora.adapter import Adapter, AdapterModule
-from visionlora.mixing.batches import adapters_of, batches_of, differs
+from visionlora.mixing.batches import adapters_of, batches_of, differs, in_pieces
 from visionlora.mixing.scales import Scale, Window
 
 
@@ -41,6 +41,22 @@ def test_everything_else_is_shared() -> None:
     assert sizes([recipe(loras=(INK,)), recipe("a cat", loras=(INK,)), recipe()]) == [2, 1], "norms are one for all"
     weighted = recipe("a (red:1.2) dog")
     assert sizes([weighted, recipe("a (red:1.2) dog", seed=1), recipe("a (red:1.3) dog")]) == [2, 1]
+
+
+def test_a_word_counts_as_its_vectors_before_it_is_known() -> None:
+    """Prompts that are too long with it are not drawn with others."""
+    rex = LoraUse("rex", "rex.safetensors")
+    vectors = {"text_encoder": torch.ones(9, 4)}
+    brought = {rex.path: Adapter({}, {}, {"<rex>": vectors, "<rex>2": {"text_encoder": torch.ones(1, 4)}})}
+    several = [recipe(p, loras=(rex,)) for p in ("a b c d e f g <rex>", "z <rex>", "y <rex>", "a b c d e f g <rex>2")]
+
+    def grouped(recipes: list[Recipe]) -> list[list[str]]:
+        found = batches_of(recipes, 8, lambda prompt: len(prompt.split()) <= 14, brought)
+        return [[one.prompt for one in batch] for batch in found]
+
+    assert grouped(several) == [["a b c d e f g <rex>"], ["z <rex>", "y <rex>", "a b c d e f g <rex>2"]]
+    assert in_pieces("a <rex>, <rex>2", list(brought.values())).split() == ["a"] * 10 + [",", "a"]
+    assert in_pieces("a <rex>", []) == "a <rex>"
 
 
 def test_what_is_one_for_all_pictures_or_large_for_each_cannot_differ() -> None:
