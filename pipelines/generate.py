@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +22,7 @@ from visionlora.diffusion.sampling import pictures_of, sampling_scheduler
 from visionlora.diffusion.settings import BASE_DTYPES
 from visionlora.errors import AdapterFileError, ConfigError, nearest
 from visionlora.formats.container import file_hashes
-from visionlora.formats.inspection import weights_file
+from visionlora.formats.inspection import settings_beside, weights_file
 from visionlora.loaders import check_base, check_draws, follow_noise, load_adapter
 from visionlora.lora.adapter import Adapter
 from visionlora.mixing.batches import adapters_of, batches_of
@@ -238,7 +239,7 @@ def uses_of(prompt: str, config: GenerateConfig) -> list[LoraUse]:
             hint = nearest(name, there) if there else "Give it with --lora, or name its folder with --lora-folder."
             raise ConfigError(f"The prompt names an adapter {name!r}, which is not there. {hint}")
         uses[name] = LoraUse(name, str(found), scale)
-    return [replace(use, hash=hash_of(use.path)) for use in uses.values()]
+    return [hashed(use) for use in uses.values()]
 
 
 def name_of(path: str) -> str:
@@ -247,24 +248,27 @@ def name_of(path: str) -> str:
     return given.parent.name if given.stem == "adapter" and given.parent.name else given.stem
 
 
-def hash_of(path: str) -> str:
-    """AutoV3 of an adapter; a file is read again only when it has changed.
+def hashed(use: LoraUse) -> LoraUse:
+    """With the hashes of its file, which is read again only when it has changed.
 
     Raises:
         AdapterFileError: when there is none.
     """
-    file = weights_file(Path(path).expanduser())
+    file = weights_file(Path(use.path).expanduser())
     if not file.is_file():
-        raise AdapterFileError(f"There is no adapter file at {path}.")
-    state = file.stat()
-    return hash_in_state(file, state.st_size, state.st_mtime_ns)
+        raise AdapterFileError(f"There is no adapter file at {use.path}.")
+    states = ((f, f.stat()) for f in (file, *settings_beside(file)))
+    tensors, whole = hashes_in_state(tuple((f, state.st_size, state.st_mtime_ns) for f, state in states))
+    return replace(use, hash=tensors, file_hash=whole)
 
 
 @lru_cache(maxsize=1024)
-def hash_in_state(file: Path, size: int, changed: int) -> str:
-    """The hash of a file that has this size and this time of change."""
-    hashes = file_hashes(file)
-    return hashes.get("AutoV3", hashes["sha256"])
+def hashes_in_state(files: tuple[tuple[Path, int, int], ...]) -> tuple[str, str]:
+    """AutoV3 of a file, and the hash of it and all that belongs to it; they have these sizes and times of change."""
+    first, *others = (file_hashes(file) for file, _, _ in files)
+    parts = [found["sha256"] for found in (first, *others)]
+    whole = hashlib.sha256("".join(parts).encode()).hexdigest() if others else parts[0]
+    return first.get("AutoV3", first["sha256"]), whole
 
 
 def check_pictures(config: GenerateConfig) -> None:

@@ -18,7 +18,7 @@ from visionlora.pipelines.generate import (
     GenerateConfig,
     Progress,
     draw_all,
-    hash_of,
+    hashed,
     loaded,
     make_fit,
     opened,
@@ -171,9 +171,9 @@ def changed(recipe: Recipe, axis: Axis, value: Any, tags: Tags | None = None) ->
                 use = replace(use, scale=value)
             elif what == "step":
                 path = checkpoint_of(use.path, value)
-                use = replace(use, path=path, hash=hash_of(path))
+                use = hashed(replace(use, path=path))
             elif what == "file":
-                use = replace(use, path=value, hash=hash_of(value))
+                use = hashed(replace(use, path=value))
             else:
                 use = replace(use, blocks={**use.blocks, what: value})
         uses.append(use)

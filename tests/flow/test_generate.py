@@ -1,9 +1,11 @@
 """`generate` and `show` as a user runs them."""
 
 import itertools
+import json
 import re
 import shlex
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -475,3 +477,28 @@ def test_another_mask_of_a_region_is_another_picture(loras: Path, tiny_model: Pa
     assert "was there already" in run(*words)
     Image.new("L", (32, 32), 255).save(tmp_path / "mask.png")
     assert "was there already" not in run(*words) and len(list((tmp_path / "o").iterdir())) == 2
+
+
+@pytest.mark.parametrize("kind", ["header", "peft"])
+def test_another_scale_of_the_same_tensors_is_another_picture(
+    kind: str, loras: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    """It stands in the header of the file, or in PEFT's config beside it."""
+    adapter = vl.load_adapter(loras / "dog.safetensors")
+    path = loras / ("again.safetensors" if kind == "header" else "again")
+    vl.save_adapter(adapter, path, "visionlora" if kind == "header" else "peft")
+    words = ("generate", "--model", tiny_model, "--prompt", "a", "--lora", path, *COMMON, "--output", tmp_path / "o")
+    run(*words)
+    assert "was there already" in run(*words)
+    (first,) = (tmp_path / "o").iterdir()
+    if kind == "header":
+        stronger = {name: replace(m, alpha=m.alpha * 4) for name, m in adapter.modules.items()}
+        vl.save_adapter(replace(adapter, modules=stronger), path)
+    else:
+        config = json.loads((path / "adapter_config.json").read_text())
+        (path / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": config["lora_alpha"] * 4}))
+    assert "was there already" not in run(*words)
+    (second,) = set((tmp_path / "o").iterdir()) - {first}
+    uses = [read_recipe(p).loras[0] for p in (first, second)]
+    assert uses[0].hash == uses[1].hash and uses[0].file_hash != uses[1].file_hash
+    assert Image.open(first).tobytes() != Image.open(second).tobytes()

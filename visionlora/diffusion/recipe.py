@@ -82,7 +82,9 @@ class LoraUse:
     blocks: Mapping[str, float] = field(default_factory=dict)
     """Factors by block, and over the steps; see `visionlora.mixing.scales.scale_from`."""
     hash: str = ""
-    """AutoV3 of the file: SHA-256 of its tensors."""
+    """AutoV3 of the file, as other tools show it: SHA-256 of its tensors."""
+    file_hash: str = ""
+    """SHA-256 of the whole file, whose header may hold the scale, and of PEFT's config beside it, which does."""
 
     def word(self) -> str:
         """As `--lora` takes it."""

@@ -137,6 +137,11 @@ def weights_file(path: Path) -> Path:
     return next((path / name for name in FOLDER_FILES if (path / name).is_file()), path)
 
 
+def settings_beside(file: Path) -> list[Path]:
+    """What says how the tensors of an adapter's file are meant, where that is not in its header: PEFT's config."""
+    return [config] if (config := file.parent / peft.CONFIG).is_file() else []
+
+
 @no_garbage_collection()
 def summarise(path: Path) -> Summary:
     """What the header of a file says; a file that cannot be read gives a summary with the reason."""
