@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -16,6 +16,7 @@ from PIL import Image
 from visionlora.atomic import replace_file
 from visionlora.config import PRECISIONS
 from visionlora.diffusion.given import PICTURES, Given, named
+from visionlora.diffusion.objective import zero_terminal
 from visionlora.diffusion.prompts import in_words, prompt_arguments
 from visionlora.diffusion.recipe import LoraUse, Recipe, png_bytes, take_tags
 from visionlora.diffusion.sampling import pictures_of, sampling_scheduler
@@ -23,7 +24,7 @@ from visionlora.diffusion.settings import BASE_DTYPES
 from visionlora.errors import AdapterFileError, ConfigError, nearest
 from visionlora.formats.container import file_hashes
 from visionlora.formats.inspection import settings_beside, weights_file
-from visionlora.loaders import check_base, check_draws, follow_noise, load_adapter
+from visionlora.loaders import check_base, check_draws, ends_in_noise, load_adapter
 from visionlora.lora.adapter import Adapter
 from visionlora.mixing.batches import adapters_of, batches_of
 from visionlora.mixing.compose import composition
@@ -115,7 +116,7 @@ def generate(
         raise ConfigError(f"num_images is {config.num_images}; it must be at least 1.")
     ready = opened(config, say)
     plans = [(prompt, uses_of(prompt, config)) for prompt in config.prompts]
-    recipes = recipes_of(config, ready, plans)
+    recipes = settled(recipes_of(config, ready, plans), ready, config, say)
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     return draw_all(recipes[rank::processes], ready, config, say, progress)
 
@@ -151,12 +152,7 @@ def opened(config: GenerateConfig, say: Callable[[str], None]) -> Opened:
     if model == "auto" and adapters:
         model = str(next(iter(adapters.values())).info.get("base", {}).get("id", "auto"))
     base = open_base(model)
-    base = base.reading(
-        clip_skip_of(config, {} if base.is_xl else adapters)
-    )  # kohya writes it for SDXL, where it is nothing
     say(base.why if model == config.model else f"Base model: {base.id}, which the adapter names. Choose with --model.")
-    if follow_noise(base, adapters.values()):
-        say("The noise levels end at nothing but noise, as an adapter was trained (zero_terminal_snr).")
     base.weights_hash  # noqa: B018  before the cast, after which it would be another
     with quiet("diffusers", "transformers"):
         base.pipe.to(device=device, dtype=BASE_DTYPES[precision])
@@ -218,15 +214,8 @@ def uses_of(prompt: str, config: GenerateConfig) -> list[LoraUse]:
     Raises:
         ConfigError: when a tag names no adapter.
     """
-    uses = {}
-    for path, scale, blocks in config.loras:
-        stem = name = name_of(path)
-        if name in uses:
-            stem = name = f"{Path(path).parent.name}/{stem}"
-        number = 1
-        while name in uses:
-            name, number = f"{stem}-{number + 1}", number + 1
-        uses[name] = LoraUse(name, path, scale, blocks)
+    named_so = zip(names_of(path for path, _, _ in config.loras), config.loras, strict=True)
+    uses = {name: LoraUse(name, *lora) for name, lora in named_so}
     for name, scale in take_tags(prompt)[1]:
         if name in uses:
             uses[name] = replace(uses[name], scale=scale)
@@ -246,6 +235,20 @@ def name_of(path: str) -> str:
     """How prompts and recipes call a file: of a run folder the folder's name."""
     given = Path(path)
     return given.parent.name if given.stem == "adapter" and given.parent.name else given.stem
+
+
+def names_of(paths: Iterable[str]) -> list[str]:
+    """How prompts and recipes call files, each by another name."""
+    found: list[str] = []
+    for path in paths:
+        stem = name = name_of(path)
+        if name in found:
+            stem = name = f"{Path(path).parent.name}/{stem}"
+        number = 1
+        while name in found:
+            name, number = f"{stem}-{number + 1}", number + 1
+        found.append(name)
+    return found
 
 
 def hashed(use: LoraUse) -> LoraUse:
@@ -316,11 +319,60 @@ def recipes_of(config: GenerateConfig, ready: Opened, plans: Sequence[tuple[str,
             config.seed + k, config.steps, guidance, config.scheduler, start, start_hash, config.strength, mask, mask_hash,
             config.controlnet or "", control, control_hash, config.control_scale, masks, precision,
             "" if base.id == EMBEDDED else base.weights_hash, "" if net is None else weights_fingerprint(net),
-            base.clip_skip, config.force, config.allow_partial,
+            force=config.force, allow_partial=config.allow_partial,
         )
         for prompt, uses in plans
         for k in range(config.num_images)
     ]  # fmt: skip
+
+
+def settled(
+    recipes: Iterable[Recipe], ready: Opened, config: GenerateConfig, say: Callable[[str], None]
+) -> list[Recipe]:
+    """Recipes with what follows from their own adapters, so that each is the same in every run: the names of these, how far
+    the text is read, and where the noise levels end.
+
+    Raises:
+        ConfigError: when adapters of one picture were trained otherwise than each other, or its scheduler cannot draw so.
+        ModelError: when the text cannot be read so.
+    """
+    found = [settled_one(recipe, ready, config) for recipe in recipes]
+    if any(recipe.zero_terminal_snr for recipe in found):
+        say("The noise levels end at nothing but noise, as an adapter was trained (zero_terminal_snr).")
+    return found
+
+
+def settled_one(recipe: Recipe, ready: Opened, config: GenerateConfig) -> Recipe:
+    """See `settled`."""
+    base, own = ready.base, {use.path: ready.adapters[use.path] for use in recipe.loras}
+    # kohya writes clip_skip for SDXL too, where it is nothing.
+    clip_skip = base.reading(clip_skip_of(config, {} if base.is_xl else own)).clip_skip
+    now = names_of(use.path for use in recipe.loras)
+    names = {use.name: name for use, name in zip(recipe.loras, now, strict=True)}
+    options = dict(recipe.compose_options)
+    if regions := options.get("regions"):
+        options["regions"] = {names.get(name, name): region for name, region in regions.items()}
+    found = replace(
+        recipe,
+        loras=tuple(replace(use, name=names[use.name]) for use in recipe.loras),
+        compose_options=options,
+        region_hashes={names.get(name, name): value for name, value in recipe.region_hashes.items()},
+        clip_skip=clip_skip,
+        zero_terminal_snr=ends_in_noise(base, own.values()),
+    )
+    if found.zero_terminal_snr:
+        scheduler_of(base.pipe, found)  # raises before anything is drawn
+    return found
+
+
+def scheduler_of(pipe: Any, recipe: Recipe) -> Any:
+    """The way to draw of a recipe, at the noise levels that its adapters were trained at.
+
+    Raises:
+        ConfigError: when it cannot start from nothing but noise.
+    """
+    own = zero_terminal(pipe.scheduler) if recipe.zero_terminal_snr else pipe.scheduler
+    return sampling_scheduler(own, recipe.scheduler)
 
 
 def draw_all(
@@ -404,7 +456,7 @@ def mixed(
 def draw_batch(pipe: Any, batch: Sequence[Recipe], given: Given) -> list[Image.Image]:
     """The pictures of a batch; the same batch gives the same pixels on the same machine."""
     first, original = batch[0], pipe.scheduler
-    pipe.scheduler = sampling_scheduler(original, first.scheduler)
+    pipe.scheduler = scheduler_of(pipe, first)
     try:
         with torch.no_grad():
             latents = pipe(

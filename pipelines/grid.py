@@ -23,6 +23,7 @@ from visionlora.pipelines.generate import (
     make_fit,
     opened,
     recipes_of,
+    settled,
     uses_of,
 )
 
@@ -313,6 +314,7 @@ def grid(
         if path not in adapters:
             adapters[path] = loaded(path, config)
             make_fit(adapters[path], base, config)
+    cells = settled(cells, ready, start, say)
     for r in cells:
         for size in {r.width, r.height}:
             base.check_resolution(size)

@@ -213,18 +213,12 @@ def add_token(pipe: Any, token: str, vectors: Tensor, tokenizer: Any, encoder: A
         raise AdapterFileError(f"The token {token!r} cannot be added: {e}") from None
 
 
-def follow_noise(base: BaseModel, adapters: Iterable[Adapter]) -> bool:
-    """Lets a base draw at the noise levels that an adapter was trained at, where these end at nothing but noise.
-
-    Returns:
-        Whether one was, and the base can: one that predicts the noise sees nothing else there.
+def ends_in_noise(base: BaseModel, adapters: Iterable[Adapter]) -> bool:
+    """Whether one of the adapters was trained at noise levels that end at nothing but noise, and the base can draw at these:
+    one that predicts the noise sees nothing else there.
     """
-    wanted = base.prediction_type != "epsilon" and any(
-        (a.info.get("training") or {}).get("zero_terminal_snr") for a in adapters
-    )
-    if wanted:
-        base.pipe.scheduler = zero_terminal(base.pipe.scheduler)
-    return wanted
+    trained = ((a.info.get("training") or {}).get("zero_terminal_snr") for a in adapters)
+    return base.prediction_type != "epsilon" and any(trained)
 
 
 def load_pipeline(
@@ -247,7 +241,8 @@ def load_pipeline(
     if model == "auto" and loaded:
         model = str(next(iter(loaded.values())).info.get("base", {}).get("id", "auto"))
     base = open_base(model)
-    follow_noise(base, loaded.values())
+    if ends_in_noise(base, loaded.values()):
+        base.pipe.scheduler = zero_terminal(base.pipe.scheduler)
     for name, adapter in loaded.items():
         apply(base, adapter, name, (scales or {}).get(name, 1.0), force)
     return base.pipe

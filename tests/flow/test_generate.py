@@ -502,3 +502,19 @@ def test_another_scale_of_the_same_tensors_is_another_picture(
     uses = [read_recipe(p).loras[0] for p in (first, second)]
     assert uses[0].hash == uses[1].hash and uses[0].file_hash != uses[1].file_hash
     assert Image.open(first).tobytes() != Image.open(second).tobytes()
+
+
+def test_what_one_adapter_was_trained_with_is_not_for_the_pictures_of_others(tiny_sd2: Path, tmp_path: Path) -> None:
+    loras = save_loras(tiny_sd2, tmp_path / "loras")
+    adapter = vl.load_adapter(loras / "dog.safetensors")
+    training = {"zero_terminal_snr": True, "clip_skip": 2}
+    vl.save_adapter(replace(adapter, info={**adapter.info, "training": training}), loras / "trained.safetensors")
+    words = ("generate", "--model", tiny_sd2, "--lora-folder", loras, *COMMON, "--prompt", "a cat")
+    run(*words, "--output", tmp_path / "alone")
+    run(*words, "--prompt", "a dog <lora:trained:1>", "--output", tmp_path / "both")
+    (alone,) = (tmp_path / "alone").iterdir()
+    assert (tmp_path / "both" / alone.name).read_bytes() == alone.read_bytes()
+    (other,) = set((tmp_path / "both").iterdir()) - {tmp_path / "both" / alone.name}
+    assert read_recipe(other).zero_terminal_snr and read_recipe(other).clip_skip == 2
+    with pytest.raises(vl.VisionLoRAError, match=r"trained with clip_skip 2 \(.*\), 1 \(.*\): choose with --clip-skip"):
+        run(*words, "--prompt", "a <lora:trained:1> <lora:ink:1>", "--output", tmp_path / "none")

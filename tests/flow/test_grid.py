@@ -4,6 +4,7 @@ import base64
 import re
 import shlex
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from visionlora.pipelines.grid import Axis, cell_of, parse_axis
 import visionlora as vl
 from visionlora.diffusion.recipe import Recipe, read_recipe
 
-from .test_generate import COMMON, loras, run
+from .test_generate import COMMON, loras, run, save_loras
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 assert loras  # a fixture
@@ -175,6 +176,39 @@ def test_tags_act_in_their_own_cells_and_dots_are_part_of_names(loras: Path, tin
     )
     scales = sorted(read_recipe(p).loras[0].scale for p in (tmp_path / "h" / "cells").iterdir())
     assert scales == [0, 1]
+
+
+def test_each_cell_is_as_its_own_command_draws_it(tiny_sd2: Path, tmp_path: Path) -> None:
+    """Noise, clip_skip and names follow the adapters of the cell, not those of the run."""
+    loras = save_loras(tiny_sd2, tmp_path / "loras")
+    adapter = vl.load_adapter(loras / "dog.safetensors")
+    trained = replace(adapter, info={**adapter.info, "training": {"zero_terminal_snr": True, "clip_skip": 2}})
+    vl.save_adapter(trained, loras / "sub" / "trained.safetensors")
+    fixed = ("--model", tiny_sd2, "--lora-folder", loras, "--batch-size", 1, *COMMON)
+    files = f"lora:ink.file={loras}/ink.safetensors,{loras}/sub/trained.safetensors"
+    with pytest.raises(vl.VisionLoRAError, match="'heun', which cannot start from nothing but noise"):
+        run(
+            "grid",
+            *fixed,
+            "--x",
+            "prompt=a cat|a <lora:sub/trained:1>",
+            "--scheduler",
+            "heun",
+            "--output",
+            tmp_path / "g",
+        )
+    assert not list((tmp_path / "g").glob("cells/*"))
+    told = run("grid", *fixed, "--prompt", "a cat", "--lora", loras / "ink.safetensors", "--region", "ink=0,0,1,1",
+               "--x", files, "--output", tmp_path / "g")  # fmt: skip
+    assert told.count("The noise levels end at nothing but noise") == 1
+    run("grid", *fixed, "--x", "prompt=a cat|a <lora:sub/trained:1>", "--output", tmp_path / "g")
+    cells = sorted((tmp_path / "g" / "cells").iterdir())
+    assert sorted((r.clip_skip, r.zero_terminal_snr, [u.name for u in r.loras]) for r in map(read_recipe, cells)) == [
+        (1, False, []), (1, False, ["ink"]), (2, True, ["trained"]), (2, True, ["trained"])
+    ]  # fmt: skip
+    for path in cells:
+        run(*shlex.split(read_recipe(path).command(str(tmp_path / "again")))[1:])
+        assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes()
 
 
 def test_checkpoints_of_a_learned_word(tiny_model: Path, dogs: Path, tmp_path: Path) -> None:

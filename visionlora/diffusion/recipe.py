@@ -55,6 +55,7 @@ LATER = (
     "model_hash",
     "controlnet_hash",
     "clip_skip",
+    "zero_terminal_snr",
     "force",
     "allow_partial",
     "batch_size",
@@ -134,6 +135,8 @@ class Recipe:
     """Likewise."""
     clip_skip: int = 1
     """How many layers from the end the text was read; see `BaseModel.clip_skip`."""
+    zero_terminal_snr: bool = False
+    """Whether the noise levels end at nothing but noise, as an adapter was trained."""
     force: bool = False
     """Whether adapters made for other weights were let through."""
     allow_partial: bool = False
