@@ -310,7 +310,7 @@ def recipes_of(config: GenerateConfig, ready: Opened, plans: Sequence[tuple[str,
         named(getattr(config, field), what) for field, what in PICTURES.items()
     )
     regions = dict(dict(config.compose_options).get("regions", {}))
-    masks = {n: named(Path(r), f"region of {n!r}")[1] for n, r in regions.items() if isinstance(r, str)}
+    masks = {n: named(Path(r), f"region of {n!r}")[1] for n, r in regions.items() if isinstance(r, (str, Path))}
     _, precision = place_of(config)
     return [
         Recipe(

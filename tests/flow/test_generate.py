@@ -518,3 +518,16 @@ def test_what_one_adapter_was_trained_with_is_not_for_the_pictures_of_others(tin
     assert read_recipe(other).zero_terminal_snr and read_recipe(other).clip_skip == 2
     with pytest.raises(vl.VisionLoRAError, match=r"trained with clip_skip 2 \(.*\), 1 \(.*\): choose with --clip-skip"):
         run(*words, "--prompt", "a <lora:trained:1> <lora:ink:1>", "--output", tmp_path / "none")
+
+
+def test_numbers_and_masks_from_python_are_those_of_the_command(loras: Path, tiny_model: Path, tmp_path: Path) -> None:
+    pictures(tmp_path)
+    regions = {"dog": tmp_path / "mask.png", "ink": (0, 0, 1, 1)}
+    config = vl.GenerateConfig(
+        ["a dog"], [(str(loras / "dog.safetensors"), 1, {}), (str(loras / "ink.safetensors"), 1, {"up": 2})],
+        model=str(tiny_model), steps=2, width=32, height=32, guidance_scale=3, compose="regional",
+        compose_options=(("regions", regions),), output=tmp_path / "one",
+    )  # fmt: skip
+    (drawn,) = vl.generate(config)
+    run(*shlex.split(drawn.recipe.command(str(tmp_path / "two")))[1:])
+    assert (tmp_path / "two" / drawn.path.name).read_bytes() == drawn.path.read_bytes()

@@ -43,7 +43,8 @@ def parse_lora_use(word: str) -> tuple[str, float, dict[str, float]]:
     ('dog.safetensors', 0.8, {'up': 1.2, 'mid': 0.0})
     """
     head, at, tail = word.rpartition("@")
-    if not at or Path(word).exists() or "=" not in tail:
+    in_name = Path(word).exists() or (":" in tail and Path(word.rpartition(":")[0]).exists())
+    if not at or "=" not in tail or in_name:
         return (*parse_lora(word), {})
     return (*parse_lora(head), {k: float(v) for k, v in pairs_of(tail, word).items()})
 

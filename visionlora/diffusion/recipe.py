@@ -87,6 +87,10 @@ class LoraUse:
     file_hash: str = ""
     """SHA-256 of the whole file, whose header may hold the scale, and of PEFT's config beside it, which does."""
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "scale", float(self.scale))
+        object.__setattr__(self, "blocks", {block: float(factor) for block, factor in self.blocks.items()})
+
     def word(self) -> str:
         """As `--lora` takes it."""
         blocks = ",".join(f"{b}={exact(v)}" for b, v in self.blocks.items())
@@ -146,12 +150,15 @@ class Recipe:
     version: str = __version__
 
     def __post_init__(self) -> None:
+        for name in ("guidance_scale", "strength", "control_scale"):  # 3 and 3.0 are one
+            object.__setattr__(self, name, float(getattr(self, name)))
+        object.__setattr__(self, "compose_options", written(self.compose_options))
         if not 1 <= self.steps <= MOST_STEPS:
             raise ConfigError(f"steps is {self.steps}; it must be between 1 and {MOST_STEPS}.")
         if self.scheduler not in SCHEDULERS:
             raise ConfigError(f"scheduler is {self.scheduler!r}. {nearest(self.scheduler, SCHEDULERS)}")
         if not 0 < self.strength <= 1:
-            raise ConfigError(f"strength is {self.strength}; it must be above 0 and at most 1.")
+            raise ConfigError(f"strength is {self.strength:g}; it must be above 0 and at most 1.")
         if self.init_image and int(self.steps * self.strength) < 1:
             enough = next((n for n in range(self.steps, MOST_STEPS + 1) if int(n * self.strength) >= 1), None)
             raise ConfigError(
@@ -161,7 +168,7 @@ class Recipe:
             )
         if not (math.isfinite(self.guidance_scale) and self.guidance_scale >= 0):
             raise ConfigError(
-                f"guidance_scale is {self.guidance_scale}; it must be 0 or more (up to 1 is no guidance)."
+                f"guidance_scale is {self.guidance_scale:g}; it must be 0 or more (up to 1 is no guidance)."
             )
         for name in ("width", "height"):
             if getattr(self, name) < 1:
@@ -229,8 +236,7 @@ class Recipe:
             words += ["--controlnet", self.controlnet, "--control", self.control]
             words += ["--control-scale", exact(self.control_scale)]
         words += ["--seed", str(self.seed), "--steps", str(self.steps), "--guidance-scale", exact(self.guidance_scale)]
-        if self.precision != "fp32":
-            words += ["--precision", self.precision]
+        words += ["--precision", self.precision]  # what auto would be depends on the machine
         words += ["--scheduler", self.scheduler, "--width", str(self.width), "--height", str(self.height)]
         if self.clip_skip != 1 or self.loras:  # without it what the adapters say would count
             words += ["--clip-skip", str(self.clip_skip)]
@@ -263,6 +269,30 @@ class Recipe:
             settings["Lora hashes"] = '"' + ", ".join(f"{use.name}: {use.hash[:12]}" for use in self.loras) + '"'
         settings["Version"] = f"visionlora {self.version}"
         return "\n".join([*lines, ", ".join(f"{k}: {v}" for k, v in settings.items())])
+
+
+def written(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a composition as JSON has them and the command line gives them.
+
+    Raises:
+        ConfigError: when a region is neither a box nor a file.
+    """
+    numbers = {k: int(v) if isinstance(v, float) and v.is_integer() else v for k, v in options.items()}
+    if "regions" not in options:
+        return numbers
+    return numbers | {"regions": {name: written_region(name, region) for name, region in options["regions"].items()}}
+
+
+def written_region(name: str, region: Any) -> str | list[float]:
+    """A box as a list, a file as a text."""
+    if isinstance(region, (str, Path)):
+        return str(region)
+    if isinstance(region, (list, tuple)):
+        return [float(side) for side in region]
+    raise ConfigError(
+        f"The region of {name!r} is a {type(region).__name__}; to be in the recipe of a picture it must be a box (left, top, "
+        "right, bottom) or the file of a mask: save it as one."
+    )
 
 
 def png_bytes(picture: Image.Image, recipe: Recipe) -> bytes:

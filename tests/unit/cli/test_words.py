@@ -26,6 +26,14 @@ def test_a_path_with_a_colon_that_exists_is_a_path(tmp_path: Path) -> None:
     assert parse_lora(str(path)) == (str(path), 1.0)
 
 
+def test_a_path_with_an_at_sign_that_exists_is_a_path(tmp_path: Path) -> None:
+    """As the command of a picture gives it: with its scale, and factors of blocks where there are some."""
+    path = tmp_path / "a@v=2.safetensors"
+    path.touch()
+    assert parse_lora_use(f"{path}:1") == (str(path), 1.0, {})
+    assert parse_lora_use(f"{path}:0.5@up=2") == (str(path), 0.5, {"up": 2.0})
+
+
 def test_a_scale_that_is_no_number_is_refused() -> None:
     with pytest.raises(ConfigError, match="dog:strong: 'strong' is not a number; write path or path:scale"):
         parse_lora("dog:strong")

@@ -72,6 +72,22 @@ def test_what_was_let_through_is_in_the_command_and_not_in_the_name() -> None:
     assert let.file_name == RECIPE.file_name != replace(RECIPE, model_hash="0" * 16).file_name
 
 
+def test_numbers_and_paths_are_as_the_command_gives_them(tmp_path: Path) -> None:
+    """From Python they may be of other types, and it is the same picture."""
+    regions = {"a": (0, 0, 1, 1), "b": tmp_path / "b.png"}
+    given = Recipe("a", "m", 8, 8, loras=(LoraUse("a", "a", 1, {"up": 0}),), guidance_scale=3, control_scale=1,
+                   compose="regional", compose_options={"regions": regions, "softness": 0.0})  # fmt: skip
+    options = {"regions": {"a": [0.0, 0.0, 1.0, 1.0], "b": str(tmp_path / "b.png")}, "softness": 0}
+    same = replace(given, loras=(LoraUse("a", "a", 1.0, {"up": 0.0}),), guidance_scale=3.0, compose_options=options)
+    assert given.to_json() == same.to_json() and '"guidance_scale": 3.0' in given.to_json()
+    assert Recipe.from_json(given.to_json()) == given
+
+
+def test_the_command_says_the_precision() -> None:
+    """On another machine auto would be another."""
+    assert "--precision fp32 " in RECIPE.command()
+
+
 def test_file_names_tell_pictures_apart() -> None:
     other = Recipe("a dog, (sitting)", "emoji-64", 64, 96, seed=7)
     assert RECIPE.file_name.startswith("a-dog-sitting-7-") and RECIPE.file_name != other.file_name
@@ -105,6 +121,10 @@ BAD = {
     "no step is left": (
         lambda: Recipe("a", "m", 8, 8, steps=4, init_image="a.png", strength=0.2),
         "4 steps at strength 0.2 leave the picture as it is: take at least 5 steps, or a strength of at least 0.25.",
+    ),
+    "region": (
+        lambda: Recipe("a", "m", 8, 8, compose_options={"regions": {"a": 3}}),
+        "The region of 'a' is a int; to be in the recipe of a picture it must be a box",
     ),
     "seed": (lambda: Recipe("a", "m", 8, 8, seed=-1), "seed is -1"),
     "tag": (lambda: take_tags("<lora:a:loud>"), "'loud' is not a finite number; write <lora:name:scale>."),
