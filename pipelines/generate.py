@@ -15,7 +15,7 @@ from PIL import Image
 
 from visionlora.atomic import replace_file
 from visionlora.config import PRECISIONS
-from visionlora.diffusion.given import PICTURES, Given, named
+from visionlora.diffusion.given import PICTURES, Given, check_regions, named, shape_of, sized
 from visionlora.diffusion.objective import zero_terminal
 from visionlora.diffusion.prompts import in_words, prompt_arguments
 from visionlora.diffusion.recipe import LoraUse, Recipe, png_bytes, take_tags
@@ -299,10 +299,8 @@ def check_numbers(config: GenerateConfig) -> None:
 def recipes_of(config: GenerateConfig, ready: Opened, plans: Sequence[tuple[str, list[LoraUse]]]) -> list[Recipe]:
     """Every picture of the run, in order."""
     base, net = ready.base, ready.controlnet
-    width, height = (
-        next(side for side in (*sides, base.resolution) if side is not None)
-        for sides in ((config.width, config.height), (config.height, config.width))
-    )
+    shape = shape_of(config.init_image, config.control)
+    width, height = sized(shape, config.width, config.height, base.resolution, base.multiple)
     for size in {width, height}:
         base.check_resolution(size)
     guidance = base.suggested["guidance_scale"] if config.guidance_scale is None else config.guidance_scale
@@ -335,8 +333,10 @@ def settled(
     Raises:
         ConfigError: when adapters of one picture were trained otherwise than each other, or its scheduler cannot draw so.
         ModelError: when the text cannot be read so.
+        DataError: when the mask of a region has another shape than its picture.
     """
     found = [settled_one(recipe, ready, config) for recipe in recipes]
+    check_regions(found)
     if any(recipe.zero_terminal_snr for recipe in found):
         say("The noise levels end at nothing but noise, as an adapter was trained (zero_terminal_snr).")
     return found

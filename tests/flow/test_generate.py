@@ -531,3 +531,11 @@ def test_numbers_and_masks_from_python_are_those_of_the_command(loras: Path, tin
     (drawn,) = vl.generate(config)
     run(*shlex.split(drawn.recipe.command(str(tmp_path / "two")))[1:])
     assert (tmp_path / "two" / drawn.path.name).read_bytes() == drawn.path.read_bytes()
+
+
+def test_pictures_have_the_shape_of_the_one_they_start_from(tiny_model: Path, tmp_path: Path) -> None:
+    Image.effect_noise((96, 32), 80).convert("RGB").save(tmp_path / "wide.png")
+    run("generate", "--model", tiny_model, "--prompt", "a", "--init-image", tmp_path / "wide.png", "--steps", 2,
+        "--output", tmp_path / "o")  # fmt: skip
+    (file,) = (tmp_path / "o").iterdir()
+    assert Image.open(file).size == (56, 16)

@@ -39,7 +39,12 @@ Guidance = Annotated[
     typer.Option(help="Classifier-free guidance; by default what suits the base."),
 ]
 Scheduler = Annotated[str, typer.Option(help="dpm++, ddim, euler, euler-a, heun, unipc or pndm.")]
-Width = Annotated[Optional[int], typer.Option(help="In px.")]  # noqa: UP045
+Width = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option(
+        help="In px; by default the model's own area, in the shape of the picture to start from or to follow."
+    ),
+]
 ClipSkip = Annotated[
     Optional[int],  # noqa: UP045
     typer.Option(help="Layers from the end that the text is read; by default as the adapters were trained, else 1."),

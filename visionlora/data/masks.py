@@ -57,7 +57,7 @@ class Masks:
             return self.files[name]
         file = self.files[name]
         shown, size = f"in the column {self.column!r}" if self.column else printable(file), picture.image.size
-        mask = _grey(decode_noted(file, shown=f"the mask of {name}" if self.column else None))
+        mask = grey(decode_noted(file, shown=f"the mask of {name}" if self.column else None))
         if mask.shape != size[::-1]:
             raise DataError(
                 f"{printable(name)} is {size[0]} x {size[1]} px, but its mask {shown} {mask.shape[1]} x {mask.shape[0]}; save "
@@ -170,22 +170,22 @@ def mask_of(item: ImageItem) -> npt.NDArray[np.float32] | None:
         return None
     decoded = decode_noted(item.mask)
     if item.mask != item.path:
-        grey = _grey(decoded)
+        levels = grey(decoded)
     elif decoded.alpha is not None:
-        grey = np.asarray(decoded.alpha)
+        levels = np.asarray(decoded.alpha)
     else:
         raise DataError(
             f"{printable(item.path)} has lost its alpha channel; leave the pictures as they are while in use"
         )
-    return grey.astype(np.float32) / np.float32(255)
+    return levels.astype(np.float32) / np.float32(255)
 
 
-def _grey(decoded: Decoded) -> npt.NDArray[np.uint8]:
+def grey(decoded: Decoded) -> npt.NDArray[np.uint8]:
     """The levels of a mask, uint8 (h, w): what is transparent is black, though `decode` puts it on white."""
-    grey = np.asarray(decoded.image.convert("L"))
+    levels = np.asarray(decoded.image.convert("L"))
     if decoded.alpha is None:
-        return grey
-    on_black: npt.NDArray[np.int16] = grey.astype(np.int16) - 255 + np.asarray(decoded.alpha)
+        return levels
+    on_black: npt.NDArray[np.int16] = levels.astype(np.int16) - 255 + np.asarray(decoded.alpha)
     return np.maximum(on_black, 0).astype(np.uint8)
 
 

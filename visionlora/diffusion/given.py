@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageChops, ImageOps
 from torch import Tensor
 
+from visionlora.data.images import Decoded, decode_noted
+from visionlora.data.masks import grey
 from visionlora.diffusion.recipe import Recipe
 from visionlora.errors import DataError
 
 PICTURES = {"init_image": "picture to start from", "mask": "mask", "control": "picture to follow"}
 """Fields of a recipe that name pictures, and what they are."""
+MOST_STRETCHED = 1.2
+"""Of the mask of a region, in one direction; sizes that a model takes are not of every shape."""
 
 
 def named(path: Path | None, what: str) -> tuple[str, str]:
@@ -34,19 +39,76 @@ def named(path: Path | None, what: str) -> tuple[str, str]:
         raise DataError(f"The {what} cannot be read: {path}: {e.strerror or e}.") from None
 
 
-def opened(path: Path | None, what: str) -> Image.Image | None:
-    """A picture in RGB.
+def opened(path: Path, what: str) -> Decoded:
+    """A picture as a person sees it: upright, 16 bits brought to 8, with its alpha channel.
 
     Raises:
         DataError: when it is no picture.
     """
-    if path is None:
-        return None
     try:
-        with Image.open(path) as picture:
-            return picture.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as e:
-        raise DataError(f"The {what} cannot be read: {path}: {e}.") from None
+        return decode_noted(path)
+    except DataError as e:
+        raise DataError(f"The {what} cannot be read: {e}.") from None
+
+
+def on_black(picture: Decoded) -> Image.Image:
+    """With black behind what is transparent, as pictures of edges, poses and depths have it; `decode` puts it on white."""
+    if picture.alpha is None:
+        return picture.image
+    return ImageChops.subtract(picture.image, Image.merge("RGB", [ImageOps.invert(picture.alpha)] * 3))
+
+
+def shape_of(init_image: Path | None, control: Path | None) -> tuple[int, int]:
+    """Width and height of the picture that drawing starts from, else of the one that it follows; of none a square.
+
+    Raises:
+        DataError: when it is no picture.
+    """
+    for path, what in ((init_image, PICTURES["init_image"]), (control, PICTURES["control"])):
+        if path is not None:
+            return opened(path, what).image.size
+    return 1, 1
+
+
+def sized(shape: tuple[int, int], width: int | None, height: int | None, native: int, multiple: int) -> tuple[int, int]:
+    """Width and height to draw at, px: those given; a missing one by the shape, both of about the native area.
+
+    >>> sized((1, 1), None, 96, 64, 8), sized((1600, 900), None, None, 512, 64), sized((3, 1), 96, None, 32, 8)
+    ((96, 96), (704, 384), (96, 32))
+
+    Args:
+        shape: width and height of a picture.
+        width: to draw at.
+        height: likewise.
+        native: side of the model's own pictures.
+        multiple: of which sides must be.
+    """
+    ratio = shape[0] / shape[1]
+    wide = width or (native * math.sqrt(ratio) if height is None else height * ratio)
+    high = height or (native / math.sqrt(ratio) if width is None else width / ratio)
+
+    def fitting(side: float) -> int:
+        return max(multiple, round(side / multiple) * multiple)
+
+    return fitting(wide) if width is None else width, fitting(high) if height is None else height
+
+
+def check_regions(recipes: Iterable[Recipe]) -> None:
+    """Raises DataError when a mask of a region cannot be read, or has another shape than the picture."""
+    sizes = (
+        (name, region, recipe.width, recipe.height)
+        for recipe in recipes
+        for name, region in recipe.compose_options.get("regions", {}).items()
+        if isinstance(region, str)
+    )
+    for name, region, width, height in dict.fromkeys(sizes):
+        across, down = opened(Path(region), f"mask of {name!r}").image.size
+        stretched = across * height / (down * width)
+        if max(stretched, 1 / stretched) > MOST_STRETCHED:
+            raise DataError(
+                f"The mask of {name!r}, {region}, is {across}x{down} px and would be stretched over pictures of "
+                f"{width}x{height} px. Save it in their shape, or set theirs with --width and --height."
+            )
 
 
 @dataclass(frozen=True)
@@ -68,11 +130,17 @@ class Given:
             DataError: when one cannot be read, or the mask has another size than the picture.
         """
         paths = (init_image, mask, control)
-        start, where, follow = (opened(path, what) for path, what in zip(paths, PICTURES.values(), strict=True))
-        if start is not None and where is not None and start.size != where.size:
-            sizes = " and ".join("x".join(map(str, p.size)) for p in (where, start))
+        start, where, follow = (
+            None if path is None else opened(path, what) for path, what in zip(paths, PICTURES.values(), strict=True)
+        )
+        if start is not None and where is not None and start.image.size != where.image.size:
+            sizes = " and ".join("x".join(map(str, p.image.size)) for p in (where, start))
             raise DataError(f"The mask {mask} and the picture differ in size: {sizes} px.")
-        return cls(start, None if where is None else where.convert("L"), follow)
+        return cls(
+            None if start is None else start.image,
+            None if where is None else Image.fromarray(grey(where)),
+            None if follow is None else on_black(follow),
+        )
 
     def arguments(self, batch: Sequence[Recipe]) -> dict[str, Any]:
         """What a pipeline of diffusers is told of them."""

@@ -16,7 +16,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from visionlora.errors import ConfigError, nearest
+from visionlora.data.images import decode_noted
+from visionlora.data.masks import grey
+from visionlora.errors import ConfigError, DataError, nearest
 from visionlora.mixing.compose.base import Composition
 
 Region = "tuple[float, float, float, float] | Tensor | np.ndarray[Any, Any] | Image.Image | str | Path"
@@ -93,8 +95,8 @@ def mask_of(name: str, region: Any) -> Tensor:
         return mask
     if isinstance(region, (str, Path)):
         try:
-            region = Image.open(region)
-        except OSError as e:
+            region = Image.fromarray(grey(decode_noted(Path(region))))
+        except DataError as e:
             raise ConfigError(f"The mask of {name!r} cannot be read: {e}.") from None
     if isinstance(region, Image.Image):
         region = np.asarray(region.convert("L"), dtype=np.float32) / 255
