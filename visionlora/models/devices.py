@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from visionlora.errors import ConfigError
@@ -10,7 +12,8 @@ AUTO = "auto"
 
 
 def usable_device(word: str | torch.device = AUTO) -> torch.device:
-    """A device that is there; auto takes a GPU where there is one.
+    """A device that is there; auto takes a GPU where there is one. Under `accelerate launch` or torchrun a GPU without a number
+    is that of the process, where there are so many.
 
     Raises:
         ConfigError: when there is no such device.
@@ -22,7 +25,7 @@ def usable_device(word: str | torch.device = AUTO) -> torch.device:
         "mps": int(torch.backends.mps.is_available()),
     }
     if word == AUTO:
-        return torch.device("cuda" if there["cuda"] else "cpu")
+        word = "cuda" if there["cuda"] else "cpu"
     given = str(word)
     try:
         device = torch.device(word)
@@ -36,4 +39,7 @@ def usable_device(word: str | torch.device = AUTO) -> torch.device:
         raise ConfigError(f"device is {given!r}, but there is no {what}. Take cpu.")
     if device.type != "cpu" and device.index is not None and device.index >= count:
         raise ConfigError(f"device is {given!r}, but the last one is {device.type}:{count - 1}.")
+    rank = os.environ.get("LOCAL_RANK", "")
+    if device.type in ("cuda", "xpu") and device.index is None and rank.isdigit() and int(rank) < count:
+        return torch.device(device.type, int(rank))
     return device

@@ -18,7 +18,16 @@ def test_auto_is_a_gpu_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> No
     with_gpus(monkeypatch, 0)
     assert usable_device() == usable_device("cpu") == torch.device("cpu")
     with_gpus(monkeypatch, 2)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
     assert usable_device() == torch.device("cuda") and usable_device(torch.device("cuda:1")) == torch.device("cuda:1")
+
+
+def test_each_process_of_several_has_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_gpus(monkeypatch, 2)
+    for rank, expected in (("0", "cuda:0"), ("1", "cuda:1"), ("2", "cuda"), ("", "cuda")):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        assert usable_device() == usable_device("cuda") == torch.device(expected), rank
+        assert usable_device("cuda:0") == torch.device("cuda:0") and usable_device("cpu") == torch.device("cpu")
 
 
 @pytest.mark.parametrize(
