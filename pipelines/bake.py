@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from visionlora.atomic import check_new
 from visionlora.errors import ModelError
 from visionlora.formats.header import hashed, write_file
-from visionlora.loaders import apply, check_draws, load_adapter
+from visionlora.loaders import apply, check_draws, follow_noise, load_adapter
 from visionlora.lora.merge import bake as bake_handles
 from visionlora.models.base import open_base, quiet
 from visionlora.models.single_file import single_file
@@ -18,7 +18,7 @@ from visionlora.models.single_file import single_file
 
 def bake(
     model: str, adapters: Sequence[tuple[str | Path, float]], output: str | Path, dtype: str = "float32",
-    force: bool = False, overwrite: bool = False,
+    force: bool = False, overwrite: bool = False, say: Callable[[str], None] = lambda line: None,
 ) -> Path:  # fmt: skip
     """Writes a model in which the adapters are merged for good; it needs nothing of visionlora to be used.
 
@@ -30,6 +30,7 @@ def bake(
         dtype: of the weights written, `float32`, `float16` or `bfloat16`; merging itself is in fp32.
         force: accept a fine-tune of the adapters' base.
         overwrite: replace what is there.
+        say: called with what the model cannot say of itself.
 
     Raises:
         AdapterFileError: when an adapter cannot be read or was made for another base.
@@ -46,6 +47,13 @@ def bake(
     if model == "auto" and loaded:
         model = str(loaded[0][0].info.get("base", {}).get("id", "auto"))
     base = open_base(model)
+    if follow_noise(base, [adapter for adapter, _ in loaded]):
+        say("The noise levels of the model end at nothing but noise, as an adapter was trained (zero_terminal_snr).")
+    if not base.is_xl and (skips := sorted({a.clip_skip for a, _ in loaded} - {1})):
+        say(
+            f"An adapter was trained with clip_skip {skips[-1]}, which a model cannot say of itself: set it where you draw "
+            f"(visionlora: --clip-skip {skips[-1]}; diffusers, which counts from 0: clip_skip={skips[-1] - 1})."
+        )
     # All are put on before any is merged: each adapter's effect is that on the untouched base.
     bake_handles([h for i, (a, scale) in enumerate(loaded) for h in apply(base, a, f"baked{i}", scale, force)])
     base.pipe.to(getattr(torch, dtype))

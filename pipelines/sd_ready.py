@@ -98,7 +98,7 @@ def prepare(start: Start[TrainSDConfig], tell: Listener) -> Ready:
 
     base = open_base(named_base(config, first)[0])
     if first is not None and "clip_skip" not in given_names(config) and not base.is_xl:
-        config = dataclasses.replace(config, clip_skip=(first.info.get("training") or {}).get("clip_skip", 1))
+        config = dataclasses.replace(config, clip_skip=first.clip_skip)
     base = base.reading(config.clip_skip)
     tell.say(base.why)
     config, notes = suited(config, base.suggested)

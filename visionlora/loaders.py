@@ -217,8 +217,14 @@ def ends_in_noise(base: BaseModel, adapters: Iterable[Adapter]) -> bool:
     """Whether one of the adapters was trained at noise levels that end at nothing but noise, and the base can draw at these:
     one that predicts the noise sees nothing else there.
     """
-    trained = ((a.info.get("training") or {}).get("zero_terminal_snr") for a in adapters)
-    return base.prediction_type != "epsilon" and any(trained)
+    return base.prediction_type != "epsilon" and any(a.zero_terminal_snr for a in adapters)
+
+
+def follow_noise(base: BaseModel, adapters: Iterable[Adapter]) -> bool:
+    """Lets a base draw at the noise levels of `ends_in_noise`; returns whether it does."""
+    if wanted := ends_in_noise(base, adapters):
+        base.pipe.scheduler = zero_terminal(base.pipe.scheduler)
+    return wanted
 
 
 def load_pipeline(
@@ -241,8 +247,7 @@ def load_pipeline(
     if model == "auto" and loaded:
         model = str(next(iter(loaded.values())).info.get("base", {}).get("id", "auto"))
     base = open_base(model)
-    if ends_in_noise(base, loaded.values()):
-        base.pipe.scheduler = zero_terminal(base.pipe.scheduler)
+    follow_noise(base, loaded.values())
     for name, adapter in loaded.items():
         apply(base, adapter, name, (scales or {}).get(name, 1.0), force)
     return base.pipe

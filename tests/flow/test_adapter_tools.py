@@ -1,5 +1,6 @@
 """The adapter tools as a user runs them: one command each, from files to files."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -174,6 +175,16 @@ def test_bake_and_extract(files: Path, tiny_model: Path, tmp_path: Path) -> None
     fresh = open_base(str(tiny_model))
     apply(fresh, again)
     torch.testing.assert_close(drawn(fresh.pipe.unet), drawn(baked.pipe.unet), rtol=1e-3, atol=1e-4)
+
+
+def test_a_baked_model_draws_at_the_noise_levels_of_its_adapters(files: Path, tiny_sd2: Path, tmp_path: Path) -> None:
+    adapter = vl.load_adapter(files / "dog.safetensors")
+    info = {"base": {"id": str(tiny_sd2)}, "training": {"zero_terminal_snr": True, "clip_skip": 2}}
+    vl.save_adapter(dataclasses.replace(adapter, info=info), files / "levels.safetensors")
+    text = run("bake", tiny_sd2, files / "levels.safetensors", "-o", tmp_path / "baked", "--force")
+    assert "--clip-skip 2; diffusers, which counts from 0: clip_skip=1" in text and "nothing but noise" in text
+    kept = json.loads((tmp_path / "baked" / "scheduler" / "scheduler_config.json").read_text())
+    assert kept["rescale_betas_zero_snr"] is True
 
 
 def test_extract_from_two_vits(tmp_path: Path) -> None:

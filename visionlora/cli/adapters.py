@@ -64,6 +64,8 @@ def merge(
         options, size = Options(density, seed), parse_size(rank, energy)
         result = run(pairs, output, method, size, options, to, overwrite, counting(listener, "Merging"))
     typer.echo(f"{describe(result, method)}: {output}")
+    for note in result.notes:
+        typer.echo(note)
 
 
 def resize(
@@ -118,5 +120,5 @@ def bake(
         raise ConfigError(f"dtype is {dtype!r}. {nearest(dtype, DTYPES)}")
     from visionlora.pipelines.bake import bake as run
 
-    run(model, [parse_lora(word) for word in adapters], output, dtype, force, overwrite)
+    run(model, [parse_lora(word) for word in adapters], output, dtype, force, overwrite, typer.echo)
     typer.echo(f"A model with {len(adapters)} adapters in it: {output}")

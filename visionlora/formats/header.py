@@ -77,6 +77,10 @@ def network_metadata(adapter: Adapter) -> dict[str, str]:
         found["modelspec.architecture"] = family.architecture + "/lora"
     if trigger := adapter.info.get("trigger"):
         found["modelspec.trigger_phrase"] = str(trigger)
+    if adapter.clip_skip != 1:
+        found["ss_clip_skip"] = str(adapter.clip_skip)
+    if adapter.zero_terminal_snr:
+        found["ss_zero_terminal_snr"] = "True"
     size = {
         "ss_network_dim": str(most_common(m.rank for m in ranked)) if ranked else "Dynamic",
         "ss_network_alpha": str(plain_number(most_common(m.alpha for m in ranked))) if ranked else "Dynamic",

@@ -233,6 +233,16 @@ class Adapter:
         return {name[len(start) :]: m for name, m in self.modules.items() if name.startswith(start)}
 
     @property
+    def clip_skip(self) -> int:
+        """How many layers from the end the text was read in training; 1, the last, where it is not said."""
+        return int((self.info.get("training") or {}).get("clip_skip", 1))
+
+    @property
+    def zero_terminal_snr(self) -> bool:
+        """Whether it was trained at noise levels that end at nothing but noise."""
+        return bool((self.info.get("training") or {}).get("zero_terminal_snr"))
+
+    @property
     def components(self) -> list[str]:
         """The components that have modules, sorted."""
         return sorted({name.split(".", 1)[0] for name in self.modules})

@@ -62,6 +62,8 @@ class Result:
     adapter: Adapter
     errors: Mapping[str, float]
     """‖ΔW - ΔW'‖ / ‖ΔW‖ by module, 0 to 1."""
+    notes: tuple[str, ...] = ()
+    """What else a user should know."""
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -139,7 +141,13 @@ def merge_adapters(
             f"Two of the adapters have vectors of their own for {', '.join(twice)}: a merged one can keep but one of each."
         )
     embeddings = {token: parts for a, _ in adapters for token, parts in a.embeddings.items()}
-    return Result(Adapter(modules, merged_info(adapters, method), embeddings), errors)
+    notes: tuple[str, ...] = ()
+    if len(skips := sorted({a.clip_skip for a, _ in adapters})) > 1:
+        notes = (
+            f"The adapters were trained with clip_skip {' and '.join(map(str, skips))}, and the merged one can say but one: it "
+            f"says none. Draw with --clip-skip {skips[-1]} or without, whichever looks better.",
+        )
+    return Result(Adapter(modules, merged_info(adapters, method), embeddings), errors, notes)
 
 
 def matching(name: str, present: Sequence[tuple[AdapterModule, float]]) -> list[Factors]:
@@ -179,7 +187,10 @@ def weight_shape(name: str, modules: Sequence[AdapterModule]) -> tuple[int, ...]
 
 
 def merged_info(adapters: Sequence[tuple[Adapter, float]], method: str) -> dict[str, Any]:
-    """The header of a merged adapter: the base when all agree, and where it came from."""
+    """The header of a merged adapter: what all agree in, and where it came from.
+
+    Where one was trained at noise levels that end at nothing but noise, pictures are drawn so, as with all side by side.
+    """
     bases = [a.info.get("base") for a, _ in adapters]
     triggers = [str(t) for a, _ in adapters if (t := a.info.get("trigger"))]
     info: dict[str, Any] = {"method": "lora", "merged": {"method": method, "scales": [s for _, s in adapters]}}
@@ -187,7 +198,13 @@ def merged_info(adapters: Sequence[tuple[Adapter, float]], method: str) -> dict[
         info["base"] = bases[0]
     if triggers:
         info["trigger"] = ", ".join(dict.fromkeys(triggers))
-    return info
+    training: dict[str, Any] = {}
+    skips = {a.clip_skip for a, _ in adapters}
+    if len(skips) == 1 and skips != {1}:
+        training["clip_skip"] = skips.pop()
+    if any(a.zero_terminal_snr for a, _ in adapters):
+        training["zero_terminal_snr"] = True
+    return {**info, "training": training} if training else info
 
 
 def sized(lora_A: Tensor, lora_B: Tensor, size: Size) -> tuple[AdapterModule, float]:

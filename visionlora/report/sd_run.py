@@ -146,10 +146,14 @@ def facts(
         **({"Learned on from": before} if before else {}),
         "Learning rate": f"{loop.learning_rate:g}",
         "Seed": str(config.seed),
+        **({} if base.clip_skip == 1 else {"Clip skip": str(base.clip_skip)}),
+        **({"Noise levels": "end at nothing but noise (zero_terminal_snr)"} if config.zero_terminal_snr else {}),
     }
 
 
-def usage(pipeline: str, source: str, run: Path, prompt: str) -> str:
+def usage(
+    pipeline: str, source: str, run: Path, prompt: str, clip_skip: int = 1, zero_terminal_snr: bool = False
+) -> str:
     """Python that draws a picture with diffusers, for the model card.
 
     Args:
@@ -157,12 +161,28 @@ def usage(pipeline: str, source: str, run: Path, prompt: str) -> str:
         source: of the base model.
         run: its folder.
         prompt: what to draw.
+        clip_skip: as it was trained; see `BaseModel.clip_skip`.
+        zero_terminal_snr: whether its noise levels ended at nothing but noise.
     """
+    name, classes, levels, arguments = run.resolve().name, pipeline, "", repr(prompt)
+    if zero_terminal_snr:
+        classes = f"DDPMScheduler, {pipeline}"
+        levels = (
+            "pipe.scheduler = DDPMScheduler.from_config(\n"
+            '    pipe.scheduler.config, rescale_betas_zero_snr=True, timestep_spacing="trailing"\n'
+            ")\n"
+        )
+    if clip_skip != 1:
+        levels += (
+            f"# clip_skip {clip_skip}, which diffusers counts from 0. Some versions of diffusers and transformers cannot do\n"
+            "# it together (no attribute 'text_model'): `visionlora generate --lora` can.\n"
+        )
+        arguments += f", clip_skip={clip_skip - 1}"
     return (
-        f"from diffusers import {pipeline}\n\n"
+        f"from diffusers import {classes}\n\n"
         f"pipe = {pipeline}.from_pretrained({source!r})\n"
-        f'pipe.load_lora_weights({run.resolve().name!r}, weight_name="adapter.safetensors")\n'
-        f"pipe({prompt!r}).images[0]"
+        f'pipe.load_lora_weights({name!r}, weight_name="adapter.safetensors")\n'
+        f"{levels}pipe({arguments}).images[0]"
     )
 
 
@@ -201,7 +221,9 @@ def report(
             trigger=config.token or trigger(folder),
             facts=facts(config, loop, base, folder, handle) | changed(changes),
             samples=sheet.last_samples() if sheet.columns else [],
-            usage=usage(type(base.pipe).__name__, source, run.path, sheet.prompts[0]),
+            usage=usage(
+                type(base.pipe).__name__, source, run.path, sheet.prompts[0], base.clip_skip, config.zero_terminal_snr
+            ),
             images_note=f"{len(folder.items)} pictures; {folder.caption_source}",
             license=None,
         ),

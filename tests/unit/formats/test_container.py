@@ -2,6 +2,7 @@
 
 import hashlib
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,16 @@ def test_what_other_tools_wrote_is_carried_over_and_stale_hashes_are_not(tmp_pat
     metadata = read_header(tmp_path / "a.safetensors").metadata
     assert metadata["ss_steps"] == "7" and metadata["sshs_model_hash"] != "stale"
     assert metadata["ss_network_module"] == "networks.lora" and metadata["ss_network_dim"] == "2"
+
+
+@pytest.mark.parametrize("to", ["visionlora", "kohya", "diffusers", "diffusers-folded"])
+def test_how_an_adapter_was_trained_is_in_every_file(to: str, tmp_path: Path) -> None:
+    adapter = replace(vl.load_adapter(written(tmp_path)), metadata={})
+    training = {"clip_skip": 2, "zero_terminal_snr": True}
+    vl.save_adapter(replace(adapter, info={"training": training}), tmp_path / "a.safetensors", to)
+    metadata = read_header(tmp_path / "a.safetensors").metadata
+    assert metadata["ss_clip_skip"] == "2" and metadata["ss_zero_terminal_snr"] == "True"
+    assert vl.load_adapter(tmp_path / "a.safetensors").info["training"] == training
 
 
 def test_a_resized_adapter_does_not_claim_its_old_rank(tmp_path: Path) -> None:

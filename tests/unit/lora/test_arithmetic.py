@@ -1,5 +1,7 @@
 """Adapters merged, made smaller and taken from two models, against dense arithmetic."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -38,6 +40,19 @@ def test_modules_of_one_alone_stay() -> None:
     only = Adapter({"unet.linear": b.modules["unet.linear"]})
     found = merge_adapters([(a, 1.0), (only, 1.0)]).adapter.delta_weights()
     torch.testing.assert_close(found["unet.conv"], a.delta_weights()["unet.conv"])
+
+
+def test_how_text_is_read_and_where_noise_ends_are_kept() -> None:
+    def trained(**training: object) -> Adapter:
+        return replace(adapter(0), info={"training": training})
+
+    skipped, ended, plain = trained(clip_skip=2), trained(zero_terminal_snr=True), trained()
+    same = merge_adapters([(skipped, 1.0), (skipped, 0.5)])
+    assert same.adapter.info["training"] == {"clip_skip": 2} and not same.notes
+    mixed = merge_adapters([(skipped, 1.0), (ended, 1.0)])
+    assert mixed.adapter.info["training"] == {"zero_terminal_snr": True}
+    assert "trained with clip_skip 1 and 2" in mixed.notes[0] and "Draw with --clip-skip 2" in mixed.notes[0]
+    assert "training" not in merge_adapters([(plain, 1.0), (plain, 1.0)]).adapter.info
 
 
 @pytest.mark.parametrize("rank", [1, 2, 4])
