@@ -6,6 +6,7 @@ In: the settings. Out: `Ready`; nothing has been computed or written.
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,10 +98,11 @@ def prepare(start: Start[TrainSDConfig], tell: Listener) -> Ready:
         check_class_folder(Path(config.prior_images), [config.images, *(f.path for f in config.folders)])
 
     base = open_base(named_base(config, first)[0])
-    if first is not None and "clip_skip" not in given_names(config) and not base.is_xl:
-        config = dataclasses.replace(config, clip_skip=first.clip_skip)
+    config = trained_alike(config, first, base)
     base = base.reading(config.clip_skip)
     tell.say(base.why)
+    if first is not None:
+        first = as_far_as_read(first, base, str(config.start_from), tell)
     config, notes = suited(config, base.suggested)
     for note in notes:
         tell.say(note)
@@ -157,8 +159,7 @@ def adapters_for(
         return adapter, {}
     text_adapters, parts = {}, base.components()
     for name, _, _ in base.text_parts():
-        not_read = int(name == "text_encoder") if base.is_xl else base.clip_skip - 1
-        own = text_adapter_config(config, parts[name], not_read)
+        own = text_adapter_config(config, base.unread_layers(name))
         if first is not None and (modules := first.component(name)):
             method_for(modules, own.method, f"The part of {config.start_from} for {name}")
             own = further_config(own, modules, {})
@@ -183,6 +184,34 @@ def new_word(config: TrainSDConfig, base: BaseModel, folder: ImageFolder) -> Lea
             f"give one for all: --prompt 'a photo of {config.token}' (a caption now: {example!r})."
         )
     return LearnedWord(base, config.token, config.token_vectors, config.token_initializer)
+
+
+def trained_alike(config: TrainSDConfig, first: Adapter | None, base: BaseModel) -> TrainSDConfig:
+    """The settings, text and noise levels as those of the adapter that it learns on from where nothing else is given."""
+    given = given_names(config)
+    if first is not None and "clip_skip" not in given and not base.is_xl:
+        config = dataclasses.replace(config, clip_skip=first.clip_skip)
+    # A base that predicts the noise draws without such levels too: see `follow_noise`.
+    if first is not None and "zero_terminal_snr" not in given and base.prediction_type != "epsilon":
+        config = dataclasses.replace(config, zero_terminal_snr=first.zero_terminal_snr)
+    return config
+
+
+def as_far_as_read(first: Adapter, base: BaseModel, where: str, tell: Listener) -> Adapter:
+    """What the run learns on from, without layers that the UNet does not read, which files of other trainers have too."""
+    starts = [
+        re.compile(re.escape(name) + r"\." + pattern.removeprefix("re:"))
+        for name, _, _ in base.text_parts()
+        for pattern in base.unread_layers(name)
+    ]
+    unread = [n for n in first.modules if any(start.fullmatch(n) for start in starts)]
+    if not unread:
+        return first
+    tell.say(
+        f"{len(unread)} layers of {where} are left out, the first {unread[0]}: they are at the end of a text encoder, and its "
+        "text is read before them."
+    )
+    return dataclasses.replace(first, modules={n: m for n, m in first.modules.items() if n not in set(unread)})
 
 
 def check_parts(first: Adapter, base: BaseModel, config: TrainSDConfig) -> None:

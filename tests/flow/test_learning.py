@@ -1,6 +1,7 @@
 """What train-sd can be told about what is learned: whole runs, in this process, where starting Python costs nothing."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -134,6 +135,30 @@ def test_zero_terminal_noise_on_a_model_that_predicts_velocity(train, tiny_sd2: 
     assert vl.load_adapter(run).info["training"]["zero_terminal_snr"] is True
     drawn_with = vl.load_pipeline({"dog": run}).scheduler  # the levels that it was trained at
     assert drawn_with.alphas_cumprod[-1] == 0 and drawn_with.config.prediction_type == "v_prediction"
+    _, further = train(f"start_from={run}", "steps=1", "sample_columns=0", model=tiny_sd2, name="further")
+    assert vl.load_adapter(further).info["training"]["zero_terminal_snr"] is True
+
+
+def test_a_layer_of_sdxl_that_is_not_read_does_not_stop_a_run(train, tiny_xl: Path, tmp_path: Path) -> None:
+    import torch
+
+    import visionlora as vl
+    from visionlora.models.base import open_base
+
+    base, modules = open_base(str(tiny_xl)), {}
+    for name, part in base.components().items():  # every layer of both encoders, as kohya's files have them
+        handle = vl.inject(part, vl.AdapterConfig(rank=2, targets="attn"))
+        for lora in handle.methods.values():
+            lora.lora_B.data = torch.randn(lora.lora_B.shape, generator=torch.Generator().manual_seed(0)) * 0.1
+        modules |= handle.modules(name)
+        handle.eject()
+    vl.save_adapter(vl.Adapter(modules), tmp_path / "kohya.safetensors", "kohya")
+    said, run = train(
+        f"start_from={tmp_path / 'kohya.safetensors'}", "train_text_encoder=true", "sample_columns=0", model=tiny_xl
+    )
+    last = {n for n in modules if n.startswith("text_encoder.encoder.layers.1.")}
+    assert last and vl.load_adapter(run).modules.keys() == modules.keys() - last
+    assert f"{len(last)} layers of" in said
 
 
 def test_a_rank_that_follows_the_timestep_trains_and_draws(train, tiny_model: Path) -> None:
@@ -207,8 +232,13 @@ def test_a_text_that_is_read_earlier_is_drawn_so_too(train, tiny_model: Path, tm
     adapter = vl.load_adapter(run)
     assert adapter.info["training"]["clip_skip"] == 2
     assert not any("layers.1." in name for name in adapter.component("text_encoder"))  # its last layer is not read
-    _, further = train(f"start_from={run}", "train_text_encoder=true", name="further")
+    layers = {n: m for n, m in adapter.modules.items() if n.startswith("text_encoder.")}
+    unread = {n.replace("layers.0.", "layers.1."): m for n, m in layers.items()}  # as kohya's files have them
+    vl.save_adapter(replace(adapter, modules={**adapter.modules, **unread}), tmp_path / "all.safetensors", "kohya")
+    said, further = train(f"start_from={tmp_path / 'all.safetensors'}", "train_text_encoder=true", name="further")
     assert vl.load_adapter(further).info["training"]["clip_skip"] == 2
+    assert vl.load_adapter(further).modules.keys() == adapter.modules.keys()
+    assert f"{len(unread)} layers of {tmp_path / 'all.safetensors'} are left out" in said
     words = ["generate", "--prompt", "a dog", "--lora", str(run), "--steps", "2", "--width", "32"]
     words += ["--output", str(tmp_path / "p")]
     for more in ([], ["--clip-skip", "1"]):

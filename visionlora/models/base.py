@@ -126,6 +126,12 @@ class BaseModel:
         own = [("text_encoder", self.pipe.tokenizer, self.pipe.text_encoder)]
         return own + ([("text_encoder_2", self.pipe.tokenizer_2, self.pipe.text_encoder_2)] if self.is_xl else [])
 
+    def unread_layers(self, name: str) -> tuple[str, ...]:
+        """Patterns of the layers at the end of a text encoder that the UNet does not read: no gradient reaches them."""
+        count = int(name == "text_encoder") if self.is_xl else self.clip_skip - 1
+        layers = int(getattr(self.pipe, name).config.num_hidden_layers)
+        return tuple(rf"re:.*layers\.{layers - 1 - k}\..*" for k in range(count))
+
     def fingerprints(self) -> dict[str, dict[str, str]]:
         """Architecture and weights fingerprint of each part, as it was when first asked: before adapters, casts and packing."""
         return {part: dict(found) for part, found in self._fingerprints.items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -29,21 +29,18 @@ def adapter_config(config: TrainingConfig, **more: Any) -> AdapterConfig:
     return AdapterConfig(rank=rank, save_memory=config.save_memory is not False, **own, **more)
 
 
-def text_adapter_config(config: TrainingConfig, encoder: nn.Module, not_read: int) -> AdapterConfig:
+def text_adapter_config(config: TrainingConfig, unread: tuple[str, ...]) -> AdapterConfig:
     """The same on a CLIP text encoder, as far as it has such layers.
 
     Args:
         config: of the run.
-        encoder: of transformers.
-        not_read: layers at its end that the UNet does not read.
+        unread: patterns of the layers that the UNet does not read.
     """
     adapter = adapter_config(config)
     if adapter.method == "tlora":  # no timestep reaches a text encoder
         adapter = dataclasses.replace(adapter, method="lora")
     wide = {"mlp", "all"} & set(adapter.target_list)
-    layers = int(cast(Any, encoder).config.num_hidden_layers)
-    exclude = tuple(rf"re:.*layers\.{layers - 1 - k}\..*" for k in range(not_read))
-    return dataclasses.replace(adapter, targets=("attn", "mlp") if wide else "attn", exclude=exclude)
+    return dataclasses.replace(adapter, targets=("attn", "mlp") if wide else "attn", exclude=unread)
 
 
 def loop_config(config: TrainingConfig) -> LoopConfig:
