@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import struct
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -25,6 +26,26 @@ EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2)
 """Dtypes that torch can store and not calculate with; fp16 holds every value of both exactly."""
 LARGEST_HEADER = 100_000_000
 """Bytes; what the safetensors library allows."""
+
+
+class NotKept:
+    """Stands for a value that trainings save beside weights, such as their arguments: nothing of it is made, no code runs."""
+
+    def __new__(cls, *values: object) -> NotKept:
+        """The same whatever was given."""
+        return super().__new__(cls)
+
+    def __setstate__(self, state: object) -> None:
+        """Takes nothing."""
+
+
+PATHS = ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")
+BESIDE_WEIGHTS = (
+    "argparse.Namespace", "types.SimpleNamespace", "datetime.datetime", "datetime.timedelta", "numpy.dtype",
+    "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar",
+    *(f"{module}.{name}" for module in ("pathlib", "pathlib._local") for name in PATHS),
+)  # fmt: skip
+"""Classes of what trainings save beside weights; `NotKept` stands for them. No arrays: they may be weights."""
 
 
 @dataclass(frozen=True)
@@ -149,13 +170,17 @@ def pickled(path: Path) -> Iterator[tuple[str, Tensor]]:
         AdapterFileError: when loading it safely fails.
     """
     try:
-        with path.open("rb") as file:  # as a file: torch takes the suffix .safetensors for the format
+        beside: list[Any] = [(NotKept, name) for name in BESIDE_WEIGHTS]
+        # As a file: torch takes the suffix .safetensors for the format.
+        with path.open("rb") as file, torch.serialization.safe_globals(beside):
             found = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as e:  # pickle, zip and torch each raise their own
-        why = "it is damaged" if is_damaged(path) else f"it holds more than tensors ({str(e).splitlines()[0][:120]})"
+        named = re.search(r"GLOBAL (\S+) ", str(e))
+        what = named[1] if named else re.sub(r"\x1b\[[\d;]*m", "", str(e)).partition("\n")[0][:120].rstrip(" .")
+        why = "it is damaged" if is_damaged(path) else f"it holds more than tensors ({what})"
         raise AdapterFileError(
             f"{path} cannot be opened safely: {why}. visionlora reads such files with weights_only=True alone, as a pickle "
-            "can run any code. Ask its author for a .safetensors file."
+            "can run any code. Ask its author for a .safetensors file, or save its state_dict() alone."
         ) from None
     yield from flattened(found, "")
 

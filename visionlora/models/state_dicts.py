@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
-AVERAGED = ("state_dict_ema", "model_ema")
-"""Under which trainings keep averaged weights, which are taken before others."""
+AVERAGED = ("state_dict_ema", "model_ema", "teacher")
+"""Under which trainings keep averaged weights, which are taken before others (`teacher`: DINO)."""
 PREFIXES = ("module.", "model.", "_orig_mod.", "backbone.")
 """Of what was around a model."""
 BESIDE = re.compile(
@@ -22,7 +22,7 @@ BESIDE = re.compile(
 """What trainings keep beside the weights."""
 PRETRAINING = re.compile(r"(^|\.)(decoder[a-z_]*|mask_token)(\.|$)")
 """What masked pretraining (MAE) needs and a classifier has not."""
-HEADS = re.compile(r"(head|fc|classifier)[a-z_]*\.")
+HEADS = re.compile(r"(dino_|ibot_)?(head|fc|classifier)[a-z_]*\.")
 """What may stand beside `backbone.`."""
 
 
@@ -34,7 +34,7 @@ def weights_in(tensors: Mapping[str, Tensor], own: Collection[str]) -> tuple[dic
         own: the names of the model's parameters and buffers.
     """
     found, notes = dict(tensors), []
-    part = next((p for p in AVERAGED if any(n.startswith(p + ".") for n in found)), None)
+    part = next((p for p in AVERAGED if any(n.startswith(p + ".") and n not in own for n in found)), None)
     if part is not None:
         found = under(found, part + ".")
         notes.append(f"the averaged weights were taken ({part})")

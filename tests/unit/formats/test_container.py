@@ -2,9 +2,11 @@
 
 import hashlib
 import struct
+from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -27,6 +29,19 @@ def test_a_pickle_of_tensors_is_read_whatever_its_name(suffix: str, nested: bool
     assert is_pickle(tmp_path / f"a{suffix}")
     adapter = vl.load_adapter(tmp_path / f"a{suffix}")
     torch.testing.assert_close(adapter.delta_weights()["unet.conv_in"], torch.full((4, 3), 2.0))
+
+
+def test_what_trainings_save_beside_weights_is_passed_by(tmp_path: Path) -> None:
+    """Arguments, numpy's numbers, paths: none of it is made, and arrays, which may be weights, are refused by name."""
+    beside = {"args": Namespace(lr=1e-3, out=Path("x")), "metric": np.float64(0.5), "out": tmp_path, "epoch": 3}
+    torch.save({"state_dict": kohya(), **beside}, tmp_path / "a.pt")
+    adapter = vl.load_adapter(tmp_path / "a.pt")
+    torch.testing.assert_close(adapter.delta_weights()["unet.conv_in"], torch.full((4, 3), 2.0))
+    torch.save({"state_dict": kohya(), "rng": np.zeros(3)}, tmp_path / "b.pt")
+    with pytest.raises(
+        vl.VisionLoRAError, match=r"holds more than tensors \(numpy[a-z._]*\._reconstruct\)\. visionlora"
+    ):
+        vl.load_adapter(tmp_path / "b.pt")
 
 
 class Harmful:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from argparse import Namespace
 from pathlib import Path
 from typing import ClassVar
 
@@ -182,6 +183,8 @@ def around(prefix: str, state: dict) -> dict:
         (lambda good, bad: around("module._orig_mod.", good), ""),
         (lambda good, bad: {"state_dict": around("model.backbone.", good)}, ""),
         (lambda good, bad: {**around("backbone.", good), "head.mlp.0.weight": torch.zeros(3)}, ""),
+        (lambda good, bad: {"student": around("module.backbone.", bad), "teacher": {
+            **around("backbone.", good), "dino_head.mlp.0.weight": torch.zeros(3)}, "args": Namespace(lr=1.0)}, "(teacher)"),
         (lambda good, bad: {**around("module.", good), "n_averaged": torch.ones(())}, ""),
         (lambda good, bad: {"model": {**good, "mask_token": torch.zeros(1), "decoder_blocks.0.norm1.weight": torch.zeros(2),
                                       "decoder_pos_embed": torch.zeros(3)}}, "masked pretraining needs was left out (3"),
