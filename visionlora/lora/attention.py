@@ -242,12 +242,39 @@ class EncoderLayer(nn.Module):
     @property
     def activation_relu_or_gelu(self) -> int:
         """0 says to torch that the fast path does not suit."""
-        linears = (m for m in self.children() if isinstance(m, AdaptedLinear))
-        return 0 if any(m.active() for m in linears) else int(self.__dict__["activation_relu_or_gelu"])
+        return 0 if self.runs_linears() else int(self.__dict__["activation_relu_or_gelu"])
 
     @activation_relu_or_gelu.setter
     def activation_relu_or_gelu(self, value: int) -> None:
         self.__dict__["activation_relu_or_gelu"] = value
+
+    def runs_linears(self) -> bool:
+        """Whether an adapter is to be run on one of its own linear layers."""
+        return any(m.active() for m in self.children() if isinstance(m, AdaptedLinear))
+
+
+class Encoder(nn.Module):
+    """Mixed into `nn.TransformerEncoder`, which makes nested tensors of padded texts for layers on the fast path.
+
+    Where a layer leaves it, or its adapters train, the texts stay padded, as torch has them in training.
+    """
+
+    @property
+    def use_nested_tensor(self) -> bool:
+        """Whether every layer can read nested tensors."""
+        return bool(self.__dict__["use_nested_tensor"]) and not any(
+            (isinstance(m, EncoderLayer) and m.runs_linears()) or (isinstance(m, AdaptedLayer) and learns(m))
+            for m in self.modules()
+        )
+
+    @use_nested_tensor.setter
+    def use_nested_tensor(self, value: bool) -> None:
+        self.__dict__["use_nested_tensor"] = value
+
+
+def learns(layer: AdaptedLayer) -> bool:
+    """Whether an adapter runs on it that gets gradients."""
+    return torch.is_grad_enabled() and bool(layer.active()) and any(p.requires_grad for p in layer.parameters())
 
 
 class WeightUser(nn.Module):
@@ -261,10 +288,11 @@ class WeightUser(nn.Module):
 
 def take_over(owner: nn.Module, children: tuple[str, ...]) -> None:
     """Makes a module run the adapters of these children, whose weights it uses; call it after they are adapted."""
-    if isinstance(owner, nn.TransformerEncoderLayer):
-        if not isinstance(owner, EncoderLayer):
-            owner.__class__ = cast(Any, adapted_class(type(owner), EncoderLayer))
-        return
+    for torchs, mixin in ((nn.TransformerEncoderLayer, EncoderLayer), (nn.TransformerEncoder, Encoder)):
+        if isinstance(owner, torchs):
+            if not isinstance(owner, mixin):
+                owner.__class__ = cast(Any, adapted_class(type(owner), mixin))
+            return
     if not isinstance(owner, nn.MultiheadAttention):
         for child in children:
             if isinstance(layer := getattr(owner, child), AdaptedLinear):
@@ -283,5 +311,5 @@ def give_back(owner: nn.Module) -> None:
         return
     if isinstance(owner, AdaptedAttention):
         restore_class(owner)
-    elif isinstance(owner, (EncoderLayer, WeightUser)):
+    elif isinstance(owner, (EncoderLayer, Encoder, WeightUser)):
         owner.__class__ = cast(Any, owner).base_class

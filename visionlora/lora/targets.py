@@ -318,7 +318,8 @@ def weight_children(cls: Any) -> tuple[str, ...]:
 
 
 def owners_of(model: nn.Module, sites: Iterable[Site]) -> tuple[tuple[nn.Module, tuple[str, ...]], ...]:
-    """The modules that use the weights of these layers instead of calling them, and the names of the children.
+    """The modules that use the weights of these layers instead of calling them, and the names of the children; after the layers
+    of an `nn.TransformerEncoder` itself, which looks at the weights of the first.
 
     Only the parents of the layers are looked at, so that the time does not grow with the model or its adapters.
     """
@@ -333,4 +334,11 @@ def owners_of(model: nn.Module, sites: Iterable[Site]) -> tuple[tuple[nn.Module,
         children = weight_children(cast(Any, type(owner)))
         if child in children:
             found[id(owner)] = (owner, children)
+        if isinstance(owner, nn.MultiheadAttention):
+            parent = parent.rpartition(".")[0]
+            owner = model.get_submodule(parent)
+        if isinstance(owner, nn.TransformerEncoderLayer):
+            encoder = model.get_submodule(parent.rpartition(".")[0].rpartition(".")[0])
+            if isinstance(encoder, nn.TransformerEncoder):
+                found[id(encoder)] = (encoder, ())
     return tuple(found.values())

@@ -329,6 +329,32 @@ def test_an_encoder_layer_does_not_pass_its_adapters_by() -> None:
     torch.testing.assert_close(layer(x), bare(x), rtol=0, atol=0)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("targets", ["linear1", "linear2", "self_attn.out_proj", "attn.q"])
+@pytest.mark.parametrize("grad", [False, True])
+def test_an_encoder_with_padded_texts_runs_its_adapters(targets: str, grad: bool) -> None:
+    """torch would make nested tensors of them, which adapters cannot read."""
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True), 2).eval()
+    x, padding = torch.randn(3, 5, 16), torch.zeros(3, 5, dtype=torch.bool)
+    padding[0, 3:] = True
+    handle = inject(encoder, AdapterConfig(rank=2, targets=(targets,)))
+    for m in handle.methods.values():
+        m.lora_B.data.normal_()
+    with torch.set_grad_enabled(grad):
+        beside = encoder(x, src_key_padding_mask=padding)
+        if grad:
+            beside[~padding].sum().backward()
+            assert all(p.grad is not None for p in handle.parameters())
+        handle.merge()
+        merged = encoder(x, src_key_padding_mask=padding)
+    torch.testing.assert_close(beside[~padding], merged[~padding], rtol=1e-4, atol=1e-4)
+    again = copy.deepcopy(encoder)
+    torch.testing.assert_close(again(x, src_key_padding_mask=padding)[~padding], merged[~padding], rtol=1e-4, atol=1e-4)
+    handle.eject()
+    assert type(encoder) is nn.TransformerEncoder and encoder.use_nested_tensor
+
+
 def test_a_base_that_trains_gets_its_gradients() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten(2), nn.Linear(4, 4), nn.Linear(4, 4))
