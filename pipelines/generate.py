@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from visionlora.atomic import replace_file
-from visionlora.config import PRECISIONS
+from visionlora.config import PRECISIONS, parse_lora_use
 from visionlora.diffusion.given import PICTURES, Given, check_regions, named, shape_of, sized
 from visionlora.diffusion.objective import zero_terminal
 from visionlora.diffusion.prompts import in_words, prompt_arguments
@@ -41,11 +41,11 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class GenerateConfig:
-    """What to draw: every prompt with every seed."""
+    """What to draw: every prompt with every seed. One prompt, one adapter and paths may be given as plain texts."""
 
     prompts: Sequence[str]
     loras: Sequence[tuple[str, float, dict[str, float]]] = ()
-    """(path, scale, factors by block)."""
+    """(path, scale, factors by block); also a path, (path, scale), or as `--lora` has it: path:scale@block=factor."""
     lora_folder: Path = Path()
     """Where `<lora:name>` tags look for files that are not among `loras`."""
     model: str = "auto"
@@ -82,7 +82,36 @@ class GenerateConfig:
     allow_partial: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "output", Path(self.output).expanduser())
+        for name in ("output", "lora_folder", "init_image", "mask", "control"):
+            if (given := getattr(self, name)) is not None:
+                object.__setattr__(self, name, Path(given).expanduser())
+        object.__setattr__(self, "prompts", one_or_more(self.prompts))
+        object.__setattr__(self, "loras", tuple(use_from(given) for given in one_or_more(self.loras)))
+
+
+def one_or_more(given: Any) -> Sequence[Any]:
+    """A text or path alone as a list of one."""
+    found: Sequence[Any] = (given,) if isinstance(given, (str, Path)) else given
+    return found
+
+
+def use_from(given: Any) -> tuple[str, float, dict[str, float]]:
+    """An adapter to draw with: path, scale and factors by block.
+
+    Raises:
+        ConfigError: when it is none.
+
+    >>> use_from("dog.safetensors:0.8"), use_from(("dog.safetensors", 0.8))
+    (('dog.safetensors', 0.8, {}), ('dog.safetensors', 0.8, {}))
+    """
+    if isinstance(given, str):
+        return parse_lora_use(given)
+    parts = given if isinstance(given, (tuple, list)) else (given,)
+    if not 1 <= len(parts) <= 3 or not isinstance(parts[0], (str, Path)):
+        raise ConfigError(
+            f"loras has {given!r}, which is no adapter: write each as a path, (path, scale) or (path, scale, factors by block)."
+        )
+    return str(parts[0]), parts[1] if len(parts) > 1 else 1.0, parts[2] if len(parts) > 2 else {}
 
 
 @dataclass(frozen=True)

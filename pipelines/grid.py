@@ -21,6 +21,7 @@ from visionlora.pipelines.generate import (
     hashed,
     loaded,
     make_fit,
+    one_or_more,
     opened,
     recipes_of,
     settled,
@@ -109,6 +110,11 @@ def parse_axis(word: str) -> Axis:
     if not values:
         raise ConfigError(f"Axis {name!r} has no value: {text!r}.")
     return Axis(name, tuple(kind(v) for v in values))
+
+
+def axis_from(given: Axis | str) -> Axis:
+    """An axis, or its words."""
+    return parse_axis(given) if isinstance(given, str) else given
 
 
 def numbers_of(text: str, kind: type) -> Sequence[float]:
@@ -271,14 +277,14 @@ class GridResult:
 
 
 def grid(
-    config: GenerateConfig, x: Axis, y: Axis | None = None, others: Sequence[Axis] = (),
+    config: GenerateConfig, x: Axis | str, y: Axis | str | None = None, others: Sequence[Axis | str] = (),
     say: Callable[[str], None] = lambda line: None, progress: Progress = lambda done, total: None,
 ) -> GridResult:  # fmt: skip
     """Draws every combination; pictures that are there already are taken as they are, so a grid can be resumed and grown.
 
     Args:
         config: the settings that no axis changes; its first prompt and seed are the start.
-        x: across.
+        x: across; as an axis or in words, as `parse_axis` reads them.
         y: down.
         others: one sheet for each combination of theirs.
         say: told what is used.
@@ -291,7 +297,9 @@ def grid(
         ConfigError: when an axis or setting cannot be used.
         AdapterFileError, ModelError, DataError, RunFolderError: see `visionlora.pipelines.generate.generate`.
     """
-    axes = [a for a in (x, y, *others) if a is not None]
+    across, down = axis_from(x), None if y is None else axis_from(y)
+    more = [axis_from(a) for a in one_or_more(others)]
+    axes = [a for a in (across, down, *more) if a is not None]
     prompts = [str(v) for a in axes if a.name == "prompt" for v in a.values]
     if len(config.prompts) > 1 or (config.prompts and prompts):
         raise ConfigError(
@@ -308,7 +316,7 @@ def grid(
     # The tags of a prompt on an axis act in its own cells alone.
     first = "" if prompts else start.prompts[0]
     (recipe,) = recipes_of(start, ready, [(first, uses_of(first, start))])
-    sheets = sheets_of(recipe, x, y, others, tags)
+    sheets = sheets_of(recipe, across, down, more, tags)
     cells = [r for sheet in sheets for row in sheet.recipes for r in row]
     for path in dict.fromkeys(use.path for r in cells for use in r.loras):
         if path not in adapters:

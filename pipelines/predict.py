@@ -32,7 +32,7 @@ class Predicted:
 
 def predict(
     adapter: str | Path,
-    images: Sequence[str | Path],
+    images: Sequence[str | Path] | str | Path,
     output: str | Path | None = None,
     *,
     top_k: int = 1,
@@ -49,7 +49,7 @@ def predict(
 
     Args:
         adapter: a file or run folder of `visionlora classify`.
-        images: files and folders (with their subfolders).
+        images: files and folders (with their subfolders), or one.
         output: a .csv, .json or .parquet file; none is written without it.
         top_k: classes per picture.
         batch_size: pictures per forward pass.
@@ -78,7 +78,8 @@ def predict(
             )
         if target.suffix == ".parquet":
             parquet()
-    paths = pictures_in([Path(p).expanduser() for p in images])
+    places = [images] if isinstance(images, (str, Path)) else images
+    paths = pictures_in([Path(p).expanduser() for p in places])
     classifier = load_classifier(adapter, model, device, force, weights)
     tell.say(f"{classifier.backbone.why} {len(classifier.tasks[classifier.names[0]].classes)} classes.")
     found: list[Predicted] = []

@@ -14,6 +14,7 @@ _HOMES = {
     "Adapter": "visionlora.lora.adapter",
     "AdapterConfig": "visionlora.lora.config",
     "AdapterPool": "visionlora.mixing.pool",
+    "Axis": "visionlora.pipelines.grid",
     "Classifier": "visionlora.classifier",
     "ClassifyConfig": "visionlora.config",
     "GenerateConfig": "visionlora.pipelines.generate",
@@ -81,6 +82,7 @@ if TYPE_CHECKING:
     from visionlora.pipelines.export import export as export
     from visionlora.pipelines.generate import GenerateConfig as GenerateConfig
     from visionlora.pipelines.generate import generate as generate
+    from visionlora.pipelines.grid import Axis as Axis
     from visionlora.pipelines.grid import grid as grid
     from visionlora.pipelines.predict import predict as predict
     from visionlora.pipelines.train_sd import train_sd as train_sd

@@ -1,5 +1,6 @@
 """`generate` and `show` as a user runs them."""
 
+import dataclasses
 import itertools
 import json
 import re
@@ -539,3 +540,19 @@ def test_pictures_have_the_shape_of_the_one_they_start_from(tiny_model: Path, tm
         "--output", tmp_path / "o")  # fmt: skip
     (file,) = (tmp_path / "o").iterdir()
     assert Image.open(file).size == (56, 16)
+
+
+def test_settings_of_python_are_taken_as_they_are_meant(tmp_path: Path) -> None:
+    config = vl.GenerateConfig(
+        "a dog", ["ink:0.8@up=1.5", Path("dog"), ("cat", 0.5), ("hen", 1.0, {"mid": 0.0})], lora_folder="loras",
+        init_image="x.png", mask="m.png", output="out",
+    )  # fmt: skip
+    assert list(config.prompts) == ["a dog"] and config.init_image == Path("x.png") and config.mask == Path("m.png")
+    assert config.lora_folder / "a" == Path("loras/a") and config.output == Path("out")
+    expected = [("ink", 0.8, {"up": 1.5}), ("dog", 1.0, {}), ("cat", 0.5, {}), ("hen", 1.0, {"mid": 0.0})]
+    assert list(config.loras) == expected
+    assert dataclasses.replace(config, seed=1).loras == config.loras
+    with pytest.raises(vl.VisionLoRAError, match=r"loras has 0\.8, which is no adapter: write each as a path"):
+        vl.GenerateConfig(["a dog"], ("dog", 0.8))
+    with pytest.raises(vl.VisionLoRAError, match=r"There is nothing at .*x\.png"):
+        vl.predict(tmp_path, str(tmp_path / "x.png"))

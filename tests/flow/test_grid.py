@@ -219,3 +219,21 @@ def test_checkpoints_of_a_learned_word(tiny_model: Path, dogs: Path, tmp_path: P
         "--output", tmp_path / "g")  # fmt: skip
     pictures = [np.asarray(Image.open(p)) for p in sorted((tmp_path / "g" / "cells").iterdir())]
     assert len(pictures) == 2 and not np.array_equal(*pictures)
+
+
+def test_from_python_in_plain_words(loras: Path, tiny_model: Path, tmp_path: Path) -> None:
+    config = vl.GenerateConfig(
+        "a dog",
+        f"{loras}/dog.safetensors:0.5",
+        model=str(tiny_model),
+        steps=1,
+        width=32,
+        height=32,
+        output=tmp_path / "g",
+    )
+    result = vl.grid(config, "seed=1..2", others="steps=1,2")
+    recipes = [cell.recipe for cell in result.cells]
+    assert [(r.seed, r.steps, r.prompt) for r in recipes] == [(s, n, "a dog") for n in (1, 2) for s in (1, 2)]
+    assert {(r.loras[0].name, r.loras[0].scale) for r in recipes} == {("dog", 0.5)}
+    same = vl.grid(config, vl.Axis("seed", (1, 2)), others=[parse_axis("steps=1,2")])
+    assert [c.path for c in same.cells] == [c.path for c in result.cells] and not any(c.new for c in same.cells)

@@ -9,7 +9,8 @@ from typing import Annotated, Optional
 import typer
 
 from visionlora.cli.console import ConsoleListener
-from visionlora.cli.words import FORMATS, describe, parse_lora, parse_size
+from visionlora.cli.words import FORMATS, describe, parse_size
+from visionlora.config import parse_lora
 from visionlora.errors import ConfigError, nearest
 
 Output = Annotated[Path, typer.Option("--output", "-o", help="What to write: a file, or a folder for peft.")]

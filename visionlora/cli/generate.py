@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from visionlora.cli.console import ConsoleListener
-from visionlora.cli.words import parse_lora_use
-from visionlora.config import parse_composition, parse_region
+from visionlora.config import parse_composition, parse_lora_use, parse_region
 from visionlora.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -317,3 +317,37 @@ def parse_composition(word: str) -> tuple[str, dict[str, float | int]]:
     name, colon, options = word.partition(":")
     found = pairs_of(options, word) if colon else {}
     return name, {k: int(v) if v == int(v) else v for k, v in found.items()}
+
+
+def parse_lora(word: str) -> tuple[str, float]:
+    """`path` or `path:scale`.
+
+    Raises:
+        ConfigError: when the scale is not a finite number.
+    """
+    path, colon, scale = word.rpartition(":")
+    if not colon or Path(word).exists():
+        return word, 1.0
+    try:
+        number = float(scale)
+    except ValueError:
+        raise ConfigError(f"{word}: {scale!r} is not a number; write path or path:scale.") from None
+    if not math.isfinite(number):
+        raise ConfigError(f"{word}: a scale must be a finite number, such as 0.8; this one is {scale!r}.")
+    return path, number
+
+
+def parse_lora_use(word: str) -> tuple[str, float, dict[str, float]]:
+    """`path[:scale][@block=factor,…]`.
+
+    Raises:
+        ConfigError: when a number is none.
+
+    >>> parse_lora_use("dog.safetensors:0.8@up=1.2,mid=0")
+    ('dog.safetensors', 0.8, {'up': 1.2, 'mid': 0.0})
+    """
+    head, at, tail = word.rpartition("@")
+    in_name = Path(word).exists() or (":" in tail and Path(word.rpartition(":")[0]).exists())
+    if not at or "=" not in tail or in_name:
+        return (*parse_lora(word), {})
+    return (*parse_lora(head), {k: float(v) for k, v in pairs_of(tail, word).items()})

@@ -11,8 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from visionlora.cli.words import parse_lora_use
-from visionlora.config import parse_composition
+from visionlora.config import parse_composition, parse_lora_use
 from visionlora.diffusion.recipe import LoraUse, Recipe, png_bytes, read_recipe, take_tags
 from visionlora.errors import ConfigError, DataError
 

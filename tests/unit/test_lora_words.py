@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from visionlora.cli.words import parse_lora, parse_lora_use
+from visionlora.config import parse_lora, parse_lora_use
 from visionlora.errors import ConfigError
 
 
