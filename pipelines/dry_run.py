@@ -118,7 +118,7 @@ def dry_run(config: TrainSDConfig, listener: Listener | None = None) -> Estimate
         encoding = (time.monotonic() - start) / len(some)
         material = material_of(ready, data, None)
         if not config.sample_columns:
-            release(ready.base, text_is_cached=material.tokens is None)
+            release(ready.base, material.encoded, text_is_cached=material.tokens is None)
         learning = new_adapter(ready, material, tell)
         if config.auto_batch:
             loop = loop_config(batch_in_memory(ready, material, learning, tell))

@@ -59,6 +59,11 @@ class Material:
     class_caption: int | None
     """Position of the class's caption, where the base's predictions keep the class."""
 
+    @property
+    def encoded(self) -> tuple[Encoded, ...]:
+        """All that the base has encoded."""
+        return (self.data,) if self.validation is None else (self.data, self.validation.data)
+
     def task(self, learner: JointLearner | None) -> DenoisingTask:
         """What is trained; without a learner what is learned on the UNet alone, for measuring."""
         config, kept = self.ready.config, None

@@ -66,7 +66,7 @@ def train_sd(config: TrainSDConfig, listener: Listener | None = None) -> RunResu
     # Latents and text, adapter; from here on the run leaves files
     material = encode(ready, tell)
     if not config.sample_columns and accelerator.num_processes == 1:  # others' latents may have to be made here
-        release(base, text_is_cached=material.tokens is None)
+        release(base, material.encoded, text_is_cached=material.tokens is None)
     learning = new_adapter(ready, material, tell, start.state)
     if config.auto_batch and start.state is None:
         config = batch_in_memory(ready, material, learning, tell)

@@ -149,6 +149,11 @@ class Entries:
         """Whether memory can take more."""
         return self.left > 0
 
+    @property
+    def in_memory(self) -> bool:
+        """Whether all are in memory: none will be read or computed any more."""
+        return len(self.kept) == len(self)
+
     def take(self, i: int, entry: dict[str, Tensor] | None, new: bool = False) -> bool:
         """Keeps an entry while there is room; whether there is such an entry at all.
 

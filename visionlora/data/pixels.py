@@ -200,10 +200,19 @@ class Keeper:
 def remove_leftovers(folder: Path) -> None:
     """Removes the files of writers that were killed, which may be large; a living one holds a lock on its file."""
     for path in folder.glob(".pictures.*.tmp"):
-        with contextlib.suppress(OSError):
-            with path.open("r+b") as file:
-                locked(file)
-            path.unlink()
+        if not is_locked(path):
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a writer has locked a file, or that cannot be told."""
+    try:
+        with path.open("r+b") as file:
+            locked(file)
+    except OSError:
+        return True
+    return False
 
 
 def locked(file: IO[bytes]) -> None:

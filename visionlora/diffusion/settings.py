@@ -18,7 +18,7 @@ from visionlora.data.files import suffix_of
 from visionlora.data.folder import ImageItem
 from visionlora.data.parquet import PARQUET
 from visionlora.data.tags import caption_variants
-from visionlora.diffusion.encode import Plan
+from visionlora.diffusion.encode import Encoded, Plan
 from visionlora.diffusion.objective import Objective, check_objective, zero_terminal
 from visionlora.errors import ConfigError
 from visionlora.lora.layers import heavy_by_matmul
@@ -187,16 +187,19 @@ def prepare_unet(base: BaseModel, config: TrainSDConfig, device: torch.device, m
         unet.enable_xformers_memory_efficient_attention()
 
 
-def release(base: BaseModel, text_is_cached: bool) -> None:
+def release(base: BaseModel, data: Sequence[Encoded], text_is_cached: bool) -> None:
     """Gives back the memory of the parts that a run without samples has no more use for.
 
+    What was encoded and is on disk alone may be taken away there: its part waits on the processor, to encode it again.
+
     Args:
-        base: it can no longer draw or encode.
+        base: it can no longer draw.
+        data: what it has encoded.
         text_is_cached: whether the text encoders have said all they have to say.
     """
-    done = [base.pipe.vae, *(encoder for _, _, encoder in base.text_parts() if text_is_cached)]
-    for part in done:
-        part.to("meta")
+    base.pipe.vae.to("meta" if all(e.latents.in_memory for e in data) else "cpu")
+    for _, _, encoder in base.text_parts() if text_is_cached else ():
+        encoder.to("meta" if all(e.texts.in_memory for e in data) else "cpu")
     give_back()
 
 

@@ -7,6 +7,9 @@ import pytest
 import torch
 
 from visionlora.config import TrainSDConfig
+from visionlora.data.cache import TensorCache
+from visionlora.data.folder import read_image_folder
+from visionlora.diffusion.encode import encode_dataset
 from visionlora.diffusion.sampling import SamplingConfig, draw
 from visionlora.diffusion.settings import attention_kernel, check_attention, prepare_encoders, prepare_unet, release
 from visionlora.errors import ConfigError
@@ -65,12 +68,25 @@ def test_flash_attention_computes_in_half_precision_alone() -> None:
     check_attention("flash", torch.device("cuda"), "bf16")
 
 
-def test_what_is_released_has_no_weights(tiny_model: Path) -> None:
+def test_what_is_released_has_no_weights(tiny_model: Path, dogs: Path) -> None:
     base = open_base(str(tiny_model))
-    release(base, text_is_cached=False)
+    data = encode_dataset(base, read_image_folder(dogs).items, 32)
+    release(base, [data], text_is_cached=False)
     assert base.pipe.vae.device.type == "meta" and base.pipe.text_encoder.device.type == "cpu"
-    release(base, text_is_cached=True)
+    release(base, [data], text_is_cached=True)
     assert base.pipe.text_encoder.device.type == "meta"
+
+
+def test_what_is_on_disk_alone_can_be_encoded_again(tiny_model: Path, dogs: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("visionlora.data.cache.IN_MEMORY", 0)
+    base, cache = open_base(str(tiny_model)), TensorCache(tmp_path / "cache")
+    data = encode_dataset(base, read_image_folder(dogs).items, 32, cache)
+    before = [data.latent(0, 0), data.texts[0]["text"]]
+    release(base, [data], text_is_cached=True)
+    for file in cache.folder.iterdir():
+        file.unlink()
+    for one, two in zip(before, [data.latent(0, 0), data.texts[0]["text"]], strict=True):
+        torch.testing.assert_close(one, two)
 
 
 def test_a_small_model_saves_no_memory_unless_told_to(tiny_model: Path) -> None:
