@@ -40,6 +40,6 @@ def usable_device(word: str | torch.device = AUTO) -> torch.device:
     if device.type != "cpu" and device.index is not None and device.index >= count:
         raise ConfigError(f"device is {given!r}, but the last one is {device.type}:{count - 1}.")
     rank = os.environ.get("LOCAL_RANK", "")
-    if device.type in ("cuda", "xpu") and device.index is None and rank.isdigit() and int(rank) < count:
+    if str(device) in ("cuda", "xpu") and rank.isdigit() and int(rank) < count:
         return torch.device(device.type, int(rank))
     return device
