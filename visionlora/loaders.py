@@ -168,7 +168,7 @@ def apply(
     try:
         for component in components:
             handles.append(attach(parts[component], adapter, component, name, allow_partial))
-    except Exception:
+    except BaseException:
         for handle in handles:
             handle.eject()
         raise

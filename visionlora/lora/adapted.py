@@ -138,6 +138,12 @@ class AdaptedLayer(nn.Module):
             state += m.state()
         found = self._kept.get(what)
         if found is None or found[0] != state:
+            for m in active:
+                if any(t.is_meta for t in m.parameters()):
+                    raise ConfigError(
+                        f"The factors of adapter {m.adapter_name!r} are not in memory, as after offloading by layers: merge "
+                        "it before (mode='merged'), or offload whole models (pipe.enable_model_cpu_offload())."
+                    )
             found = self._kept[what] = (state, build())
         return found[1]
 

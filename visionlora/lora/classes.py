@@ -36,14 +36,28 @@ def _rebuild(cls: type[nn.Module], *mixins: type[nn.Module]) -> nn.Module:
     return cls.__new__(cls)
 
 
+def is_hooked(module: nn.Module) -> bool:
+    """Whether others have put a `forward` on this instance; it may call what the module's class was then."""
+    found = vars(module).get("forward")
+    return found is not None and not (
+        getattr(found, "__self__", None) is module and getattr(found, "__func__", None) is type(module).forward
+    )
+
+
+def unmask(module: nn.Module) -> None:
+    """Lets an instance follow its class again: accelerate leaves the class's own `forward` on what it was taken off."""
+    if not is_hooked(module):
+        vars(module).pop("forward", None)
+
+
 def forward_of_its_own(module: nn.Module) -> str:
     """What keeps other code from computing this layer's output as torch's class does; empty where nothing does.
 
-    Subclasses may pad, standardise weights or unpack them; an instance may have a `forward` put on it, as accelerate does
-    for models that do not fit the GPU.
+    Subclasses may pad, standardise weights or unpack them; an instance may have a `forward` put on it, as accelerate and
+    diffusers do for models that do not fit the GPU.
     """
-    if "forward" in vars(module):
-        return "has a forward put on it, as accelerate's offloading does: put adapters on before, or use model offload"
+    if is_hooked(module):
+        return "has a forward put on it, as offloading by layers does: take it off first, or offload whole models"
     for name in ("forward", "_conv_forward"):
         cls = next((c for c in type(module).__mro__ if name in vars(c) and not c.__module__.startswith(OWN_ROOM)), None)
         if cls is not None and not cls.__module__.startswith(TORCHS_ROOM):

@@ -18,7 +18,7 @@ from visionlora.lora.config import AdapterConfig
 from visionlora.lora.in_full import InFull
 from visionlora.lora.layers import release
 from visionlora.lora.lean import make_plain
-from visionlora.lora.merge import as_before_on_error, check_scale, write_weights
+from visionlora.lora.merge import as_before_on_error, check_scale, check_unfused, check_unhooked, write_weights
 from visionlora.lora.methods.adalora import AdaLoRA, allocate
 from visionlora.lora.methods.base import Method
 
@@ -93,6 +93,8 @@ class Handle:
         """Parameters that it replaces, by name."""
         self.report = InjectionReport((), (), 0, 0)
         self._owners: tuple[nn.Module, ...] = ()
+        self._attentions: tuple[nn.Module, ...] = ()
+        """Of diffusers, where its projections are adapted: it can fuse them."""
         self._lean: list[nn.Module] = []
         self._hook: Any = None
         self._untied = False
@@ -245,10 +247,21 @@ class Handle:
             self._write()
 
     def unmerge(self) -> None:
-        """Takes ΔW out again, bit for bit."""
-        for m in self.methods.values():
-            m.merged = False
-        self._write()
+        """Takes ΔW out again, bit for bit.
+
+        Raises:
+            ConfigError: when others have put hooks on the layers, or joined their weights; nothing is changed then.
+        """
+        with as_before_on_error(list(self.methods.values())):
+            for m in self.methods.values():
+                m.merged = False
+            self._write()
+
+    def check_free(self) -> None:
+        """Raises ConfigError when others have put hooks on the layers, or have joined weights into which this is merged."""
+        check_unhooked(self)
+        if self.merged:
+            check_unfused(self._attentions, self.name)
 
     def _write(self) -> None:
         """Writes the weights of every layer that this adapter is on."""
@@ -256,7 +269,12 @@ class Handle:
 
     @torch.no_grad()
     def eject(self) -> None:
-        """Takes the adapter off; the model is as it was before `inject`."""
+        """Takes the adapter off; the model is as it was before `inject`.
+
+        Raises:
+            ConfigError: when others have put hooks on the layers, or joined their weights; nothing is changed then.
+        """
+        self.check_free()
         if self.merged:
             self.unmerge()
         for m in self.methods.values():
@@ -267,11 +285,12 @@ class Handle:
             give_back(owner)
         if self._hook is not None:
             self._hook.remove()
-        make_plain(self._lean)
+        lean, self._lean = self._lean, []
+        make_plain(lean)
         if self._freezes:
             self._freezes = False
             thaw(self.model, self.in_full.values())
-        self.methods, self.in_full, self._owners, self._lean = {}, {}, (), []
+        self.methods, self.in_full, self._owners, self._attentions = {}, {}, (), ()
 
     # -------------------------------------------------------------------------------------------------------- files
 

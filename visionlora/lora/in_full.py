@@ -99,6 +99,8 @@ class InFull:
 
     def take_off(self) -> None:
         """As if it had never been."""
+        if self not in self._changed.parts:
+            return
         self._write(lambda parts: parts.remove(self))
         if not self._changed.parts:
             changed: dict[str, Changed] = vars(self.owner)["_changed"]

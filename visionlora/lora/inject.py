@@ -27,6 +27,7 @@ from visionlora.lora.handle import Handle, InjectionReport, freeze
 from visionlora.lora.in_full import InFull
 from visionlora.lora.layers import adapt
 from visionlora.lora.lean import Lean, make_lean, unlean
+from visionlora.lora.merge import check_unfused
 from visionlora.lora.methods import KINDS, METHODS
 from visionlora.lora.methods.base import Method, Site
 from visionlora.lora.methods.tlora import check_timed, follow_timestep
@@ -34,6 +35,8 @@ from visionlora.lora.names import resolve_names
 from visionlora.lora.packed import packed_layers
 from visionlora.lora.targets import check_ranks, ends_on_boundary, named_patterns, owners_of, resolve, site_at
 
+FUSIBLE = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
+"""Layers whose weights `fuse_qkv_projections` of diffusers copies into one."""
 IN_PLACE = ("full", "shift")
 """Kinds that change a parameter of the base in place."""
 
@@ -90,14 +93,15 @@ def inject(
             check_ranks(config, resolution.sites)
         methods = [cls.new(site, config, generator) for site in resolution.sites]
         skipped = resolution.skipped
-    _place(handle, methods, name)
-    freeze(model, base.values(), {base[n] for n in replaced})
-    handle._freezes = True
-    for n in base:
-        if n in replaced:
-            handle.in_full[n] = InFull(*owner_of(model, n))
-    if config.save_memory and methods:
-        handle._lean = make_lean(model)
+    with off_on_error(handle):
+        _place(handle, methods, name)
+        freeze(model, base.values(), {base[n] for n in replaced})
+        handle._freezes = True
+        for n in base:
+            if n in replaced:
+                handle.in_full[n] = InFull(*owner_of(model, n))
+        if config.save_memory and methods:
+            handle._lean = make_lean(model)
     handle.report = InjectionReport(
         tuple((m.site.name, m.site.target) for m in methods),
         skipped,
@@ -170,9 +174,10 @@ def attach(
     methods, replaced, skipped = fit(model, modules, component)
     if skipped and (not allow_partial or len(skipped) == len(modules)):
         raise misfits(model, component, skipped, len(modules))
-    _place(handle, methods, name)
-    for path, m in replaced:
-        handle.in_full[path] = InFull(*owner_of(model, path), m.tensors.get("value"), m.tensors.get("shift"))
+    with off_on_error(handle):
+        _place(handle, methods, name)
+        for path, m in replaced:
+            handle.in_full[path] = InFull(*owner_of(model, path), m.tensors.get("value"), m.tensors.get("shift"))
     left_out = {path for path, _ in skipped}
     used = {path: m for path, m in modules.items() if path not in left_out}
     count = sum(t.numel() for m in used.values() for t in m.tensors.values())
@@ -237,24 +242,45 @@ def misfits(model: nn.Module, component: str, skipped: Sequence[tuple[str, str]]
     return TargetError(f"{why} It was made for another base model.{hint}")
 
 
+@contextmanager
+def off_on_error(handle: Handle) -> Iterator[None]:
+    """Takes an adapter off again when putting it on breaks off, by Ctrl-C too."""
+    try:
+        yield
+    except BaseException:
+        handle.eject()
+        raise
+
+
+def attentions_of(model: nn.Module, methods: Sequence[Method]) -> Iterator[nn.Module]:
+    """The modules of diffusers that could fuse the projections on which these methods are."""
+    for m in methods:
+        owner, _, layer = m.site.name.rpartition(".")
+        if layer in FUSIBLE and hasattr(found := model.get_submodule(owner), "fused_projections"):
+            yield found
+
+
 def _place(handle: Handle, methods: Sequence[Method], name: str) -> None:
-    """Puts methods on their layers."""
+    """Puts methods on their layers; what is to be taken off when that breaks off is in the handle from the start."""
     check_name((m.site.layer for m in methods), name)
+    attentions = tuple(attentions_of(handle.model, methods))
+    check_unfused(attentions, name)
     timed = any(m.timed for m in methods)
     if timed:
         check_timed(handle.model)
     owners = owners_of(handle.model, [m.site for m in methods])
+    handle.methods, handle._owners = {m.site.name: m for m in methods}, tuple(owner for owner, _ in owners)
+    handle._attentions = attentions
     for m in methods:
+        m.adapter_name = name
         if isinstance(m.site.layer, Lean):
             unlean(m.site.layer)
     for m in methods:
-        m.adapter_name = name
         adapt(m.site.layer, m, AdaptedAttention if isinstance(m.site.layer, nn.MultiheadAttention) else None)
     for owner, children in owners:
         take_over(owner, children)
     if timed:
         handle._hook = handle.model.register_forward_pre_hook(follow_timestep, with_kwargs=True)
-    handle.methods, handle._owners = {m.site.name: m for m in methods}, tuple(owner for owner, _ in owners)
 
 
 def check_targets(model: nn.Module, config: AdapterConfig) -> None:

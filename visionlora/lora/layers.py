@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from visionlora.errors import ConfigError
 from visionlora.lora.adapted import AdaptedLayer
-from visionlora.lora.classes import adapted_class
+from visionlora.lora.classes import adapted_class, unmask
 from visionlora.lora.functional import wide
 from visionlora.lora.kernels import CONVOLVE, HEAVY, Geometry, convolution, low_rank_conv, low_rank_linear
 from visionlora.lora.methods.base import Method, switched
@@ -316,6 +316,7 @@ def conv_branch(base: Any, x: Tensor, lora_A: Tensor, lora_B: Tensor, row_mask: 
 def swap_class(module: nn.Module, mixin: type[nn.Module]) -> None:
     """Gives `module` the adapted class, once."""
     if not isinstance(module, AdaptedLayer):
+        unmask(module)
         module.__class__ = adapted_class(type(module), mixin)
         module.adapters, module.originals, module._kept = nn.ModuleDict(), {}, {}  # type: ignore[assignment]
 
@@ -342,9 +343,12 @@ def adapt(module: nn.Module, method: Method, mixin: type[nn.Module] | None = Non
 
 
 def release(module: nn.Module, key: str) -> None:
-    """Takes one adapter's part off a layer; with the last one the layer becomes the plain base layer again."""
-    layer = cast(AdaptedLayer, module)
-    del layer.adapters[key]
+    """Takes one adapter's part off a layer, if it is there; without any the layer becomes the plain base layer again."""
+    if not isinstance(module, AdaptedLayer):
+        return
+    layer = module
+    if key in layer.adapters:
+        del layer.adapters[key]
     switched()
     layer._kept.clear()
     output = getattr(layer, "out_proj", None)  # of torch's attention, which must stay adapted while this child is
@@ -354,6 +358,7 @@ def release(module: nn.Module, key: str) -> None:
 
 def restore_class(layer: AdaptedLayer) -> None:
     """Makes a layer without adapters the plain base layer again."""
+    unmask(layer)
     for name in ("adapters", "originals", "_kept"):
         delattr(layer, name)
     for name in ("calling", "_active"):

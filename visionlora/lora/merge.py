@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from visionlora.errors import ConfigError
 from visionlora.lora.adapted import AdaptedLayer
+from visionlora.lora.classes import is_hooked
 from visionlora.lora.layers import with_adapters
 from visionlora.lora.methods.base import Method
 from visionlora.lora.packed import Packed
@@ -29,9 +30,11 @@ def write_weights(handles: Sequence[Handle]) -> None:
     """Writes the weights of every layer of these adapters, from the untouched originals and all that is merged there.
 
     Raises:
-        ConfigError: when a weight would not be finite or is packed in few bits, before any is changed.
+        ConfigError: when a weight would not be finite, is packed in few bits or is in others' hands, before any is changed.
     """
     for handle in handles:
+        check_unhooked(handle)
+        check_unfused(handle._attentions, handle.name)
         if not handle._untied:
             check_untied(handle)
     names = {id(m.site.layer): (h.name, m.site) for h in handles for m in h.methods.values()}
@@ -103,7 +106,8 @@ def direct_update(layer: AdaptedLayer, merged: Sequence[Method]) -> tuple[str, T
 def restore_all_but(layer: AdaptedLayer, names: Container[str]) -> None:
     """Puts back the parameters that no merged adapter changes any more."""
     for name in [n for n in layer.originals if n not in names]:
-        cast(Tensor, getattr(layer, name)).copy_(layer.originals.pop(name))
+        cast(Tensor, getattr(layer, name)).copy_(layer.originals[name])
+        del layer.originals[name]
 
 
 def keep_original(layer: AdaptedLayer, name: str) -> Tensor:
@@ -149,14 +153,37 @@ def check_scale(adapter: str, scale: float) -> None:
 
 @contextmanager
 def as_before_on_error(methods: Sequence[Method]) -> Iterator[None]:
-    """Puts back scales, and what counts as merged, when the weights cannot be written."""
+    """Puts back scales, what counts as merged and the weights, when these cannot be written, or not to the end."""
     before = [(m, m.scale, m.merged) for m in methods]
     try:
         yield
-    except ConfigError:
+    except BaseException as e:
         for m, scale, merged in before:
             m.scale, m.merged = scale, merged
+        if not isinstance(e, ConfigError):  # which says that nothing was written
+            for layer in {id(m.site.layer): cast(AdaptedLayer, m.site.layer) for m in methods}.values():
+                merge_anew(layer)
         raise
+
+
+def check_unhooked(handle: Handle) -> None:
+    """Raises ConfigError where others have put a `forward` on an adapted layer, which knows the layer as it is now."""
+    for m in handle.methods.values():
+        if is_hooked(m.site.layer):
+            raise ConfigError(
+                f"The layer {m.site.name!r} of adapter {handle.name!r} has had a forward put on it since, as by offloading of "
+                "layers, so the adapter can be neither changed nor taken off: remove the hooks first "
+                "(accelerate.hooks.remove_hook_from_submodules(model), or pipe.remove_all_hooks()), or offload whole models."
+            )
+
+
+def check_unfused(attentions: Iterable[nn.Module], adapter: str) -> None:
+    """Raises ConfigError for attention of diffusers that reads copies of its projections' weights, in one."""
+    if any(getattr(a, "fused_projections", False) for a in attentions):
+        raise ConfigError(
+            f"Adapter {adapter!r} is for projections of attention that are fused here, so that the model reads copies of their "
+            "weights: call unfuse_qkv_projections() first."
+        )
 
 
 def check_untied(handle: Handle) -> None:

@@ -161,11 +161,12 @@ class Mix:
 
     def change(self, members: dict[str, Member]) -> None:
         """Attaches these members in place of those that are there; on an error everything is as before."""
+        self._check_free()
         before = self.members
         try:
             self.members = members
             self._rebuild()
-        except Exception:
+        except BaseException:
             self.members = before
             self._rebuild()
             raise
@@ -178,6 +179,7 @@ class Mix:
         """
         for name in scales:
             self.known(name)
+        self._check_free()
         changed = {n: replace(m, scale=as_scale(scales[n])) if n in scales else m for n, m in self.members.items()}
         before, self.members = self.members, changed
         try:
@@ -185,17 +187,18 @@ class Mix:
                 self._rebuild()
             else:
                 self._configure()
-        except Exception:
+        except BaseException:
             self.members = before
             self._rebuild()
             raise
 
     def set_composition(self, compose: str | Composition, **options: Any) -> None:
         """Another way to compose, see `visionlora.mixing.compose`."""
+        self._check_free()
         before, self.composition = self.composition, composition(compose, **options)
         try:
             self._rebuild()
-        except Exception:
+        except BaseException:
             self.composition = before
             self._rebuild()
             raise
@@ -216,7 +219,14 @@ class Mix:
         """Whether the composition builds the strengths into the adapters."""
         return list(self.handles) != list(self.members)
 
+    def _check_free(self) -> None:
+        """Raises ConfigError when others hold layers that are to be changed, so that nothing is half changed."""
+        for pairs in self.handles.values():
+            for _, handle in pairs:
+                handle.check_free()
+
     def _clear(self) -> None:
+        self._check_free()
         for hook in self._hooks:
             hook.remove()
         for pairs in self.handles.values():

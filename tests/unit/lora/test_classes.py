@@ -34,8 +34,9 @@ def test_layers_with_a_forward_of_their_own_are_told_apart() -> None:
     assert [forward_of_its_own(module) for module in torchs] == [""] * 4
     assert forward_of_its_own(Standardised(2, 2, 1)) == "is a Standardised, which does not compute as torch's layers do"
     hooked = nn.Linear(2, 2)
-    hooked.forward = hooked.forward  # type: ignore[method-assign]
-    assert forward_of_its_own(hooked).startswith("has a forward put on it, as accelerate's offloading does")
+    own = hooked.forward
+    hooked.forward = lambda x: own(x)  # type: ignore[method-assign]
+    assert forward_of_its_own(hooked).startswith("has a forward put on it, as offloading by layers does")
 
 
 def test_a_frozen_neighbour_keeps_its_own_forward() -> None:
@@ -58,10 +59,15 @@ def test_adapters_do_not_go_on_layers_with_a_forward_of_their_own(target: str) -
 def test_an_offloaded_layer_is_refused_and_left_alone() -> None:
     adapter: Adapter = inject(nn.Sequential(nn.Linear(4, 4)), AdapterConfig(rank=1, targets="0")).adapter()
     model = nn.Sequential(nn.Linear(4, 4))
-    model[0].forward = model[0].forward  # type: ignore[method-assign]
-    with pytest.raises(TargetError, match="put adapters on before, or use model offload"):
+    own = model[0].forward
+    model[0].forward = lambda x: own(x)  # type: ignore[method-assign]
+    with pytest.raises(TargetError, match="take it off first, or offload whole models"):
         attach(model, adapter)
     assert type(model[0]) is nn.Linear
+    model[0].forward = own  # type: ignore[method-assign]
+    handle, x = attach(model, adapter), torch.ones(1, 4)
+    handle.methods["0"].lora_B.data.fill_(1.0)
+    assert not torch.equal(model(x), own(x)), "what accelerate leaves behind hides nothing"
 
 
 def test_what_was_mixed_in_twice_is_pickled() -> None:
