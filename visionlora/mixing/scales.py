@@ -13,7 +13,10 @@ from visionlora.formats.names import flattened, to_sgm
 
 WEBUI_26 = ("BASE", *(f"IN{k:02d}" for k in range(12)), "MID", *(f"OUT{k:02d}" for k in range(12)))
 WEBUI_17 = ("BASE", "IN01", "IN02", "IN04", "IN05", "IN07", "IN08", "MID", *(f"OUT{k:02d}" for k in range(3, 12)))
-"""Block-weight lists of A1111's extension sd-webui-lora-block-weight; blocks that the shorter list lacks get 0."""
+WEBUI_20 = ("BASE", *(f"IN{k:02d}" for k in range(9)), "MID", *(f"OUT{k:02d}" for k in range(9)))
+WEBUI_12 = ("BASE", "IN04", "IN05", "IN07", "IN08", "MID", *(f"OUT{k:02d}" for k in range(6)))
+WEBUI = {len(names): names for names in (WEBUI_12, WEBUI_17, WEBUI_20, WEBUI_26)}
+"""Block-weight lists of A1111's extension sd-webui-lora-block-weight, 12 and 20 for SDXL; blocks that a list lacks get 0."""
 LARGEST = 3.4028234663852886e38
 """In fp32, in which scales are multiplied."""
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
@@ -83,7 +86,7 @@ class Scale:
     blocks: Mapping[str, float] | Sequence[float] = field(default_factory=dict)
     """Factors by part (`unet`, `text_encoder`), block (`down`, `mid`, `up`, `in`, `out`), single block (`down.1`, `up.0`), or
     any beginning of a layer's name (`down_blocks.1.attentions.0`, `blocks.7` of a ViT); the longest that fits counts, 1 where
-    none does. Or a list of 17 or 26 numbers as A1111 has them."""
+    none does. Or a list of 12, 17, 20 or 26 numbers as A1111 has them."""
     steps: Steps | Sequence[float] | None = None
     """`Window(start, end)`, `Ramp(first, last)`, numbers, or a function of the progress (0 to 1). Text encoders, which run
     before the first step, have the strength throughout."""
@@ -105,9 +108,9 @@ class Scale:
             raise ConfigError("images is empty: give one number per picture of the batch.")
         if isinstance(self.steps, PerStep) and not self.steps.values:
             raise ConfigError("steps is empty: give at least one number.")
-        if not isinstance(self.blocks, Mapping) and len(self.blocks) not in (17, 26):
+        if not isinstance(self.blocks, Mapping) and len(self.blocks) not in WEBUI:
             raise ConfigError(
-                f"A list of block weights has 17 or 26 numbers, as in A1111; this one has {len(self.blocks)}."
+                f"A list of block weights has 12, 17, 20 or 26 numbers, as in A1111; this one has {len(self.blocks)}."
             )
 
     @property
@@ -218,8 +221,7 @@ def block_factors(scale: Scale, layers: Iterable[tuple[str, str]]) -> dict[tuple
                 "A list of block weights is for the UNet of Stable Diffusion, which this model is not: give factors by the "
                 f"beginnings of layers' names, such as {{{layers[0][1]!r}: 0.5}}."
             )
-        names = WEBUI_17 if len(scale.blocks) == 17 else WEBUI_26
-        by_name = dict(zip(names, scale.blocks, strict=True))
+        by_name = dict(zip(WEBUI[len(scale.blocks)], scale.blocks, strict=True))
         return {layer: float(by_name.get(webui_block(*layer), 0.0)) for layer in layers}
     if not scale.blocks:
         return dict.fromkeys(layers, 1.0)

@@ -412,7 +412,7 @@ REFUSALS = {
     "too large": (
         lambda m, a: m.set_scales({"a": vl.Scale(1e30, blocks={"up": 1e30})}), "must be a finite number",
     ),
-    "list": (lambda m, a: m.set_scales({"a": [1.0, 2.0]}), "has 17 or 26 numbers, as in A1111; this one has 2."),
+    "list": (lambda m, a: m.set_scales({"a": [1.0, 2.0]}), "has 12, 17, 20 or 26 numbers, as in A1111; this one has 2."),
     "images": (lambda m, a: vl.Scale(images=[]), "images is empty: give one number per picture of the batch."),
     "steps": (lambda m, a: vl.Scale(steps=[]), "steps is empty: give at least one number."),
     "same name": (lambda m, a: m.add("a", a), "An adapter named 'a' is in this mix already; remove it first"),

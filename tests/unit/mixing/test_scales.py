@@ -35,7 +35,7 @@ def test_numbers_of_numpy_and_torch_are_numbers() -> None:
     assert as_scale({"up": np.float32(0.5)}) == Scale(blocks={"up": 0.5})
     assert as_scale(np.ones(26)) == Scale(blocks=(1.0,) * 26)
     for value in (np.bool_(True), torch.tensor([float("nan")]), 1e39, np.float32("inf")):
-        with pytest.raises(ConfigError, match=r"must be a finite number|has 17 or 26"):
+        with pytest.raises(ConfigError, match=r"must be a finite number|has 12, 17, 20 or 26"):
             as_scale(value)
 
 
@@ -44,3 +44,21 @@ def test_words_of_a_unet_are_refused_where_there_is_none(blocks) -> None:
     with pytest.raises(ConfigError, match=r"No adapted layer is in block|A list of block weights is for the UNet"):
         block_factors(Scale(blocks=blocks), [("model", "blocks.0.attn.qkv")])
     assert block_factors(Scale(blocks=blocks), [("text_encoder", "layers.0.fc1")])
+
+
+def test_block_lists_for_sdxl() -> None:
+    """As A1111's extension has them: BASE, IN04, 05, 07, 08, M00 and OUT00 to 05, or all of IN00 to 08 and OUT00 to 08."""
+    layers = {
+        "conv_in": (0, 1), "down_blocks.0.resnets.0.conv1": (0, 2), "down_blocks.1.attentions.0.proj_in": (1, 5),
+        "down_blocks.1.attentions.1.proj_in": (2, 6), "down_blocks.2.attentions.1.proj_in": (4, 9),
+        "mid_block.attentions.0.proj_in": (5, 10), "up_blocks.0.attentions.0.proj_in": (6, 11),
+        "up_blocks.1.attentions.2.proj_in": (11, 16), "up_blocks.2.resnets.2.conv1": (0, 19),
+    }  # fmt: skip
+    for position, count in enumerate((12, 20)):
+        found = block_factors(Scale(blocks=tuple(range(count))), [("unet", layer) for layer in layers])
+        assert {layer: found["unet", layer] for layer in layers} == {
+            n: places[position] for n, places in layers.items()
+        }
+        assert block_factors(Scale(blocks=(0.5, *[1.0] * (count - 1))), [("text_encoder_2", "a.q_proj")]) == {
+            ("text_encoder_2", "a.q_proj"): 0.5
+        }
