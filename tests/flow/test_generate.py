@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import visionlora as vl
+from visionlora.cli.generate import lines_of
 from visionlora.cli.main import app
 from visionlora.diffusion.recipe import SCHEDULERS, read_recipe
 from visionlora.lora.adapter import Adapter
@@ -196,6 +197,11 @@ def test_adapters_seeds_and_prompts_change_the_picture(loras: Path, tiny_model: 
     assert [u.hash for r in recipes for u in r.loras] == [
         vl.inspect_file(loras / "ink.safetensors").hashes["AutoV3"]
     ] * 2
+
+
+def test_a_file_of_prompts_from_a_windows_editor(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_bytes("a dog\r\na cat\r\n".encode("utf-8-sig"))
+    assert lines_of(tmp_path / "prompts.txt") == ["a dog", "a cat"]
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(loras: Path, tiny_model: Path, tmp_path: Path) -> None:

@@ -162,7 +162,7 @@ def lines_of(file: Path | None) -> list[str]:
     if file is None:
         return []
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as e:
         raise ConfigError(f"The prompts cannot be read from {file}: {e}.") from None
     return [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]

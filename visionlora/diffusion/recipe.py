@@ -264,11 +264,21 @@ class Recipe:
         if self.init_image:
             settings["Denoising strength"] = f"{self.strength:g}"
         if self.controlnet:
-            settings["ControlNet 0"] = f'"Model: {Path(self.controlnet).name}, Weight: {self.control_scale:g}"'
+            settings["ControlNet 0"] = f"Model: {Path(self.controlnet).name}, Weight: {self.control_scale:g}"
         if self.loras:
-            settings["Lora hashes"] = '"' + ", ".join(f"{use.name}: {use.hash[:12]}" for use in self.loras) + '"'
+            names = [re.sub("[:,]", "", use.name) for use in self.loras]  # which part the list
+            settings["Lora hashes"] = ", ".join(f"{n}: {u.hash[:12]}" for n, u in zip(names, self.loras, strict=True))
         settings["Version"] = f"visionlora {self.version}"
-        return "\n".join([*lines, ", ".join(f"{k}: {v}" for k, v in settings.items())])
+        return "\n".join([*lines, ", ".join(f"{k}: {quoted(str(v))}" for k, v in settings.items())])
+
+
+def quoted(value: str) -> str:
+    """A value of A1111's line of settings: in quotes where what is in it would part the line.
+
+    >>> quoted("Euler a"), quoted("my, model: v2")
+    ('Euler a', '"my, model: v2"')
+    """
+    return json.dumps(value, ensure_ascii=False) if re.search('[,:\n"]', value) else value
 
 
 def written(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,9 @@
 """A picture says how it came to be."""
 
 import io
+import json
 import math
+import re
 import shlex
 from dataclasses import replace
 from pathlib import Path
@@ -41,6 +43,14 @@ def test_what_a1111_reads() -> None:
     )
     with Image.open(io.BytesIO(png_bytes(Image.new("RGB", (8, 8)), RECIPE))) as picture:
         assert picture.text["parameters"] == RECIPE.parameters()
+
+
+def test_names_that_would_part_the_settings_are_quoted() -> None:
+    odd = replace(RECIPE, model="a/my, model: v2", loras=(LoraUse('say "hi": b', "a", 1.0, {}, "ab" * 32),))
+    line = odd.parameters().splitlines()[-1]
+    settings = dict(re.findall(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)', line))
+    assert json.loads(settings["Model"]) == "my, model: v2" and settings["Version"] == "visionlora 0.1.0"
+    assert json.loads(settings["Lora hashes"]) == 'say "hi" b: abababababab'
 
 
 def test_the_command_says_all_of_it() -> None:
