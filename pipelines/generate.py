@@ -18,10 +18,10 @@ from visionlora.config import PRECISIONS, parse_lora_use
 from visionlora.diffusion.given import PICTURES, Given, check_regions, named, shape_of, sized
 from visionlora.diffusion.objective import zero_terminal
 from visionlora.diffusion.prompts import in_words, prompt_arguments
-from visionlora.diffusion.recipe import LoraUse, Recipe, png_bytes, take_tags
+from visionlora.diffusion.recipe import LoraUse, Recipe, png_bytes, read_recipe, take_tags
 from visionlora.diffusion.sampling import pictures_of, sampling_scheduler
 from visionlora.diffusion.settings import BASE_DTYPES
-from visionlora.errors import AdapterFileError, ConfigError, nearest
+from visionlora.errors import AdapterFileError, ConfigError, DataError, nearest
 from visionlora.formats.container import file_hashes
 from visionlora.formats.inspection import settings_beside, weights_file
 from visionlora.loaders import check_base, check_draws, ends_in_noise, load_adapter
@@ -411,7 +411,8 @@ def draw_all(
     config.output.mkdir(parents=True, exist_ok=True)
     given = Given.of(config.init_image, config.mask, config.control)
     pipe, adapters = pipeline_for(ready, given), ready.adapters
-    paths = [config.output / recipe.file_name for recipe in recipes]
+    paths = places_of(recipes, config.output)
+    place = {recipe.digest: path for path, recipe in zip(paths, recipes, strict=True)}
     missing = {path: recipe for path, recipe in zip(paths, recipes, strict=True) if not path.exists()}
     done = len(recipes) - len(missing)
     progress(done, len(recipes))
@@ -437,7 +438,7 @@ def draw_all(
             say(f"A batch of {len(batch)} pictures does not fit into memory: drawing {half} at a time.")
             continue
         for recipe, picture in zip(batch, pictures, strict=True):
-            replace_file(config.output / recipe.file_name, png_bytes(picture, replace(recipe, batch_size=len(batch))))
+            replace_file(place[recipe.digest], png_bytes(picture, replace(recipe, batch_size=len(batch))))
         done += len(batch)
         progress(done, len(recipes))
     if mix is not None:
@@ -445,6 +446,27 @@ def draw_all(
     return [
         Drawn(path, recipe, missing.pop(path, None) is not None) for path, recipe in zip(paths, recipes, strict=True)
     ]
+
+
+def places_of(recipes: Iterable[Recipe], folder: Path) -> list[Path]:
+    """Where the pictures lie or will lie; a key that is another's too, in this run or in the folder, is made longer."""
+    found: dict[Path, str] = {}
+    paths = []
+    for recipe in recipes:
+        digest = recipe.digest
+        choices = (folder / recipe.named(digits) for digits in (8, 16, len(digest)))
+        path = next(p for p in choices if (found.get(p) or digest_at(p)) in (None, digest) or p.stem.endswith(digest))
+        found[path] = digest
+        paths.append(path)
+    return paths
+
+
+def digest_at(path: Path) -> str | None:
+    """Of the recipe of a picture; None where there is no picture, or it has lost its recipe."""
+    try:
+        return read_recipe(path).digest if path.exists() else None
+    except DataError:
+        return None
 
 
 def pipeline_for(ready: Opened, given: Given) -> Any:

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 import visionlora as vl
 from visionlora.cli.generate import lines_of
 from visionlora.cli.main import app
-from visionlora.diffusion.recipe import SCHEDULERS, read_recipe
+from visionlora.diffusion.recipe import SCHEDULERS, Recipe, read_recipe
 from visionlora.lora.adapter import Adapter
 from visionlora.models.base import open_base
 
@@ -562,3 +562,32 @@ def test_settings_of_python_are_taken_as_they_are_meant(tmp_path: Path) -> None:
         vl.GenerateConfig(["a dog"], ("dog", 0.8))
     with pytest.raises(vl.VisionLoRAError, match=r"There is nothing at .*x\.png"):
         vl.predict(tmp_path, str(tmp_path / "x.png"))
+
+
+def test_another_picture_under_the_same_key_is_not_taken_for_it(tiny_model: Path, tmp_path: Path) -> None:
+    words = ("generate", "--model", tiny_model, *COMMON)
+    for name, prompt in (("one", "a dog"), ("two", "a cat")):
+        run(*words, "--prompt", prompt, "--output", tmp_path / name)
+    (dog,), (cat,) = (list((tmp_path / name).iterdir()) for name in ("one", "two"))
+    pixels = cat.read_bytes()
+    shutil.copy(dog, cat)
+    told = run(*words, "--prompt", "a cat", "--output", tmp_path / "two")
+    (again,) = set((tmp_path / "two").iterdir()) - {cat}
+    assert "was there already" not in told and again.read_bytes() == pixels
+    assert again.stem.startswith(cat.stem) and len(again.stem) == len(cat.stem) + 8
+    assert "was there already" in run(*words, "--prompt", "a cat", "--output", tmp_path / "two")
+    with Image.open(again) as picture:
+        picture.save(cat)  # without its recipe
+    assert str(cat) in run(*words, "--prompt", "a cat", "--output", tmp_path / "two"), (
+        "whatever the user made of it stays"
+    )
+
+
+def test_two_pictures_of_a_run_under_one_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from visionlora.pipelines.generate import places_of
+
+    digest = Recipe.digest.fget
+    monkeypatch.setattr(Recipe, "digest", property(lambda recipe: "0" * 8 + digest(recipe)[8:]))
+    recipes = [Recipe("a dog", "m", 8, 8, steps=steps) for steps in (3, 4, 3)]
+    first, second, third = places_of(recipes, tmp_path)
+    assert first == third == tmp_path / "a-dog-0-00000000.png" and second == tmp_path / recipes[1].named(16)

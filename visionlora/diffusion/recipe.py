@@ -179,16 +179,25 @@ class Recipe:
             raise ConfigError(f"seed is {self.seed}; it must be between 0 and 2^63 - 1.")
 
     @property
-    def key(self) -> str:
-        """Eight digits that differ when anything differs but the size of the batch and what was let through."""
+    def digest(self) -> str:
+        """64 digits that differ when anything differs but the size of the batch and what was let through."""
         same = replace(self, batch_size=1, force=False, allow_partial=False)
-        return hashlib.sha256(same.to_json().encode()).hexdigest()[:8]
+        return hashlib.sha256(same.to_json().encode()).hexdigest()
+
+    @property
+    def key(self) -> str:
+        """The first eight digits of it."""
+        return self.digest[:8]
 
     @property
     def file_name(self) -> str:
         """Of the picture: words of the prompt, the seed and the key."""
+        return self.named(8)
+
+    def named(self, digits: int) -> str:
+        """The name of its file with a key of so many digits."""
         words = re.sub(r"[^\w]+", "-", TAG.sub("", self.prompt)).strip("-").lower()[:40].strip("-")
-        return f"{words or 'picture'}-{self.seed}-{self.key}.png"
+        return f"{words or 'picture'}-{self.seed}-{self.digest[:digits]}.png"
 
     def to_json(self) -> str:
         """Keys in order, so that equal recipes are equal texts; what came later is there only where it is used."""
@@ -323,7 +332,8 @@ def read_recipe(path: Path) -> Recipe:
     """
     try:
         with Image.open(path) as picture:
-            text = dict(getattr(picture, "text", {}))
+            # What stands before the pixels is there without decoding them.
+            text = dict(picture.info if ENTRY in picture.info else getattr(picture, "text", {}))
     except (OSError, SyntaxError, ValueError) as e:
         raise DataError(f"{path} cannot be opened as a picture ({e}).") from None
     if ENTRY in text:
