@@ -156,6 +156,11 @@ def opened(start: Start[ClassifyConfig], tell: Listener) -> Ready:
         config = dataclasses.replace(config, image_size=(first.info.get("base") or {}).get("image_size"))
     backbone = open_backbone(model, config.weights or weights, config.image_size)
     tell.say(backbone.why)
+    if config.layer_decay != 1 and not backbone.blocks:
+        raise ConfigError(
+            f"layer_decay is {config.layer_decay:g}, but the layers of {backbone.id} do not say by numbers which block they "
+            "are of, so that none would learn slower than another: leave layer_decay out."
+        )
     accelerator = new_accelerator(config.precision, config.trackers, start.folder)
     backbone.model.to(accelerator.device)
     fingerprints = backbone.fingerprints()

@@ -226,3 +226,8 @@ def test_the_command_line_ends_with_code_2_and_no_traceback(cli, own: Path, tiny
     one_class(own)
     code, out, err = cli("classify", "--images", own, "--model", tiny_vit, "--steps", 1)
     assert code == 2 and err.startswith("Error: ") and "Traceback" not in out + err
+
+
+def test_a_backbone_without_blocks_has_no_layer_decay(classify, tmp_path: Path) -> None:
+    words = ("layer_decay is 0.7, but the layers of regnety_002 do not say", "leave layer_decay out")
+    check_refused(lambda: classify(model="regnety_002", weights="random", layer_decay=0.7), tmp_path, *words)

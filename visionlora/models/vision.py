@@ -35,6 +35,10 @@ SMALL = 20_000_000
 HEAD_STD = 0.02
 
 
+STEM = "stem"
+"""What stands before the blocks of many models; its layers may be numbered too."""
+
+
 @dataclass(frozen=True)
 class VisionModel:
     """An opened backbone, in evaluation mode and frozen."""
@@ -102,35 +106,38 @@ class VisionModel:
     def depth_of(self, name: str) -> int | None:
         """The block that a parameter or layer belongs to, counted from 0 in the order of the model's modules.
 
-        A norm after the last block counts with it; None for what else is outside of blocks.
+        What comes after the last block counts with it; None for what stands before the blocks.
         """
         blocks, after = self._depths
         if (block := self.block_of(name)) is not None:
             return blocks.get(block)
-        return len(blocks) - 1 if any(n == name or n.startswith(name + ".") for n in after) else None
+        return (
+            len(blocks) - 1 if any(f"{name}.".startswith(f"{n}.") or n.startswith(f"{name}.") for n in after) else None
+        )
 
     def block_of(self, name: str) -> str | None:
-        """The name of the block, up to its number (`layer4.1`); None outside of blocks, as for the head."""
+        """The name of the block, up to its number (`layer4.1`); None outside of blocks, as for head and stem."""
         parts = name.split(".")
         if name == self.head or name.startswith(self.head + "."):
             return None
         found = (i for i, part in enumerate(parts) if part.removeprefix("encoder_layer_").isdigit())  # torchvision's
-        last = next(found, None)
-        return None if last is None else ".".join(parts[: last + 1])
+        first = next(found, None)
+        return None if first is None or STEM in parts[:first] else ".".join(parts[: first + 1])
+
+    @property
+    def blocks(self) -> int:
+        """How many there are; 0 where the names of the layers do not tell."""
+        return len(self._depths[0])
 
     @cached_property
     def _depths(self) -> tuple[dict[str, int], list[str]]:
-        """The number of each block, and the parameters of norms after the last."""
+        """The number of each block, and the parameters after the last and their layers."""
         names = [n for n, _ in self.model.named_parameters() if n != self.head and not n.startswith(self.head + ".")]
         found = [self.block_of(n) for n in names]
         blocks = {block: i for i, block in enumerate(dict.fromkeys(block for block in found if block is not None))}
         last = max((i for i, block in enumerate(found) if block is not None), default=len(found))
-        return blocks, [n for n in names[last + 1 :] if self.is_norm(n)]
-
-    def is_norm(self, parameter: str) -> bool:
-        """Whether a parameter is one of a norm, by its name or its layer's kind."""
-        layer = self.model.get_submodule(parameter.rpartition(".")[0])
-        return "norm" in parameter or "norm" in type(layer).__name__.lower()
+        after = names[last + 1 :]
+        return blocks, [*after, *{layer: None for n in after if (layer := n.rpartition(".")[0])}]
 
 
 def as_logits(output: Any) -> Tensor:

@@ -66,10 +66,7 @@ class Fitting:
             config = dataclasses.replace(config, find_rate=False, learning_rate=1.0, head_learning_rate=1.0)
         rate, head = config.learning_rate or 1.0, config.head_learning_rate or 1.0
         backbone = self.material.backbone
-        depths = [d for n, _ in backbone.model.named_parameters() if (d := backbone.depth_of(n)) is not None]
-        rate_of = rates_by_depth(
-            backbone.depth_of, max(depths, default=-1) + 1, config.layer_decay, backbone.head, head / rate
-        )
+        rate_of = rates_by_depth(backbone.depth_of, backbone.blocks, config.layer_decay, backbone.head, head / rate)
         self.fit = Fit(self.accelerator, LayeredLearner(self.handle, rate_of), loop_config(config), config.ema_decay)
         self.log = Logbook(
             self.fit, self.written, self.tell, learned_from(self.material, self.base), self.material.config, self.start

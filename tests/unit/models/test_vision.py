@@ -215,6 +215,10 @@ def test_a_state_dict_of_a_model_with_several_heads(tmp_path: Path) -> None:
         ("cait_xxs24_224", {"blocks.0.attn.qkv": 0, "blocks.23.mlp.fc1": 23, "blocks_token_only.0.attn.q": 24,
                             "blocks_token_only.1.attn.q": LAST, "norm.bias": LAST}),
         ("vit_tiny_patch16_224", {"norm_pre.weight": None, "blocks.0.norm1": 0, "norm.weight": LAST}),
+        ("efficientnet_b0", {"conv_stem.weight": None, "blocks.6.0.conv_pw": LAST, "conv_head": LAST, "bn2.weight": LAST}),
+        ("convnext_atto", {"stem.0": None, "stem.1.weight": None, "stages.0.blocks.0": 0, "stages.3": LAST}),
+        ("vit_tiny_patch16_224", {"blocks.11": LAST, "attn_pool.latent": LAST, "attn_pool.kv.k": LAST,
+                                  "attn_pool.mlp.fc1": LAST, "patch_embed.proj": None}),
         ("torchvision/alexnet", {"features.0": 0, "classifier.4": LAST, "classifier.6.weight": None}),
     ],
 )  # fmt: skip
@@ -222,6 +226,8 @@ def test_depth_of_layers(name: str, depths: dict[str, int | None]) -> None:
     opened = open_backbone(name, None if name == "emoji-vit" else "random")
     if "norm_pre.weight" in depths:  # of CLIP's, before all blocks
         opened.model.norm_pre = nn.LayerNorm(192)
+    if "attn_pool.latent" in depths:  # of SigLIP's, after all
+        opened.model.attn_pool = timm.layers.AttentionPoolLatent(192, num_heads=3)
     last = max(opened.depth_of(n) or 0 for n, _ in opened.model.named_parameters())
     assert {n: opened.depth_of(n) for n in depths} == {n: last if d == LAST else d for n, d in depths.items()}
 
@@ -232,6 +238,10 @@ def test_rates_by_depth() -> None:
     rate = rates_by_depth(opened.depth_of, 8, 0.5, opened.head, 3.0)
     names = ("fc.weight", "layer4.1.conv1.weight", "layer4.0.conv1.weight", "layer1.0.bn1.weight", "bn1.weight")
     assert [rate(n) for n in names] == [3.0, 1.0, 0.5, 0.5**7, 0.5**8]
+
+
+def test_blocks_without_numbers_are_none() -> None:
+    assert open_backbone("regnety_002", "random").blocks == 0
 
 
 @pytest.mark.parametrize(
