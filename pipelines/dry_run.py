@@ -21,9 +21,13 @@ from visionlora.pipelines.train_sd import default_prompts
 from visionlora.config import TrainSDConfig
 from visionlora.data.buckets import Size
 from visionlora.data.cache import TensorCache, default_cache_folder
+from visionlora.data.files import list_folder
+from visionlora.data.images import decode
 from visionlora.diffusion.encode import cache_bytes, encode_dataset
+from visionlora.diffusion.prior import class_pictures
+from visionlora.diffusion.recipe import Recipe
 from visionlora.diffusion.sampling import SamplingConfig, draw
-from visionlora.diffusion.settings import attention_kernel, captions_of, plan_of, release
+from visionlora.diffusion.settings import attention_kernel, captions_of, plan_of, prepare_unet, release, validation_plan
 from visionlora.report.listener import Listener
 from visionlora.report.resume import begin, holding
 from visionlora.training.loop import Fit, process_state
@@ -48,9 +52,13 @@ class Estimate:
     epochs: float
     step_seconds: float
     encoding_seconds: float
-    """Of all pictures, were none in the cache."""
+    """Of all pictures, those of the class and to judge by too, were none in the cache."""
     drawing_seconds: float
     """Of all sample pictures."""
+    class_seconds: float
+    """Of the class pictures that have to be drawn."""
+    beside: int
+    """Pictures of the class and to judge by, which are encoded too."""
     peak_bytes: int
     """Of the process, or of the GPU where there is one."""
     device: str
@@ -66,10 +74,11 @@ class Estimate:
     @property
     def seconds(self) -> float:
         """Of the whole run."""
-        return self.steps * self.step_seconds + self.encoding_seconds + self.drawing_seconds
+        return self.steps * self.step_seconds + self.encoding_seconds + self.drawing_seconds + self.class_seconds
 
     def lines(self) -> list[str]:
         """For a person."""
+        of_class = f", {self.class_seconds:.0f} s to draw class pictures" if self.class_seconds else ""
         sizes = ", ".join(f"{w}x{h}: {n}" for (h, w), n in sorted(self.sizes.items(), key=lambda s: -s[1]))
         return [
             f"Model       {self.model}",
@@ -77,10 +86,11 @@ class Estimate:
             f"Pictures    {sum(self.sizes.values())}, width x height in px: {sizes}",
             f"Steps       {self.steps} of {self.pictures_per_step} pictures, {self.epochs:.1f} times over all pictures",
             f"Time        {self.seconds / 60:.1f} minutes: {self.step_seconds:.2f} s a step, "
-            f"{self.encoding_seconds:.0f} s to encode, {self.drawing_seconds:.0f} s for samples",
+            f"{self.encoding_seconds:.0f} s to encode, {self.drawing_seconds:.0f} s for samples{of_class}",
             f"Memory      {self.peak_bytes / 2**30:.2f} GiB at the peak, of the {self.device}",
-            f"Cache       {(self.latent_bytes + self.text_bytes) / 2**30:.2f} GiB: latents of {sum(self.sizes.values())} "
-            f"pictures {self.latent_bytes / 2**30:.2f}, text of {self.captions} captions {self.text_bytes / 2**30:.2f}; "
+            f"Cache       {(self.latent_bytes + self.text_bytes) / 2**30:.2f} GiB: latents of "
+            f"{sum(self.sizes.values()) + self.beside} pictures {self.latent_bytes / 2**30:.2f}, text of {self.captions} "
+            f"captions {self.text_bytes / 2**30:.2f}; "
             f"its disk has {self.free_bytes / 2**30:.2f} GiB free",
         ]
 
@@ -107,8 +117,16 @@ def dry_run(config: TrainSDConfig, listener: Listener | None = None) -> Estimate
     loop = loop_config(config)
     some = [item for item, f in zip(items, framings, strict=True) if f.bucket == largest][: max(4, loop.batch_size)]
     captions = captions_of(config, some)
+    there, missing = class_sizes(config)
+    of_class = [plan.framing_of(s) for s in (*there, *[(ready.size, ready.size)] * missing)]
+    apart = [validation_plan(plan).framing(item) for item in ready.apart]
     texts = {"", config.held_caption or "", *(c for each in captions_of(config, items) for c in each)}
-    in_cache = cache_bytes(ready.base, framings, len(plan.variants), len(texts))
+    texts |= {variants[0] for variants in captions_of(config, ready.apart)}
+    if of_class and config.prior_prompt is not None:
+        texts.add(config.prior_prompt)
+    latents, text_bytes = cache_bytes(ready.base, [*framings, *of_class], len(plan.variants), len(texts))
+    latents += cache_bytes(ready.base, apart, 1, 0)[0]
+    class_seconds = missing * class_picture_seconds(ready) if missing else 0.0
     with tempfile.TemporaryDirectory() as folder:
         start = time.monotonic()
         data = encode_dataset(
@@ -144,15 +162,36 @@ def dry_run(config: TrainSDConfig, listener: Listener | None = None) -> Estimate
         pictures_per_step=fit.images_per_step,
         epochs=loop.steps * fit.images_per_step / sum(item.repeats for item in items),
         step_seconds=step_seconds,
-        encoding_seconds=encoding * len(items),
+        encoding_seconds=encoding * (len(items) + len(of_class) + len(apart) / len(plan.variants)),
         drawing_seconds=drawing * config.sample_steps * columns,
+        class_seconds=class_seconds,
+        beside=len(of_class) + len(apart),
         peak_bytes=peak_memory(),
         device="GPU" if torch.cuda.is_available() else "process",
         captions=len(texts),
-        latent_bytes=in_cache[0],
-        text_bytes=in_cache[1],
+        latent_bytes=latents,
+        text_bytes=text_bytes,
         free_bytes=TensorCache(default_cache_folder()).free,
     )
+
+
+def class_sizes(config: TrainSDConfig) -> tuple[list[Size], int]:
+    """The sizes of the class pictures that are there, and how many have to be drawn."""
+    if config.prior_images is None or config.prior_prompt is None:
+        return [], 0
+    folder = Path(config.prior_images).expanduser()
+    if not folder.is_dir() or not (count := len(list_folder(folder).pictures)):
+        return [], config.prior_count
+    items = class_pictures(folder, config.prior_prompt, config.skip_broken)
+    return [item.size or decode(item.path).size[::-1] for item in items], max(0, config.prior_count - count)
+
+
+def class_picture_seconds(ready: Ready) -> float:
+    """What drawing a picture of the class takes, measured on one step."""
+    config, base = ready.config, ready.base
+    prepare_unet(base, config, ready.accelerator.device, ready.accelerator.mixed_precision)
+    one = SamplingConfig(1, config.guidance_scale or 1.0, config.seed)
+    return Recipe.steps * timed(lambda: draw(base, [config.prior_prompt or ""], ready.size, one), ready)
 
 
 def timed(work: Callable[[], object], ready: Ready) -> float:

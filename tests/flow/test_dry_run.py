@@ -1,12 +1,18 @@
 """`train-sd --dry-run`: says what a run would do, close to what it then does, and writes nothing."""
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
+from visionlora.pipelines.dry_run import dry_run
 
+from visionlora.config import TrainSDConfig, build
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of diffusers' schedulers
 FIGURES = r"(\d[\d,.]*)"
 
 
@@ -29,6 +35,21 @@ def test_it_says_what_the_run_would_do_and_writes_nothing(cli, tiny_model: Path,
         "GiB: latents of 3 pictures 0.00, text of 2 captions 0.00" in out and figure(out, "its disk has # GiB free") > 0
     )
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_pictures_of_the_class_and_to_judge_by_count(tiny_model: Path, dogs: Path, tmp_path: Path) -> None:
+    own = {"images": str(dogs), "model": str(tiny_model), "steps": 2, "batch_size": 2, "rank": 2, "sample_columns": 0}
+    (tmp_path / "class").mkdir()
+    shutil.copy(next(dogs.glob("*.png")), tmp_path / "class" / "there.png")
+    shutil.copytree(tmp_path / "class", tmp_path / "judge")
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "judge" / "there.png")
+    plain = dry_run(build(TrainSDConfig, own))
+    more = {"prior_prompt": "a pet", "prior_images": str(tmp_path / "class"), "prior_count": 5}
+    found = dry_run(build(TrainSDConfig, {**own, **more, "validation": str(tmp_path / "judge")}))
+    assert (plain.beside, found.beside) == (0, 6) and found.captions == plain.captions + 2
+    assert found.latent_bytes == 3 * plain.latent_bytes
+    assert plain.class_seconds == 0 < found.class_seconds < found.seconds
+    assert "latents of 9 pictures" in found.lines()[-1] and len(list((tmp_path / "class").iterdir())) == 1
 
 
 def test_what_cannot_train_is_refused_as_the_run_would(cli, tiny_model: Path, dogs: Path) -> None:

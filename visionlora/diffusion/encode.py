@@ -45,7 +45,10 @@ class Plan:
 
     def framing(self, item: ImageItem) -> Framing:
         """Of one picture."""
-        size = item.size or decode(item.path).size[::-1]
+        return self.framing_of(item.size or decode(item.path).size[::-1])
+
+    def framing_of(self, size: Size) -> Framing:
+        """Of a picture of this size."""
         if self.step is None:
             return framing(size, (self.resolution, self.resolution))
         return framing(size, bucket_of(size, self.resolution, self.step, self.upscale))
