@@ -44,12 +44,22 @@ class NamedRepeats:
         )
 
 
+def named(folder: str) -> tuple[int, str] | None:
+    """How often the pictures of a folder count by its name, and what is on them; None where it is called otherwise.
+
+    >>> named("10_sks dog"), named("2023_holiday")
+    ((10, 'sks dog'), None)
+    """
+    match = _NAME.fullmatch(folder)
+    return (int(match[1]), legible(match[2]).strip()) if match else None
+
+
 def named_repeats(pictures: Iterable[str]) -> NamedRepeats:
     """Reads the names of the top folders; all must say it, and no picture may lie outside them."""
     names = list(pictures)
-    found = {top: _NAME.fullmatch(top) for top in sorted({top_of(name) for name in names})}
-    read = {top: (int(match[1]), legible(match[2]).strip()) for top, match in found.items() if match}
-    if len(read) < len(found) or not all("/" in name for name in names):
+    tops = sorted({top_of(name) for name in names})
+    read = {top: said for top in tops if (said := named(top)) is not None}
+    if len(read) < len(tops) or not all("/" in name for name in names):
         return NamedRepeats({}, {})
     return NamedRepeats(
         {top: count for top, (count, _) in read.items()}, {top: words for top, (_, words) in read.items()}

@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 
 from visionlora.data.captions import Captions, caption_of_name, read_captions
 from visionlora.data.images import legible, printable
+from visionlora.data.named_repeats import named
 from visionlora.data.sources import Source
 from visionlora.data.wording import (
     count_of,
@@ -47,10 +48,8 @@ def texts_of(source: Source) -> tuple[dict[str, str], Captions]:
         raise DataError(
             f'{printable(table)} has no column of captions (it has {quoted(columns)}); call it "text", or {words.for_all}.'
         )
-    text = _instance_prompt(source.root)
-    source.caption_source = (
-        f'no captions in the folder, so all pictures get "{text}" (a rare word and the folder\'s name); {words.changes}'
-    )
+    text, why = _instance_prompt(source.root)
+    source.caption_source = f'no captions in the folder, so all pictures get "{text}" ({why}); {words.changes}'
     return dict.fromkeys(source.pictures, text), captions
 
 
@@ -74,9 +73,13 @@ def _from_names(source: Source, captions: Captions) -> tuple[dict[str, str], Cap
     return texts, Captions({}, {}, (), frozenset(blamed))
 
 
-def _instance_prompt(root: Path) -> str:
-    name = legible(root.resolve().name).lower()
-    return " ".join([TRIGGER, *name.replace("_", " ").replace("-", " ").split()])
+def _instance_prompt(root: Path) -> tuple[str, str]:
+    """A caption from the name of a folder, and how it was made."""
+    name = legible(root.resolve().name)
+    if (said := named(name)) is not None:
+        return said[1], "the folder's name, as kohya reads it; all pictures count alike"
+    words = name.lower().replace("_", " ").replace("-", " ").split()
+    return " ".join([TRIGGER, *words]), "a rare word and the folder's name"
 
 
 def _prompt_source(option: str, prompt: str, captions: Captions) -> str:

@@ -156,6 +156,13 @@ def test_instance_prompt(tmp_path: Path, name: str, caption: str, monkeypatch: p
         )
 
 
+def test_the_name_of_an_inner_folder_of_kohya(tmp_path: Path) -> None:
+    picture(tmp_path / "10_sks Dog" / "a.png", 0)
+    inner, outer = read_image_folder(tmp_path / "10_sks Dog"), read_image_folder(tmp_path)
+    assert [item.caption for item in (*inner.items, *outer.items)] == ["sks Dog", "sks Dog"]
+    assert "the folder's name, as kohya reads it; all pictures count alike" in inner.caption_source
+
+
 def test_all_problems_come_in_one_message(dog: Path) -> None:
     (dog / "notes.png").write_text("my notes")
     (dog / "sub").mkdir()
