@@ -122,25 +122,45 @@ def truth_of(value: Any, column: str) -> bool:
 def csv_lines(text: str) -> Iterator[tuple[int, list[str]]]:
     """The cells of each line that is not empty, with the number of the line; the first are the names of the columns.
 
+    Empty cells too many at the end of a line are left out, and text behind a closing quote belongs to its cell.
+
     Raises:
-        Unusable: when two columns have the same name, or from some line on nothing can be read.
+        Unusable: when two columns have the same name, or a quote is not closed.
     """
     head = text.lstrip("\r\n").split("\n", 1)[0]
     # Spreadsheets write semicolons where the comma is the decimal point.
     delimiter = max(",;\t", key=head.count)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    lines = list(io.StringIO(text, newline=""))
+    reader = csv.reader(lines, delimiter=delimiter)
     columns: list[str] | None = None
+    end = 0
     try:
         for cells in reader:
+            _check_closed(lines[end : reader.line_num], delimiter)
+            end = reader.line_num
             if not any(cell.strip() for cell in cells):
                 continue
             if columns is None:
                 cells = columns = [cell.strip() for cell in cells]
                 if doubled := [name for name, count in Counter(columns).items() if count > 1 and name]:
                     raise Unusable(f"has two columns of the name {quoted(doubled)}; rename one")
+            while len(cells) > len(columns) and not cells[-1].strip():
+                cells.pop()
             yield reader.line_num, cells
     except csv.Error as error:
-        raise Unusable(f"breaks off in line {reader.line_num} ({error}); save it as plain CSV") from None
+        raise Unusable(
+            f"has a quote in line {end + 1} that is not closed ({error}); close it, or save the file as plain CSV"
+        ) from None
+
+
+def _check_closed(lines: Sequence[str], delimiter: str) -> None:
+    """Raises csv.Error for a row whose quote is not closed, or by one of another row."""
+    if len(lines) > 1 or any('"' in line for line in lines):
+        try:
+            list(csv.reader(lines, delimiter=delimiter, strict=True))
+        except csv.Error as error:
+            if len(lines) > 1 or "end of data" in str(error):
+                raise
 
 
 def miscounted(cells: Sequence[str], columns: Sequence[str]) -> str:

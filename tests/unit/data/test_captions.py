@@ -197,7 +197,8 @@ def test_csv_without_its_columns(tmp_path: Path, content: str, problem: str) -> 
 def test_csv_field_without_end(tmp_path: Path) -> None:
     found = read(tmp_path, {"metadata.csv": 'file_name,text\na.png,"' + "x" * 200_000})
     assert found.problems == (
-        "metadata.csv breaks off in line 2 (field larger than field limit (131072)); save it as plain CSV",
+        "metadata.csv has a quote in line 2 that is not closed (field larger than field limit (131072)); close it, or save the "
+        "file as plain CSV",
     )
 
 
@@ -214,10 +215,19 @@ def test_csv_with_semicolons_and_empty_rows(tmp_path: Path) -> None:
     assert (found.texts, found.problems) == ({"a.png": "a red dog, sitting"}, ())
 
 
-def test_csv_with_a_quote_that_does_not_end_its_cell(tmp_path: Path) -> None:
-    found = read(tmp_path, {"metadata.csv": 'file_name,text\na.png,a dog\nb.png,"a" dog\n'})
-    assert found.texts == {"a.png": "a dog"}
-    assert found.problems == ("metadata.csv breaks off in line 3 (',' expected after '\"'); save it as plain CSV",)
+def test_csv_as_people_and_spreadsheets_write_it(tmp_path: Path) -> None:
+    """A comma too many at the end of a row, and text behind a closing quote."""
+    rows = 'a.png,"a dog" sits\nb.png,a cat,\nsub/c.jpg,"a red, fat hen", ,\n'
+    found = read(tmp_path, {"metadata.csv": f"file_name,text\n{rows}"})
+    assert found.texts == {"a.png": "a dog sits", "b.png": "a cat", "sub/c.jpg": "a red, fat hen"}
+    assert found.problems == ()
+
+
+@pytest.mark.parametrize("rows", ['a.png,"a dog\nb.png,a cat\n', 'a.png,"a dog\nb.png,"a cat"\n', 'a.png,"a dog'])
+def test_csv_with_a_quote_that_nothing_closes(tmp_path: Path, rows: str) -> None:
+    found = read(tmp_path, {"metadata.csv": f"file_name,text\n{rows}"})
+    assert len(found.problems) == 1 and "metadata.csv has a quote in line 2 that is not closed" in found.problems[0]
+    assert not found.texts
 
 
 def test_short_csv_row(tmp_path: Path) -> None:

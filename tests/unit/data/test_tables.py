@@ -121,7 +121,11 @@ def test_parquet(tmp_path: Path) -> None:
         ("a.csv", b"path,label\n\xe9.png,cat\n", "is not UTF-8 text (at byte 11); save it as UTF-8."),
         ("a.csv", "path,label\n".encode("utf-16"), "is UTF-16 text; save it as UTF-8."),
         ("a.csv", b"path,path\n", 'has two columns of the name "path"; rename one.'),
-        ("a.csv", b'path,label\n"0.png,cat\n', "breaks off in line 2 (unexpected end of data); save it as plain CSV."),
+        (
+            "a.csv",
+            b'path,label\n"0.png,cat\n',
+            "has a quote in line 2 that is not closed (unexpected end of data); close it, or save the file as plain CSV.",
+        ),
         ("a.xlsx", b"PK", "is no table that can be read; tables end in .csv, .jsonl, .parquet."),
     ],
 )
