@@ -13,7 +13,7 @@ import visionlora as vl
 from visionlora.cli.main import app
 from visionlora.errors import VisionLoRAError
 from visionlora.loaders import apply
-from visionlora.lora.adapter import Adapter
+from visionlora.lora.adapter import Adapter, AdapterModule
 from visionlora.models.base import open_base
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -150,6 +150,35 @@ def test_merge_resize_and_what_they_lose(files: Path, tmp_path: Path) -> None:
     assert {m.rank for m in vl.load_adapter(tmp_path / "small.safetensors").modules.values()} == {3}
     for method in ("ties", "dare", "knots", "iso-c"):
         run("merge", a, b, "-o", tmp_path / f"{method}.safetensors", "--method", method, "--energy", 0.9)
+
+
+@pytest.mark.parametrize("to", ["visionlora", "kohya", "diffusers"])
+def test_merging_what_was_trained_here_with_a_kohya_file(tiny_model: Path, tmp_path: Path, to: str) -> None:
+    """Their names of a text encoder's layers differ; half of one and half of the same in the other is the whole."""
+    encoder = open_base(str(tiny_model)).pipe.text_encoder
+    handle = vl.inject(encoder, vl.AdapterConfig(rank=2, targets="attn"))
+    for k, lora in enumerate(handle.methods.values()):
+        lora.lora_B.data.normal_(std=0.2, generator=torch.Generator().manual_seed(k))
+    own = handle.adapter("text_encoder")
+    vl.save_adapter(own, tmp_path / "own.safetensors")
+    vl.save_adapter(own, tmp_path / "kohya.safetensors", "kohya")
+    halves = [f"{tmp_path / name}.safetensors:0.5" for name in ("own", "kohya")]
+    assert "8 modules, rank 4; exact" in run("merge", *halves, "-o", tmp_path / "m.safetensors", "--to", to)
+    handle.eject()
+    found = vl.attach(encoder, vl.load_adapter(tmp_path / "m.safetensors")).adapter("text_encoder").delta_weights()
+    assert len(found) == 8
+    for name, delta in own.delta_weights().items():
+        torch.testing.assert_close(found[name], delta)
+
+
+@pytest.mark.parametrize("to", ["kohya", "diffusers"])
+def test_what_has_one_layer_in_two_spellings_is_not_written_in_half(tmp_path: Path, to: str) -> None:
+    module = AdapterModule.lora(torch.ones(1, 4), torch.ones(4, 1), 1.0)
+    names = ("text_encoder.encoder.layers.0.mlp.fc1", "text_encoder.text_model.encoder.layers.0.mlp.fc1")
+    with pytest.raises(
+        VisionLoRAError, match=f"changes one layer of text_encoder twice, as encoder.* and {to} has one"
+    ):
+        vl.save_adapter(Adapter(dict.fromkeys(names, module)), tmp_path / "a.safetensors", to)
 
 
 @torch.no_grad()

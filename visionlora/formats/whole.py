@@ -10,6 +10,7 @@ from visionlora.errors import AdapterFileError
 from visionlora.formats.header import PIPELINE_PARTS
 from visionlora.lora.adapter import Adapter, AdapterModule
 from visionlora.lora.families import fused_names, lookup
+from visionlora.lora.names import spelling_key
 
 
 def whole_layers(modules: Mapping[str, AdapterModule], format: str) -> dict[str, AdapterModule]:
@@ -56,8 +57,9 @@ def pipeline_layers(adapter: Adapter, format: str) -> Iterator[tuple[str, str, A
     """(component, path, module) of every whole layer, for formats that hold parts of Stable Diffusion alone.
 
     Raises:
-        AdapterFileError: for another part, or see `whole_layers`.
+        AdapterFileError: for another part, two modules for one layer, or see `whole_layers`.
     """
+    seen: dict[str, str] = {}
     for component in adapter.components:
         if component not in PIPELINE_PARTS:
             raise AdapterFileError(
@@ -65,4 +67,10 @@ def pipeline_layers(adapter: Adapter, format: str) -> Iterator[tuple[str, str, A
                 "and peft keep it."
             )
         for path, module in whole_layers(adapter.component(component), format).items():
+            first = seen.setdefault(f"{component}.{spelling_key(path)}", path)
+            if first != path:
+                raise AdapterFileError(
+                    f"The adapter changes one layer of {component} twice, as {first} and as {path}, and {format} has one place "
+                    "for it. Merge the adapters that it came from again."
+                )
             yield component, path, module

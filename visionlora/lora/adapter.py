@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from visionlora.errors import AdapterFileError, TargetError
-from visionlora.lora.names import resolve_names
+from visionlora.lora.names import common_names, resolve_names
 from visionlora.lora.products import factors, problem, product, rank_of
 
 PRODUCT_KINDS = ("lora", "loha", "lokr", "diff")
@@ -246,6 +246,17 @@ class Adapter:
     def components(self) -> list[str]:
         """The components that have modules, sorted."""
         return sorted({name.split(".", 1)[0] for name in self.modules})
+
+
+def in_one_spelling(adapters: Sequence[Adapter]) -> list[Adapter]:
+    """The same adapters, with one name for a layer that their files spell in different ways; see `visionlora.lora.names`."""
+    names: dict[str, str] = {}
+    for component in {c for a in adapters for c in a.components}:
+        found = common_names([a.component(component) for a in adapters])
+        names |= {f"{component}.{name}": f"{component}.{chosen}" for name, chosen in found.items()}
+    if not names:
+        return list(adapters)
+    return [replace(a, modules={names.get(n, n): m for n, m in a.modules.items()}) for a in adapters]
 
 
 def base_weights(base: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from visionlora.errors import AdapterFileError, ConfigError
-from visionlora.lora.adapter import PRODUCT_KINDS, Adapter, AdapterModule
+from visionlora.lora.adapter import PRODUCT_KINDS, Adapter, AdapterModule, in_one_spelling
 from visionlora.lora.combine import Factors, Options, combination
 from visionlora.lora.functional import decompose, rank_for_energy, truncate
 
@@ -118,6 +118,8 @@ def merge_adapters(
     if not adapters:
         raise ConfigError("There is nothing to merge: give at least one adapter.")
     combine, options, size = combination(method), options or Options(), size or Size()
+    spelled = in_one_spelling([a for a, _ in adapters])
+    adapters = [(a, scale) for a, (_, scale) in zip(spelled, adapters, strict=True)]
     names = list(dict.fromkeys(n for a, _ in adapters for n in a.modules))
     modules: dict[str, AdapterModule] = {}
     errors: dict[str, float] = {}

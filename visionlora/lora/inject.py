@@ -162,6 +162,7 @@ def attach(
         allow_partial: leave out modules that do not fit; `handle.report.skipped` lists them with the reason.
 
     Raises:
+        AdapterFileError: when two of its modules are for one layer.
         TargetError: when a module is missing in the model or has another shape; the model is left untouched.
         ConfigError: when an adapter of that name is there.
     """
@@ -202,15 +203,21 @@ def fit(
         The methods to place; (name, module) of parameters that are changed in place; (name, reason) for what does not fit.
 
     Raises:
-        AdapterFileError: for a kind of module that is unknown here.
+        AdapterFileError: for a kind of module that is unknown here, or two for one layer.
     """
     base = base_parameters(model) if any(m.kind in IN_PLACE for m in modules.values()) else {}
-    known = {n for n, _ in model.named_modules()}
+    known = {n for n, _ in model.named_modules() if n}
     strange = [n for n in modules if n not in known and n.rpartition(".")[0] not in known]
     spelled = resolve_names(strange, [*known, *base]) if strange else {}
     methods, replaced, skipped = [], [], []
+    seen: dict[str, str] = {}
     for given, m in modules.items():
         path = spelled.get(given, given)
+        if (first := seen.setdefault(path, given)) != given:
+            raise AdapterFileError(
+                f"The adapter changes {component}.{path} twice, as {first} and as {given}. Merge the adapters that it came "
+                "from again."
+            )
         try:
             if m.kind in IN_PLACE:
                 check_parameter(base, path, m, component, model)

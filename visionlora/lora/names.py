@@ -7,7 +7,8 @@ LyCORIS join the parts of a name with `_`. A flat name is looked up in the table
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 
 SPELLINGS = (
     (re.compile(r"^text_model\."), ""),
@@ -52,4 +53,27 @@ def resolve_names(given: Iterable[str], known: Iterable[str]) -> Mapping[str, st
         match = name if name in exact else table.get(spelling_key(name))
         if match is not None:
             found[name] = match
+    return found
+
+
+def common_names(files: Sequence[Iterable[str]]) -> dict[str, str]:
+    """{name: the one to use for it}, for layers that several files spell in different ways: the one with the most dots.
+
+    Args:
+        files: the names in each. Two of one file that differ in spelling alone are two layers, and stay as they are.
+
+    >>> common_names([["encoder.layers.0.mlp.fc1"], ["text_model.encoder.layers.0.mlp.fc1"]])
+    {'encoder.layers.0.mlp.fc1': 'text_model.encoder.layers.0.mlp.fc1'}
+    """
+    spellings: dict[str, set[str]] = {}
+    apart: set[str] = set()
+    for names in files:
+        keys = {name: spelling_key(name) for name in names}
+        apart |= {key for key, count in Counter(keys.values()).items() if count > 1}
+        for name, key in keys.items():
+            spellings.setdefault(key, set()).add(name)
+    found: dict[str, str] = {}
+    for key, names in spellings.items():
+        chosen = max(sorted(names), key=lambda name: name.count("."))
+        found |= {name: chosen for name in names if name != chosen and key not in apart}
     return found

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from visionlora.errors import ConfigError
-from visionlora.lora.adapter import Adapter, AdapterModule
+from visionlora.lora.adapter import Adapter, AdapterModule, in_one_spelling
 from visionlora.lora.arithmetic import additive
 from visionlora.lora.functional import directions
 
@@ -113,6 +113,7 @@ def overlap(adapters: Mapping[str, Adapter], progress: Callable[[int, int], None
     """
     if len(adapters) < 2:
         raise ConfigError("Overlap is between adapters: give at least two.")
+    adapters = dict(zip(adapters, in_one_spelling(list(adapters.values())), strict=True))
     pairs, found = list(combinations(adapters, 2)), []
     factors = {
         name: {layer: factors_of(layer, m) for layer, m in adapter.modules.items() if m.kind != "shift"}

@@ -12,6 +12,7 @@ from visionlora.lora.arithmetic import Size, extract_adapter, merge_adapters, re
 from visionlora.lora.combine import COMBINATIONS, Options
 from visionlora.lora.functional import decompose
 from visionlora.lora.inject import attach
+from visionlora.lora.overlap import overlap
 
 SHAPES = {"unet.linear": (8, 6), "unet.conv": (8, 4, 3, 3)}
 
@@ -53,6 +54,32 @@ def test_how_text_is_read_and_where_noise_ends_are_kept() -> None:
     assert mixed.adapter.info["training"] == {"zero_terminal_snr": True}
     assert "trained with clip_skip 1 and 2" in mixed.notes[0] and "Draw with --clip-skip 2" in mixed.notes[0]
     assert "training" not in merge_adapters([(plain, 1.0), (plain, 1.0)]).adapter.info
+
+
+SPELLED = {
+    "an encoder, with text_model. and without": ("text_encoder.text_model.encoder.layers.0.mlp.fc1",
+                                                 "text_encoder.encoder.layers.0.mlp.fc1"),
+    "flat and dotted": ("model.blocks.0.attn.qkv", "model.blocks_0_attn_qkv"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("names", SPELLED.values(), ids=SPELLED)
+def test_a_layer_in_two_spellings_is_one_layer(names: tuple[str, str]) -> None:
+    one, two = (Adapter({n: adapter(k).modules["unet.linear"]}) for k, n in enumerate(names))
+    delta = sum(x.modules[n].delta_weight() for x, n in ((one, names[0]), (two, names[1])))
+    for pair in ([one, two], [two, one]):
+        found = merge_adapters([(a, 1.0) for a in pair]).adapter
+        assert list(found.modules) == [names[0]]
+        torch.testing.assert_close(found.modules[names[0]].delta_weight(), delta)
+    (pair_of_itself,) = overlap({"a": one, "b": Adapter({names[1]: one.modules[names[0]]})})
+    assert pair_of_itself.mean("cosine") == pytest.approx(1)
+
+
+def test_two_layers_of_one_adapter_that_differ_in_spelling_alone_stay_two() -> None:
+    module = adapter(0).modules["unet.linear"]
+    both = Adapter({"model.a.b_c": module, "model.a_b.c": module})
+    found = merge_adapters([(both, 1.0), (Adapter({"model.a.b_c": module}), 1.0)]).adapter
+    assert {n: m.rank for n, m in found.modules.items()} == {"model.a.b_c": 6, "model.a_b.c": 3}
 
 
 @pytest.mark.parametrize("rank", [1, 2, 4])

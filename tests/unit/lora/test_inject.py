@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from visionlora.errors import ConfigError, TargetError
+from visionlora.errors import AdapterFileError, ConfigError, TargetError
 from visionlora.lora.adapter import Adapter, AdapterModule
 from visionlora.lora.config import AdapterConfig
 from visionlora.lora.inject import attach, inject
@@ -144,3 +144,17 @@ def test_attach_refuses_what_does_not_fit(adapter: Adapter, words: str) -> None:
         attach(m, adapter, "net")
     assert words in str(caught.value)
     assert type(m[0]) is nn.Linear
+
+
+def test_attach_refuses_one_layer_in_two_spellings() -> None:
+    m = nn.ModuleDict({"a": nn.Sequential(nn.Linear(6, 8))})
+    adapter = Adapter(dict.fromkeys(("model.a.0", "model.a_0"), factors(6, 8)))
+    with pytest.raises(AdapterFileError, match=r"changes model\.a\.0 twice, as a\.0 and as a_0"):
+        attach(m, adapter)
+    assert type(m["a"][0]) is nn.Linear
+
+
+def test_flat_names_are_found_in_the_table_of_the_model() -> None:
+    m = nn.ModuleDict({"a": nn.Sequential(nn.Linear(6, 8))})
+    assert attach(m, Adapter({"model.a_0": factors(6, 8)})).report.hits == (("a_0", "file"),)
+    assert type(m["a"][0]) is not nn.Linear
