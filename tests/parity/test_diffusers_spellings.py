@@ -144,6 +144,64 @@ def test_ours_in_diffusers(format: str, tiny_model: Path, tmp_path: Path) -> Non
     torch.testing.assert_close(picture(theirs), expected, rtol=0, atol=3e-5)
 
 
+@pytest.fixture
+def mixed_encoder(tiny_model: Path, tmp_path: Path) -> tuple[Adapter, torch.Tensor, torch.Tensor]:
+    """A kohya file's text encoder, of mixed alphas; what the encoder says of TEXT without it and with it."""
+    base = open_base(str(tiny_model))
+    first = {n: m for n, m in random_adapter(tiny_model).modules.items() if n.startswith("text_encoder.")}
+    mixed = {
+        n: AdapterModule.lora(*m.lora_factors(), alpha)
+        for (n, m), alpha in zip(first.items(), [2.0, 6.0, 6.0, 6.0] * len(first), strict=False)
+    }
+    save_adapter(Adapter(mixed), tmp_path / "k.safetensors", "kohya")
+    adapter = load_adapter(tmp_path / "k.safetensors")
+    plain = base.pipe.text_encoder(TEXT)[0].detach()
+    apply(base, adapter)
+    return adapter, plain, base.pipe.text_encoder(TEXT)[0].detach()
+
+
+TEXT = torch.tensor([[0, 5, 6, 7, 1, 1]])
+
+
+@pytest.mark.parametrize("format", ["visionlora", "diffusers", "diffusers-folded"])
+def test_a_kohya_text_encoder_in_diffusers(format: str, mixed_encoder, tiny_model: Path, tmp_path: Path) -> None:
+    from diffusers import StableDiffusionPipeline
+
+    adapter, plain, expected = mixed_encoder
+    save_adapter(adapter, tmp_path / "a.safetensors", format)
+    theirs = StableDiffusionPipeline.from_pretrained(tiny_model, safety_checker=None)
+    theirs.load_lora_weights(tmp_path, weight_name="a.safetensors")
+    assert (expected - plain).abs().max() > 1e-2
+    torch.testing.assert_close(theirs.text_encoder(TEXT)[0], expected, rtol=0, atol=1e-5)
+
+
+def test_a_kohya_text_encoder_in_peft_and_back(mixed_encoder, tiny_model: Path, tmp_path: Path) -> None:
+    import peft
+
+    adapter, _, expected = mixed_encoder
+    save_adapter(adapter, tmp_path / "p", "peft")
+    wrapped = peft.PeftModel.from_pretrained(open_base(str(tiny_model)).pipe.text_encoder, tmp_path / "p")
+    torch.testing.assert_close(wrapped(TEXT)[0], expected, rtol=0, atol=1e-5)
+    wrapped.save_pretrained(tmp_path / "theirs")
+    for folder in ("p", "theirs"):
+        base, again = open_base(str(tiny_model)), load_adapter(tmp_path / folder)
+        assert again.components == ["text_encoder"]
+        assert ("base" in again.info) == (folder == "theirs")  # not the id "None"
+        apply(base, again)
+        torch.testing.assert_close(base.pipe.text_encoder(TEXT)[0], expected, rtol=0, atol=1e-5)
+
+
+def test_peft_folders_of_sdxls_text_encoders(tiny_xl: Path, tmp_path: Path) -> None:
+    """The second one's class alone tells it from the first."""
+    import peft
+
+    pipe = open_base(str(tiny_xl)).pipe
+    for name in ("text_encoder", "text_encoder_2"):
+        wrapped = peft.get_peft_model(getattr(pipe, name), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+        wrapped.save_pretrained(tmp_path / name)
+        assert load_adapter(tmp_path / name).components == [name]
+
+
 def test_folded_means_the_same_to_readers_that_know_no_scale(tiny_model: Path, tmp_path: Path) -> None:
     first = random_adapter(tiny_model, rank=4, alpha=6.0)
     mixed = dict(first.modules)

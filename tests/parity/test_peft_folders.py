@@ -1,5 +1,6 @@
 """Adapters trained here load in PEFT, and PEFT's load here, with the same output."""
 
+import copy
 import warnings
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 from torch import nn
 
 import visionlora as vl
+from visionlora.lora.adapter import Adapter, AdapterModule
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -106,6 +108,55 @@ def test_pefts_here(name: str, tmp_path: Path) -> None:
     vl.attach(model, vl.load_adapter(tmp_path / "a"))
     with torch.no_grad():
         torch.testing.assert_close(model(X), wrapped(X), rtol=1e-4, atol=1e-5)
+
+
+class Stem(nn.Module):
+    """A name that others end with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.layer1 = nn.Conv2d(3, 8, 3, padding=1), nn.Module()
+        self.layer1.conv1, self.layer1.conv2 = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer1.conv2(torch.relu(self.layer1.conv1(torch.relu(self.conv1(x)))))
+
+
+@pytest.mark.parametrize("rank", [2, 3])
+def test_patterns_for_a_name_that_others_end_with(rank: int, tmp_path: Path) -> None:
+    def stem() -> nn.Module:
+        torch.manual_seed(0)
+        return Stem()
+
+    generator = torch.Generator().manual_seed(1)
+    modules = {}
+    for name, alpha in {"conv1": 8.0, "layer1.conv1": 2.0, "layer1.conv2": 2.0}.items():
+        weight, r = stem().get_submodule(name).weight, rank if name == "conv1" else 2
+        down, up = (torch.randn(s, generator=generator) * 0.3 for s in ((r, *weight.shape[1:]), (8, r, 1, 1)))
+        modules[f"model.{name}"] = AdapterModule.lora(down, up, alpha)
+    model = stem()
+    vl.attach(model, Adapter(modules))
+    vl.save_adapter(Adapter(modules), tmp_path / "a", "peft")
+    theirs, back = peft.PeftModel.from_pretrained(stem(), tmp_path / "a"), stem()
+    vl.attach(back, vl.load_adapter(tmp_path / "a"))
+    torch.testing.assert_close(theirs(X), model(X), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(back(X), model(X), rtol=1e-4, atol=1e-5)
+
+
+def test_ia3_on_the_input_of_one_layer_alone_whose_name_another_ends_with(tmp_path: Path) -> None:
+    vectors = {"conv1": (3, True), "layer1.conv1": (8, False)}
+    modules = {
+        f"model.{name}": AdapterModule(
+            "ia3", {"vector": torch.linspace(0.5, 2, n)}, 1.0, {"on_input": side, "bias": True, "spatial": 2}
+        )
+        for name, (n, side) in vectors.items()
+    }
+    torch.manual_seed(0)
+    model = Stem()
+    vl.save_adapter(Adapter(modules), tmp_path / "a", "peft")
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "a")
+    vl.attach(model, vl.load_adapter(tmp_path / "a"))
+    torch.testing.assert_close(theirs(X), model(X), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("alpha", [5, 0])

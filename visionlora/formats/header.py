@@ -16,6 +16,7 @@ from torch import Tensor
 from visionlora.atomic import is_full, replace_file
 from visionlora.errors import AdapterFileError, WriteError
 from visionlora.formats.families import family_of, flat_shapes
+from visionlora.formats.names import without_text_model
 from visionlora.lora.adapter import Adapter, AdapterModule
 
 OWN = ("visionlora", "lora_adapter_metadata", "format")
@@ -38,11 +39,16 @@ def plain_number(value: float) -> int | float:
 
 
 def diffusers_metadata(adapter: Adapter) -> dict[str, Any]:
-    """The PEFT config of each component under flat keys, so that diffusers and PEFT apply alpha/rank as trained."""
+    """The PEFT config of each component under flat keys, so that diffusers and PEFT apply alpha/rank as trained.
+
+    Names end as those of the layers do in every transformers: PEFT takes the ends of names, and refuses what it does not find.
+    """
     flat: dict[str, Any] = {}
     for component in adapter.components:
         modules = adapter.component(component)
-        modules = {n: m for n, m in modules.items() if m.product == "lora" and not m.options}
+        modules = {
+            without_text_model(component, n): m for n, m in modules.items() if m.product == "lora" and not m.options
+        }
         if component not in PIPELINE_PARTS or not modules:
             continue
         rank, alpha = most_common(m.rank for m in modules.values()), most_common(m.alpha for m in modules.values())

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from functools import lru_cache
+from importlib.metadata import version
 
 FLAT_PREFIXES = {
     "lora_unet_": "unet",
@@ -222,3 +223,19 @@ def with_text_model(component: str, path: str) -> str:
     if component.startswith("text_encoder") and path.startswith(("encoder.", "embeddings.", "final_layer_norm")):
         return "text_model." + path
     return path
+
+
+def without_text_model(component: str, path: str) -> str:
+    """As transformers names the layers of `CLIPTextModel` since 5.6; the second encoder of SDXL is another class.
+
+    >>> without_text_model("text_encoder", "text_model.encoder.layers.0.mlp.fc1")
+    'encoder.layers.0.mlp.fc1'
+    """
+    return path.removeprefix("text_model.") if component == "text_encoder" else path
+
+
+def in_transformers(component: str, path: str) -> str:
+    """As the transformers that is installed names a layer."""
+    first, second = version("transformers").split(".")[:2]
+    newer = (int(first), int(second)) >= (5, 6)
+    return without_text_model(component, path) if newer else with_text_model(component, path)

@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,19 @@ from visionlora.atomic import replace_file
 from visionlora.errors import AdapterFileError
 from visionlora.formats.container import Contents, open_file
 from visionlora.formats.header import unshared
+from visionlora.formats.names import in_transformers, with_text_model
 from visionlora.formats.parts import check_finite, check_used, split_key, take_modules
 from visionlora.formats.whole import whole_layers
 from visionlora.lora.adapter import Adapter, AdapterModule
 
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 READABLE = ("LORA", "ADALORA", "LOHA", "LOKR", "VERA", "IA3")
+COMPONENT_OF = {
+    "UNet2DConditionModel": "unet",
+    "CLIPTextModel": "text_encoder",
+    "CLIPTextModelWithProjection": "text_encoder_2",
+}
+"""Parts of a pipeline by the class that a config names (`auto_mapping.base_model_class`)."""
 CHANGING_THE_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
 """Starts (`init_lora_weights`) for which PEFT takes the first B·A off the base weights, or replaces them, on every load."""
 
@@ -65,7 +72,7 @@ def read(
 
     Args:
         folder: with adapter_config.json and adapter_model.safetensors (or .bin).
-        component: the part of a pipeline that the adapter is for; told by the names when not given.
+        component: the part of a pipeline that the adapter is for; told by the config or the names when not given.
         allow_partial: leave out tensors that nothing here takes.
         weights: the file, when it has another name.
 
@@ -113,9 +120,12 @@ def read(
     check_used(folder, unused, bool(modules or values), allow_partial)
     found = sorted({name.split(".", 1)[0] for name in modules}) or ["model"]
     modules |= {f"{found[0]}.{n}": m for n, m in values.items()}
+    component = component or COMPONENT_OF.get(str((config.get("auto_mapping") or {}).get("base_model_class")))
     if component is not None:
-        modules = {f"{component}.{n.partition('.')[2]}": m for n, m in modules.items()}
-    info = {"method": kind.lower(), "base": {"id": config.get("base_model_name_or_path")}}
+        modules = {f"{component}.{with_text_model(component, n.partition('.')[2])}": m for n, m in modules.items()}
+    info: dict[str, Any] = {"method": kind.lower()}
+    if base := config.get("base_model_name_or_path"):
+        info["base"] = {"id": base}
     return Adapter(modules, info, format="peft", metadata=contents.metadata, unused=tuple(unused))
 
 
@@ -202,7 +212,7 @@ def effective_alpha(config: Mapping[str, Any], path: str, rank: int, default: fl
 def by_pattern(pattern: Mapping[str, Any], path: str, default: Any) -> Any:
     """PEFT's rule: the first key that is a regular expression for the end of the name, on a dot boundary."""
     for key, value in pattern.items():
-        if re.match(rf"(.*\.)?({key})$", path):
+        if any(re.match(rf"(.*\.)?({key})$", name) for name in (path, path.removeprefix("text_model."))):
             return value
     return default
 
@@ -226,7 +236,9 @@ def write(adapter: Adapter, folder: Path, component: str = "") -> None:
             f"A PEFT folder holds one part; this adapter has {', '.join(adapter.components)}: write one of them "
             f"(convert --component {adapter.components[0]})."
         )
-    modules = whole_layers(adapter.component(component or adapter.components[0]), "PEFT")
+    component = component or adapter.components[0]
+    modules = whole_layers(adapter.component(component), "PEFT")
+    modules = {in_transformers(component, n): m for n, m in modules.items()}
     check_held(adapter, modules)
     kinds = {m.kind for m in modules.values()} - {"full"}
     if not kinds:
@@ -240,6 +252,9 @@ def write(adapter: Adapter, folder: Path, component: str = "") -> None:
             "visionlora's own format keeps it."
         )
     config = {**described(modules, kinds), "base_model_name_or_path": (adapter.info.get("base") or {}).get("id")}
+    if component.startswith("text_encoder"):  # of other parts the names tell
+        kind = next(k for k, c in COMPONENT_OF.items() if c == component)
+        config["auto_mapping"] = {"base_model_class": kind, "parent_library": "transformers.models.clip.modeling_clip"}
     tensors = unshared({PREFIX + key: t for name, m in modules.items() for key, t in keyed(name, m).items()})
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -278,7 +293,11 @@ def described(modules: Mapping[str, AdapterModule], kinds: set[str]) -> dict[str
         "modules_to_save": saved or None,
     }
     if kinds == {"ia3"}:
-        inputs = sorted(n for n, m in adapted.items() if m.options.get("on_input"))
+        inputs: list[str] | str = sorted(n for n, m in adapted.items() if m.options.get("on_input"))
+        if any(
+            n.endswith(tuple(inputs)) for n in adapted if n not in inputs
+        ):  # a list is of ends, a text of whole names
+            inputs = "|".join(map(re.escape, inputs))
         return {**shared, "peft_type": "IA3", "feedforward_modules": inputs, "fan_in_fan_out": False}
     rank = Counter(m.rank for m in adapted.values()).most_common(1)[0][0]
     alpha = Counter(m.alpha for m in adapted.values()).most_common(1)[0][0]
@@ -287,13 +306,18 @@ def described(modules: Mapping[str, AdapterModule], kinds: set[str]) -> dict[str
         "peft_type": "LORA",
         "r": rank,
         "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
-        "rank_pattern": {re.escape(n): m.rank for n, m in adapted.items() if m.rank != rank},
-        "alpha_pattern": {re.escape(n): m.alpha for n, m in adapted.items() if m.alpha != alpha},
+        "rank_pattern": {pattern(n, adapted): m.rank for n, m in adapted.items() if m.rank != rank},
+        "alpha_pattern": {pattern(n, adapted): m.alpha for n, m in adapted.items() if m.alpha != alpha},
         "use_dora": kinds == {"dora"},
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,
     }
+
+
+def pattern(name: str, adapted: Iterable[str]) -> str:
+    """A layer's name as a key of PEFT's patterns, which are for the ends of names, and here for this name alone."""
+    return ("^" if any(n.endswith("." + name) for n in adapted) else "") + re.escape(name)
 
 
 def keyed(name: str, module: AdapterModule) -> dict[str, Tensor]:
