@@ -84,7 +84,11 @@ def test_lora_and_dora_pass_through_any_two_formats(
     tmp_path_factory, first: str, second: str, data: st.DataObject
 ) -> None:
     names = data.draw(st.lists(st.sampled_from(NAMES), min_size=1, unique=True))
-    adapter = Adapter({n: data.draw(lora_modules()) for n in names})
+    modules = {n: data.draw(lora_modules()) for n in names}
+    if "diffusers" in (first, second):  # which takes LoRA or DoRA for all of a part
+        kinds = {n.partition(".")[0]: m.kind for n, m in modules.items()}
+        modules = {n: m for n, m in modules.items() if m.kind == kinds[n.partition(".")[0]]}
+    adapter = Adapter(modules)
     folder = tmp_path_factory.mktemp("law")
     vl.save_adapter(adapter, folder / "a.safetensors", first)
     between = vl.load_adapter(folder / "a.safetensors")

@@ -1,10 +1,12 @@
 """Files that diffusers writes, in every spelling it ever had, load here with the same ΔW; ours load there."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import visionlora as vl
@@ -175,6 +177,56 @@ def test_a_kohya_text_encoder_in_diffusers(format: str, mixed_encoder, tiny_mode
     torch.testing.assert_close(theirs.text_encoder(TEXT)[0], expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("format", ["visionlora", "diffusers"])
+def test_dora_of_a_text_encoder_in_diffusers(format: str, tiny_model: Path, tmp_path: Path) -> None:
+    """transformers' loader asks for `lora_magnitude_vector.weight`, where PEFT has no `.weight`."""
+    from diffusers import StableDiffusionPipeline
+
+    base, adapter = open_base(str(tiny_model)), random_adapter(tiny_model, "dora")
+    adapter = Adapter({
+        n: replace(m, tensors={**m.tensors, "magnitude": m.tensors["magnitude"] * 1.3}) for n, m in adapter.modules.items()
+    })  # fmt: skip
+    save_adapter(adapter, tmp_path / "a.safetensors", format)
+    apply(base, load_adapter(tmp_path / "a.safetensors"))
+    theirs = StableDiffusionPipeline.from_pretrained(tiny_model, safety_checker=None)
+    plain = theirs.text_encoder(TEXT)[0].detach()
+    theirs.load_lora_weights(tmp_path, weight_name="a.safetensors")
+    expected = base.pipe.text_encoder(TEXT)[0]
+    assert (expected - plain).abs().max() > 1e-2
+    torch.testing.assert_close(theirs.text_encoder(TEXT)[0], expected, rtol=0, atol=1e-5)
+
+
+def test_files_with_magnitudes_under_the_older_name_are_read(tiny_model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "a.safetensors"
+    save_adapter(random_adapter(tiny_model, "dora"), file)
+    found = load_adapter(file).modules
+    with safe_open(str(file), "pt") as opened:
+        metadata = opened.metadata()
+    tensors = load_file(file)
+    assert any(k.endswith("vector.weight") for k in tensors)
+    save_file({k.replace("vector.weight", "vector"): t for k, t in tensors.items()}, file, metadata)
+    again = load_adapter(file).modules
+    assert all(torch.equal(m.tensors["magnitude"], again[n].tensors["magnitude"]) for n, m in found.items())
+
+
+def test_lora_on_some_layers_and_dora_on_others(tiny_model: Path, tmp_path: Path) -> None:
+    """A config of PEFT's says one of them for all: diffusers is not given such a file, and refuses our own."""
+    from diffusers import StableDiffusionPipeline
+
+    lora, dora = (random_adapter(tiny_model, method).component("unet") for method in ("lora", "dora"))
+    mixed = Adapter({f"unet.{n}": (dora if "attn1" in n else lora)[n] for n in lora})
+    with pytest.raises(
+        vl.VisionLoRAError, match="unet has DoRA on some layers and LoRA on others; diffusers takes one"
+    ):
+        save_adapter(mixed, tmp_path / "a.safetensors", "diffusers")
+    save_adapter(mixed, tmp_path / "b.safetensors")
+    again = load_adapter(tmp_path / "b.safetensors").modules
+    assert {n: m.kind for n, m in again.items()} == {n: m.kind for n, m in mixed.modules.items()}
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_model, safety_checker=None)
+    with pytest.raises(ValueError, match=r"row_magnitude|Invalid LoRA checkpoint"):
+        pipe.load_lora_weights(tmp_path, weight_name="b.safetensors")
+
+
 def test_a_kohya_text_encoder_in_peft_and_back(mixed_encoder, tiny_model: Path, tmp_path: Path) -> None:
     import peft
 
@@ -219,7 +271,6 @@ def test_folded_means_the_same_to_readers_that_know_no_scale(tiny_model: Path, t
 
 def test_metadata_of_diffusers_is_what_a_lora_config_takes(tiny_model: Path, tmp_path: Path) -> None:
     import peft
-    from safetensors import safe_open
 
     save_adapter(random_adapter(tiny_model), tmp_path / "a.safetensors", "diffusers")
     with safe_open(str(tmp_path / "a.safetensors"), "pt") as file:

@@ -14,6 +14,7 @@ from pathlib import Path
 from torch import Tensor
 
 from visionlora.errors import AdapterFileError
+from visionlora.formats.parts import check_finite
 from visionlora.lora.adapter import AdapterModule
 
 KEY = re.compile(r"(unet|text_encoder):(\d+):(up|down)")
@@ -59,7 +60,8 @@ def take(path: Path, tensors: dict[str, Tensor]) -> dict[str, AdapterModule]:
     """The modules of a file; their tensors are taken out of `tensors`.
 
     Raises:
-        AdapterFileError: when the shapes are not those of Stable Diffusion 1.x in any known order.
+        AdapterFileError: when the shapes are not those of Stable Diffusion 1.x in any known order, or a value is NaN or
+            infinite.
     """
     pairs: dict[str, dict[int, dict[str, Tensor]]] = {}
     for key in [k for k in tensors if KEY.fullmatch(k)]:
@@ -80,6 +82,7 @@ def take(path: Path, tensors: dict[str, Tensor]) -> dict[str, AdapterModule]:
         for k, (name, _, _) in enumerate(fitting[0]):
             down, up = own[k]["down"], own[k]["up"]
             modules[f"{component}.{name}"] = AdapterModule.lora(down, up, float(len(down)))
+    check_finite(path, modules)
     return modules
 
 

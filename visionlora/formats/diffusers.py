@@ -18,6 +18,8 @@ from visionlora.formats.header import (
     as_json,
     diffusers_metadata,
     hashed,
+    magnitude_key,
+    mixes_dora,
     network_metadata,
     peft_magnitude,
     write_file,
@@ -47,7 +49,7 @@ def to_bytes(adapter: Adapter) -> bytes:
     for name, m in adapter.modules.items():
         tensors[name + ".lora_A.weight"], tensors[name + ".lora_B.weight"] = m.tensors["lora_A"], m.tensors["lora_B"]
         if m.kind == "dora":
-            tensors[name + ".lora_magnitude_vector"] = peft_magnitude(m.tensors["magnitude"], m)
+            tensors[name + magnitude_key(name)] = peft_magnitude(m.tensors["magnitude"], m)
     header = {
         "format": "pt",
         "lora_adapter_metadata": as_json(diffusers_metadata(adapter)),
@@ -69,6 +71,12 @@ def plain(adapter: Adapter) -> Adapter:
             raise AdapterFileError(
                 f"diffusers cannot hold {name}: {what}. Formats visionlora and kohya keep it; `visionlora resize` makes LoHa "
                 "and LoKr plain LoRA."
+            )
+    for component in adapter.components:
+        if mixes_dora(adapter, component):
+            raise AdapterFileError(
+                f"The adapter's {component} has DoRA on some layers and LoRA on others; diffusers takes one of them for all. "
+                "Formats visionlora and kohya keep both."
             )
     if adapter.embeddings:
         raise AdapterFileError(

@@ -10,9 +10,13 @@ string_to_param.*                         webui's .pt
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor
+
+from visionlora.formats.parts import not_finite
 
 BUNDLED = re.compile(r"bundle_emb\.(?P<token>.+)\.(?P<what>string_to_param\.[^.]+|clip_l|clip_g|emb_params)")
 PARTS = {"clip_l": "text_encoder", "clip_g": "text_encoder_2"}
@@ -33,12 +37,17 @@ def usable(tensor: Tensor) -> bool:
 
 
 def take_embeddings(path: Path, tensors: dict[str, Tensor]) -> Embeddings:
-    """The embeddings of a file; their tensors are taken out of `tensors`."""
+    """The embeddings of a file; their tensors are taken out of `tensors`.
+
+    Raises:
+        AdapterFileError: when a value is NaN or infinite.
+    """
     found: Embeddings = {}
 
     def keep(token: str, what: str, key: str) -> None:
         vectors = tensors.pop(key)
         found.setdefault(token, {})[component_of(what, vectors)] = vectors.reshape(-1, vectors.shape[-1])
+        check_vectors(path, found)
 
     for key in [k for k in tensors if k.startswith("bundle_emb.")]:
         if (match := BUNDLED.fullmatch(key)) and usable(tensors[key]):
@@ -57,3 +66,10 @@ def take_embeddings(path: Path, tensors: dict[str, Tensor]) -> Embeddings:
         for key in [k for k in tensors if k in ("step", "sd_checkpoint", "string_to_token.*")]:
             tensors.pop(key)
     return found
+
+
+def check_vectors(path: Path, embeddings: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Raises AdapterFileError when some value of a token is NaN or infinite."""
+    for token, parts in embeddings.items():
+        if not all(bool(torch.isfinite(vectors).all()) for vectors in parts.values()):
+            raise not_finite(path, token)

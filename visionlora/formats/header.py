@@ -162,6 +162,17 @@ def peft_magnitude(magnitude: Tensor, module: AdapterModule) -> Tensor:
     return magnitude.view(1, -1, *(1,) * spatial) if spatial else magnitude
 
 
+def magnitude_key(name: str) -> str:
+    """What follows a module's name for its magnitude: PEFT has no `.weight`, which transformers' own loader asks for."""
+    return ".lora_magnitude_vector" + (".weight" if name.startswith("text_encoder") else "")
+
+
+def mixes_dora(adapter: Adapter, component: str) -> bool:
+    """Whether a part has LoRA and DoRA, which a config of PEFT's has one word for."""
+    kinds = {m.kind for m in adapter.component(component).values()}
+    return {"lora", "dora"} <= kinds
+
+
 def as_json(value: Any) -> str:
     """With keys in order, so that equal headers are equal bytes."""
     return json.dumps(value, sort_keys=True)

@@ -38,7 +38,8 @@ def write(adapter: Adapter, path: Path) -> None:
 def to_bytes(adapter: Adapter) -> bytes:
     """The whole file."""
     family = family_of(flat_shapes(adapter))
-    xl = family is not None and family.name == "sdxl"
+    there = {*adapter.components, *(c for own in adapter.embeddings.values() for c in own)}
+    xl = "text_encoder_2" in there or (family is not None and family.name == "sdxl")
     tensors: dict[str, Tensor] = {}
     for component, path, module in pipeline_layers(adapter, "kohya"):
         tensors |= keyed(component, path, module, xl)

@@ -1,7 +1,8 @@
 """visionlora's own adapter file: one safetensors that describes itself and loads in diffusers as it is.
 
 Tensors: ``<component>.<module>.lora_A.weight`` and ``.lora_B.weight`` (PEFT's dotted spelling, which diffusers reads),
-with ``.lora_magnitude_vector`` for DoRA; the names of the other kinds are in `TENSOR_KEYS`, those not there after a dot.
+with ``.lora_magnitude_vector`` for DoRA (and ``.weight`` after it for text encoders); the names of the other kinds are in
+`TENSOR_KEYS`, those not there after a dot.
 Embeddings: ``visionlora_embedding.<component>.<token>``; diffusers refuses files with a key that has no `lora` in it.
 Header, all values strings:
     visionlora                JSON: format_version, base, config; kind, alpha, rank, options and (where they vary) tensors
@@ -24,7 +25,17 @@ from torch import Tensor
 
 from visionlora.errors import AdapterFileError
 from visionlora.formats.container import Contents, open_file
-from visionlora.formats.header import as_json, diffusers_metadata, hashed, network_metadata, peft_magnitude, write_file
+from visionlora.formats.embeddings import check_vectors
+from visionlora.formats.header import (
+    as_json,
+    diffusers_metadata,
+    hashed,
+    magnitude_key,
+    mixes_dora,
+    network_metadata,
+    peft_magnitude,
+    write_file,
+)
 from visionlora.formats.parts import check_finite, not_finite
 from visionlora.lora.adapter import MODULE_KINDS, Adapter, AdapterModule
 
@@ -32,13 +43,13 @@ FORMAT_VERSION = 1
 TENSOR_KEYS = {
     "lora_A": ".lora_A.weight",
     "lora_B": ".lora_B.weight",
-    "magnitude": ".lora_magnitude_vector",
     "lambda_b": ".vera_lambda_b",
     "lambda_d": ".vera_lambda_d",
     "vector": ".ia3_l",
     "value": ".value",
 }
 """What follows a module's name, by the name of the tensor in memory."""
+ROW_MAGNITUDE = ".row_magnitude"
 EMBEDDING = "visionlora_embedding."
 USUAL = {
     "lora": ("lora_A", "lora_B"),
@@ -51,15 +62,18 @@ USUAL = {
 """Tensors that the header need not list."""
 
 
-def key_of(name: str, tensor: str, options: Mapping[str, Any]) -> str:
+def key_of(name: str, tensor: str, options: Mapping[str, Any], mixed: bool = False) -> str:
     """A tensor's name in the file.
 
-    Magnitudes of columns are not under the name that diffusers reads, which knows rows alone: it refuses the file then.
+    Magnitudes of columns are not under the name that diffusers reads, which knows rows alone: it refuses the file then; and so
+    it is with all of them where a part is `mixed`, with LoRA on other layers.
     """
     if "least" in options:  # T-LoRA: whoever took its tensors for LoRA's would apply all of it at every timestep
         return f"{name}.timed_{tensor[-1]}"
     if tensor == "magnitude" and options.get("axis") == "in":
         return name + ".column_magnitude"
+    if tensor == "magnitude":
+        return name + (ROW_MAGNITUDE if mixed else magnitude_key(name))
     return name + TENSOR_KEYS.get(tensor, "." + tensor)
 
 
@@ -76,10 +90,13 @@ def described(module: AdapterModule) -> dict[str, Any]:
 def to_bytes(adapter: Adapter, extra: Mapping[str, str]) -> bytes:
     """The whole file."""
     tensors: dict[str, Tensor] = {}
+    mixed = {c for c in adapter.components if mixes_dora(adapter, c)}
     for name, m in adapter.modules.items():
         for what, tensor in m.tensors.items():
             plain = what == "magnitude" and "lora_A" in m.tensors and not m.options
-            tensors[key_of(name, what, m.options)] = peft_magnitude(tensor, m) if plain else tensor
+            tensors[key_of(name, what, m.options, name.partition(".")[0] in mixed)] = (
+                peft_magnitude(tensor, m) if plain else tensor
+            )
     for token, parts in adapter.embeddings.items():
         tensors |= {f"{EMBEDDING}{component}.{token}": vectors for component, vectors in parts.items()}
     header = {
@@ -152,6 +169,7 @@ def parse(contents: Contents) -> Adapter:
             f"{sorted(tensors)[0]!r}: the file was changed by another tool."
         )
     check_finite(path, modules)
+    check_vectors(path, embeddings)
     return Adapter(modules, info, embeddings, "visionlora", contents.metadata)
 
 
@@ -170,6 +188,13 @@ def entry_of(entry: Mapping[str, Any]) -> Listed:
     kind = str(entry.get("kind", "lora"))
     names = tuple(str(n) for n in entry.get("tensors", USUAL.get(kind, ())))
     return Listed(kind, float(entry["alpha"]), dict(entry.get("options", {})), names)
+
+
+def key_there(name: str, tensor: str, options: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """A tensor's name in a file at hand; for magnitudes there are several."""
+    key = key_of(name, tensor, options)
+    others = (name + ROW_MAGNITUDE, key.removesuffix(".weight")) if tensor == "magnitude" else ()
+    return next((k for k in (key, *others) if k in tensors), key)
 
 
 def take_tensor(path: Path, key: str, tensors: dict[str, Tensor]) -> Tensor:
@@ -194,7 +219,7 @@ def take_module(path: Path, name: str, entry: Listed, tensors: dict[str, Tensor]
             f"{path} has a module of kind {entry.kind!r} ({name!r}), which this visionlora does not know "
             f"({', '.join(MODULE_KINDS)}): update visionlora."
         )
-    own = {what: take_tensor(path, key_of(name, what, entry.options), tensors) for what in entry.tensors}
+    own = {what: take_tensor(path, key_there(name, what, entry.options, tensors), tensors) for what in entry.tensors}
     if "magnitude" in own:
         own["magnitude"] = own["magnitude"].flatten()
     module = AdapterModule(entry.kind, own, entry.alpha, entry.options)

@@ -52,3 +52,11 @@ def test_another_order_is_refused(tmp_path: Path) -> None:
     save_file(numbered(layers), tmp_path / "a.safetensors")
     with pytest.raises(vl.VisionLoRAError, match=r"has not the shapes of Stable Diffusion 1\.x in that order"):
         vl.load_adapter(tmp_path / "a.safetensors")
+
+
+def test_a_training_that_diverged_is_refused(tmp_path: Path) -> None:
+    tensors = numbered(unet_layers(ORDERS[0], True))
+    tensors["unet:7:up"][3, 1] = float("nan")
+    save_file(tensors, tmp_path / "a.safetensors")
+    with pytest.raises(vl.VisionLoRAError, match=r"has NaN or infinite values in 'unet\.down_blocks\.0"):
+        vl.load_adapter(tmp_path / "a.safetensors")

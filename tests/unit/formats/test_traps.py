@@ -237,3 +237,36 @@ def test_a_dora_of_a_loha_on_a_convolution_keeps_its_shape_for_others(tmp_path: 
     (scale,) = (t for n, t in load_file(tmp_path / "a.safetensors").items() if n.endswith("dora_scale"))
     assert scale.shape == (8, 1, 1, 1)
     assert vl.load_adapter(tmp_path / "a.safetensors").modules[name].options == {"product": "loha"}
+
+
+@pytest.mark.parametrize("format", ["visionlora", "kohya"])
+def test_both_encoders_vectors_of_a_token_are_kept(format: str, tmp_path: Path) -> None:
+    """SDXL's, beside layers that do not tell the family."""
+    modules = {
+        "unet.down_blocks.1.attentions.0.proj_in": AdapterModule.lora(torch.ones(1, 640), torch.ones(640, 1), 1.0)
+    }
+    vectors = {"text_encoder": torch.randn(2, 768), "text_encoder_2": torch.randn(2, 1280)}
+    vl.save_adapter(vl.Adapter(modules, {}, {"<rex>": vectors}), tmp_path / "a.safetensors", format)
+    found = vl.load_adapter(tmp_path / "a.safetensors")
+    assert list(found.modules) == list(modules)
+    assert {c: torch.equal(v, vectors[c]) for c, v in found.embeddings["<rex>"].items()} == dict.fromkeys(vectors, True)
+
+
+def test_the_two_text_encoders_of_sdxl_have_two_prefixes(tmp_path: Path) -> None:
+    module = AdapterModule.lora(torch.ones(1, 8), torch.ones(8, 1), 1.0)
+    names = [f"text_encoder{n}.text_model.encoder.layers.0.mlp.fc1" for n in ("", "_2")]
+    vl.save_adapter(vl.Adapter(dict.fromkeys(names, module)), tmp_path / "a.safetensors", "kohya")
+    assert {k.partition("_text_model")[0] for k in load_file(tmp_path / "a.safetensors")} == {"lora_te1", "lora_te2"}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_vectors_of_a_training_that_diverged_are_refused(value: float, tmp_path: Path) -> None:
+    bad = torch.tensor([[1.0, value, 2.0]])
+    save_file({"<rex>": bad}, tmp_path / "alone.safetensors")
+    module = AdapterModule.lora(torch.ones(1, 4), torch.ones(4, 1), 1.0)
+    for format in ("visionlora", "kohya"):
+        own = vl.Adapter({"unet.mid_block.a": module}, {}, {"<rex>": {"text_encoder": bad}})
+        vl.save_adapter(own, tmp_path / f"{format}.safetensors", format)
+    for file in sorted(tmp_path.iterdir()):
+        with pytest.raises(vl.VisionLoRAError, match="has NaN or infinite values in '<rex>'"):
+            vl.load_adapter(file)
