@@ -143,6 +143,77 @@ def test_patterns_for_a_name_that_others_end_with(rank: int, tmp_path: Path) -> 
     torch.testing.assert_close(back(X), model(X), rtol=1e-4, atol=1e-5)
 
 
+def test_parts_of_a_fused_layer_beside_the_whole(tmp_path: Path) -> None:
+    """As merging an adapter of ours with one of PEFT's gives."""
+    generator = torch.Generator().manual_seed(1)
+    modules = {
+        f"model.attn.qkv{part}": AdapterModule.lora(
+            torch.randn(2, 12, generator=generator) * 0.3, torch.randn(rows, 2, generator=generator) * 0.3, alpha
+        )
+        for part, rows, alpha in ((".q", 12, 3.0), ("", 36, 5.0), (".v", 12, 2.0))
+    }
+    vl.save_adapter(Adapter(modules), tmp_path / "a", "peft")
+    model = net()
+    vl.attach(model, Adapter(modules))
+    theirs = peft.PeftModel.from_pretrained(net(), tmp_path / "a")
+    torch.testing.assert_close(theirs(X), model(X), rtol=1e-4, atol=1e-5)
+
+
+class Attention(nn.Module):
+    """Layers of its own for q and v, as in timm's PVT and CaiT, and torch's packed attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn, self.packed = nn.ModuleDict({n: nn.Linear(3, 3) for n in "qv"}), nn.MultiheadAttention(3, 1)
+        self.grouped, self.dilated = nn.Conv2d(3, 3, 1, groups=3), nn.Conv2d(3, 3, 3, padding=2, dilation=2)
+        self.token = nn.Parameter(torch.ones(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.dilated(self.grouped(x)).flatten(2).mT + self.token
+        return self.packed(*[self.attn["q"](x) + self.attn["v"](x)] * 3)[0]
+
+
+def test_layers_called_q_and_v_are_layers(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Attention()
+    theirs = copy.deepcopy(model)
+    handle = vl.inject(model, vl.AdapterConfig(rank=2, targets=r"re:attn\.[qv]"))
+    shake(model)
+    vl.save_adapter(handle.adapter(), tmp_path / "a", "peft")
+    wrapped = peft.PeftModel.from_pretrained(theirs, tmp_path / "a")
+    torch.testing.assert_close(wrapped(X), model(X), rtol=1e-4, atol=1e-5)
+
+
+ODD = {
+    "a weight used by its parent": (
+        vl.AdapterConfig(rank=1, targets="packed.out_proj"), r"of packed\.out_proj .* its parent uses its weight",
+    ),
+    "packed attention": (vl.AdapterConfig(rank=1, targets="packed.q"), "is a part of torch's packed attention"),
+    "groups": (vl.AdapterConfig(rank=1, targets="grouped"), "it is a convolution in groups"),
+    "dilated": (vl.AdapterConfig(method="dora", rank=1, targets="dilated"), "it is a convolution that is dilated or pads"),
+    "a parameter of the model": (
+        vl.AdapterConfig(rank=1, targets=r"re:attn\.q", train="token"), "saves whole modules, .* the parameter token alone",
+    ),
+    "a bias alone": (
+        vl.AdapterConfig(rank=1, targets=r"re:attn\.q", train="attn.v.bias"), r"the parameter attn\.v\.bias alone",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_what_peft_would_take_for_something_else(name: str, tmp_path: Path) -> None:
+    config, words = ODD[name]
+    adapter = vl.inject(Attention(), config).adapter()
+    vl.save_adapter(adapter, tmp_path / "a.safetensors")
+    kept = [vl.load_adapter(tmp_path / "a.safetensors")]
+    if config.method == "lora" and not config.train_list:
+        kept.append(vl.merge_adapters([(kept[0], 0.5)]).adapter)
+    for one in kept:
+        with pytest.raises(vl.VisionLoRAError, match=words):
+            vl.save_adapter(one, tmp_path / "b", format="peft")
+    assert not (tmp_path / "b").exists()
+
+
 def test_ia3_on_the_input_of_one_layer_alone_whose_name_another_ends_with(tmp_path: Path) -> None:
     vectors = {"conv1": (3, True), "layer1.conv1": (8, False)}
     modules = {

@@ -28,6 +28,7 @@ from visionlora.formats.names import in_transformers, with_text_model
 from visionlora.formats.parts import check_finite, check_used, split_key, take_modules
 from visionlora.formats.whole import whole_layers
 from visionlora.lora.adapter import Adapter, AdapterModule
+from visionlora.lora.targets import UNCALLED
 
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 READABLE = ("LORA", "ADALORA", "LOHA", "LOKR", "VERA", "IA3")
@@ -237,7 +238,7 @@ def write(adapter: Adapter, folder: Path, component: str = "") -> None:
             f"(convert --component {adapter.components[0]})."
         )
     component = component or adapter.components[0]
-    modules = whole_layers(adapter.component(component), "PEFT")
+    modules = whole_layers(adapter, component, "PEFT")
     modules = {in_transformers(component, n): m for n, m in modules.items()}
     check_held(adapter, modules)
     kinds = {m.kind for m in modules.values()} - {"full"}
@@ -271,6 +272,17 @@ def check_held(adapter: Adapter, modules: Mapping[str, AdapterModule]) -> None:
             f"A PEFT folder cannot hold the vectors of {', '.join(adapter.embeddings)}. Formats visionlora and kohya keep them."
         )
     for name, m in modules.items():
+        if why := unheard(name, m, adapter.odd_layers):
+            raise AdapterFileError(
+                f"PEFT would take the adapter of {name} and do something else with it, or nothing: {why}. visionlora's own "
+                "format keeps it, and `visionlora export --to state-dict` writes the whole model."
+            )
+        layer, _, parameter = name.rpartition(".")
+        if m.kind == "full" and (not layer or (parameter == "bias" and f"{layer}.weight" not in modules)):
+            raise AdapterFileError(
+                f"PEFT saves whole modules, and the adapter changes the parameter {name} alone. Train its module "
+                "(train=…), or keep it in visionlora's own format."
+            )
         if m.kind in ("lora", "dora") and m.options:
             what = (
                 "a shared matrix of unknown width" if m.kind == "lora" else "a DoRA by columns, or of another product"
@@ -280,6 +292,17 @@ def check_held(adapter: Adapter, modules: Mapping[str, AdapterModule]) -> None:
         else:
             continue
         raise AdapterFileError(f"A PEFT folder cannot hold {name}: {what}. Formats visionlora and kohya keep it.")
+
+
+def unheard(name: str, module: AdapterModule, odd: Mapping[str, str]) -> str | None:
+    """Why PEFT's adapter of a layer would not do what this one does, or None."""
+    if module.kind == "full":
+        return None
+    if name.endswith("self_attention.out_proj"):  # torchvision's, in files that do not say
+        return UNCALLED
+    # Parts of a fused layer were joined, and the whole is as odd as they are.
+    why = next((why for n, why in odd.items() if n == name or n.rpartition(".")[0] == name), None)
+    return None if module.kind == "ia3" and why != UNCALLED else why  # which acts on what goes in or comes out
 
 
 def described(modules: Mapping[str, AdapterModule], kinds: set[str]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import torch
 
@@ -11,13 +11,15 @@ from visionlora.formats.header import PIPELINE_PARTS
 from visionlora.lora.adapter import Adapter, AdapterModule
 from visionlora.lora.families import fused_names, lookup
 from visionlora.lora.names import spelling_key
+from visionlora.lora.targets import PACKED
 
 
-def whole_layers(modules: Mapping[str, AdapterModule], format: str) -> dict[str, AdapterModule]:
+def whole_layers(adapter: Adapter, component: str, format: str) -> dict[str, AdapterModule]:
     """The modules with parts of fused layers joined: ΔW on some rows is a LoRA on all of them, zero elsewhere.
 
     Args:
-        modules: of one component, by name.
+        adapter: of which
+        component: this part is taken.
         format: which cannot hold parts, for messages.
 
     Raises:
@@ -25,12 +27,12 @@ def whole_layers(modules: Mapping[str, AdapterModule], format: str) -> dict[str,
     """
     whole: dict[str, AdapterModule] = {}
     parts: dict[str, dict[str, AdapterModule]] = {}
-    for name, m in modules.items():
+    for name, m in adapter.component(component).items():
         layer, _, part = name.rpartition(".")
         fused = lookup(layer, fused_names())
         if m.kind != "full" and fused is not None and part in fused_names()[fused]:
             parts.setdefault(layer, {})[part] = m
-        elif m.kind != "full" and part in ("q", "k", "v"):
+        elif m.kind != "full" and part in ("q", "k", "v") and (adapter.odd_layers.get(name) == PACKED or packs(layer)):
             raise AdapterFileError(
                 f"{name!r} is a part of torch's packed attention, which {format} has no way to hold. visionlora's own format "
                 "keeps it; or merge it."
@@ -38,6 +40,8 @@ def whole_layers(modules: Mapping[str, AdapterModule], format: str) -> dict[str,
         else:
             whole[name] = m
     for layer, own in parts.items():
+        if layer in whole:  # of a merged adapter: some of it for the parts and some for the whole
+            own[""] = whole[layer]
         if any(m.kind != "lora" for m in own.values()):
             raise AdapterFileError(f"Parts of the fused layer {layer!r} can be written to {format} as LoRA alone.")
         order = fused_names()[str(lookup(layer, fused_names()))]
@@ -45,12 +49,17 @@ def whole_layers(modules: Mapping[str, AdapterModule], format: str) -> dict[str,
         up = torch.zeros(width * len(order), sum(m.rank for m in own.values()))
         start = 0
         for part, m in own.items():
-            row = order.index(part) * width
-            up[row : row + width, start : start + m.rank] = m.lora_factors()[1] * m.scaling
+            rows = slice(order.index(part) * width, (order.index(part) + 1) * width) if part else slice(None)
+            up[rows, start : start + m.rank] = m.lora_factors()[1] * m.scaling
             start += m.rank
         down = torch.cat([m.lora_factors()[0] for m in own.values()])
         whole[layer] = AdapterModule.lora(down, up, float(len(down)))
     return whole
+
+
+def packs(layer: str) -> bool:
+    """Whether a module has the name that torch's packed attention has as a rule, for files that do not say."""
+    return layer.rpartition(".")[2] in ("self_attention", "self_attn", "multihead_attn")
 
 
 def pipeline_layers(adapter: Adapter, format: str) -> Iterator[tuple[str, str, AdapterModule]]:
@@ -66,7 +75,7 @@ def pipeline_layers(adapter: Adapter, format: str) -> Iterator[tuple[str, str, A
                 f"{format} holds adapters for {', '.join(PIPELINE_PARTS)}; this one is for {component!r}. Formats visionlora "
                 "and peft keep it."
             )
-        for path, module in whole_layers(adapter.component(component), format).items():
+        for path, module in whole_layers(adapter, component, format).items():
             first = seen.setdefault(f"{component}.{spelling_key(path)}", path)
             if first != path:
                 raise AdapterFileError(

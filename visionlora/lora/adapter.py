@@ -243,6 +243,12 @@ class Adapter:
         return bool((self.info.get("training") or {}).get("zero_terminal_snr"))
 
     @property
+    def odd_layers(self) -> dict[str, str]:
+        """Layers where adapters of other tools do something else, and why; see `visionlora.lora.targets.odd_layers`."""
+        found = self.info.get("odd_layers")
+        return {str(name): str(why) for name, why in found.items()} if isinstance(found, Mapping) else {}
+
+    @property
     def components(self) -> list[str]:
         """The components that have modules, sorted."""
         return sorted({name.split(".", 1)[0] for name in self.modules})

@@ -143,13 +143,16 @@ def merge_adapters(
             f"Two of the adapters have vectors of their own for {', '.join(twice)}: a merged one can keep but one of each."
         )
     embeddings = {token: parts for a, _ in adapters for token, parts in a.embeddings.items()}
+    info = merged_info(adapters, method)
+    if odd := {name: why for a, _ in adapters for name, why in a.odd_layers.items()}:
+        info["odd_layers"] = odd
     notes: tuple[str, ...] = ()
     if len(skips := sorted({a.clip_skip for a, _ in adapters})) > 1:
         notes = (
             f"The adapters were trained with clip_skip {' and '.join(map(str, skips))}, and the merged one can say but one: it "
             f"says none. Draw with --clip-skip {skips[-1]} or without, whichever looks better.",
         )
-    return Result(Adapter(modules, merged_info(adapters, method), embeddings), errors, notes)
+    return Result(Adapter(modules, info, embeddings), errors, notes)
 
 
 def matching(name: str, present: Sequence[tuple[AdapterModule, float]]) -> list[Factors]:

@@ -21,6 +21,7 @@ from visionlora.lora.lean import make_plain
 from visionlora.lora.merge import as_before_on_error, check_scale, check_unfused, check_unhooked, write_weights
 from visionlora.lora.methods.adalora import AdaLoRA, allocate
 from visionlora.lora.methods.base import Method
+from visionlora.lora.targets import odd_layers
 
 
 @dataclass
@@ -303,8 +304,12 @@ class Handle:
 
     def adapter(self, component: str = "model", info: Mapping[str, Any] | None = None) -> Adapter:
         """The adapter as it is now, in memory."""
-        config = {} if self.config is None else {"method": self.config.method, "config": self.config.to_dict()}
-        return Adapter(self.modules(component), {**config, **(info or {})})
+        said: dict[str, Any] = {}
+        if self.config is not None:
+            said |= {"method": self.config.method, "config": self.config.to_dict()}
+        if odd := odd_layers(self.model, [m.site for m in self.methods.values()]):
+            said["odd_layers"] = odd
+        return Adapter(self.modules(component), {**said, **(info or {})})
 
     def save(self, path: str | Path, component: str = "model", info: Mapping[str, Any] | None = None) -> None:
         """Writes the adapter to a file of our own format, atomically.

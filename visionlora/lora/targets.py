@@ -35,7 +35,10 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "linear": ("attn.q", "attn.k", "attn.v", "attn.out", MINGLED, "mlp.in", "mlp.out"),
     "all": ROLES,
 }
-LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+LAYERS = (nn.Linear, *CONVOLUTIONS)
+UNCALLED = "its parent uses its weight instead of calling it"
+PACKED = "it is a part of torch's packed attention"
 OUT_PROJECTION = "out_proj"
 """The child of nn.MultiheadAttention that projects its output; its weight is used, it is never called."""
 ENCODER_LINEARS = ("linear1", "linear2")
@@ -342,3 +345,24 @@ def owners_of(model: nn.Module, sites: Iterable[Site]) -> tuple[tuple[nn.Module,
             if isinstance(encoder, nn.TransformerEncoder):
                 found[id(encoder)] = (encoder, ())
     return tuple(found.values())
+
+
+def odd_layers(model: nn.Module, sites: Iterable[Site]) -> dict[str, str]:
+    """The sites where adapters of other tools do something else or nothing, and why, by name.
+
+    PEFT wraps a layer, which does nothing where its parent uses its weight alone, and runs convolutions in the plain way.
+    """
+    sites = list(sites)
+    used = {id(getattr(owner, child, None)) for owner, children in owners_of(model, sites) for child in children}
+    found = {}
+    for site in sites:
+        layer: Any = site.layer
+        if isinstance(layer, nn.MultiheadAttention):
+            found[site.name] = PACKED
+        elif id(layer) in used:
+            found[site.name] = UNCALLED
+        elif isinstance(layer, CONVOLUTIONS) and layer.groups > 1:
+            found[site.name] = "it is a convolution in groups"
+        elif isinstance(layer, CONVOLUTIONS) and (max(layer.dilation) > 1 or layer.padding_mode != "zeros"):
+            found[site.name] = "it is a convolution that is dilated or pads with other values than zero"
+    return found

@@ -14,7 +14,6 @@ import torch
 
 from visionlora.config import ClassifyConfig, to_yaml
 from visionlora.formats import native
-from visionlora.lora.adapter import Adapter
 from visionlora.lora.handle import Handle
 from visionlora.report.classify_page import Contender
 from visionlora.report.classify_run import Finished, learned_from, overlay_sheet
@@ -206,7 +205,7 @@ class Fitting:
         logits = logits_of(material, material.looked_at, self.accelerator)
         if self.accelerator.is_main_process:
             path.parent.mkdir(parents=True, exist_ok=True)
-            native.write(Adapter(self.handle.modules("model"), self.header(material, step, temperature)), path)
+            native.write(self.handle.adapter("model", self.header(material, step, temperature)), path)
         explained = overlay_sheet(material, logits) if self.written is not None else None
         self.accelerator.wait_for_everyone()
         head = sum(p.numel() for n, p in material.backbone.model.named_parameters() if n in self.head_names)
