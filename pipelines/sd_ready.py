@@ -113,7 +113,7 @@ def prepare(start: Start[TrainSDConfig], tell: Listener) -> Ready:
     noise_scheduler = noise_scheduler_of(config, base)
     if first is not None:
         check_parts(first, base, config)
-        check_first(first, start.config, base.id, fingerprints, tell)
+        check_first(first, start.config, base.id, base.fingerprints_for(first), tell)
         method = method_for(first.component("unet"), config.method, str(config.start_from))
         config = dataclasses.replace(config, method=method)
     adapter, text_adapters = adapters_for(config, base, first)

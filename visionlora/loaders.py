@@ -76,7 +76,7 @@ def check_base(adapter: Adapter, base: BaseModel, force: bool = False, allow_par
         AdapterFileError: when the families or architectures differ, or the weights do and `force` is not given.
     """
     check_family(adapter, base)
-    there = base.fingerprints()
+    there = base.fingerprints_for(adapter)
     for component in adapter.components:
         if component not in there and not allow_partial:
             raise AdapterFileError(f"The adapter has a part for {component!r}, which {base.id} has not.")

@@ -11,6 +11,7 @@ from visionlora.lora.adapter import Adapter
 from visionlora.lora.config import AdapterConfig
 from visionlora.lora.inject import inject
 from visionlora.models.base import BaseModel, open_base
+from visionlora.models.fingerprint import architecture_fingerprint, weights_fingerprint
 
 
 def random_adapter(base: BaseModel, seed: int) -> Adapter:
@@ -76,3 +77,24 @@ def test_a_part_that_the_base_has_not_is_refused(tiny_model: Path) -> None:
     moved = Adapter({n.replace("unet.", "text_encoder_2."): m for n, m in adapter.modules.items()}, adapter.info)
     with pytest.raises(AdapterFileError, match="has a part for 'text_encoder_2', which"):
         check_base(moved, base)
+
+
+def test_an_adapter_of_another_transformers_is_for_the_same_text_encoder(tiny_model: Path) -> None:
+    """transformers 5.6 dropped `text_model.` from the names of its layers."""
+    base, other = open_base(str(tiny_model)), open_base(str(tiny_model))
+    encoder = base.pipe.text_encoder
+    handle = inject(encoder, AdapterConfig(rank=2, targets="attn"))
+    modules = handle.modules("text_encoder")
+    handle.eject()
+    taken = {
+        "architecture": architecture_fingerprint(encoder, respelled=True),
+        "weights": weights_fingerprint(encoder, respelled=True),
+    }
+    adapter = Adapter(modules, {"base": {"id": base.id, "fingerprints": {"text_encoder": taken}}})
+    assert taken != base.fingerprints()["text_encoder"]
+    assert len(apply(base, adapter)) == 1
+    with torch.no_grad():
+        other.pipe.text_encoder.get_input_embeddings().weight.mul_(2)
+    with pytest.raises(AdapterFileError, match="has the same architecture but other weights"):
+        check_base(adapter, other)
+    check_base(adapter, other, force=True)

@@ -1,17 +1,18 @@
 """Finds the layers of a model under the names that adapter files use: in other spellings, or flattened with underscores.
 
-transformers dropped `text_model.` from CLIP's text encoder in 5.6 and renamed the layers of its ViTs in 5.9; kohya and
-LyCORIS join the parts of a name with `_`. A flat name is looked up in the table of the model's own names, never taken apart.
+transformers dropped `text_model.` and `vision_model.` from CLIP's and SigLIP's encoders in 5.6, and renamed the layers of its
+ViTs in 5.9; kohya and LyCORIS join the parts of a name with `_`. A flat name is looked up in the table of the model's own
+names, never taken apart.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 SPELLINGS = (
-    (re.compile(r"^text_model\."), ""),
+    (re.compile(r"^(?:text|vision)_model\."), ""),
     (re.compile(r"(^|\.)encoder\.layer\.(\d+)\."), r"\1layers.\2."),
     (re.compile(r"\battention\.attention\.(q)uery\b"), r"attention.\1_proj"),
     (re.compile(r"\battention\.attention\.(k)ey\b"), r"attention.\1_proj"),
@@ -33,7 +34,7 @@ def spelling_key(name: str) -> str:
     """
     for pattern, replacement in SPELLINGS:
         name = pattern.sub(replacement, name)
-    return name.replace(".", "_").removeprefix("text_model_")
+    return name.replace(".", "_").removeprefix("text_model_").removeprefix("vision_model_")
 
 
 def resolve_names(given: Iterable[str], known: Iterable[str]) -> Mapping[str, str]:
@@ -44,16 +45,21 @@ def resolve_names(given: Iterable[str], known: Iterable[str]) -> Mapping[str, st
         known: the model's own names. Two that differ only in what a flat name loses are found by their exact names alone.
     """
     exact = set(known)
-    table: dict[str, str | None] = {}
-    for name in exact:
-        key = spelling_key(name)
-        table[key] = None if key in table else name
+    flat, table = (unambiguous(exact, key) for key in (lambda name: name.replace(".", "_"), spelling_key))
     found = {}
     for name in given:
-        match = name if name in exact else table.get(spelling_key(name))
+        match = name if name in exact else flat.get(name) or table.get(spelling_key(name))
         if match is not None:
             found[name] = match
     return found
+
+
+def unambiguous(names: Iterable[str], key: Callable[[str], str]) -> dict[str, str]:
+    """{key: name}, for keys that one name alone has."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        found.setdefault(key(name), []).append(name)
+    return {k: own[0] for k, own in found.items() if len(own) == 1}
 
 
 def common_names(files: Sequence[Iterable[str]]) -> dict[str, str]:

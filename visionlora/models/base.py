@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from visionlora.errors import ModelError, nearest
+from visionlora.lora.adapter import Adapter
 from visionlora.models.checkpoint_header import read_checkpoint_header
 from visionlora.models.fingerprint import architecture_fingerprint, weights_fingerprint
 
@@ -135,6 +136,19 @@ class BaseModel:
     def fingerprints(self) -> dict[str, dict[str, str]]:
         """Architecture and weights fingerprint of each part, as it was when first asked: before adapters, casts and packing."""
         return {part: dict(found) for part, found in self._fingerprints.items()}
+
+    def fingerprints_for(self, adapter: Adapter) -> dict[str, dict[str, str]]:
+        """The same, in the names of the transformers with which an adapter was made, where these tell a text encoder's."""
+        found, parts = self.fingerprints(), self.components()
+        for name, given in dict((adapter.info.get("base") or {}).get("fingerprints") or {}).items():
+            if not name.startswith("text_encoder") or name not in found:
+                continue
+            if given["architecture"] == found[name]["architecture"]:
+                continue
+            respelled = architecture_fingerprint(parts[name], respelled=True)
+            if given["architecture"] == respelled:
+                found[name] = {"architecture": respelled, "weights": weights_fingerprint(parts[name], respelled=True)}
+        return found
 
     @cached_property
     def _fingerprints(self) -> dict[str, dict[str, str]]:

@@ -189,3 +189,10 @@ def test_names_that_differ_in_what_a_flat_name_loses_are_not_confused() -> None:
     known = ["a.b_c", "a_b.c", "d.e"]
     assert spelling_key(known[0]) == spelling_key(known[1])
     assert resolve_names(["a_b_c", "a.b_c", "d_e"], known) == {"a.b_c": "a.b_c", "d_e": "d.e"}
+
+
+def test_towers_of_a_whole_clip_are_told_apart_and_one_alone_is_found_without_its_level() -> None:
+    known = [f"{tower}_model.encoder.layers.0.mlp.fc1" for tower in ("text", "vision")]
+    flat = {name.replace(".", "_"): name for name in known}
+    assert resolve_names(flat, known) == flat
+    assert resolve_names([known[1]], ["encoder.layers.0.mlp.fc1"]) == {known[1]: "encoder.layers.0.mlp.fc1"}
