@@ -9,6 +9,7 @@ from pathlib import Path
 
 from visionlora.atomic import check_new
 from visionlora.errors import ModelError
+from visionlora.formats.embeddings import write_beside
 from visionlora.formats.header import hashed, write_file
 from visionlora.loaders import apply, check_draws, follow_noise, load_adapter
 from visionlora.lora.merge import bake as bake_handles
@@ -26,7 +27,7 @@ def bake(
         model: the base; `auto` takes the one that the first adapter names.
         adapters: pairs of file and scale.
         output: the folder to write, in diffusers' layout; or a name ending in .safetensors, for one checkpoint in the
-            layout of the original Stable Diffusion 1.x code.
+            layout of the original Stable Diffusion 1.x code, which has no place for added words: each is in a file beside it.
         dtype: of the weights written, `float32`, `float16` or `bfloat16`; merging itself is in fp32.
         force: accept a fine-tune of the adapters' base.
         overwrite: replace what is there.
@@ -59,6 +60,8 @@ def bake(
     base.pipe.to(getattr(torch, dtype))
     if output.suffix == ".safetensors":
         write_file(output, hashed(single_file(base.pipe), {"format": "pt"}))
+        for adapter, _ in loaded:
+            write_beside(output, adapter.embeddings)
         return output
     try:
         output.parent.mkdir(parents=True, exist_ok=True)

@@ -34,6 +34,11 @@ def convert(
     if component:
         if component not in adapter.components:
             raise ConfigError(f"{source} has no part {component!r}. {nearest(component, adapter.components)}")
-        adapter = replace(adapter, modules={n: m for n, m in adapter.modules.items() if n.startswith(component + ".")})
+        own = {token: {c: v for c, v in parts.items() if c == component} for token, parts in adapter.embeddings.items()}
+        adapter = replace(
+            adapter,
+            modules={n: m for n, m in adapter.modules.items() if n.startswith(component + ".")},
+            embeddings={token: parts for token, parts in own.items() if parts},
+        )
     save_adapter(adapter, output, to)
     return adapter

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,15 @@ def test_inspect_one_file(files: Path, tmp_path: Path) -> None:
     assert sum(n**2 for n in found["blocks"].values()) == pytest.approx(
         sum(float(d.norm()) ** 2 for d in deltas.values()), rel=1e-4
     )
+
+
+def test_inspect_what_has_no_layers_or_no_one_change(files: Path, tiny_model: Path, tmp_path: Path) -> None:
+    save_file({"<rex>": torch.randn(2, 16)}, tmp_path / "rex.safetensors")
+    assert "no layers" in run("inspect", tmp_path / "rex.safetensors", "--modules")
+    handle = vl.inject(open_base(str(tiny_model)).pipe.unet, vl.AdapterConfig(method="tlora", rank=2, targets="attn"))
+    handle.save(tmp_path / "t.safetensors", "unet")
+    text = run("inspect", tmp_path / "t.safetensors", "--model", tiny_model, "--modules")
+    assert "tlora rank   2" in text and "of W" not in text
 
 
 def test_inspect_says_what_is_wrong(files: Path, tiny_model: Path) -> None:
@@ -169,6 +179,36 @@ def test_merging_what_was_trained_here_with_a_kohya_file(tiny_model: Path, tmp_p
     assert len(found) == 8
     for name, delta in own.delta_weights().items():
         torch.testing.assert_close(found[name], delta)
+
+
+@pytest.fixture
+def with_a_word(files: Path) -> Path:
+    """An adapter that brings a word."""
+    adapter = vl.load_adapter(files / "dog.safetensors")
+    vectors = torch.randn(2, 16, generator=torch.Generator().manual_seed(0))
+    vl.save_adapter(replace(adapter, embeddings={"<rex>": {"text_encoder": vectors}}), files / "word.safetensors")
+    return files / "word.safetensors"
+
+
+def test_a_word_of_an_adapter_for_diffusers(with_a_word: Path, tiny_model: Path, tmp_path: Path) -> None:
+    from diffusers import StableDiffusionPipeline
+
+    run("convert", with_a_word, tmp_path / "d.safetensors", "--to", "diffusers")
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_model, safety_checker=None)
+    pipe.load_lora_weights(tmp_path, weight_name="d.safetensors")
+    pipe.load_textual_inversion(tmp_path / "d-rex.safetensors")
+    (found,) = vl.load_adapter(with_a_word).embeddings.values()
+    ids = pipe.tokenizer("<rex> <rex>_1", add_special_tokens=False).input_ids
+    assert torch.equal(pipe.text_encoder.get_input_embeddings().weight[ids], found["text_encoder"])
+    with pytest.raises(VisionLoRAError, match=r"has no layers .* load_textual_inversion"):
+        vl.save_adapter(vl.load_adapter(tmp_path / "d-rex.safetensors"), tmp_path / "e.safetensors", "diffusers")
+
+
+def test_one_part_of_an_adapter_has_no_words_of_others(with_a_word: Path, tmp_path: Path) -> None:
+    for to, output in (("peft", "p"), ("kohya", "k.safetensors")):
+        run("convert", with_a_word, tmp_path / output, "--to", to, "--component", "unet")
+        found = vl.load_adapter(tmp_path / output)
+        assert found.components == ["unet"] and not found.embeddings
 
 
 @pytest.mark.parametrize("to", ["kohya", "diffusers"])

@@ -119,8 +119,8 @@ def page(seen: Inspection, modules: bool) -> None:
         for name, norm in seen.blocks.items():
             typer.echo(f"  {name:<{width}}  {norm:9.3f}  {bar(norm / most)}")
     if modules:
-        typer.echo("\nlayers")
-        width = max(len(m.name) for m in seen.modules)
+        typer.echo("\nlayers" if seen.modules else "\nno layers")
+        width = max((len(m.name) for m in seen.modules), default=0)
         for m in seen.modules:
             size = "" if m.norm is None else f"{m.norm:9.3f}"
             share = "" if m.share is None else f"  {m.share:7.2%} of W"

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from visionlora.errors import AdapterFileError
+from visionlora.formats.embeddings import write_beside
 from visionlora.formats.header import (
     as_json,
     diffusers_metadata,
@@ -29,17 +30,19 @@ from visionlora.lora.adapter import Adapter, AdapterModule
 
 
 def write(adapter: Adapter, path: Path) -> None:
-    """Writes atomically, with the scales in the header.
+    """Writes atomically, with the scales in the header; tokens go into files of their own beside it.
 
     Raises:
-        AdapterFileError: when the format cannot hold the adapter, or the path cannot be written.
+        AdapterFileError: when the format cannot hold the adapter, or has no layers, or the path cannot be written.
     """
     write_file(path, to_bytes(adapter))
+    write_beside(path, adapter.embeddings)
 
 
 def write_folded(adapter: Adapter, path: Path) -> None:
     """The same with the scales multiplied in, for every version of diffusers."""
     write_file(path, to_bytes(folded(plain(adapter))))
+    write_beside(path, adapter.embeddings)
 
 
 def to_bytes(adapter: Adapter) -> bytes:
@@ -65,6 +68,11 @@ def plain(adapter: Adapter) -> Adapter:
         AdapterFileError: when diffusers has no way to hold it.
     """
     modules = {f"{component}.{path}": m for component, path, m in pipeline_layers(adapter, "diffusers")}
+    if not modules:
+        raise AdapterFileError(
+            "The adapter has no layers for a diffusers file, only the vectors of words: "
+            "diffusers reads these where they are, by load_textual_inversion."
+        )
     for name, m in modules.items():
         if m.kind not in ("lora", "dora") or m.options:
             what = "a DoRA by columns, or of another product" if m.kind == "dora" else f"a module of kind {m.kind}"
@@ -78,11 +86,6 @@ def plain(adapter: Adapter) -> Adapter:
                 f"The adapter's {component} has DoRA on some layers and LoRA on others; diffusers takes one of them for all. "
                 "Formats visionlora and kohya keep both."
             )
-    if adapter.embeddings:
-        raise AdapterFileError(
-            f"diffusers keeps the vectors of {', '.join(adapter.embeddings)} in a file of their own. Formats visionlora and "
-            "kohya keep them beside the LoRA."
-        )
     return replace(adapter, modules=modules)
 
 

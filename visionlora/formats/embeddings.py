@@ -14,8 +14,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from visionlora.formats.header import unshared, write_file
 from visionlora.formats.parts import not_finite
 
 BUNDLED = re.compile(r"bundle_emb\.(?P<token>.+)\.(?P<what>string_to_param\.[^.]+|clip_l|clip_g|emb_params)")
@@ -66,6 +68,20 @@ def take_embeddings(path: Path, tensors: dict[str, Tensor]) -> Embeddings:
         for key in [k for k in tensors if k in ("step", "sd_checkpoint", "string_to_token.*")]:
             tensors.pop(key)
     return found
+
+
+def write_beside(path: Path, embeddings: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Writes each token to a file of its own, as diffusers' `load_textual_inversion` and A1111 take them.
+
+    The files are named after the tokens: `dog-rex.safetensors` beside `dog.safetensors`, for `<rex>`.
+    """
+    for token, parts in embeddings.items():
+        word = re.sub(r"[^\w-]+", "", token)
+        file = path.with_name(f"{path.stem}-{word}.safetensors")
+        names = (
+            {component: what for what, component in PARTS.items()} if len(parts) > 1 else dict.fromkeys(parts, token)
+        )
+        write_file(file, save_tensors(unshared({names[c]: vectors for c, vectors in parts.items()}), {"format": "pt"}))
 
 
 def check_vectors(path: Path, embeddings: Mapping[str, Mapping[str, Tensor]]) -> None:

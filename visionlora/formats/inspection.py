@@ -322,9 +322,9 @@ def misfits_of(adapter: Adapter, base: torch.nn.Module) -> dict[str, str]:
 
 
 def module_info(name: str, module: AdapterModule, weight: torch.Tensor | None) -> ModuleInfo:
-    """What is known of one layer's adapter; with the base weight, also how much of it is changed."""
+    """What is known of one layer's adapter; with the base weight, also how much of it is changed, where one number says it."""
     norm, share = norm_of(module), None
-    if weight is not None:
+    if weight is not None and module.kind != "tlora":  # whose ΔW changes from timestep to timestep
         if norm is None:
             norm = float(module.delta_weight(weight).double().norm())
         share = norm / max(1e-12, float(weight.double().norm()))

@@ -84,6 +84,8 @@ def single_file(pipe: Any) -> dict[str, Tensor]:
         tensors["first_stage_model." + vae_name(name, levels)] = tensor[:, :, None, None] if attention else tensor
     for name, tensor in pipe.text_encoder.state_dict().items():
         if not name.endswith("position_ids"):
+            if name.endswith("token_embedding.weight"):  # other programs want the usual table, without added words
+                tensor = tensor[: pipe.tokenizer.vocab_size]
             tensors["cond_stage_model.transformer." + with_text_model("text_encoder", name)] = tensor
     scheduler = pipe.scheduler.config
     if scheduler.get("prediction_type") == "v_prediction":

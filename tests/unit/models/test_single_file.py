@@ -88,3 +88,20 @@ def test_bake_writes_one(sd15_in_small: Path, tmp_path: Path) -> None:
 def test_other_families_are_refused(tiny_model: Path) -> None:
     with pytest.raises(ModelError, match=r"for Stable Diffusion 1\.x alone .* Name a folder as the output"):
         single_file(open_base(str(tiny_model)).pipe)
+
+
+def test_an_added_word_is_beside_the_checkpoint_and_not_in_its_table(sd15_in_small: Path, tmp_path: Path) -> None:
+    """A1111 and ComfyUI refuse a table that is longer than CLIP's."""
+    from safetensors.torch import save_file
+
+    vectors = torch.randn(1, 16)
+    save_file({"<rex>": vectors}, tmp_path / "word.safetensors")
+    words = ["bake", str(sd15_in_small), str(tmp_path / "word.safetensors"), "-o", str(tmp_path / "one.safetensors")]
+    result = CliRunner().invoke(app, words, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    pipe = open_base(str(sd15_in_small)).pipe
+    table = load_file(tmp_path / "one.safetensors")[
+        "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"
+    ]
+    assert torch.equal(table, pipe.text_encoder.get_input_embeddings().weight)
+    assert torch.equal(load_file(tmp_path / "one-rex.safetensors")["<rex>"], vectors)
