@@ -15,6 +15,7 @@ Letters in shapes: n pictures, d features, c classes of a task.
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -121,7 +122,7 @@ class ClassTask:
 
 
 class Classifier:
-    """One frozen backbone and any number of classifier adapters on it."""
+    """One frozen backbone and any number of classifier adapters on it; several threads may use it."""
 
     def __init__(self, backbone: VisionModel, device: str | torch.device = "cpu") -> None:
         """No task yet.
@@ -142,6 +143,8 @@ class Classifier:
         self._numbers = itertools.count()
         self._ready: str | None = None
         """The task whose ΔW is in the weights."""
+        self._alone = threading.RLock()
+        """What changes the weights, or runs on them as they are, has them to itself."""
 
     @property
     def names(self) -> list[str]:
@@ -157,43 +160,53 @@ class Classifier:
                 in the same architecture.
             TargetError: when a module does not fit.
         """
-        if name in self.tasks:
-            raise ConfigError(f"A task named {name!r} is there already; remove it first or choose another name.")
         loaded = adapter if isinstance(adapter, Adapter) else load_adapter(adapter)
-        head = self.backbone.head
-        task = ClassTask.of(loaded, head)
-        check_fingerprints(loaded, self.backbone.id, self.fingerprints, force)
-        if (loaded.info.get("base") or {}).get("image_size") != self.backbone.image_size:
-            raise AdapterFileError(
-                f"This adapter was trained on pictures of {task.preprocessing.size} px, and {self.backbone.id} is open for "
-                f"{self.backbone.preprocessing.size} px: give it a classifier of its own."
-            )
-        if task.weight.shape[1] != self.backbone.features:
-            raise AdapterFileError(
-                f"The head of this adapter reads {task.weight.shape[1]} features; {self.backbone.id} gives "
-                f"{self.backbone.features}."
-            )
-        rest = {n: m for n, m in loaded.modules.items() if not n.startswith(f"{COMPONENT}.{head}.")}
-        self._release()
-        body = Adapter(rest, loaded.info)
-        handle = attach(self.model, body, COMPONENT, f"task{next(self._numbers)}") if rest else None
-        if handle is not None:
-            handle.set_scale(0.0)
-        self.handles[name], self.tasks[name] = handle, task.on(self.device)
+        with self._alone:
+            if name in self.tasks:
+                raise ConfigError(f"A task named {name!r} is there already; remove it first or choose another name.")
+            head = self.backbone.head
+            task = ClassTask.of(loaded, head)
+            check_fingerprints(loaded, self.backbone.id, self.fingerprints, force)
+            if (loaded.info.get("base") or {}).get("image_size") != self.backbone.image_size:
+                raise AdapterFileError(
+                    f"This adapter was trained on pictures of {task.preprocessing.size} px, and {self.backbone.id} is open "
+                    f"for {self.backbone.preprocessing.size} px: give it a classifier of its own."
+                )
+            if task.weight.shape[1] != self.backbone.features:
+                raise AdapterFileError(
+                    f"The head of this adapter reads {task.weight.shape[1]} features; {self.backbone.id} gives "
+                    f"{self.backbone.features}."
+                )
+            rest = {n: m for n, m in loaded.modules.items() if not n.startswith(f"{COMPONENT}.{head}.")}
+            self._release()
+            body = Adapter(rest, loaded.info)
+            handle = attach(self.model, body, COMPONENT, f"task{next(self._numbers)}") if rest else None
+            if handle is not None:
+                handle.set_scale(0.0)
+            self.handles[name], self.tasks[name] = handle, task.on(self.device)
 
     def remove(self, name: str) -> None:
         """Takes a task off."""
-        self.known(name)
-        self._release()
-        handle = self.handles.pop(name)
-        del self.tasks[name]
-        if handle is not None:
-            handle.eject()
+        with self._alone:
+            self.known(name)
+            self._release()
+            handle = self.handles.pop(name)
+            del self.tasks[name]
+            if handle is not None:
+                handle.eject()
 
     def known(self, name: str) -> None:
         """Raises ConfigError when no task has this name."""
         if name not in self.tasks:
             raise ConfigError(f"There is no task {name!r}. {nearest(name, self.tasks) if self.tasks else 'Add one.'}")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the lock, which a copy has of its own."""
+        return {name: value for name, value in self.__dict__.items() if name != "_alone"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """As `__getstate__` gave it."""
+        self.__dict__.update(state, _alone=threading.RLock())
 
     # -------------------------------------------------------------------------------------------------------- running
 
@@ -239,31 +252,33 @@ class Classifier:
         """
         used = list(dict.fromkeys(tasks))
         x = x.to(self.device)
-        if len(used) == 1:
-            self._use(used[0])
+        with self._alone:
+            if len(used) == 1:
+                self._use(used[0])
+                return as_logits(self.model(x)).float()
+            if not self._mixable(used):
+                found = torch.empty(len(x), self.backbone.features, device=self.device)
+                for name in used:
+                    rows = [i for i, task in enumerate(tasks) if task == name]
+                    found[rows] = self.features(x[rows], [name] * len(rows))
+                return found
+            self._release()
+            for name, handle in self.handles.items():
+                if handle is not None:
+                    shares = torch.tensor([float(task == name) for task in tasks])
+                    for m in handle.methods.values():
+                        m.scale, m.sample_scale = float(name in used), shares
             return as_logits(self.model(x)).float()
-        if not self._mixable(used):
-            found = torch.empty(len(x), self.backbone.features, device=self.device)
-            for name in used:
-                rows = [i for i, task in enumerate(tasks) if task == name]
-                found[rows] = self.features(x[rows], [name] * len(rows))
-            return found
-        self._release()
-        for name, handle in self.handles.items():
-            if handle is not None:
-                shares = torch.tensor([float(task == name) for task in tasks])
-                for m in handle.methods.values():
-                    m.scale, m.sample_scale = float(name in used), shares
-        return as_logits(self.model(x)).float()
 
     @torch.no_grad()
     def logits(self, x: Tensor, tasks: Sequence[str] | str | None = None) -> list[Tensor]:
         """Logits of preprocessed pictures, one row (c,) each; tasks may have different numbers of classes."""
         names = self.names_of(tasks, len(x))
-        features = self.features(x, names)
+        with self._alone:
+            features, heads = self.features(x, names), {name: self.tasks[name] for name in names}
         rows: list[Tensor] = [torch.empty(0)] * len(x)
-        for name in dict.fromkeys(names):
-            task, own = self.tasks[name], [i for i, n in enumerate(names) if n == name]
+        for name, task in heads.items():
+            own = [i for i, n in enumerate(names) if n == name]
             for i, row in zip(own, torch.nn.functional.linear(features[own], task.weight, task.bias), strict=True):
                 rows[i] = row
         return rows

@@ -1,5 +1,8 @@
 """One classifier, and many tasks on one backbone: together they say what each says alone."""
 
+import copy
+import pickle
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +121,29 @@ def test_removing_every_task_leaves_the_base_bit_for_bit(several: Classifier) ->
         several.remove(name)
     after = several.model.state_dict()
     assert after.keys() == untouched.keys() and all(torch.equal(t, after[n]) for n, t in untouched.items())
+
+
+def test_threads_say_what_one_says_and_leave_the_base_bit_for_bit(several: Classifier) -> None:
+    untouched = {n: t.clone() for n, t in open_backbone(several.backbone.id).model.state_dict().items()}
+    x = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    asked: list[Any] = ["pets", "digits", ["yes", "pets", "digits"], "yes"] * 8
+    wanted = [several.logits(x, tasks) for tasks in asked[:4]] * 8
+    several.remove("yes")
+    several.add("yes", adapter_of(Path(several.backbone.id), TASKS["yes"], 2))  # no task is in the weights now
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda tasks: several.logits(x, tasks), asked))
+    for rows, want in zip(found, wanted, strict=True):
+        assert all(torch.allclose(row, w, atol=1e-5) for row, w in zip(rows, want, strict=True))
+    for name in several.names:
+        several.remove(name)
+    assert all(torch.equal(t, untouched[n]) for n, t in several.model.state_dict().items())
+
+
+def test_a_copy_of_a_classifier_says_the_same(several: Classifier) -> None:
+    x = torch.randn(1, 3, 32, 32)
+    several.logits(x, "pets")
+    for copied in (copy.deepcopy(several), pickle.loads(pickle.dumps(several))):
+        assert torch.equal(copied.logits(x, "digits")[0], several.logits(x, "digits")[0])
 
 
 def test_tasks_come_and_go(several: Classifier, tiny_vit: Path) -> None:
