@@ -1,13 +1,14 @@
 """Classifier adapter -> a model that runs without visionlora: timm, transformers, a state dict, PEFT or ONNX.
 
-Each is opened again after it was written, and its answers are compared with those of the adapter.
+Each is opened again after it was written, and its answers are compared with those of the adapter. The temperature goes into
+the head, so that softmax (or sigmoid) of the logits gives the probabilities of `predict`.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,7 +22,7 @@ from visionlora.classifier import COMPONENT, ClassTask
 from visionlora.errors import ConfigError, nearest
 from visionlora.formats import peft
 from visionlora.loaders import check_fingerprints, load_adapter
-from visionlora.lora.adapter import Adapter
+from visionlora.lora.adapter import Adapter, AdapterModule
 from visionlora.lora.inject import attach
 from visionlora.lora.merge import bake
 from visionlora.models.heads import LAST
@@ -81,7 +82,7 @@ def export(
     base = loaded.info.get("base", {})
     chosen = weights or (base.get("weights") if model is None else None)
     backbone = open_backbone(model or str(base.get("id", "auto")), chosen, base.get("image_size"))
-    task = ClassTask.of(loaded, backbone.head)
+    task = ClassTask.of(loaded, backbone.head).with_temperature_in_head()
     check_fingerprints(loaded, backbone.id, backbone.fingerprints(), force)
     if to in ("timm", "transformers") and backbone.library != to:
         raise ConfigError(
@@ -101,7 +102,7 @@ def export(
         untouched = {n: t.clone() for n, t in backbone.model.state_dict().items()}
         wanted = bake_in(backbone, loaded, x)
         backbone.model.load_state_dict(untouched)
-        return to_peft(loaded, backbone, path, x, wanted)
+        return to_peft(with_head(loaded, backbone, task), backbone, path, x, wanted)
     wanted = bake_in(backbone, loaded, x)
     writers: dict[str, Callable[..., Exported]] = {
         "timm": to_timm, "transformers": to_transformers, "state-dict": to_state_dict, "onnx": to_onnx,
@@ -116,6 +117,13 @@ def finish_head(backbone: VisionModel, task: ClassTask) -> None:
         head.weight.copy_(task.weight)
         head.bias.copy_(task.bias)
     head.requires_grad_(False)
+
+
+def with_head(adapter: Adapter, backbone: VisionModel, task: ClassTask) -> Adapter:
+    """The adapter with the head of the task."""
+    values = {"weight": task.weight, "bias": task.bias}
+    head = {f"{COMPONENT}.{backbone.head}.{n}": AdapterModule("full", {"value": t}, 1.0) for n, t in values.items()}
+    return replace(adapter, modules={**adapter.modules, **head})
 
 
 @torch.no_grad()
@@ -253,7 +261,7 @@ class LogitsOnly(nn.Module):
 
 
 def to_onnx(backbone: VisionModel, task: ClassTask, path: Path, x: Tensor, wanted: Tensor) -> Exported:
-    """One ONNX file for batches of any size, with classes and preprocessing among its metadata."""
+    """One ONNX file for batches of any size, with classes, preprocessing and temperature (1) among its metadata."""
     try:
         import onnx
         import onnxruntime

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from visionlora.lora.adapter import Adapter
+from visionlora.lora.config import AdapterConfig
+from visionlora.lora.inject import inject
+from visionlora.models.vision import open_backbone
 from visionlora.report.listener import Listener
 
 
@@ -47,3 +53,22 @@ class Learner:
         with torch.no_grad():
             for n, p in self.model.named_parameters():
                 p.copy_(state[n])
+
+
+def adapter_of(folder: Path, classes: tuple[str, ...], seed: int = 0, method: str = "lora", **info: Any) -> Adapter:
+    """A classifier adapter with random factors and head."""
+    backbone = open_backbone(str(folder))
+    fingerprints = backbone.fingerprints()
+    backbone.new_head(len(classes), seed)
+    config = AdapterConfig(method=method, rank=2, targets="attn.qv", train="head")
+    handle = inject(backbone.model, config, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in handle.parameters():
+            p.add_(0.3 * torch.randn(p.shape, generator=generator))
+    about = {
+        "classes": list(classes), "multi_label": False, "preprocessing": backbone.preprocessing.to_dict(),
+        "temperature": 1.5, "head": "head", **info,
+    }  # fmt: skip
+    base = {"id": str(folder), "fingerprints": fingerprints}
+    return Adapter(handle.modules("model"), {"base": base, "classifier": about})

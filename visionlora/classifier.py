@@ -107,6 +107,10 @@ class ClassTask:
         """Itself with its head there."""
         return replace(self, weight=self.weight.to(device), bias=self.bias.to(device))
 
+    def with_temperature_in_head(self) -> ClassTask:
+        """The same probabilities, from logits as they come."""
+        return replace(self, weight=self.weight / self.temperature, bias=self.bias / self.temperature, temperature=1.0)
+
     def probabilities(self, logits: Tensor) -> Tensor:
         """Calibrated, (n, c)."""
         scaled = logits.float() / self.temperature

@@ -12,10 +12,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from visionlora.pipelines.export import export
 
 import visionlora as vl
+from visionlora.formats import native
 from visionlora.loaders import load_adapter
+from visionlora.lora.adapter import Adapter
+from visionlora.models.vision import open_backbone
+
+from ..doubles import adapter_of
 
 SHORT = ("--epochs", 6, "--batch-size", 16, "evaluations=3")
 
@@ -120,6 +126,48 @@ def test_a_transformers_folder_trains_and_is_exported(cli, shapes: Path, tmp_pat
     check_same_input(tmp_path / "out", tmp_path / "run")
     code, _, err = cli("export", tmp_path / "run", "--to", "timm", "--output", tmp_path / "other")
     assert code == 2 and "is a model of transformers" in err
+
+
+def answers(to: str, path: Path, adapter: Adapter, x: torch.Tensor) -> torch.Tensor:
+    """What an exported model of two classes says."""
+    if to == "onnx":
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        assert session.get_modelmeta().custom_metadata_map["temperature"] == "1.0"
+        return torch.from_numpy(session.run(None, {"pixels": x.numpy()})[0])
+    backbone = open_backbone(str(adapter.info["base"]["id"]))
+    backbone.new_head(2, 0)
+    if to == "peft":
+        from peft import PeftModel
+
+        return PeftModel.from_pretrained(backbone.model, str(path)).eval()(x)
+    if to == "timm":
+        import timm
+
+        return timm.create_model(f"local-dir:{path}", pretrained=True).eval()(x)
+    backbone.model.load_state_dict(load_file(path))
+    return backbone.model(x)
+
+
+@pytest.mark.parametrize(
+    ("to", "multi_label"),
+    [("timm", False), ("state-dict", False), ("state-dict", True), ("peft", False), ("onnx", False)],
+)
+@torch.no_grad()
+def test_probabilities_of_exports_are_those_of_predict(
+    tiny_vit: Path, tmp_path: Path, to: str, multi_label: bool
+) -> None:
+    for needed in {"peft": ("peft",), "onnx": ("onnxruntime", "onnxscript")}.get(to, ()):
+        pytest.importorskip(needed)
+    adapter = adapter_of(tiny_vit, ("a", "b"), temperature=2.5, multi_label=multi_label)
+    native.write(adapter, tmp_path / "adapter.safetensors")
+    output = tmp_path / {"state-dict": "model.safetensors", "onnx": "model.onnx"}.get(to, "model")
+    export(tmp_path / "adapter.safetensors", output, to)
+    x, classifier = torch.randn(3, 3, 32, 32), vl.load_classifier(adapter)
+    want = classifier.tasks["default"].probabilities(torch.stack(classifier.logits(x)))
+    logits = answers(to, output, adapter, x)
+    assert torch.allclose(logits.sigmoid() if multi_label else logits.softmax(1), want, atol=1e-4)
 
 
 def learned(shapes: Path, output: Path, **settings: object) -> Path:

@@ -15,30 +15,11 @@ from visionlora.classifier import Classifier, load_classifier
 from visionlora.errors import AdapterFileError, ConfigError, DataError
 from visionlora.formats import native
 from visionlora.lora.adapter import Adapter
-from visionlora.lora.config import AdapterConfig
-from visionlora.lora.inject import inject
 from visionlora.models.vision import open_backbone
 
+from ..doubles import adapter_of
+
 TASKS = {"pets": ("cat", "dog", "fish"), "digits": ("0", "1", "2", "3", "4"), "yes": ("no", "yes")}
-
-
-def adapter_of(folder: Path, classes: tuple[str, ...], seed: int, method: str = "lora", **info: Any) -> Adapter:
-    """A classifier adapter with random factors and head."""
-    backbone = open_backbone(str(folder))
-    fingerprints = backbone.fingerprints()
-    backbone.new_head(len(classes), seed)
-    config = AdapterConfig(method=method, rank=2, targets="attn.qv", train="head")
-    handle = inject(backbone.model, config, seed=seed)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in handle.parameters():
-            p.add_(0.3 * torch.randn(p.shape, generator=generator))
-    about = {
-        "classes": list(classes), "multi_label": False, "preprocessing": backbone.preprocessing.to_dict(),
-        "temperature": 1.5, "head": "head", **info,
-    }  # fmt: skip
-    base = {"id": str(folder), "fingerprints": fingerprints}
-    return Adapter(handle.modules("model"), {"base": base, "classifier": about})
 
 
 def pictures(n: int) -> list[Image.Image]:
