@@ -116,14 +116,47 @@ def learned_from(material: Material, base: str) -> LearnedFrom:
 # -------------------------------------------------------------------------------------------------------------- sheets
 
 
-def likeliest(material: Material, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(predicted class, its probability, whether it is right) of each picture, (n,) each."""
-    labels = torch.from_numpy(material.labels(material.looked_at))
+@dataclass(frozen=True)
+class Decision:
+    """What the model says of a picture, or of one label of it."""
+
+    row: int
+    """Of the picture among those that the report is about."""
+    label: int
+    probability: float
+    """Of the label."""
+    said: bool
+    """Whether the model gives the picture this label."""
+    right: bool
+
+
+def decisions(material: Material, logits: Tensor) -> list[Decision]:
+    """Of each picture its class; with several labels, each that is said or missed. The surest come first."""
+    truth = torch.from_numpy(material.labels(material.looked_at))
     if material.data.multi_label:
-        probability, predicted = logits.sigmoid().max(1)
-        return predicted, probability, labels[torch.arange(len(labels)), predicted] > 0
-    probability, predicted = logits.softmax(1).max(1)
-    return predicted, probability, predicted == labels
+        every = logits.sigmoid()
+        rows, labels = ((every > 0.5) | (truth > 0)).nonzero(as_tuple=True)
+        probability = every[rows, labels]
+        said = probability > 0.5
+        right = said & (truth[rows, labels] > 0)
+    else:
+        probability, labels = logits.softmax(1).max(1)
+        rows, said, right = torch.arange(len(truth)), torch.ones(len(truth), dtype=torch.bool), labels == truth
+    order = torch.where(said, probability, 1 - probability).argsort(descending=True, stable=True)
+    found = zip(*(t[order].tolist() for t in (rows, labels, probability, said, right)), strict=True)
+    return [Decision(*one) for one in found]
+
+
+def wording(material: Material, decision: Decision, *, sure: bool) -> str:
+    """A decision as a caption; with its probability where `sure`."""
+    name = material.data.classes[decision.label]
+    percent = f"{100 * decision.probability:.0f} %" if sure else ""
+    if not decision.said:
+        return f"misses {name}" + (f" ({percent})" if sure else "")
+    told = f"{name} {percent}".rstrip()
+    if decision.right:
+        return told
+    return ("says " if material.data.multi_label else "") + f"{told}, is {names_of(material, decision.row)}"
 
 
 def names_of(material: Material, row: int) -> str:
@@ -157,15 +190,11 @@ def sheet_of(pictures: Sequence[Image.Image], labels: Sequence[str], caption: st
 
 def mistakes_sheet(material: Material, logits: Tensor, temperature: float) -> Image.Image | None:
     """The most confident mistakes, surest first."""
-    predicted, probability, right = likeliest(material, logits / temperature)
-    wrong = [i for i in probability.argsort(descending=True, stable=True).tolist() if not right[i]][:SHOWN]
+    wrong = [d for d in decisions(material, logits / temperature) if not d.right][:SHOWN]
     if not wrong:
         return None
-    classes = material.data.classes
-    labels = [
-        f"{classes[int(predicted[i])]} {100 * float(probability[i]):.0f} %, is {names_of(material, i)}" for i in wrong
-    ]
-    return sheet_of([shown_picture(material, i) for i in wrong], labels, "")
+    labels = [wording(material, d, sure=True) for d in wrong]
+    return sheet_of([shown_picture(material, d.row) for d in wrong], labels, "")
 
 
 def overlay_sheet(material: Material, logits: Tensor) -> Image.Image | None:
@@ -174,27 +203,30 @@ def overlay_sheet(material: Material, logits: Tensor) -> Image.Image | None:
     ways = supports(model)
     if not ways:
         return None
-    predicted, probability, right = likeliest(material, logits)
-    order = probability.argsort(descending=True, stable=True).tolist()
-    chosen = [i for i in order if not right[i]][: SHOWN // 3]
+    found = decisions(material, logits)
+    chosen = [d for d in found if not d.right][: SHOWN // 3]
     seen: set[int] = set()
-    for i in order:
-        if bool(right[i]) and int(predicted[i]) not in seen and len(chosen) < SHOWN // 2:
-            seen.add(int(predicted[i]))
-            chosen.append(i)
-    positions = [material.looked_at[i] for i in chosen]
-    x = material.backbone.preprocessing.batch(material.checked.pictures.stored(positions))
+    for d in found:
+        if d.right and d.label not in seen and len(chosen) < SHOWN // 2:
+            seen.add(d.label)
+            chosen.append(d)
+    if not chosen:  # no label is there or said
+        return None
+    x = material.backbone.preprocessing.batch(
+        material.checked.pictures.stored([material.looked_at[d.row] for d in chosen])
+    )
     x = x.to(next(model.parameters()).device)
-    classes = predicted[chosen].to(x.device)
+    classes = torch.tensor([d.label for d in chosen], device=x.device)
     maps = {
         way: (grad_cam(model, x, classes) if way == "grad-cam" else attention_rollout(model, x)).cpu() for way in ways
     }
-    pictures = [shown_picture(material, i) for i in chosen]
+    pictures = [shown_picture(material, d.row) for d in chosen]
     rows = [pictures, *([overlay(p, m) for p, m in zip(pictures, maps[way], strict=True)] for way in ways)]
-    names = material.data.classes
-    labels = [names[int(predicted[i])] + ("" if right[i] else f", is {names_of(material, i)}") for i in chosen]
-    titles = {"grad-cam": "Grad-CAM of the predicted class", "rollout": "attention rollout"}
-    return draw_grid(rows, ["picture", *(titles[way] for way in ways)], labels)
+    explained = "named label" if material.data.multi_label else "predicted class"
+    titles = {"grad-cam": f"Grad-CAM of the {explained}", "rollout": "attention rollout"}
+    return draw_grid(
+        rows, ["picture", *(titles[way] for way in ways)], [wording(material, d, sure=False) for d in chosen]
+    )
 
 
 # -------------------------------------------------------------------------------------------------------------- report
