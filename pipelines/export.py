@@ -28,6 +28,7 @@ from visionlora.lora.merge import bake
 from visionlora.models.heads import LAST
 from visionlora.models.vision import VisionModel, as_logits, open_backbone
 from visionlora.report.runfolder import check_place
+from visionlora.vision.explain import forget_biases
 
 TARGETS = ("timm", "transformers", "state-dict", "peft", "onnx")
 FOLDERS = ("timm", "transformers", "peft")
@@ -133,6 +134,7 @@ def bake_in(backbone: VisionModel, adapter: Adapter, x: Tensor) -> Tensor:
     if not rest:
         return as_logits(backbone.model(x))
     handle = attach(backbone.model, Adapter(rest, adapter.info), COMPONENT, "exported")
+    forget_biases(backbone.model)
     wanted = as_logits(backbone.model(x))
     bake([handle])
     return wanted

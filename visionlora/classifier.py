@@ -37,6 +37,7 @@ from visionlora.lora.inject import attach
 from visionlora.lora.merge import merge_together
 from visionlora.models.devices import usable_device
 from visionlora.models.vision import VisionModel, as_logits, open_backbone
+from visionlora.vision.explain import forget_biases
 
 COMPONENT = "model"
 """Of the backbone in adapter files."""
@@ -222,6 +223,7 @@ class Classifier:
                     handle.unmerge()
                 for f in handle.in_full.values():
                     f.set_scale(0.0)
+        forget_biases(self.model)
         self._ready = None
 
     def _use(self, name: str) -> None:

@@ -21,7 +21,7 @@ from visionlora.loaders import load_adapter
 from visionlora.lora.adapter import Adapter
 from visionlora.models.vision import open_backbone
 
-from ..doubles import adapter_of
+from ..doubles import Ears, adapter_of
 
 SHORT = ("--epochs", 6, "--batch-size", 16, "evaluations=3")
 
@@ -288,6 +288,20 @@ def test_heads_that_are_not_one_layer(
     assert export(run, tmp_path / f"out.{fitting}", fitting).difference < 1e-3
     with pytest.raises(vl.VisionLoRAError, match="has no place for one linear head"):
         export(run, tmp_path / "no", not_fitting)
+
+
+def test_a_run_whose_heat_maps_cannot_be_drawn_is_finished_all_the_same(
+    shapes: Path, tiny_vit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def too_large(*_: object) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr("visionlora.report.classify_fitting.overlay_sheet", too_large)
+    ears = Ears()
+    config = vl.ClassifyConfig(images=str(shapes), output=str(tmp_path / "run"), model=str(tiny_vit), steps=1)
+    assert vl.classify(config, ears).report.is_file()
+    warning = "Warning: what the model looks at cannot be shown (OutOfMemoryError: out of memory)."
+    assert ears.lines.count(warning) == 1 and not (tmp_path / "run" / "overlays.png").exists()
 
 
 def test_a_head_alone_is_no_folder_of_peft(shapes: Path, tiny_vit: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from visionlora.config import ClassifyConfig, to_yaml
 from visionlora.formats import native
@@ -206,7 +207,7 @@ class Fitting:
         if self.accelerator.is_main_process:
             path.parent.mkdir(parents=True, exist_ok=True)
             native.write(self.handle.adapter("model", self.header(material, step, temperature)), path)
-        explained = overlay_sheet(material, logits) if self.written is not None else None
+        explained = self.explained(logits) if self.written is not None else None
         self.accelerator.wait_for_everyone()
         head = sum(p.numel() for n, p in material.backbone.model.named_parameters() if n in self.head_names)
         contender = Contender(
@@ -221,6 +222,14 @@ class Fitting:
         return Finished(
             contender, path, logits, temperature, step, tuple(self.log.history), tuple(self.evaluations), explained
         )
+
+    def explained(self, logits: torch.Tensor) -> Image.Image | None:
+        """What the model looks at; a run that has trained does not end because it cannot be drawn."""
+        try:
+            return overlay_sheet(self.material, logits)
+        except Exception as error:
+            self.tell.say(f"Warning: what the model looks at cannot be shown ({type(error).__name__}: {error}).")
+            return None
 
     @property
     def head_names(self) -> set[str]:

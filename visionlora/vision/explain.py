@@ -73,7 +73,9 @@ def grad_cam(model: nn.Module, x: Tensor, classes: Tensor, layer: str | None = N
             chosen = checked(classes, logits)
             if not seen or not logits.requires_grad:
                 raise ModelError(f"The output of layer {name!r} is no tensor, or the logits do not depend on it.")
-            (gradient,) = torch.autograd.grad(logits.gather(1, chosen[:, None]).sum(), seen[0])
+            (gradient,) = torch.autograd.grad(logits.gather(1, chosen[:, None]).sum(), seen[0], allow_unused=True)
+            if gradient is None:  # the head reads what else the layer gives, such as a class token of its own
+                raise ModelError(f"The logits do not depend on the map that layer {name!r} gives. Name another layer.")
         finally:
             handle.remove()
         h, w = x.shape[-2:]
@@ -213,9 +215,20 @@ def attention_weights(
     return scores.softmax(-1)
 
 
+def forget_biases(model: nn.Module) -> None:
+    """Clears the biases of attention that timm's LeViT, TinyViT and EfficientFormer keep from evaluation to evaluation.
+
+    They are of the weights as they were then, and timm clears them in `train()` alone.
+    """
+    for m in model.modules():
+        if kept := getattr(m, "attention_bias_cache", None):
+            cast(dict[str, Tensor], kept).clear()
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Every module in evaluation mode, and back; without `train()`, which some models use to change their weights."""
+    forget_biases(model)
     training = [m for m in model.modules() if m.training]
     for m in training:
         m.training = False
