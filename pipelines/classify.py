@@ -281,7 +281,7 @@ def prepare(
         data.multi_label,
         config.label_smoothing,
         config.focal_gamma,
-        class_weights(config.class_weights, targets[list(splits.train)], data.classes),
+        class_weights(config.class_weights, targets[list(splits.train)], data.classes, data.multi_label),
     )
     select = config.select_by or ("map" if data.multi_label else "top1")
     return Material(checked, splits, targets, objective, backbone, dataclasses.replace(config, select_by=select))

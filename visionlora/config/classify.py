@@ -71,7 +71,7 @@ class ClassifyConfig(TrainingConfig):
     focal_gamma: float = 0.0
     """Focal loss: well-known pictures count less by (1 - p) to this power."""
     class_weights: str | dict[str, float] | None = None
-    """auto (rare classes count more) or class: weight."""
+    """auto (rare classes count more) or class: weight; with several labels, of the pictures that have it."""
     balanced_sampling: bool = False
     """Draw classes, not pictures, evenly."""
     evaluations: int = 10

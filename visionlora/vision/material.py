@@ -105,13 +105,19 @@ def targets_of(data: LabelledData) -> Tensor:
     return targets
 
 
-def class_weights(given: str | Mapping[str, float] | None, targets: Tensor, classes: Sequence[str]) -> Tensor | None:
+def class_weights(
+    given: str | Mapping[str, float] | None, targets: Tensor, classes: Sequence[str], multi_label: bool
+) -> Tensor | None:
     """(c,), scaled so that the mean over the training pictures is 1.
 
+    With several labels (2, c): of pictures without and with the label, scaled so that the mean over pictures and labels is 1.
+
     Args:
-        given: `auto` (n divided by the count of the class) or class -> weight, 1 where not named.
+        given: `auto` (n divided by the count of the class; with several labels, pictures without it divided by those with it)
+            or class -> weight, 1 where not named; with several labels, of the pictures that have it.
         targets: of the training pictures, (n, c).
         classes: names.
+        multi_label: a picture may have several labels.
 
     Raises:
         ConfigError: for a class that does not exist, or a weight that is not positive.
@@ -120,7 +126,8 @@ def class_weights(given: str | Mapping[str, float] | None, targets: Tensor, clas
         return None
     counts = targets.sum(0)
     if isinstance(given, str):
-        weights = counts.sum() / counts.clamp(min=1)
+        others = (len(targets) - counts).clamp(min=1) if multi_label else counts.sum()
+        weights = others / counts.clamp(min=1)
     else:
         for name, weight in given.items():
             if name not in classes:
@@ -128,6 +135,9 @@ def class_weights(given: str | Mapping[str, float] | None, targets: Tensor, clas
             if not 0 < weight < float("inf"):
                 raise ConfigError(f"The weight of class {name!r} is {weight!r}; it must be positive.")
         weights = torch.tensor([float(given.get(name, 1.0)) for name in classes])
+    if multi_label:
+        both = torch.stack([torch.ones_like(weights), weights])
+        return both / (both * torch.stack([len(targets) - counts, counts])).sum() * targets.numel()
     return weights * counts.sum() / (weights * counts).sum()
 
 

@@ -41,7 +41,7 @@ class Objective:
     label_smoothing: float = 0.0
     focal_gamma: float = 0.0
     class_weights: Tensor | None = None
-    """(c,), mean 1 over the training pictures."""
+    """(c,); with several labels (2, c), of pictures without and with the label. See `visionlora.vision.material`."""
 
     def losses(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Of each picture, (m,).
@@ -63,7 +63,8 @@ class Objective:
         if self.focal_gamma:  # arXiv 1708.02002, eq. 4
             terms = terms * (1 - right).clamp(min=SMALLEST) ** self.focal_gamma
         if self.class_weights is not None:
-            terms = terms * self.class_weights.to(terms.device)
+            weights = self.class_weights.to(terms.device)
+            terms = terms * (torch.lerp(weights[0], weights[1], targets) if self.multi_label else weights)
         return terms.mean(-1) if self.multi_label else terms.sum(-1)
 
 

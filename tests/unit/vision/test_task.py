@@ -8,6 +8,7 @@ from torch import nn
 
 from visionlora.data.preprocess import Preprocessing
 from visionlora.vision.augment import Augmentation
+from visionlora.vision.material import class_weights
 from visionlora.vision.task import ClassificationTask, Objective
 
 
@@ -50,6 +51,28 @@ def test_the_weight_of_a_class_multiplies_its_pictures() -> None:
     weights = torch.tensor([1.0, 2.0, 3.0, 4.0])
     plain, weighted = Objective().losses(logits, targets), Objective(class_weights=weights).losses(logits, targets)
     assert torch.allclose(weighted, plain * weights[targets.argmax(1)])
+
+
+def test_with_several_labels_the_weight_is_that_of_pictures_which_have_the_label() -> None:
+    targets = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 0.0]])
+    weights = class_weights("auto", targets, ("often", "rare"), True)
+    assert weights is not None and weights[1] / weights[0] == pytest.approx([1.0, 3.0])
+    logits = torch.randn(4, 2, generator=torch.Generator().manual_seed(0))
+    plain = F.binary_cross_entropy_with_logits(logits, targets, pos_weight=torch.tensor([1.0, 3.0]), reduction="none")
+    weighted = Objective(True, class_weights=weights).losses(logits, targets)
+    assert torch.allclose(weighted, plain.mean(1) * weights[0, 0])
+    every = torch.where(targets > 0, weights[1], weights[0])
+    assert every.mean() == pytest.approx(1.0)
+    named = class_weights({"rare": 5.0}, targets, ("often", "rare"), True)
+    assert named is not None and named[1] / named[0] == pytest.approx([1.0, 5.0])
+
+
+@pytest.mark.parametrize("given", ["auto", {"a": 4.0}])
+def test_weights_of_classes_have_the_mean_1_over_the_training_pictures(given: str | dict[str, float]) -> None:
+    targets = F.one_hot(torch.tensor([0, 1, 1, 1]), 2).float()
+    weights = class_weights(given, targets, ("a", "b"), False)
+    assert weights is not None and (targets * weights).sum(1).mean() == pytest.approx(1.0)
+    assert weights[0] / weights[1] == pytest.approx(3.0 if given == "auto" else 4.0)
 
 
 @pytest.mark.parametrize("multi_label", [False, True])
