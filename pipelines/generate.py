@@ -58,6 +58,7 @@ class GenerateConfig:
     scheduler: str = "dpm++"
     width: int | None = None
     height: int | None = None
+    """In px; by default both together the model's own area, in the shape of the picture to start from or to follow."""
     clip_skip: int | None = None
     """Layers from the end that the text is read; by default as the adapters were trained, else 1."""
     compose: str = "sum"
