@@ -120,7 +120,7 @@ def dry_run(config: TrainSDConfig, listener: Listener | None = None) -> Estimate
     there, missing = class_sizes(config)
     of_class = [plan.framing_of(s) for s in (*there, *[(ready.size, ready.size)] * missing)]
     apart = [validation_plan(plan).framing(item) for item in ready.apart]
-    texts = {"", config.held_caption or "", *(c for each in captions_of(config, items) for c in each)}
+    texts = {"", config.held_caption or "", *(c for each in ready.captions for c in each)}
     texts |= {variants[0] for variants in captions_of(config, ready.apart)}
     if of_class and config.prior_prompt is not None:
         texts.add(config.prior_prompt)

@@ -54,6 +54,8 @@ class Ready:
     """With every default filled in."""
     folder: ImageFolder
     """The pictures to train on."""
+    captions: list[tuple[str, ...]]
+    """Of each of them, those that are drawn from."""
     apart: tuple[ImageItem, ...]
     """Those by which one sees whether it learned."""
     base: BaseModel
@@ -127,12 +129,14 @@ def prepare(start: Start[TrainSDConfig], tell: Listener) -> Ready:
     check_base_precision(config, accelerator.mixed_precision)
     prepare_encoders(base, config, accelerator.device, accelerator.mixed_precision)
     word = new_word(config, base, folder)
-    longest = [max(variants, key=len) for variants in captions_of(config, folder.items)]
+    captions = captions_of(config, folder.items)
+    longest = [max(variants, key=len) for variants in captions]
     for caption, lost in cut_captions(base, longest):
         tell.say(f"The caption {caption!r} is longer than the model reads; it never sees: {lost}")
     return Ready(
         config,
         folder,
+        captions,
         apart,
         base,
         fingerprints,

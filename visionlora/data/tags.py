@@ -58,21 +58,24 @@ def caption_variants(
     chosen = any(not isinstance(part, str) for part in text)
     moving = shuffle_tags or tag_dropout > 0
     found: list[str] = []
-    different: set[str] = set()
+    different: dict[str, str] = {}
+    """Each one once, as there may be many of a few."""
+    known: dict[str, tuple[str, bool]] = {}
     decks: Decks = {}
     for _ in range(max(_FEWEST, _DRAWS * count)):
-        variant = _drawn(text, rng, decks)
-        if chosen:
-            variant = " ".join(variant.split())  # an empty choice leaves two spaces
-        fixed = not moving or _is_fixed(variant, shuffle_tags, keep_tags, tag_dropout)
+        drawn = _drawn(text, rng, decks)
+        if (before := known.get(drawn)) is None:
+            variant = " ".join(drawn.split()) if chosen else drawn  # an empty choice leaves two spaces
+            fixed = not moving or _is_fixed(variant, shuffle_tags, keep_tags, tag_dropout)
+            before = known[drawn] = (variant, fixed)
+        variant, fixed = before
         if not fixed:
             variant = _moved(variant, rng, shuffle_tags, keep_tags, tag_dropout)
         if not variant and caption:
             continue
         if variant not in different and len(different) == count:
             break
-        found.append(variant)
-        different.add(variant)
+        found.append(different.setdefault(variant, variant))
         if fixed and not chosen:
             break
     return tuple(found) if len(different) > 1 else (found[0] if found else "",)

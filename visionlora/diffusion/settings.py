@@ -57,18 +57,19 @@ def validation_plan(plan: Plan) -> Plan:
 
 
 def captions_of(config: TrainSDConfig, items: Sequence[ImageItem]) -> list[tuple[str, ...]]:
-    """Of each picture the captions that are drawn from."""
-    return [
-        caption_variants(
-            item.caption,
+    """Of each picture the captions that are drawn from; of those with one caption the same."""
+    found = {
+        caption: caption_variants(
+            caption,
             shuffle_tags=config.shuffle_tags,
             keep_tags=config.keep_tags,
             tag_dropout=config.tag_dropout,
             count=config.caption_variants,
             seed=config.seed,
         )
-        for item in items
-    ]
+        for caption in dict.fromkeys(item.caption for item in items)
+    }
+    return [found[item.caption] for item in items]
 
 
 def validation_masks(config: TrainSDConfig) -> str | None:

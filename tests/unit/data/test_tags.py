@@ -98,3 +98,8 @@ def test_seeds_and_captions_draw_differently() -> None:
 def test_many_braces_take_no_time() -> None:
     assert variants("{" * 5000 + "a|b" + "}" * 5000)[0].startswith("{" * 4999)
     assert variants("{" * 9000) == ("{" * 9000,)
+
+
+def test_few_variants_are_few_texts_in_memory() -> None:
+    found = caption_variants("a {red|blue} dog", shuffle_tags=True, keep_tags=1, tag_dropout=0, count=9, seed=0)
+    assert len(found) > 100 and len({id(text) for text in found}) == 2
