@@ -22,7 +22,7 @@ from visionlora.diffusion.recipe import LoraUse, Recipe, png_bytes, read_recipe,
 from visionlora.diffusion.sampling import pictures_of, sampling_scheduler
 from visionlora.diffusion.settings import BASE_DTYPES
 from visionlora.errors import AdapterFileError, ConfigError, DataError, nearest
-from visionlora.formats.container import file_hashes
+from visionlora.formats.container import SUFFIXES, file_hashes
 from visionlora.formats.inspection import settings_beside, weights_file
 from visionlora.loaders import check_base, check_draws, ends_in_noise, load_adapter
 from visionlora.lora.adapter import Adapter
@@ -262,9 +262,14 @@ def uses_of(prompt: str, config: GenerateConfig) -> list[LoraUse]:
 
 
 def name_of(path: str) -> str:
-    """How prompts and recipes call a file: of a run folder the folder's name."""
+    """How prompts and recipes call a file: of a run folder the folder's name.
+
+    >>> name_of("loras/ink.v2.safetensors"), name_of("runs/ink-v1.5"), name_of("runs/ink-v1.5/adapter.safetensors")
+    ('ink.v2', 'ink-v1.5', 'ink-v1.5')
+    """
     given = Path(path)
-    return given.parent.name if given.stem == "adapter" and given.parent.name else given.stem
+    stem = given.stem if given.suffix in SUFFIXES else given.name
+    return given.parent.name if stem == "adapter" and given.parent.name else stem
 
 
 def names_of(paths: Iterable[str]) -> list[str]:
