@@ -262,11 +262,7 @@ def uses_of(prompt: str, config: GenerateConfig) -> list[LoraUse]:
 
 
 def name_of(path: str) -> str:
-    """How prompts and recipes call a file: of a run folder the folder's name.
-
-    >>> name_of("loras/ink.v2.safetensors"), name_of("runs/ink-v1.5"), name_of("runs/ink-v1.5/adapter.safetensors")
-    ('ink.v2', 'ink-v1.5', 'ink-v1.5')
-    """
+    """How prompts and recipes call a file: of a run folder the folder's name."""
     given = Path(path)
     stem = given.stem if given.suffix in SUFFIXES else given.name
     return given.parent.name if stem == "adapter" and given.parent.name else stem

@@ -151,7 +151,9 @@ def test_files_arrays_and_pictures_are_the_same(tiny_vit: Path, tmp_path: Path) 
     picture.save(tmp_path / "a.png")
     found = classifier.predict([picture, tmp_path / "a.png", str(tmp_path / "a.png"), np.asarray(picture)])
     assert [p.label for p in found] == [found[0].label] * 4
-    assert [p.probability for p in found] == pytest.approx([found[0].probability] * 4, rel=1e-5)  # rows of a batch round
+    assert [p.probability for p in found] == pytest.approx(
+        [found[0].probability] * 4, rel=1e-5
+    )  # rows of a batch round
 
 
 def check_says(error: type[Exception], said: str, call: Any) -> None:
