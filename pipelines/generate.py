@@ -199,7 +199,7 @@ def clip_skip_of(config: GenerateConfig, adapters: Mapping[str, Adapter]) -> int
     """
     if config.clip_skip is not None:
         return config.clip_skip
-    found = {path: int((a.info.get("training") or {}).get("clip_skip", 1)) for path, a in adapters.items()}
+    found = {path: a.clip_skip for path, a in adapters.items() if a.info.get("training")}  # others say nothing
     if len(set(found.values())) > 1:
         said = ", ".join(f"{value} ({path})" for path, value in found.items())
         raise ConfigError(f"These adapters were trained with clip_skip {said}: choose with --clip-skip.")

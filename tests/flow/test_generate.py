@@ -523,8 +523,13 @@ def test_what_one_adapter_was_trained_with_is_not_for_the_pictures_of_others(tin
     assert (tmp_path / "both" / alone.name).read_bytes() == alone.read_bytes()
     (other,) = set((tmp_path / "both").iterdir()) - {tmp_path / "both" / alone.name}
     assert read_recipe(other).zero_terminal_snr and read_recipe(other).clip_skip == 2
+    run(*words, "--prompt", "a <lora:trained:1> <lora:ink:1>", "--output", tmp_path / "silent")
+    (mixed,) = (r for r in map(read_recipe, (tmp_path / "silent").iterdir()) if r.loras)
+    assert mixed.clip_skip == 2, "an adapter that says nothing of its training has no say"
+    ink = vl.load_adapter(loras / "ink.safetensors")
+    vl.save_adapter(replace(ink, info={**ink.info, "training": {"steps": 5}}), loras / "plain.safetensors")
     with pytest.raises(vl.VisionLoRAError, match=r"trained with clip_skip 2 \(.*\), 1 \(.*\): choose with --clip-skip"):
-        run(*words, "--prompt", "a <lora:trained:1> <lora:ink:1>", "--output", tmp_path / "none")
+        run(*words, "--prompt", "a <lora:trained:1> <lora:plain:1>", "--output", tmp_path / "none")
 
 
 def test_numbers_and_masks_from_python_are_those_of_the_command(loras: Path, tiny_model: Path, tmp_path: Path) -> None:
