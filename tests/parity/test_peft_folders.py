@@ -1,6 +1,7 @@
 """Adapters trained here load in PEFT, and PEFT's load here, with the same output."""
 
 import copy
+import json
 import warnings
 from pathlib import Path
 
@@ -95,6 +96,10 @@ THEIRS = {
     "lokr, full": lambda: peft.LoKrConfig(r=50, alpha=5, target_modules=["fc1"]),
     "ia3, convolution by rows": lambda: peft.IA3Config(target_modules=["square", "fc1"], feedforward_modules=["fc1"]),
     "ia3, convolution by columns": lambda: peft.IA3Config(target_modules=["square", "fc2"], feedforward_modules=["square"]),
+    "a module by the end of its path": lambda: peft.LoraConfig(r=2, target_modules=["fc1"], modules_to_save=["mlp.fc2"]),
+    "biases, all": lambda: peft.LoraConfig(r=2, target_modules=["fc1"], bias="all"),
+    "biases, its own": lambda: peft.LoraConfig(r=2, target_modules=["fc1"], bias="lora_only"),
+    "biases of vera": lambda: peft.VeraConfig(r=2, target_modules=["fc1"], bias="vera_only"),
     "ia3, by a pattern": lambda: peft.IA3Config(target_modules=["square", "proj"], feedforward_modules=r".*\.square|square"),
 }  # fmt: skip
 
@@ -212,6 +217,27 @@ def test_what_peft_would_take_for_something_else(name: str, tmp_path: Path) -> N
         with pytest.raises(vl.VisionLoRAError, match=words):
             vl.save_adapter(one, tmp_path / "b", format="peft")
     assert not (tmp_path / "b").exists()
+
+
+def test_pefts_lora_on_packed_attention_is_named(tmp_path: Path) -> None:
+    peft.get_peft_model(Attention(), peft.LoraConfig(r=2, target_modules=["packed"])).save_pretrained(tmp_path / "a")
+    with pytest.raises(vl.VisionLoRAError, match="adapts 'packed', torch's packed attention"):
+        vl.load_adapter(tmp_path / "a")
+
+
+def test_pefts_lora_on_a_convolution_in_groups_is_named(tmp_path: Path) -> None:
+    peft.get_peft_model(Attention(), peft.LoraConfig(r=3, target_modules=["grouped"])).save_pretrained(tmp_path / "a")
+    with pytest.raises(vl.VisionLoRAError, match="adapts 'grouped', a convolution in groups"):
+        vl.load_adapter(tmp_path / "a")
+
+
+@pytest.mark.parametrize(("entry", "title"), [("use_bdlora", "BD-LoRA"), ("kasa_config", "KaSA")])
+def test_other_kinds_of_lora_are_named(entry: str, title: str, tmp_path: Path) -> None:
+    peft.get_peft_model(net(), peft.LoraConfig(r=2, target_modules=["fc1"])).save_pretrained(tmp_path / "a")
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps({**config, entry: {"nblocks": 2}}))
+    with pytest.raises(vl.VisionLoRAError, match=f"holds PEFT's {title}, which visionlora does not read"):
+        vl.load_adapter(tmp_path / "a")
 
 
 def test_ia3_on_the_input_of_one_layer_alone_whose_name_another_ends_with(tmp_path: Path) -> None:

@@ -32,6 +32,8 @@ from visionlora.lora.targets import UNCALLED
 
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 READABLE = ("LORA", "ADALORA", "LOHA", "LOKR", "VERA", "IA3")
+VARIANTS = {"use_bdlora": "BD-LoRA", "kasa_config": "KaSA", "monteclora_config": "MonteCLoRA"}
+"""Kinds of LoRA that hold something else, by the entry of the config that says so."""
 COMPONENT_OF = {
     "UNet2DConditionModel": "unet",
     "CLIPTextModel": "text_encoder",
@@ -89,6 +91,8 @@ def read(
     if kind not in READABLE:
         raise AdapterFileError(f"{folder} holds PEFT's {kind}; {', '.join(READABLE)} are read.")
     check_start(folder, config.get("init_lora_weights"))
+    if variant := next((title for entry, title in VARIANTS.items() if config.get(entry)), None):
+        raise AdapterFileError(f"{folder} holds PEFT's {variant}, which visionlora does not read.")
     named = (weights,) if weights is not None else (folder / WEIGHTS, folder / "adapter_model.bin")
     weights = next((file for file in named if file.is_file()), None)
     if weights is None:
@@ -98,10 +102,12 @@ def read(
     values: dict[str, AdapterModule] = {}
     for key, tensor in contents.tensors.items():
         name = key.removeprefix(PREFIX)
-        if split_key(name) in (None, (name.removesuffix(".weight"), "weight")) and saved & set(name.split(".")):
-            values[name] = AdapterModule("full", {"value": tensor}, 1.0)
+        if split_key(name) in (None, (name.removesuffix(".weight"), "weight")) and is_saved(name, saved, config):
+            values[name.replace(".base_layer.", ".")] = AdapterModule("full", {"value": tensor}, 1.0)
         else:
             tensors[name] = tensor
+    if kind == "LORA":
+        check_pairs(folder, tensors)
     if kind == "VERA":
         tensors = with_projections(folder, tensors)
     if kind == "ADALORA":
@@ -128,6 +134,38 @@ def read(
     if base := config.get("base_model_name_or_path"):
         info["base"] = {"id": base}
     return Adapter(modules, info, format="peft", metadata=contents.metadata, unused=tuple(unused))
+
+
+def is_saved(name: str, saved: Iterable[str], config: Mapping[str, Any]) -> bool:
+    """PEFT's rules for a parameter that it saves as it is: in a module whose name ends so, or a bias that trains too."""
+    parts = name.split(".")[:-1]
+    paths = [".".join(parts[: i + 1]) for i in range(len(parts))]
+    trains = str(config.get("bias") or "none") != "none" and name.endswith(".bias")
+    return trains or any(path.endswith(tuple(saved)) for path in paths)
+
+
+def check_pairs(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Raises AdapterFileError for factors whose product is not what PEFT applies.
+
+    PEFT (0.21) adds the product on the output of packed attention twice.
+    """
+    layers: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        if ".base_layer.out_proj." in name:
+            raise AdapterFileError(
+                f"{folder} adapts {name.partition('.base_layer.')[0]!r}, torch's packed attention, where PEFT applies another "
+                "product than that of its factors; visionlora does not read it. Train it without that layer, or here."
+            )
+        layer, slot = split_key(name) or ("", "")
+        layers.setdefault(layer, {})[slot] = tensor
+    for layer, own in layers.items():
+        down, up = own.get("down"), own.get("up")
+        if down is None or up is None or min(down.dim(), up.dim()) < 3 or up.shape[1] == len(down):
+            continue
+        raise AdapterFileError(
+            f"{folder} adapts {layer!r}, a convolution in groups, where PEFT's two factors act group by group; "
+            "visionlora reads factors of the whole. Train it without that layer."
+        )
 
 
 def check_start(where: Path, start: Any) -> None:
