@@ -211,7 +211,10 @@ def spelled(layer: str) -> tuple[str, str]:
             return component, with_text_model(component, found)
     first, _, rest = layer.removeprefix(PEFT_PREFIX).partition(".")
     component, path = (first, rest) if first in COMPONENTS and rest else ("", layer.removeprefix(PEFT_PREFIX))
-    if match := PROCESSOR.match(path):  # the oldest spelling has the factors on the attention's processor
+    ours = (
+        component or ".processor." in path or path.startswith((*UNET_BLOCKS, "text_model."))
+    )  # others' names are theirs
+    if ours and (match := PROCESSOR.match(path)):  # the oldest spelling has the factors on the attention's processor
         clip = "self_attn" in match["layer"]
         last = {"out": "out_proj" if clip else "to_out.0"}.get(match["which"], match["which"] + "_proj" if clip else "")
         path = f"{match['layer']}.{last or 'to_' + match['which']}"

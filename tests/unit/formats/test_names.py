@@ -147,6 +147,7 @@ OLD_SPELLINGS = {
         ("text_encoder", "text_model.encoder.layers.0.self_attn.out_proj"),
     "text_encoder.encoder.layers.0.mlp.fc1": ("text_encoder", "text_model.encoder.layers.0.mlp.fc1"),
     "base_model.model.blocks.0.attn.qkv": ("model", "blocks.0.attn.qkv"),
+    "base_model.model.blocks.0.attn.to_out": ("model", "blocks.0.attn.to_out"),
     "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q":
         ("unet", "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"),
     "diffusion_model.middle_block.0.in_layers.2": ("unet", "mid_block.resnets.0.conv1"),
