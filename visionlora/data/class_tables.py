@@ -8,7 +8,7 @@ from typing import Any
 
 from visionlora.data.files import Listing, Names, Unusable, is_hidden, list_folder
 from visionlora.data.images import printable
-from visionlora.data.labelled import Found, Row, Wanted, split_folders, split_of, top_of
+from visionlora.data.labelled import Found, Row, Wanted, cleaned, split_folders, split_of, top_of
 from visionlora.data.tables import Table, read_table, text_of, truth_of
 from visionlora.data.wording import ENDINGS, Meant, count_of, first_names, quoted
 from visionlora.errors import ConfigError, DataError
@@ -61,7 +61,7 @@ def from_tables(root: Path, tables: Mapping[str, Table], wanted: Wanted, listing
                 if not found.multi_label:
                     found.classes[labels[0]] = None
                 split = _split(cells, split_column) if split_column else None
-                group = text_of(cells.get(group_column), group_column) or None if group_column else None
+                group = cleaned(text_of(cells.get(group_column), group_column)) or None if group_column else None
                 name = _name(cells.get(path_column), path_column, root, place)
                 if name in others:
                     raise Unusable(f"names {printable(name)}, which is no picture; {ENDINGS}")
@@ -96,6 +96,11 @@ def from_tables(root: Path, tables: Mapping[str, Table], wanted: Wanted, listing
         found.source += f", splits from {' and '.join(dict.fromkeys(split_sources))}"
     if doubles:
         found.notes.append(f"listed more than once, with the same label: {first_names(dict.fromkeys(doubles))}")
+    if wanted.group and (alone := [row.name for row in found.rows if row.group is None]):
+        found.notes.append(
+            f"{count_of(len(alone), 'picture has', 'pictures have')} no group, so that {'it' if len(alone) == 1 else 'each'} "
+            f"may be on any side: {first_names(alone)}"
+        )
     unnamed = [name for name in listing.pictures if name not in seen]
     if unnamed:
         found.notes.append(

@@ -24,6 +24,7 @@ from visionlora.data.labelled import (
     LabelledItem,
     Row,
     Wanted,
+    cleaned,
     split_folders,
     split_of,
     splits_beside_others,
@@ -243,11 +244,12 @@ def _no_class_folders(root: Path, strays: list[str], listing: Listing, unlabelle
 
 def _finished(found: Found, skip_broken: bool) -> LabelledData:
     fatal, skippable, notes = list(found.fatal), list(found.skippable), list(found.notes)
-    fatal += _name_clashes(found.classes)
+    fatal += _name_clashes(found.classes, "class")
+    fatal += _name_clashes({row.group for row in found.rows if row.group is not None}, "group")
     counts = Counter(label for row in found.rows for label in row.labels)
     empty = sorted((name for name in found.classes if not counts[name]), key=natural)
     skippable += [f'class "{printable(name)}" has no picture; add some, or remove the class' for name in empty]
-    classes = {_clean(name): None for name in sorted(counts, key=lambda name: natural(_clean(name)))}
+    classes = {cleaned(name): None for name in sorted(counts, key=lambda name: natural(cleaned(name)))}
     if not found.multi_label and len(classes) == 1:
         fatal.append(
             f'all {count_of(len(found.rows), "picture")} are of one class, "{printable(next(iter(classes)))}"; add '
@@ -265,10 +267,10 @@ def _finished(found: Found, skip_broken: bool) -> LabelledData:
         raise DataError(problem_report(found.root, fatal + skippable, ending))
     place = {name: i for i, name in enumerate(classes)}
     items = tuple(
-        LabelledItem(found.root / row.name, tuple(sorted(place[_clean(n)] for n in row.labels)), row.split, row.group)
+        LabelledItem(found.root / row.name, tuple(sorted(place[cleaned(n)] for n in row.labels)), row.split, row.group)
         for row in sorted(found.rows, key=lambda row: row.name)
     )
-    rare = [_clean(name) for name in counts if counts[name] == 1]
+    rare = [cleaned(name) for name in counts if counts[name] == 1]
     if rare:
         notes.append(
             f"{count_of(len(rare), 'class has', 'classes have')} only one picture: "
@@ -278,27 +280,22 @@ def _finished(found: Found, skip_broken: bool) -> LabelledData:
     return LabelledData(found.root, tuple(classes), items, found.multi_label, tuple(notes), found.source)
 
 
-def _clean(name: str) -> str:
-    """The name that a class goes by: composed letters, as macOS splits them, and no spaces around."""
-    return unicodedata.normalize("NFC", name.strip())
-
-
-def _name_clashes(names: Iterable[str]) -> Iterator[str]:
-    """One line for each two classes that a person would take for one."""
+def _name_clashes(names: Iterable[str], kind: str) -> Iterator[str]:
+    """One line for each two classes, or other kind of thing, that a person would take for one."""
     before: dict[str, str] = {}
     for name in sorted(names):
-        clean = _clean(name)
+        clean = cleaned(name)
         if not clean:
-            yield "a class has a name of only spaces; rename it"
+            yield f"a {kind} has a name of only spaces; rename it"
             continue
         other = before.setdefault(unicodedata.normalize("NFC", clean.casefold()), name)
         if other == name:
             continue
-        if _clean(other) != clean:
+        if cleaned(other) != clean:
             pair, reason = (quoted([other]), quoted([name])), "case"
         elif other.strip() != name.strip():
             # Both would look the same.
             pair, reason = (ascii(other), ascii(name)), "how accents are encoded (Unicode normal form)"
         else:
             pair, reason = (quoted([other]), quoted([name])), "the spaces around them"
-        yield f"the class names {pair[0]} and {pair[1]} differ only in {reason}; give both the same name"
+        yield f"the {kind} names {pair[0]} and {pair[1]} differ only in {reason}; give both the same name"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -101,6 +102,11 @@ class Found:
     notes: list[str] = field(default_factory=list)
     multi_label: bool = False
     source: str = ""
+
+
+def cleaned(name: str) -> str:
+    """The name that a class or a group goes by: composed letters, as macOS splits them, and no spaces around."""
+    return unicodedata.normalize("NFC", name.strip())
 
 
 def top_of(name: str) -> str:

@@ -369,6 +369,20 @@ def test_columns_are_found_by_name_or_given(flat: Path) -> None:
     assert [item.group for item in data.items] == ["p0", "p1", "p2", "p3"]
 
 
+def test_groups_are_told_apart_as_classes_are(flat: Path) -> None:
+    split_letters = unicodedata.normalize("NFD", "é")
+    path = table(flat, f'path,label,who\n0.png,a,p1\n1.png,b," p1 "\n2.png,a,{split_letters}\n3.png,b,é\n')
+    assert [item.group for item in read_labelled(path, group_column="who").items] == ["p1", "p1", "é", "é"]
+    path = table(flat, "path,label,who\n0.png,a,p1\n1.png,b,P1\n2.png,a,\n3.png,b, \n")
+    assert problems(flat, table=path, group_column="who") == [
+        'the group names "P1" and "p1" differ only in case; give both the same name'
+    ]
+    path = table(flat, "path,label,who\n0.png,a,p1\n1.png,b,p2\n2.png,a,\n3.png,b, \n")
+    data = read_labelled(path, group_column="who")
+    assert [item.group for item in data.items] == ["p1", "p2", None, None]
+    assert data.notes == ("2 pictures have no group, so that each may be on any side: 2.png, 3.png",)
+
+
 def test_columns_that_are_not_there(flat: Path) -> None:
     path = table(flat, "file,kind\n0.png,cat\n")
     assert said(path, ConfigError, label_column="kinds") == (
