@@ -7,7 +7,7 @@ Whatever the library, a backbone is one module that ends in features: the place 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib import resources
@@ -35,6 +35,8 @@ SMALL = 20_000_000
 HEAD_STD = 0.02
 
 
+BLOCKS = ("blocks", "layers", "block", "layer")
+"""What a stage of a model calls its blocks, by number."""
 STEM = "stem"
 """What stands before the blocks of many models; its layers may be numbered too."""
 
@@ -116,13 +118,19 @@ class VisionModel:
         )
 
     def block_of(self, name: str) -> str | None:
-        """The name of the block, up to its number (`layer4.1`); None outside of blocks, as for head and stem."""
+        """The name of the block, up to its number (`layer4.1`, `stages.2.blocks.5`); None outside, as for head and stem."""
         parts = name.split(".")
         if name == self.head or name.startswith(self.head + "."):
             return None
         found = (i for i, part in enumerate(parts) if part.removeprefix("encoder_layer_").isdigit())  # torchvision's
-        first = next(found, None)
-        return None if first is None or STEM in parts[:first] else ".".join(parts[: first + 1])
+        last = next(found, None)
+        if last is None or STEM in parts[:last]:
+            return None
+        if is_number(parts, last + 1):  # the first was that of the stage
+            last += 1
+        elif is_number(parts, last + 2) and parts[last + 1] in BLOCKS:
+            last += 2
+        return ".".join(parts[: last + 1])
 
     @property
     def blocks(self) -> int:
@@ -138,6 +146,11 @@ class VisionModel:
         last = max((i for i, block in enumerate(found) if block is not None), default=len(found))
         after = names[last + 1 :]
         return blocks, [*after, *{layer: None for n in after if (layer := n.rpartition(".")[0])}]
+
+
+def is_number(parts: Sequence[str], i: int) -> bool:
+    """Whether there is a part `i` and it is a number."""
+    return i < len(parts) and parts[i].isdigit()
 
 
 def as_logits(output: Any) -> Tensor:
