@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from visionlora.errors import ConfigError, nearest
 from visionlora.loaders import check_family_of, load_adapter
-from visionlora.lora.adapter import Adapter
+from visionlora.lora.adapter import Adapter, in_one_spelling
 from visionlora.lora.handle import Handle
 from visionlora.lora.inject import attach as attach_one
 from visionlora.lora.merge import check_scale, merge_together
@@ -241,8 +241,9 @@ class Mix:
         if not self.members:
             return
         self.words.add({n: m.adapter for n, m in self.members.items()})
+        alike = in_one_spelling([m.adapter for m in self.members.values()])
         prepared = self.composition.prepare(
-            {n: m.adapter for n, m in self.members.items()}, {n: m.scale.strength for n, m in self.members.items()}
+            dict(zip(self.members, alike, strict=True)), {n: m.scale.strength for n, m in self.members.items()}
         )
         for number, (name, adapter) in enumerate(prepared.items()):
             pairs: list[tuple[str, Handle]] = []

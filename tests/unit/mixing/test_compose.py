@@ -280,3 +280,18 @@ def test_regions_are_of_pictures() -> None:
     vl.attach(model, {"a": single("lora", 0, 0)}, compose="regional", regions={"a": (0, 0, 1, 1)})
     with pytest.raises(vl.VisionLoRAError, match="for models whose output is pictures"), torch.no_grad():
         model(torch.randn(2, 6))
+
+
+def test_a_layer_in_two_spellings_is_one_layer_to_a_composition() -> None:
+    model = torch.nn.ModuleDict({"a": torch.nn.Sequential(torch.nn.Linear(6, 8))})
+    generator = torch.Generator().manual_seed(0)
+    made = [
+        Adapter({name: AdapterModule.lora(
+            torch.randn(2, 6, generator=generator), torch.randn(8, 2, generator=generator), 2.0
+        )})
+        for name in ("model.a.0", "model.a_0")
+    ]  # fmt: skip
+    mix = vl.attach(model, dict(zip("xy", made, strict=True)), compose="orthogonal")
+    one, two = (next(iter(h.adapter().delta_weights().values())) for pairs in mix.handles.values() for _, h in pairs)
+    assert one.norm() > 0 and two.norm() > 0
+    torch.testing.assert_close(one.t() @ two, torch.zeros(6, 6), rtol=0, atol=1e-4)
