@@ -198,6 +198,7 @@ def resolved(material: Material, before: Before | None, tell: Listener) -> Class
         else {"epochs": 10.0, "learning_rate": 1e-3, "head_learning_rate": 1e-3, "batch_size": 32}
     )
     suits["save_memory"] = not small
+    suits["flip"] = config.augment not in ("none", "affine")
     if config.method == "full":
         suits["learning_rate"] = suits["head_learning_rate"] = SMALL_FULL_RATE if small else FULL_RATE
     if config.find_rate:

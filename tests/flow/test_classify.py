@@ -304,6 +304,14 @@ def test_a_run_whose_heat_maps_cannot_be_drawn_is_finished_all_the_same(
     assert ears.lines.count(warning) == 1 and not (tmp_path / "run" / "overlays.png").exists()
 
 
+def test_no_augmentation_mirrors_nothing_unless_it_is_asked_for(shapes: Path, tiny_vit: Path, tmp_path: Path) -> None:
+    settled = {}
+    for augment, flip in (("none", None), ("affine", None), ("light", None), ("none", True)):
+        run = learned(shapes, tmp_path / f"{augment}-{flip}", model=str(tiny_vit), augment=augment, flip=flip)
+        settled[augment, flip] = "flip: true" in (run / "config.yaml").read_text()
+    assert settled == {("none", None): False, ("affine", None): False, ("light", None): True, ("none", True): True}
+
+
 def test_a_head_alone_is_no_folder_of_peft(shapes: Path, tiny_vit: Path, tmp_path: Path) -> None:
     run = learned(shapes, tmp_path / "run", model=str(tiny_vit), method="linear-probe")
     with pytest.raises(vl.VisionLoRAError, match="A PEFT folder holds at least one adapted layer"):
@@ -398,9 +406,12 @@ def test_a_run_that_was_cut_off_ends_in_the_same_bytes(
     assert not (tmp_path / "cut" / "report.html").exists(), "it was cut off before its end"
     if signal_number == signal.SIGINT:
         assert code == 130 and "visionlora classify --resume cut" in out and "Traceback" not in out
+    before = torch.load(tmp_path / "cut" / "checkpoints" / "state.pt", weights_only=True)["seconds"]
     code, out, err = cli("classify", "--resume", "cut")
     assert code == 0, err
     assert "Going on at step" in out
+    own = next(iter(json.loads((tmp_path / "cut" / "metrics.json").read_text())["contenders"].values()))
+    assert own["seconds"] > before > 0, "the time before it was cut off counts"
     assert (tmp_path / "cut" / "adapter.safetensors").read_bytes() == (
         tmp_path / "whole" / "adapter.safetensors"
     ).read_bytes()

@@ -58,8 +58,8 @@ class ClassifyConfig(TrainingConfig):
     """Of the optimizer, times the learning rate."""
     augment: str = "light"
     """none, light (crops and colours), affine (for what fills the picture), trivial (TrivialAugment) or rand (RandAugment)."""
-    flip: bool = True
-    """Mirror half of the pictures; not for letters, digits and signs."""
+    flip: bool | None = None
+    """Mirror half of the pictures; not for letters, digits and signs. By default not with augment none and affine."""
     erasing: float = 0.0
     """Share of the pictures that lose a rectangle."""
     mixup: float = 0.0

@@ -56,6 +56,11 @@ class Fitting:
     best: tuple[int, tuple[float, float], dict[str, torch.Tensor]] | None = None
     """Step, (score, negative loss) and values at the best moment: of equal scores the lower loss counts."""
 
+    spent: float = 0.0
+    """Seconds of training up to the checkpoint that the run goes on from."""
+    started: float = field(default_factory=time.monotonic)
+    """When this session's training began."""
+
     def __post_init__(self) -> None:
         self.prepare()
 
@@ -115,6 +120,11 @@ class Fitting:
         return {round(steps * (k + 1) / count) for k in range(count)}
 
     @property
+    def seconds(self) -> float:
+        """Of training, also before the run was cut off."""
+        return self.spent + time.monotonic() - self.started
+
+    @property
     def enough(self) -> bool:
         """Whether patience is at its end."""
         patience = self.material.config.patience
@@ -163,6 +173,7 @@ class Fitting:
         self.log.checkpoint(
             {
                 "evaluations": [list(e) for e in self.evaluations],
+                "seconds": self.seconds,
                 "best": {"step": step, "value": list(value), "state": state},
                 **self.ranks,
             }
@@ -176,6 +187,7 @@ class Fitting:
         """
         changed = self.log.restore(kept)
         self.evaluations = [(int(s), float(v), float(loss)) for s, v, loss in kept["evaluations"]]
+        self.spent = float(kept.get("seconds", 0.0))
         best = kept["best"]
         self.best = (int(best["step"]), (float(best["value"][0]), float(best["value"][1])), dict(best["state"]))
         if changed:
@@ -191,7 +203,7 @@ class Fitting:
             trained: False for a head that is fitted already.
             before: seconds that were spent on it already.
         """
-        started = time.monotonic()
+        self.started = time.monotonic()
         if trained:
             self.train()
         else:
@@ -202,7 +214,7 @@ class Fitting:
         material = self.material
         val = logits_of(material, material.chosen_by, self.accelerator)
         temperature = fit_temperature(val.numpy(), material.labels(material.chosen_by), material.data.multi_label)
-        seconds = time.monotonic() - started + before
+        seconds = self.seconds + before
         logits = logits_of(material, material.looked_at, self.accelerator)
         if self.accelerator.is_main_process:
             path.parent.mkdir(parents=True, exist_ok=True)

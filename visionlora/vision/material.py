@@ -66,7 +66,7 @@ class Material:
     def task(self) -> ClassificationTask:
         """For the training loop."""
         config, preprocessing = self.config, self.backbone.preprocessing
-        augmentation = Augmentation(preprocessing, config.augment, config.flip, config.erasing)
+        augmentation = Augmentation(preprocessing, config.augment, bool(config.flip), config.erasing)
         return ClassificationTask(
             self.checked.pictures, self.splits.train, self.targets, augmentation, self.objective, config.mixup,
             config.cutmix, config.balanced_sampling,
