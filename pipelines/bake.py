@@ -9,7 +9,7 @@ from pathlib import Path
 
 from visionlora.atomic import check_new
 from visionlora.errors import ModelError
-from visionlora.formats.embeddings import write_beside
+from visionlora.formats.embeddings import files_beside, write_beside
 from visionlora.formats.header import hashed, write_file
 from visionlora.loaders import apply, check_draws, follow_noise, load_adapter
 from visionlora.lora.merge import bake as bake_handles
@@ -45,6 +45,10 @@ def bake(
     loaded = [(load_adapter(path), scale) for path, scale in adapters]
     for (path, _), (adapter, _) in zip(adapters, loaded, strict=True):
         check_draws(adapter, path)
+    words = {token: parts for adapter, _ in loaded for token, parts in adapter.embeddings.items()}
+    beside = files_beside(output, words) if output.suffix == ".safetensors" else {}
+    for file in beside.values():
+        check_new(file, overwrite)
     if model == "auto" and loaded:
         model = str(loaded[0][0].info.get("base", {}).get("id", "auto"))
     base = open_base(model)
@@ -60,8 +64,9 @@ def bake(
     base.pipe.to(getattr(torch, dtype))
     if output.suffix == ".safetensors":
         write_file(output, hashed(single_file(base.pipe), {"format": "pt"}))
-        for adapter, _ in loaded:
-            write_beside(output, adapter.embeddings)
+        write_beside(output, words)
+        for token, file in beside.items():
+            say(f"The word {token} is in a file beside it, for the folder of embeddings: {file}")
         return output
     try:
         output.parent.mkdir(parents=True, exist_ok=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from visionlora.atomic import check_new
 from visionlora.errors import ConfigError, nearest
+from visionlora.formats.embeddings import files_beside
 from visionlora.loaders import load_adapter, save_adapter
 from visionlora.lora.adapter import Adapter
 
@@ -40,5 +41,13 @@ def convert(
             modules={n: m for n, m in adapter.modules.items() if n.startswith(component + ".")},
             embeddings={token: parts for token, parts in own.items() if parts},
         )
+    for file in files_written(adapter, output, to)[1:]:
+        check_new(file, overwrite)
     save_adapter(adapter, output, to)
     return adapter
+
+
+def files_written(adapter: Adapter, output: str | Path, to: str) -> list[Path]:
+    """What an adapter is written to: the output, and in diffusers' formats a file beside it for each learned word."""
+    path = Path(output).expanduser()
+    return [path, *(files_beside(path, adapter.embeddings).values() if to.startswith("diffusers") else ())]

@@ -193,7 +193,14 @@ def with_a_word(files: Path) -> Path:
 def test_a_word_of_an_adapter_for_diffusers(with_a_word: Path, tiny_model: Path, tmp_path: Path) -> None:
     from diffusers import StableDiffusionPipeline
 
-    run("convert", with_a_word, tmp_path / "d.safetensors", "--to", "diffusers")
+    own = tmp_path / "d-rex.safetensors"
+    own.write_bytes(b"somebody's")
+    with pytest.raises(VisionLoRAError, match=r"d-rex\.safetensors exists already"):
+        run("convert", with_a_word, tmp_path / "d.safetensors", "--to", "diffusers")
+    assert own.read_bytes() == b"somebody's" and not (tmp_path / "d.safetensors").exists()
+    own.unlink()
+    told = run("convert", with_a_word, tmp_path / "d.safetensors", "--to", "diffusers")
+    assert f"a learned word, for the folder of embeddings: {own}" in told
     pipe = StableDiffusionPipeline.from_pretrained(tiny_model, safety_checker=None)
     pipe.load_lora_weights(tmp_path, weight_name="d.safetensors")
     pipe.load_textual_inversion(tmp_path / "d-rex.safetensors")

@@ -38,9 +38,12 @@ def convert(
 ) -> None:
     """Write an adapter in another format: `visionlora convert dog.safetensors dog-kohya.safetensors --to kohya`."""
     from visionlora.pipelines.convert import convert as run
+    from visionlora.pipelines.convert import files_written
 
     adapter = run(source, output, to, component, allow_partial, overwrite)
     typer.echo(f"{len(adapter.modules)} modules, from {adapter.format} to {to}: {output}")
+    for file in files_written(adapter, output, to)[1:]:
+        typer.echo(f"  a learned word, for the folder of embeddings: {file}")
     for key in adapter.unused:
         typer.echo(f"  left out: {key}")
 

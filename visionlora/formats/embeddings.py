@@ -10,7 +10,7 @@ string_to_param.*                         webui's .pt
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -70,18 +70,28 @@ def take_embeddings(path: Path, tensors: dict[str, Tensor]) -> Embeddings:
     return found
 
 
-def write_beside(path: Path, embeddings: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Writes each token to a file of its own, as diffusers' `load_textual_inversion` and A1111 take them.
+def files_beside(path: Path, tokens: Iterable[str]) -> dict[str, Path]:
+    """Where each token goes that a file cannot hold: `dog-rex.safetensors` beside `dog.safetensors`, for `<rex>`."""
+    found: dict[str, Path] = {}
+    for token in tokens:
+        stem = name = path.stem + "-" + re.sub(r"[^\w-]+", "", token)
+        number = 2
+        while path.with_name(f"{name}.safetensors") in found.values():
+            name, number = f"{stem}-{number}", number + 1
+        found[token] = path.with_name(f"{name}.safetensors")
+    return found
 
-    The files are named after the tokens: `dog-rex.safetensors` beside `dog.safetensors`, for `<rex>`.
-    """
+
+def write_beside(path: Path, embeddings: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Writes each token to a file of its own, as diffusers' `load_textual_inversion` and A1111 take them."""
+    files = files_beside(path, embeddings)
     for token, parts in embeddings.items():
-        word = re.sub(r"[^\w-]+", "", token)
-        file = path.with_name(f"{path.stem}-{word}.safetensors")
         names = (
             {component: what for what, component in PARTS.items()} if len(parts) > 1 else dict.fromkeys(parts, token)
         )
-        write_file(file, save_tensors(unshared({names[c]: vectors for c, vectors in parts.items()}), {"format": "pt"}))
+        write_file(
+            files[token], save_tensors(unshared({names[c]: vectors for c, vectors in parts.items()}), {"format": "pt"})
+        )
 
 
 def check_vectors(path: Path, embeddings: Mapping[str, Mapping[str, Tensor]]) -> None:
