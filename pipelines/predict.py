@@ -36,6 +36,7 @@ def predict(
     output: str | Path | None = None,
     *,
     top_k: int = 1,
+    threshold: float = 0.5,
     batch_size: int = 32,
     model: str | None = None,
     device: str = "auto",
@@ -52,6 +53,7 @@ def predict(
         images: files and folders (with their subfolders), or one.
         output: a .csv, .json or .parquet file; none is written without it.
         top_k: classes per picture.
+        threshold: with several labels per picture, those above it apply.
         batch_size: pictures per forward pass.
         model: another place of the backbone than the adapter names.
         device: to run on; auto takes a GPU where there is one.
@@ -93,7 +95,7 @@ def predict(
             except DataError as e:
                 broken.append(str(e))
         if opened:
-            said = classifier.predict(opened, top_k=top_k, batch_size=batch_size)
+            said = classifier.predict(opened, top_k=top_k, batch_size=batch_size, threshold=threshold)
             found += [Predicted(p, s) for p, s in zip(readable, said, strict=True)]
         tell.progress("Predicting", min(start + batch_size, len(paths)), len(paths))
     if broken:
@@ -135,20 +137,24 @@ def pictures_in(places: Sequence[Path]) -> list[Path]:
 
 
 def record(one: Predicted) -> dict[str, Any]:
-    """A picture and its classes as plain values."""
+    """A picture and its classes as plain values; with several labels `top` also holds likely ones that do not apply."""
     p = one.prediction
     return {
         "path": printable(one.path),
         "label": p.label,
-        "probability": p.probability,
-        "top": [{"label": n, "probability": v} for n, v in zip(p.labels, p.probabilities, strict=True)],
+        "probability": p.probability if p.labels else None,
+        "top": [{"label": n, "probability": v} for n, v in p.top],
     }
 
 
 def row(one: Predicted, top_k: int) -> dict[str, Any]:
     """A picture as a row of a table: the first class, and further ones in columns of their own."""
     p = one.prediction
-    found: dict[str, Any] = {"path": printable(one.path), "label": p.label, "probability": p.probability}
+    found: dict[str, Any] = {
+        "path": printable(one.path),
+        "label": p.label,
+        "probability": p.probability if p.labels else None,
+    }
     for k in range(1, max(top_k, len(p.labels))):
         there = k < len(p.labels)
         found[f"label_{k + 1}"] = p.labels[k] if there else None

@@ -52,10 +52,13 @@ class Prediction:
     """What the classifier says of one picture."""
 
     labels: tuple[str, ...]
-    """The classes asked for, likeliest first; with several labels per picture, those above one half."""
+    """The classes asked for, likeliest first; with several labels per picture, those above the threshold."""
     probabilities: tuple[float, ...]
     """Of `labels`, calibrated by the temperature that the adapter carries."""
     task: str = ONLY
+    top: tuple[tuple[str, float], ...] = ()
+    """The likeliest classes and their probabilities, as many as were asked for; with several labels also those that do not
+    apply."""
 
     @property
     def label(self) -> str | None:
@@ -117,13 +120,13 @@ class ClassTask:
         scaled = logits.float() / self.temperature
         return scaled.sigmoid() if self.multi_label else scaled.softmax(-1)
 
-    def prediction(self, probabilities: Tensor, top_k: int, task: str) -> Prediction:
+    def prediction(self, probabilities: Tensor, top_k: int, task: str, threshold: float = 0.5) -> Prediction:
         """Of one picture, from its probabilities (c,)."""
         values, order = probabilities.sort(descending=True, stable=True)
-        count = min(top_k, len(order))
-        if self.multi_label:
-            count = int((values > 0.5).sum())
-        return Prediction(tuple(self.classes[i] for i in order[:count].tolist()), tuple(values[:count].tolist()), task)
+        count = int((values > threshold).sum()) if self.multi_label else min(top_k, len(order))
+        names, numbers = [self.classes[i] for i in order.tolist()], values.tolist()
+        top = tuple(zip(names, numbers, strict=True))[: max(top_k, count)]
+        return Prediction(tuple(names[:count]), tuple(numbers[:count]), task, top)
 
 
 class Classifier:
@@ -312,6 +315,7 @@ class Classifier:
         tasks: Sequence[str] | str | None = None,
         top_k: int = 1,
         batch_size: int = 32,
+        threshold: float = 0.5,
     ) -> list[Prediction]:
         """Predicts pictures.
 
@@ -320,6 +324,7 @@ class Classifier:
             tasks: a task for all, or one per picture; not needed where there is but one.
             top_k: classes per picture.
             batch_size: pictures per forward pass.
+            threshold: with several labels per picture, those above it apply.
 
         Raises:
             DataError: when a picture cannot be read, or there is none.
@@ -330,6 +335,8 @@ class Classifier:
             raise DataError("There are no pictures to predict.")
         if top_k < 1 or batch_size < 1:
             raise ConfigError(f"top_k is {top_k} and batch_size {batch_size}; both must be at least 1.")
+        if not 0 <= threshold < 1:
+            raise ConfigError(f"threshold is {threshold:g}; it must be at least 0 and below 1.")
         names = self.names_of(tasks, len(given))
         found: list[Prediction] = []
         for start in range(0, len(given), batch_size):
@@ -337,7 +344,7 @@ class Classifier:
             x = torch.cat([self.prepared(p, n) for p, n in zip(given[start : start + batch_size], own, strict=True)])
             for row, name in zip(self.logits(x, own), own, strict=True):
                 task = self.tasks[name]
-                found.append(task.prediction(task.probabilities(row).cpu(), top_k, name))
+                found.append(task.prediction(task.probabilities(row).cpu(), top_k, name, threshold))
         return found
 
     def prepared(self, picture: Picture, name: str) -> Tensor:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from visionlora.pipelines.predict import Predicted, record, table
 
 from visionlora.classifier import Classifier, load_classifier
 from visionlora.errors import AdapterFileError, ConfigError, DataError
@@ -142,7 +143,15 @@ def test_several_labels_are_those_above_one_half(tiny_vit: Path) -> None:
     task = classifier.tasks["default"]
     found = task.prediction(torch.tensor([0.2, 0.9, 0.5, 0.7, 0.1]), 1, "default")
     assert found.labels == ("1", "3") and found.probabilities == pytest.approx((0.9, 0.7))
+    assert found.top == (("1", pytest.approx(0.9)), ("3", pytest.approx(0.7)))
+    more = task.prediction(torch.tensor([0.2, 0.9, 0.5, 0.7, 0.1]), 4, "default", threshold=0.8)
+    assert more.labels == ("1",) and [name for name, _ in more.top] == ["1", "3", "2", "0"]
     nothing = task.prediction(torch.full((5,), 0.1), 1, "default")
+    said = Predicted(Path("a.png"), nothing)
+    assert record(said) == {
+        "path": "a.png", "label": None, "probability": None, "top": [{"label": "0", "probability": pytest.approx(0.1)}],
+    }  # fmt: skip
+    assert table([said], 1, ".csv") == b"path,label,probability\na.png,,\n"
     assert nothing.label is None and nothing.probability == 0.0
 
 
@@ -190,6 +199,7 @@ def test_wrong_use_is_explained(several: Classifier, tiny_vit: Path) -> None:
     check_says(ConfigError, "1 pictures and 2 tasks", lambda: several.predict(picture, ["pets", "pets"]))
     check_says(ConfigError, "is there already", lambda: several.add("pets", adapter_of(tiny_vit, TASKS["pets"], 0)))
     check_says(ConfigError, "at least 1", lambda: several.predict(picture, "pets", top_k=0))
+    check_says(ConfigError, "at least 0 and below 1", lambda: several.predict(picture, "pets", threshold=1.0))
     check_says(DataError, "no pictures", lambda: several.predict([], "pets"))
     check_says(DataError, "uint8 array", lambda: several.predict([np.zeros((4, 4))], "pets"))
     check_says(ConfigError, "No adapter", lambda: load_classifier({}))

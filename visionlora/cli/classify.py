@@ -138,6 +138,7 @@ def predict(
     ] = None,
     output: Annotated[Optional[Path], typer.Option(help="A .csv, .json or .parquet file.")] = None,  # noqa: UP045
     top_k: Annotated[int, typer.Option(help="Classes per picture.")] = 1,
+    threshold: Annotated[float, typer.Option(help="With several labels, those above it apply.")] = 0.5,
     batch_size: Annotated[int, typer.Option(help="Pictures per forward pass.")] = 32,
     model: Annotated[Optional[str], typer.Option(help="Another place of the backbone.")] = None,  # noqa: UP045
     weights: Annotated[Optional[str], typer.Option(help="Another place of its state dict.")] = None,  # noqa: UP045
@@ -152,8 +153,9 @@ def predict(
         from visionlora.pipelines.predict import predict, record
 
         found = predict(
-            adapter, [*(files or []), *(images or [])], output, top_k=top_k, batch_size=batch_size, model=model,
-            device=device, force=force, weights=weights, skip_broken=skip_broken, overwrite=overwrite, listener=listener,
+            adapter, [*(files or []), *(images or [])], output, top_k=top_k, threshold=threshold, batch_size=batch_size,
+            model=model, device=device, force=force, weights=weights, skip_broken=skip_broken, overwrite=overwrite,
+            listener=listener,
         )  # fmt: skip
     if as_json:
         typer.echo(json.dumps([record(one) for one in found], ensure_ascii=False))
