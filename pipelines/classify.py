@@ -161,7 +161,9 @@ def opened(start: Start[ClassifyConfig], tell: Listener) -> Ready:
             f"layer_decay is {config.layer_decay:g}, but the layers of {backbone.id} do not say by numbers which block they "
             "are of, so that none would learn slower than another: leave layer_decay out."
         )
-    accelerator = new_accelerator(config.precision, config.trackers, start.folder)
+    whole = "full" in (config.method, *config.baselines, None if first is None else first.info.get("method"))
+    # Of all parameters some may never be used, such as the mask token of DINOv2.
+    accelerator = new_accelerator(config.precision, config.trackers, start.folder, parts_stop=whole)
     backbone.model.to(accelerator.device)
     fingerprints = backbone.fingerprints()
     before = None

@@ -312,6 +312,22 @@ def test_no_augmentation_mirrors_nothing_unless_it_is_asked_for(shapes: Path, ti
     assert settled == {("none", None): False, ("affine", None): False, ("light", None): True, ("none", True): True}
 
 
+@pytest.mark.parametrize(
+    ("settings", "expected"), [({"method": "full"}, True), ({"baselines": ("full",)}, True), ({}, False)]
+)
+def test_several_processes_expect_unused_parameters_where_all_train(
+    shapes: Path, tiny_vit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict, expected: bool
+) -> None:
+    """Such as the mask token of DINOv2, at which torch's DistributedDataParallel stops."""
+
+    def seen(*_: object, parts_stop: bool = False) -> None:
+        raise RuntimeError(f"parts_stop {parts_stop}")
+
+    monkeypatch.setattr("visionlora.pipelines.classify.new_accelerator", seen)
+    with pytest.raises(RuntimeError, match=f"parts_stop {expected}"):
+        learned(shapes, tmp_path / "run", model=str(tiny_vit), **settings)
+
+
 def test_a_head_alone_is_no_folder_of_peft(shapes: Path, tiny_vit: Path, tmp_path: Path) -> None:
     run = learned(shapes, tmp_path / "run", model=str(tiny_vit), method="linear-probe")
     with pytest.raises(vl.VisionLoRAError, match="A PEFT folder holds at least one adapted layer"):
