@@ -255,8 +255,11 @@ def check_reached(
                 )
         roles = [role for role in ROLES if any(s.role == role for s in sites_of(model))]
         if target in ROLES or target in GROUPS:
+            last = list(dict.fromkeys(s.name.rpartition(".")[2] for s in sites_of(model)))
             there = (
-                f"It has {', '.join(roles)}: take some of these, or `all`." if roles else "Give the names of layers."
+                f"It has {', '.join(roles)}: take some of these, or `all`."
+                if roles
+                else f"Give the names of layers, such as {', '.join(last[:8])}."
             )
             raise TargetError(f"{type(model).__name__} has no layer of role {target!r}. {there}")
         what = "Target" if target in config.target_list else "Exclusion"

@@ -1,5 +1,7 @@
 """Roles, names, suffixes and expressions -> modules; and every refusal."""
 
+from collections import OrderedDict
+
 import pytest
 import torch
 from torch import nn
@@ -145,3 +147,11 @@ def test_a_role_that_a_model_has_not_is_the_name_of_a_layer() -> None:
     assert [site.name for site in found(model, "conv").sites] == ["conv"]
     model["conv1"] = nn.Conv2d(2, 2, 1)  # which has the role
     assert [site.name for site in found(model, "conv").sites] == ["conv1"]
+
+
+def test_layers_are_named_where_a_model_has_no_roles() -> None:
+    model = nn.Sequential(OrderedDict(first=nn.Linear(2, 2), second=nn.Linear(2, 2)))
+    with pytest.raises(
+        TargetError, match=r"no layer of role 'all'\. Give the names of layers, such as first, second\."
+    ):
+        inject(model, AdapterConfig(targets="all"))
