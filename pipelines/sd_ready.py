@@ -16,6 +16,7 @@ from visionlora.pipelines.further import check_first, learned_before, named_base
 from visionlora.config import TrainSDConfig, given_names
 from visionlora.data.folder import ImageFolder, ImageItem, read_image_folder, read_pictures
 from visionlora.data.learned import Learned
+from visionlora.data.source_captions import instance_prompt
 from visionlora.diffusion.denoiser import LearnedWord
 from visionlora.diffusion.encode import cut_captions
 from visionlora.diffusion.prior import check_class_folder
@@ -44,6 +45,9 @@ from visionlora.training.settings import (
     suited,
     text_adapter_config,
 )
+
+SHOWN, WIDTH = 3, 80
+"""Captions that are too long: how many are shown, and how many letters of each."""
 
 
 @dataclass(frozen=True)
@@ -131,8 +135,12 @@ def prepare(start: Start[TrainSDConfig], tell: Listener) -> Ready:
     word = new_word(config, base, folder)
     captions = captions_of(config, folder.items)
     longest = [max(variants, key=len) for variants in captions]
-    for caption, lost in cut_captions(base, longest):
+    cut = cut_captions(base, longest)
+    for caption, lost in cut[:SHOWN]:
+        caption, lost = (text if len(text) <= WIDTH else f"{text[:WIDTH]}…" for text in (caption, lost))
         tell.say(f"The caption {caption!r} is longer than the model reads; it never sees: {lost}")
+    if len(cut) > SHOWN:
+        tell.say(f"So are {len(cut) - SHOWN} captions more.")
     return Ready(
         config,
         folder,
@@ -267,4 +275,22 @@ def held_out(folder: ImageFolder, config: TrainSDConfig, before: Learned) -> tup
             f"{config.start_from} has learned from {len(trained)} pictures of {config.validation} (first "
             f"{apart.items[min(trained)].path.name}), so they cannot tell whether it learns more. Take them out."
         )
-    return folder, apart.items
+    return folder, with_words_of(folder, apart, str(config.validation))
+
+
+def with_words_of(folder: ImageFolder, apart: ImageFolder, validation: str) -> tuple[ImageItem, ...]:
+    """The pictures kept apart; without captions of their own they are judged under the one that training has.
+
+    Raises:
+        DataError: when that has several.
+    """
+    invented, _ = instance_prompt(apart.root)
+    words = {item.caption for item in folder.items}
+    if {item.caption for item in apart.items} != {invented} or words == {invented}:
+        return apart.items
+    if len(words) > 1:
+        raise DataError(
+            f"The pictures of {validation} have no captions, and those to train on have several, so it cannot be told how well "
+            "they are learned. Write captions as there, or leave validation out and give val_share."
+        )
+    return tuple(dataclasses.replace(item, caption=next(iter(words))) for item in apart.items)

@@ -47,6 +47,39 @@ def test_every_objective_at_once(train) -> None:
     assert plain != changed
 
 
+def test_validation_without_captions_is_judged_under_those_of_training(train, dogs: Path, tmp_path: Path) -> None:
+    from visionlora.pipelines.sd_ready import held_out
+
+    from visionlora.data.folder import read_pictures
+    from visionlora.data.learned import Learned
+
+    (tmp_path / "v1").mkdir()
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "v1" / "a.png")
+
+    def apart(captions: list[str]) -> set[str]:
+        for text, picture in zip(captions, sorted(dogs.glob("*.png")), strict=True):
+            picture.with_suffix(".txt").write_text(text)
+        config = TrainSDConfig(images=dogs, validation=tmp_path / "v1")
+        return {item.caption for item in held_out(read_pictures(config), config, Learned.of(()))[1]}
+
+    assert apart(["a dog"] * 3) == {"a dog"}
+    with pytest.raises(VisionLoRAError, match=r"v1 have no captions, and those to train on have several"):
+        apart(["a dog", "a cat", "a hen"])
+    (tmp_path / "v1" / "a.txt").write_text("a red field")
+    assert apart(["a dog", "a cat", "a hen"]) == {"a red field"}
+
+
+def test_many_captions_that_are_too_long_are_counted(train, dogs: Path) -> None:
+    for i in range(5):
+        Image.new("RGB", (32, 32), (40 * i, 90, 20)).save(dogs / f"long{i}.png")
+        (dogs / f"long{i}.txt").write_text(f"{i} " + "a long caption that goes on and on " * 20)
+    for picture in set(dogs.glob("*.png")) - set(dogs.glob("long*.png")):
+        picture.with_suffix(".txt").write_text("a dog")
+    told, _ = train("steps=1", "sample_columns=0")
+    lines = [line for line in told.splitlines() if "is longer than the model reads" in line]
+    assert len(lines) == 3 and max(map(len, lines)) < 260 and "So are 2 captions more." in told
+
+
 def test_as_many_pictures_at_once_as_fit(train) -> None:
     out, run = train("auto_batch=true", "gradient_accumulation=3", name="a")
     assert "6 of the 6 pictures of a step at once" in out

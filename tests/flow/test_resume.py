@@ -173,6 +173,28 @@ def test_what_cannot_be_resumed(tiny_model: Path, dogs: Path, tmp_path: Path, wh
     assert (folder / "checkpoints" / "state.pt").read_bytes() == before
 
 
+def test_a_missing_picture_costs_a_column_and_not_the_run(
+    tiny_model: Path, dogs: Path, tmp_path: Path, whole: Path
+) -> None:
+    folder = tmp_path / "cut"
+
+    class AtTheLastStep(Listener):
+        def progress(self, what: str, done: int, total: int, detail: str = "") -> None:
+            if what == "Training" and done == total - 1:
+                raise Killed
+
+    with pytest.raises(Killed):
+        train_sd(config(tiny_model, dogs, folder), AtTheLastStep())
+    with pytest.raises(RunFolderError, match=f"a run that is not finished .*Go on with it: --resume {folder}"):
+        train_sd(config(tiny_model, dogs, folder))
+    (folder / "samples" / "base_00.png").unlink()
+    ears = Ears()
+    train_sd(resumed(folder), ears)
+    assert "base_00.png is missing, so the grid goes on without the column 'base'." in "\n".join(ears.lines)
+    assert (folder / "adapter.safetensors").read_bytes() == (whole / "adapter.safetensors").read_bytes()
+    assert (folder / "grid.png").is_file()
+
+
 def test_cut_off_before_the_first_step(tiny_model: Path, dogs: Path, tmp_path: Path, whole: Path) -> None:
     folder = tmp_path / "cut"
 

@@ -311,3 +311,10 @@ def test_a_run_is_called_after_its_pictures(tmp_path: Path) -> None:
     assert TrainSDConfig(images=str(tmp_path / "dog.v2")).title == "dog.v2"
     assert TrainSDConfig(images="data/train.parquet").title == "train"
     assert TrainSDConfig(folders=(FolderConfig("cats"), FolderConfig("dogs"))).title == "cats"
+
+
+def test_paths_and_single_texts_from_python() -> None:
+    config = TrainSDConfig(images=Path("dog"), output=Path("run"), validation=Path("v"), sample_prompts="a dog")
+    assert (config.images, config.output, config.validation) == ("dog", "run", "v")
+    assert config.sample_prompts == ("a dog",)
+    assert ClassifyConfig(images=Path("pets"), baselines="full").baselines == ("full",)

@@ -48,7 +48,7 @@ def texts_of(source: Source) -> tuple[dict[str, str], Captions]:
         raise DataError(
             f'{printable(table)} has no column of captions (it has {quoted(columns)}); call it "text", or {words.for_all}.'
         )
-    text, why = _instance_prompt(source.root)
+    text, why = instance_prompt(source.root)
     source.caption_source = f'no captions in the folder, so all pictures get "{text}" ({why}); {words.changes}'
     return dict.fromkeys(source.pictures, text), captions
 
@@ -73,7 +73,7 @@ def _from_names(source: Source, captions: Captions) -> tuple[dict[str, str], Cap
     return texts, Captions({}, {}, (), frozenset(blamed))
 
 
-def _instance_prompt(root: Path) -> tuple[str, str]:
+def instance_prompt(root: Path) -> tuple[str, str]:
     """A caption from the name of a folder, and how it was made."""
     name = legible(root.resolve().name)
     if (said := named(name)) is not None:

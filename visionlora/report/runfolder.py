@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
@@ -180,10 +181,12 @@ def _check_above(path: Path) -> None:
 def _in_use(path: Path, held: list[str]) -> RunFolderError:
     shown = ", ".join(held[:5]) + (f" and {len(held) - 5} more" if len(held) > 5 else "")
     what = "already holds a run" if any(name in RUN_FILES for name in held) else "is not empty"
-    message = (
-        f"The output folder {_shown(path)} {what} ({shown}), and a run never overwrites anything. "
-        f"Choose another one, such as --output {_shown(_free(path))}, or remove the folder."
-    )
+    if "run.json" not in held and (path / "checkpoints" / "state.pt").is_file():
+        what = "already holds a run that is not finished"
+        choice = f"Go on with it: --resume {shlex.quote(str(path))}. Or choose another, such as --output {_shown(_free(path))}."
+    else:
+        choice = f"Choose another one, such as --output {_shown(_free(path))}, or remove the folder."
+    message = f"The output folder {_shown(path)} {what} ({shown}), and a run never overwrites anything. {choice}"
     return RunFolderError(message)
 
 

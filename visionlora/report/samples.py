@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from PIL import Image
 
 from visionlora.diffusion.sampling import SamplingConfig, draw
-from visionlora.errors import RunFolderError
 from visionlora.models.base import BaseModel
 from visionlora.report.grid import draw_grid
 from visionlora.report.listener import Listener
@@ -68,22 +67,17 @@ class SampleSheet:
         return [(p, f"{folder}/{label.replace(' ', '-')}_{i:02d}.png") for i, p in enumerate(self.prompts)]
 
     def read_columns(self, labels: Sequence[str]) -> None:
-        """The columns that a run drew before it was cut off.
-
-        Raises:
-            RunFolderError: when a picture is gone.
-        """
+        """The columns that a run drew before it was cut off; one of which a picture is gone is left out, and said."""
         for label in labels:
             pictures = []
-            for _, place in self.places(label):
-                try:
+            try:
+                for _, place in self.places(label):
                     with Image.open(self.run.path / place) as file:
                         pictures.append(file.convert("RGB"))
-                except OSError:
-                    raise RunFolderError(
-                        f"{self.run.path / place} is missing, so the run cannot go on. Start a new one."
-                    ) from None
-            self.columns.append((label, pictures))
+            except OSError:
+                self.tell.say(f"{self.run.path / place} is missing, so the grid goes on without the column {label!r}.")
+            else:
+                self.columns.append((label, pictures))
 
     def grid(self, title: str) -> Image.Image:
         """Rows: prompts; columns: base, then the adapter as it learned."""
