@@ -16,7 +16,7 @@ from visionlora.pipelines.further import check_first, learned_before, named_base
 from visionlora.config import TrainSDConfig, given_names
 from visionlora.data.folder import ImageFolder, ImageItem, read_image_folder, read_pictures
 from visionlora.data.learned import Learned
-from visionlora.data.source_captions import instance_prompt
+from visionlora.data.source_captions import trigger_caption
 from visionlora.diffusion.denoiser import LearnedWord
 from visionlora.diffusion.encode import cut_captions
 from visionlora.diffusion.prior import check_class_folder
@@ -284,7 +284,7 @@ def with_words_of(folder: ImageFolder, apart: ImageFolder, validation: str) -> t
     Raises:
         DataError: when that has several.
     """
-    invented, _ = instance_prompt(apart.root)
+    invented = trigger_caption(apart.root)
     words = {item.caption for item in folder.items}
     if {item.caption for item in apart.items} != {invented} or words == {invented}:
         return apart.items

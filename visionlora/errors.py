@@ -78,3 +78,13 @@ def nearest(given: str, allowed: Iterable[str]) -> str:
     choices = sorted(allowed)
     close = difflib.get_close_matches(given, choices, n=1)
     return f"Did you mean {close[0]!r}?" if close else f"Allowed: {', '.join(choices)}."
+
+
+def first_line(error: BaseException) -> str:
+    r"""The beginning of what another library says of an error; its kind where it says nothing.
+
+    >>> first_line(ValueError("no size 3\nsee the manual")), first_line(KeyError())
+    ('no size 3', 'KeyError')
+    """
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

@@ -56,15 +56,18 @@ def test_validation_without_captions_is_judged_under_those_of_training(train, do
     (tmp_path / "v1").mkdir()
     Image.new("RGB", (32, 32), "red").save(tmp_path / "v1" / "a.png")
 
-    def apart(captions: list[str]) -> set[str]:
+    def apart(captions: list[str], folder: str = "v1") -> set[str]:
         for text, picture in zip(captions, sorted(dogs.glob("*.png")), strict=True):
             picture.with_suffix(".txt").write_text(text)
-        config = TrainSDConfig(images=dogs, validation=tmp_path / "v1")
+        config = TrainSDConfig(images=dogs, validation=tmp_path / folder)
         return {item.caption for item in held_out(read_pictures(config), config, Learned.of(()))[1]}
 
     assert apart(["a dog"] * 3) == {"a dog"}
     with pytest.raises(VisionLoRAError, match=r"v1 have no captions, and those to train on have several"):
         apart(["a dog", "a cat", "a hen"])
+    (tmp_path / "v1").rename(tmp_path / "1_red field")
+    assert apart(["a dog", "a cat", "a hen"], "1_red field") == {"red field"}, "kohya's name is a caption"
+    (tmp_path / "1_red field").rename(tmp_path / "v1")
     (tmp_path / "v1" / "a.txt").write_text("a red field")
     assert apart(["a dog", "a cat", "a hen"]) == {"a red field"}
 

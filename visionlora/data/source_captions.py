@@ -48,7 +48,7 @@ def texts_of(source: Source) -> tuple[dict[str, str], Captions]:
         raise DataError(
             f'{printable(table)} has no column of captions (it has {quoted(columns)}); call it "text", or {words.for_all}.'
         )
-    text, why = instance_prompt(source.root)
+    text, why = _instance_prompt(source.root)
     source.caption_source = f'no captions in the folder, so all pictures get "{text}" ({why}); {words.changes}'
     return dict.fromkeys(source.pictures, text), captions
 
@@ -73,13 +73,18 @@ def _from_names(source: Source, captions: Captions) -> tuple[dict[str, str], Cap
     return texts, Captions({}, {}, (), frozenset(blamed))
 
 
-def instance_prompt(root: Path) -> tuple[str, str]:
+def _instance_prompt(root: Path) -> tuple[str, str]:
     """A caption from the name of a folder, and how it was made."""
     name = legible(root.resolve().name)
     if (said := named(name)) is not None:
         return said[1], "the folder's name, as kohya reads it; all pictures count alike"
-    words = name.lower().replace("_", " ").replace("-", " ").split()
-    return " ".join([TRIGGER, *words]), "a rare word and the folder's name"
+    return trigger_caption(root), "a rare word and the folder's name"
+
+
+def trigger_caption(root: Path) -> str:
+    """The caption of pictures for which nobody has said any word."""
+    words = legible(root.resolve().name).lower().replace("_", " ").replace("-", " ").split()
+    return " ".join([TRIGGER, *words])
 
 
 def _prompt_source(option: str, prompt: str, captions: Captions) -> str:

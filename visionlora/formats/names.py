@@ -239,6 +239,11 @@ def without_text_model(component: str, path: str) -> str:
 
 def in_transformers(component: str, path: str) -> str:
     """As the transformers that is installed names a layer."""
+    return without_text_model(component, path) if is_newer() else with_text_model(component, path)
+
+
+@lru_cache(maxsize=1)
+def is_newer() -> bool:
+    """Whether the transformers that is installed is one since 5.6; looking takes as long as a layer."""
     first, second = version("transformers").split(".")[:2]
-    newer = (int(first), int(second)) >= (5, 6)
-    return without_text_model(component, path) if newer else with_text_model(component, path)
+    return (int(first), int(second)) >= (5, 6)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from visionlora.errors import ModelError, nearest
+from visionlora.errors import ModelError, first_line, nearest
 from visionlora.lora.adapter import Adapter
 from visionlora.models.checkpoint_header import read_checkpoint_header
 from visionlora.models.fingerprint import architecture_fingerprint, weights_fingerprint
@@ -260,7 +260,7 @@ def load_folder(source: str, dtype: torch.dtype) -> Any:
     except ModelError:
         raise
     except Exception as e:  # the Hub client and diffusers raise many kinds; the user needs one sentence
-        text = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        text = first_line(e)
         raise ModelError(
             f"The model {source} cannot be opened: {text} Check the name and the connection, or use --model {EMBEDDED}."
         ) from None
@@ -318,7 +318,7 @@ def load_single_file(path: Path, dtype: torch.dtype) -> tuple[Any, str]:
             pipe.scheduler = header.scheduler(pipe.scheduler)
             return pipe.to(dtype), header.words
     except Exception as e:
-        text = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        text = first_line(e)
         raise ModelError(f"The checkpoint {path} cannot be opened: {text}") from None
 
 
@@ -338,7 +338,7 @@ def open_controlnet(source: str, base: BaseModel) -> Any:
 
             net = ControlNetModel.from_pretrained(source, torch_dtype=base.pipe.unet.dtype)
     except Exception as e:
-        text = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        text = first_line(e)
         raise ModelError(
             f"The ControlNet {source} cannot be opened: {text} Give a diffusers folder or a Hub id."
         ) from None

@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from visionlora.errors import ModelError
+from visionlora.errors import ModelError, first_line
 from visionlora.lora.classes import adapted_class
 
 LAST = "class_head"
@@ -63,7 +63,7 @@ def run(id: str, model: nn.Module, place: nn.Module, picture: Tensor) -> tuple[A
     try:
         return model.eval()(picture), passed
     except Exception as e:  # whatever it is, the model needs more than a picture, or its own head
-        text = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        text = first_line(e)
         raise ModelError(
             f"{id} gives no features without its own head, for pictures of {picture.shape[-1]} px, so it cannot learn other "
             f"classes ({text[:200]}). Choose another model, such as vit_small_patch16_224."

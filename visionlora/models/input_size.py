@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from visionlora.errors import ModelError
+from visionlora.errors import ModelError, first_line
 
 
 def set_input_size(id: str, model: nn.Module, size: int, own: int) -> None:
@@ -41,7 +41,7 @@ def set_input_size(id: str, model: nn.Module, size: int, own: int) -> None:
         with torch.no_grad():
             model(torch.zeros(1, 3, size, size))
     except Exception as e:  # each library says in a kind of its own that it cannot
-        text = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        text = first_line(e)
         raise ModelError(
             f"{id} does not take pictures of {size} px ({text[:200]}). Its own size is {own} px: leave image_size out, try "
             "another, such as a multiple of 32, or choose a model that takes any: most of timm's."

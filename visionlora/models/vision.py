@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from visionlora.data.preprocess import INTERPOLATIONS, Preprocessing
-from visionlora.errors import AdapterFileError, ModelError, nearest
+from visionlora.errors import AdapterFileError, ModelError, first_line, nearest
 from visionlora.models.base import choose, quiet
 from visionlora.models.class_token import shorten
 from visionlora.models.fingerprint import architecture_fingerprint, weights_fingerprint
@@ -261,7 +261,7 @@ def close(name: str, names: list[str]) -> bool:
 
 def cannot_be_had(name: str, error: Exception) -> ModelError:
     """One sentence of the many kinds that the libraries and the Hub client raise."""
-    text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    text = first_line(error)
     return ModelError(
         f"The backbone {name} cannot be opened: {text[:300]} Check the name and the connection, give its weights with "
         f"--weights FILE, or use --model {EMBEDDED}."
