@@ -18,7 +18,14 @@ from visionlora.lora.config import AdapterConfig
 from visionlora.lora.in_full import InFull
 from visionlora.lora.layers import release
 from visionlora.lora.lean import make_plain
-from visionlora.lora.merge import as_before_on_error, check_scale, check_unfused, check_unhooked, write_weights
+from visionlora.lora.merge import (
+    as_before_on_error,
+    check_scale,
+    check_unfused,
+    check_unhooked,
+    forget_fusing,
+    write_weights,
+)
 from visionlora.lora.methods.adalora import AdaLoRA, allocate
 from visionlora.lora.methods.base import Method
 from visionlora.lora.targets import odd_layers
@@ -284,6 +291,8 @@ class Handle:
             f.take_off()
         for owner in self._owners:
             give_back(owner)
+        for attention in self._attentions:
+            forget_fusing(attention)
         if self._hook is not None:
             self._hook.remove()
         lean, self._lean = self._lean, []

@@ -11,6 +11,7 @@ import gc
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import cast
 
 import torch
@@ -27,7 +28,7 @@ from visionlora.lora.handle import Handle, InjectionReport, freeze
 from visionlora.lora.in_full import InFull
 from visionlora.lora.layers import adapt
 from visionlora.lora.lean import Lean, make_lean, unlean
-from visionlora.lora.merge import check_unfused
+from visionlora.lora.merge import FUSIBLE, check_unfused, fuse_merged
 from visionlora.lora.methods import KINDS, METHODS
 from visionlora.lora.methods.base import Method, Site
 from visionlora.lora.methods.tlora import check_timed, follow_timestep
@@ -35,8 +36,6 @@ from visionlora.lora.names import resolve_names
 from visionlora.lora.packed import packed_layers
 from visionlora.lora.targets import check_ranks, ends_on_boundary, named_patterns, owners_of, resolve, site_at
 
-FUSIBLE = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
-"""Layers whose weights `fuse_qkv_projections` of diffusers copies into one."""
 IN_PLACE = ("full", "shift")
 """Kinds that change a parameter of the base in place."""
 
@@ -278,6 +277,8 @@ def _place(handle: Handle, methods: Sequence[Method], name: str) -> None:
     owners = owners_of(handle.model, [m.site for m in methods])
     handle.methods, handle._owners = {m.site.name: m for m in methods}, tuple(owner for owner, _ in owners)
     handle._attentions = attentions
+    for attention in attentions:
+        vars(attention).setdefault("fuse_projections", partial(fuse_merged, attention))
     for m in methods:
         m.adapter_name = name
         if isinstance(m.site.layer, Lean):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 LARGEST = 1e30
 """A change of a weight below this cannot make an fp32 weight infinite."""
+FUSIBLE = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
+"""Layers whose weights `fuse_qkv_projections` of diffusers copies into one."""
 
 
 @torch.no_grad()
@@ -177,9 +179,42 @@ def check_unhooked(handle: Handle) -> None:
             )
 
 
+def reads_fused(attention: nn.Module) -> bool:
+    """Whether attention of diffusers reads its projections' weights in one copy.
+
+    That of UNets keeps its flag when its projections are apart again; there the processor says which weights it reads.
+    """
+    if not getattr(attention, "fused_projections", False):
+        return False
+    of_unets = type(attention).__module__ == "diffusers.models.attention_processor"
+    return not of_unets or "Fused" in type(cast(Any, attention).processor).__name__
+
+
+def fuse_merged(attention: nn.Module, fuse: bool = True) -> None:
+    """`fuse_projections` of attention with adapters: copies of the weights know those alone that are merged into them.
+
+    Raises:
+        ConfigError: when one runs beside the weights.
+    """
+    for layer in (getattr(attention, name, None) for name in FUSIBLE):
+        if isinstance(layer, AdaptedLayer) and (beside := [m for m in layer.methods() if not m.merged]):
+            raise ConfigError(
+                f"Adapter {beside[0].adapter_name!r} runs beside the weights of {beside[0].site.name!r}, so it would be lost "
+                "in projections that are fused into one: merge it first (mode='merged', or handle.merge()), or take it off."
+            )
+    cast(Any, type(attention)).fuse_projections(attention, fuse)
+
+
+def forget_fusing(attention: nn.Module) -> None:
+    """Gives attention its own `fuse_projections` again when no adapter is left on what it fuses."""
+    layers = (getattr(attention, name, None) for name in FUSIBLE)
+    if not any(isinstance(layer, AdaptedLayer) and layer.adapters for layer in layers):
+        vars(attention).pop("fuse_projections", None)
+
+
 def check_unfused(attentions: Iterable[nn.Module], adapter: str) -> None:
     """Raises ConfigError for attention of diffusers that reads copies of its projections' weights, in one."""
-    if any(getattr(a, "fused_projections", False) for a in attentions):
+    if any(reads_fused(a) for a in attentions):
         raise ConfigError(
             f"Adapter {adapter!r} is for projections of attention that are fused here, so that the model reads copies of their "
             "weights: call unfuse_qkv_projections() first."

@@ -1,8 +1,12 @@
 """Adapters that are put on, merged or taken off while something breaks off, or while others hold the layers."""
 
+import copy
+import pickle
+
 import pytest
 import torch
-from torch import nn
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0, FusedAttnProcessor2_0
+from torch import Tensor, nn
 
 import visionlora as vl
 from visionlora.errors import ConfigError
@@ -125,31 +129,78 @@ def test_layers_that_are_offloaded_since_are_left_alone(model, lora, mode: str) 
     assert plain(model, before)
 
 
-def test_fused_projections_are_refused_until_they_are_apart() -> None:
-    from diffusers.models.attention_processor import Attention
+class OneAttention(nn.Module):
+    """A model of diffusers' attention that fuses its projections as diffusers' UNets do."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn1 = Attention(8, heads=2, dim_head=4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attn1(x)
+
+    def fuse(self) -> None:
+        self.attn1.fuse_projections(fuse=True)
+        self.attn1.set_processor(FusedAttnProcessor2_0())
+
+    def unfuse(self) -> None:
+        """The flag stays, as with `unfuse_qkv_projections`."""
+        self.attn1.set_processor(AttnProcessor2_0())
+
+
+@pytest.fixture
+def fusing() -> OneAttention:
     torch.manual_seed(0)
-    model = nn.ModuleDict({"attn1": Attention(8, heads=2, dim_head=4)}).eval().requires_grad_(False)
-    attention, before, x = model["attn1"], bits(model), torch.randn(1, 3, 8)
-    lora = Adapter({f"model.attn1.to_{n}": AdapterModule.lora(torch.randn(2, 8), torch.randn(8, 2), 2.0) for n in "qv"})
+    return OneAttention().eval().requires_grad_(False)
+
+
+@pytest.fixture
+def on_q_and_v() -> Adapter:
+    torch.manual_seed(1)
+    return Adapter({f"model.attn1.to_{n}": AdapterModule.lora(torch.randn(2, 8), torch.randn(8, 2), 2.0) for n in "qv"})
+
+
+def test_fused_projections_are_refused_until_they_are_apart(fusing: OneAttention, on_q_and_v: Adapter) -> None:
+    before, x = bits(fusing), torch.randn(1, 3, 8)
     with torch.no_grad():
-        plainly = attention(x)
-        attention.fuse_projections()
+        plainly = fusing(x)
+        fusing.fuse()
         for mode in ("merged", "stacked"):
             with pytest.raises(ConfigError, match=r"call unfuse_qkv_projections\(\) first"):
-                vl.attach(model, {"a": lora}, mode=mode)
+                vl.attach(fusing, {"a": on_q_and_v}, mode=mode)
         with pytest.raises(ConfigError, match=r"call unfuse_qkv_projections\(\) first"):
-            vl.inject(model, vl.AdapterConfig(rank=1, targets="to_q"))
-        attention.fused_projections = False
-        mix = vl.attach(model, {"a": lora})
-        wanted = attention(x)
+            vl.inject(fusing, vl.AdapterConfig(rank=1, targets="to_q"))
+        fusing.unfuse()
+        mix = vl.attach(fusing, {"a": on_q_and_v})
+        wanted = fusing(x)
         assert not torch.allclose(wanted, plainly)
-        attention.fuse_projections()
+        fusing.fuse()
+        torch.testing.assert_close(fusing(x), wanted)
         for action in (mix.detach, lambda: mix.set_scales({"a": 0.5})):
             with pytest.raises(ConfigError, match=r"call unfuse_qkv_projections\(\) first"):
                 action()
-        attention.fused_projections = False
-        assert torch.equal(attention(x), wanted)
+        fusing.unfuse()
+        assert torch.equal(fusing(x), wanted)
         mix.detach()
-        assert torch.equal(attention(x), plainly)
-    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters() if n in before)
+        assert torch.equal(fusing(x), plainly)
+    assert all(torch.equal(p, before[n]) for n, p in fusing.named_parameters() if n in before)
+
+
+def test_adapters_beside_the_weights_are_not_lost_in_fused_projections(
+    fusing: OneAttention, on_q_and_v: Adapter
+) -> None:
+    x = torch.randn(1, 3, 8)
+    with torch.no_grad():
+        mix = vl.attach(fusing, {"a": on_q_and_v, "b": on_q_and_v}, mode="stacked")
+        wanted = fusing(x)
+        for model in (fusing, copy.deepcopy(fusing), pickle.loads(pickle.dumps(fusing))):
+            with pytest.raises(ConfigError, match=r"'mix0' runs beside the weights of 'attn1.to_q'.*merge it first"):
+                model.fuse()
+            assert torch.equal(model(x), wanted)
+        mix.remove("b")
+        with pytest.raises(ConfigError, match="merge it first"):
+            fusing.fuse()
+        mix.detach()
+        plainly = fusing(x)
+        fusing.fuse()
+        torch.testing.assert_close(fusing(x), plainly)
