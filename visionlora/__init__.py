@@ -14,10 +14,10 @@ _HOMES = {
     "Adapter": "visionlora.lora.adapter",
     "AdapterConfig": "visionlora.lora.config",
     "AdapterPool": "visionlora.mixing.pool",
-    "Axis": "visionlora.pipelines.grid",
+    "Axis": "visionlora.diffusion.axes",
     "Classifier": "visionlora.classifier",
     "ClassifyConfig": "visionlora.config",
-    "GenerateConfig": "visionlora.pipelines.generate",
+    "GenerateConfig": "visionlora.config",
     "Handle": "visionlora.lora.handle",
     "Prediction": "visionlora.classifier",
     "TrainSDConfig": "visionlora.config",
@@ -54,7 +54,9 @@ if TYPE_CHECKING:
     from visionlora.classifier import Prediction as Prediction
     from visionlora.classifier import load_classifier as load_classifier
     from visionlora.config import ClassifyConfig as ClassifyConfig
+    from visionlora.config import GenerateConfig as GenerateConfig
     from visionlora.config import TrainSDConfig as TrainSDConfig
+    from visionlora.diffusion.axes import Axis as Axis
     from visionlora.errors import VisionLoRAError as VisionLoRAError
     from visionlora.formats.inspection import inspect_file as inspect_file
     from visionlora.loaders import load_adapter as load_adapter
@@ -80,9 +82,7 @@ if TYPE_CHECKING:
     from visionlora.mixing.scales import Window as Window
     from visionlora.pipelines.classify import classify as classify
     from visionlora.pipelines.export import export as export
-    from visionlora.pipelines.generate import GenerateConfig as GenerateConfig
     from visionlora.pipelines.generate import generate as generate
-    from visionlora.pipelines.grid import Axis as Axis
     from visionlora.pipelines.grid import grid as grid
     from visionlora.pipelines.predict import predict as predict
     from visionlora.pipelines.train_sd import train_sd as train_sd

@@ -294,9 +294,9 @@ def test_pictures_drawn_together_are_as_drawn_alone(
 
 
 def test_a_batch_that_does_not_fit_is_halved(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from visionlora.pipelines import generate
+    from visionlora.pipelines import drawing
 
-    draw, sizes = generate.draw_batch, []
+    draw, sizes = drawing.draw_batch, []
 
     def small(pipe: object, batch: list[object], given: object) -> list[Image.Image]:
         sizes.append(len(batch))
@@ -304,7 +304,7 @@ def test_a_batch_that_does_not_fit_is_halved(tiny_model: Path, tmp_path: Path, m
             raise torch.OutOfMemoryError("no room")
         return draw(pipe, batch, given)
 
-    monkeypatch.setattr(generate, "draw_batch", small)
+    monkeypatch.setattr(drawing, "draw_batch", small)
     words = ("generate", "--prompt", "a dog", "--num-images", 5, "--model", tiny_model, *COMMON)
     told = run(*words, "--batch-size", 5, "--output", tmp_path)
     assert sizes == [5, 2, 3, 1, 2] and len(list(tmp_path.iterdir())) == 5
@@ -589,7 +589,7 @@ def test_another_picture_under_the_same_key_is_not_taken_for_it(tiny_model: Path
 
 
 def test_two_pictures_of_a_run_under_one_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from visionlora.pipelines.generate import places_of
+    from visionlora.pipelines.drawing import places_of
 
     digest = Recipe.digest.fget
     monkeypatch.setattr(Recipe, "digest", property(lambda recipe: "0" * 8 + digest(recipe)[8:]))
@@ -607,6 +607,6 @@ def test_two_pictures_of_a_run_under_one_key(tmp_path: Path, monkeypatch: pytest
     ],
 )
 def test_names_of_files_and_run_folders_keep_their_dots(path: str, name: str) -> None:
-    from visionlora.pipelines.generate import name_of
+    from visionlora.diffusion.uses import name_of
 
     assert name_of(path) == name

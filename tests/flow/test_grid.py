@@ -4,15 +4,16 @@ import base64
 import re
 import shlex
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-from visionlora.pipelines.grid import Axis, cell_of, parse_axis
 
 import visionlora as vl
+from visionlora.diffusion.axes import Axis, cell_of, parse_axis
 from visionlora.diffusion.recipe import Recipe, read_recipe
 
 from .test_generate import COMMON, loras, run, save_loras
@@ -237,3 +238,31 @@ def test_from_python_in_plain_words(loras: Path, tiny_model: Path, tmp_path: Pat
     assert {(r.loras[0].name, r.loras[0].scale) for r in recipes} == {("dog", 0.5)}
     same = vl.grid(config, vl.Axis("seed", (1, 2)), others=[parse_axis("steps=1,2")])
     assert [c.path for c in same.cells] == [c.path for c in result.cells] and not any(c.new for c in same.cells)
+
+
+def test_processes_share_the_cells_and_the_first_waits_for_the_others(
+    loras: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = (
+        "grid", "--model", tiny_model, *COMMON, "--batch-size", 1, "--prompt", "a dog", "--lora", f"{loras}/dog.safetensors",
+        "--x", "seed=1..3", "--y", "lora:dog.scale=0,1", "--output",
+    )  # fmt: skip
+    run(*words, tmp_path / "alone")
+    out, alone = tmp_path / "out", {p.name: p.read_bytes() for p in (tmp_path / "alone" / "cells").iterdir()}
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    waits = []
+
+    def other(seconds: float) -> None:
+        waits.append({p.name for p in (out / "cells").iterdir()})
+        assert not (out / "grid.png").exists()
+        monkeypatch.setenv("RANK", "1")
+        assert "pictures" not in run(*words, out) and not (out / "index.html").exists()
+        monkeypatch.setenv("RANK", "0")
+
+    monkeypatch.setattr(time, "sleep", other)
+    text = run(*words, out)
+    assert len(waits) == 1 and len(waits[0]) == 3
+    assert "6 pictures\n" in text, "none was there before"
+    assert {p.name: p.read_bytes() for p in (out / "cells").iterdir()} == alone
+    assert (out / "index.html").read_bytes() == (tmp_path / "alone" / "index.html").read_bytes()

@@ -6,16 +6,13 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 
 from visionlora.cli.console import ConsoleListener
-from visionlora.config import parse_composition, parse_lora_use, parse_region
+from visionlora.config import GenerateConfig, parse_composition, parse_lora_use, parse_region
 from visionlora.errors import ConfigError
-
-if TYPE_CHECKING:
-    from visionlora.pipelines.generate import GenerateConfig
 
 Prompt = Annotated[
     Optional[list[str]],  # noqa: UP045
@@ -132,8 +129,6 @@ def config_of(options: Mapping[str, Any], **own: Any) -> GenerateConfig:
         options: of the command by name, as typer gives them; those with the name of a setting are taken as they are.
         own: settings that the command makes itself.
     """
-    from visionlora.pipelines.generate import GenerateConfig
-
     name, choices = composed(options["compose"], options["region"])
     uses = [parse_lora_use(word) for word in options["lora"] or []]
     made = {"loras": uses, "compose": name, "compose_options": tuple(choices.items()), **own}

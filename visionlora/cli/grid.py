@@ -76,13 +76,16 @@ def command(
     """Compare settings: `visionlora grid --lora dog:1 --x lora:dog.scale=0,0.5,1 --y "prompt=a dog|a cat"`."""
     options = dict(locals())
     with ConsoleListener() as listener:
-        from visionlora.pipelines.grid import grid, parse_axis
+        from visionlora.diffusion.axes import parse_axis
+        from visionlora.pipelines.grid import grid
 
         axes = [parse_axis(word) for word in (x, *([y] if y else []), *(axis or []))]
         config = config_of(options, prompts=prompt or [])
         down = axes[1] if y else None
         others = axes[2 if y else 1 :]
         result = grid(config, axes[0], down, others, listener.say, lambda d, t: listener.progress("Drawing", d, t))
+    if not result.sheets:  # another process of this launch has them
+        return
     kept = sum(not cell.new for cell in result.cells)
     typer.echo(f"{len(result.cells)} pictures" + (f", {kept} of them there already" if kept else ""))
     for path in result.sheets:

@@ -3,6 +3,7 @@
 from visionlora.config.choices import OPTIMIZERS, SCHEDULES
 from visionlora.config.classify import ClassifyConfig
 from visionlora.config.folders import FolderConfig
+from visionlora.config.generate import GenerateConfig
 from visionlora.config.reading import (
     build,
     config_text,
@@ -27,6 +28,7 @@ __all__ = [
     "SCHEDULES",
     "ClassifyConfig",
     "FolderConfig",
+    "GenerateConfig",
     "TrainSDConfig",
     "TrainingConfig",
     "budget_of",

@@ -1,0 +1,201 @@
+"""Recipes -> pictures in a folder, each drawn once, in batches that share their adapters."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from visionlora.atomic import replace_file
+from visionlora.config import GenerateConfig
+from visionlora.diffusion.given import Given
+from visionlora.diffusion.objective import zero_terminal
+from visionlora.diffusion.prompts import in_words, prompt_arguments
+from visionlora.diffusion.recipe import Recipe, png_bytes, read_recipe
+from visionlora.diffusion.sampling import pictures_of, sampling_scheduler
+from visionlora.errors import DataError
+from visionlora.lora.adapter import Adapter
+from visionlora.mixing.batches import adapters_of, batches_of
+from visionlora.mixing.mix import Mix, attach
+from visionlora.mixing.scales import Scale
+from visionlora.models.base import BaseModel
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What a run draws with, on its device and in its precision."""
+
+    base: BaseModel
+    adapters: dict[str, Adapter]
+    """By path, checked against the base; more may be added."""
+    controlnet: Any = None
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One picture of a run."""
+
+    path: Path
+    recipe: Recipe
+    new: bool
+    """Whether it was drawn now; otherwise it was there already."""
+
+
+def process_of() -> tuple[int, int]:
+    """Which of how many processes of a launch this is, as torchrun and `accelerate launch` say."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def draw_all(
+    recipes: Sequence[Recipe],
+    ready: Opened,
+    config: GenerateConfig,
+    say: Callable[[str], None],
+    progress: Progress,
+    share: slice = slice(None),
+) -> list[Drawn]:
+    """Draws what is not there yet, changing adapters only where the next pictures want others.
+
+    Args:
+        recipes: of the whole run, whose pictures are told apart by their names.
+        ready: what to draw with.
+        config: the settings that are not in recipes.
+        say: told what is used.
+        progress: called with (pictures done, pictures).
+        share: of this process.
+
+    Returns:
+        The pictures of the share.
+    """
+    config.output.mkdir(parents=True, exist_ok=True)
+    given = Given.of(config.init_image, config.mask, config.control)
+    pipe, adapters = pipeline_for(ready, given), ready.adapters
+    paths, recipes = places_of(recipes, config.output)[share], recipes[share]
+    place = {recipe.digest: path for path, recipe in zip(paths, recipes, strict=True)}
+    missing = {path: recipe for path, recipe in zip(paths, recipes, strict=True) if not path.exists()}
+    done = len(recipes) - len(missing)
+    progress(done, len(recipes))
+    batches = batches_of(list(missing.values()), config.batch_size, lambda prompt: in_words(pipe, prompt), adapters)
+    mix, current = None, None
+    while batches:
+        batch = batches.pop(0)
+        uses = adapters_of(batch)
+        wanted = (uses, batch[0].compose, batch[0].compose_options)
+        if wanted != current:
+            if mix is not None:
+                mix.detach()
+            mix, current = mixed(pipe, uses, batch[0], adapters, config.allow_partial), wanted
+            for name, pairs in mix.handles.items() if mix is not None else ():
+                say(f"Adapter {name}: " + "; ".join(str(handle.report) for _, handle in pairs) + ".")
+        try:
+            pictures = draw_batch(pipe, batch, given)
+        except torch.OutOfMemoryError:
+            if len(batch) == 1:
+                raise
+            half = len(batch) // 2
+            batches = [batch[:half], batch[half:], *batches]
+            say(f"A batch of {len(batch)} pictures does not fit into memory: drawing {half} at a time.")
+            continue
+        for recipe, picture in zip(batch, pictures, strict=True):
+            replace_file(place[recipe.digest], png_bytes(picture, replace(recipe, batch_size=len(batch))))
+        done += len(batch)
+        progress(done, len(recipes))
+    if mix is not None:
+        mix.detach()
+    return [
+        Drawn(path, recipe, missing.pop(path, None) is not None) for path, recipe in zip(paths, recipes, strict=True)
+    ]
+
+
+def places_of(recipes: Iterable[Recipe], folder: Path) -> list[Path]:
+    """Where the pictures lie or will lie; a key that is another's too, in this run or in the folder, is made longer."""
+    found: dict[Path, str] = {}
+    paths = []
+    for recipe in recipes:
+        digest = recipe.digest
+        choices = (folder / recipe.named(digits) for digits in (8, 16, len(digest)))
+        path = next(p for p in choices if (found.get(p) or digest_at(p)) in (None, digest) or p.stem.endswith(digest))
+        found[path] = digest
+        paths.append(path)
+    return paths
+
+
+def digest_at(path: Path) -> str | None:
+    """Of the recipe of a picture; None where there is no picture, or it has lost its recipe."""
+    try:
+        return read_recipe(path).digest if path.exists() else None
+    except DataError:
+        return None
+
+
+def pipeline_for(ready: Opened, given: Given) -> Any:
+    """The base's pipeline, or one of the same parts that takes these pictures."""
+    base, controlnet = ready.base, ready.controlnet
+    if given.start is None and controlnet is None:
+        return base.pipe
+    import diffusers
+
+    more = {} if base.is_xl else {"requires_safety_checker": False}
+    if controlnet is not None:
+        more["controlnet"] = controlnet
+    task = "" if given.start is None else "Img2Img"
+    with_net = "" if controlnet is None else "ControlNet"
+    kind = f"StableDiffusion{'XL' if base.is_xl else ''}{with_net}{task}Pipeline"
+    pipe = getattr(diffusers, kind)(**base.pipe.components, **more)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def mixed(
+    pipe: Any, uses: dict[str, tuple[str, Scale]], recipe: Recipe, adapters: dict[str, Adapter], allow_partial: bool
+) -> Mix | None:
+    """The adapters of a batch on the pipeline, composed as its recipes say."""
+    if not uses:
+        return None
+    found: Mix = attach(
+        pipe,
+        {name: adapters[path] for name, (path, _) in uses.items()},
+        allow_partial=allow_partial,
+        scales={name: scale for name, (_, scale) in uses.items()},
+        compose=recipe.compose,
+        **recipe.compose_options,
+    )
+    return found
+
+
+def draw_batch(pipe: Any, batch: Sequence[Recipe], given: Given) -> list[Image.Image]:
+    """The pictures of a batch; the same batch gives the same pixels on the same machine."""
+    first, original = batch[0], pipe.scheduler
+    pipe.scheduler = scheduler_of(pipe, first)
+    try:
+        with torch.no_grad():
+            latents = pipe(
+                **prompt_arguments(pipe, [recipe.prompt for recipe in batch], first.negative_prompt, first.clip_skip),
+                num_inference_steps=first.steps,
+                guidance_scale=first.guidance_scale,
+                generator=[torch.Generator().manual_seed(recipe.seed) for recipe in batch],
+                output_type="latent",
+                **given.arguments(batch),
+                **given.held(pipe, batch),
+            ).images
+    finally:
+        pipe.scheduler = original
+    # Decoded one by one: this is where large pictures take most of the memory.
+    return [given.finished(picture) for row in latents.split(1) for picture in pictures_of(pipe, row)]
+
+
+def scheduler_of(pipe: Any, recipe: Recipe) -> Any:
+    """The way to draw of a recipe, at the noise levels that its adapters were trained at.
+
+    Raises:
+        ConfigError: when it cannot start from nothing but noise.
+    """
+    own = zero_terminal(pipe.scheduler) if recipe.zero_terminal_snr else pipe.scheduler
+    return sampling_scheduler(own, recipe.scheduler)

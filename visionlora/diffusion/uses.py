@@ -1,0 +1,82 @@
+"""Which adapters a prompt is drawn with: their files, how recipes call them, and their hashes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+
+from visionlora.config import GenerateConfig
+from visionlora.diffusion.recipe import LoraUse, take_tags
+from visionlora.errors import AdapterFileError, ConfigError, nearest
+from visionlora.formats.container import SUFFIXES, file_hashes
+from visionlora.formats.inspection import settings_beside, weights_file
+
+
+def uses_of(prompt: str, config: GenerateConfig) -> list[LoraUse]:
+    """The adapters of one prompt: those of the command, and those that its tags name, whose scale counts.
+
+    Raises:
+        ConfigError: when a tag names no adapter.
+    """
+    named_so = zip(names_of(path for path, _, _ in config.loras), config.loras, strict=True)
+    uses = {name: LoraUse(name, *lora) for name, lora in named_so}
+    for name, scale in take_tags(prompt)[1]:
+        if name in uses:
+            uses[name] = replace(uses[name], scale=scale)
+            continue
+        found = next(
+            (p for p in (config.lora_folder / f"{name}.safetensors", config.lora_folder / name) if p.exists()), None
+        )
+        if found is None:
+            there = [*uses, *(p.stem for p in config.lora_folder.glob("*.safetensors"))]
+            hint = nearest(name, there) if there else "Give it with --lora, or name its folder with --lora-folder."
+            raise ConfigError(f"The prompt names an adapter {name!r}, which is not there. {hint}")
+        uses[name] = LoraUse(name, str(found), scale)
+    return [hashed(use) for use in uses.values()]
+
+
+def name_of(path: str) -> str:
+    """How prompts and recipes call a file: of a run folder the folder's name."""
+    given = Path(path)
+    stem = given.stem if given.suffix in SUFFIXES else given.name
+    return given.parent.name if stem == "adapter" and given.parent.name else stem
+
+
+def names_of(paths: Iterable[str]) -> list[str]:
+    """How prompts and recipes call files, each by another name."""
+    found: list[str] = []
+    for path in paths:
+        stem = name = name_of(path)
+        if name in found:
+            stem = name = f"{Path(path).parent.name}/{stem}"
+        number = 1
+        while name in found:
+            name, number = f"{stem}-{number + 1}", number + 1
+        found.append(name)
+    return found
+
+
+def hashed(use: LoraUse) -> LoraUse:
+    """With the hashes of its file, which is read again only when it has changed.
+
+    Raises:
+        AdapterFileError: when there is none.
+    """
+    file = weights_file(Path(use.path).expanduser())
+    if not file.is_file():
+        raise AdapterFileError(f"There is no adapter file at {use.path}.")
+    states = ((f, f.stat()) for f in (file, *settings_beside(file)))
+    tensors, whole = hashes_in_state(tuple((f, state.st_size, state.st_mtime_ns) for f, state in states))
+    return replace(use, hash=tensors, file_hash=whole)
+
+
+@lru_cache(maxsize=1024)
+def hashes_in_state(files: tuple[tuple[Path, int, int], ...]) -> tuple[str, str]:
+    """AutoV3 of a file, and the hash of it and all that belongs to it; they have these sizes and times of change."""
+    first, *others = (file_hashes(file) for file, _, _ in files)
+    parts = [found["sha256"] for found in (first, *others)]
+    whole = hashlib.sha256("".join(parts).encode()).hexdigest() if others else parts[0]
+    return first.get("AutoV3", first["sha256"]), whole
