@@ -29,7 +29,7 @@ from visionlora.diffusion.settings import (
     prepare_encoders,
     validation_masks,
 )
-from visionlora.diffusion.validation import hold_out
+from visionlora.diffusion.validation import MOST, hold_out, judges
 from visionlora.errors import ConfigError, DataError
 from visionlora.loaders import check_family
 from visionlora.lora.adapter import Adapter
@@ -90,9 +90,11 @@ def prepare(start: Start[TrainSDConfig], tell: Listener) -> Ready:
         tell.say(note)
     tell.say(folder.caption_source)
     before, not_known = learned_before(first, config)
-    folder, apart = held_out(folder, config, before)
+    folder, apart, unseen = held_out(folder, config, before)
     if apart and not_known:
         tell.say(not_known)
+    if unseen:
+        tell.say(unseen)
     if apart:
         tell.say(f"{len(folder.items)} pictures to train on, {len(apart)} apart to see whether it learned.")
     if any(item.mask for item in folder.items) and not any(item.mask for item in apart) and config.validation:
@@ -247,8 +249,13 @@ def check_parts(first: Adapter, base: BaseModel, config: TrainSDConfig) -> None:
         )
 
 
-def held_out(folder: ImageFolder, config: TrainSDConfig, before: Learned) -> tuple[ImageFolder, tuple[ImageItem, ...]]:
-    """The pictures to train on, and those that are kept apart: none that was trained on before."""
+def held_out(
+    folder: ImageFolder, config: TrainSDConfig, before: Learned
+) -> tuple[ImageFolder, tuple[ImageItem, ...], str]:
+    """The pictures to train on, those by which the run is judged, and a line about those by which it could be and is not.
+
+    None of those that judge was trained on before.
+    """
     trained, _ = before.positions([item.sha256 for item in folder.items])
     if config.val_share:
         if len(trained) == len(folder.items):
@@ -256,26 +263,35 @@ def held_out(folder: ImageFolder, config: TrainSDConfig, before: Learned) -> tup
                 f"{config.start_from} has learned from all of these pictures, so that none of them can tell whether it learns "
                 "more: leave val_share out, or name others with --validation."
             )
-        return hold_out(folder, config.val_share, config.seed, trained)
+        kept, apart = hold_out(folder, config.val_share, config.seed, trained)
+        line, share = "", round(config.val_share * len(folder.items))
+        if share > MOST:
+            line = (
+                f"val_share {config.val_share:g} of {len(folder.items)} pictures would be {share}: {MOST} tell as much, so the "
+                "others are trained on."
+            )
+        return kept, judges(apart), line
     if config.validation is None:
-        return folder, ()
-    apart = read_image_folder(
+        return folder, (), ""
+    given = read_image_folder(
         Path(config.validation), config.prompt, captions=config.captions, masks=validation_masks(config),
         skip_broken=config.skip_broken,
     )  # fmt: skip
     known = {item.sha256: item.path for item in folder.items}
-    if doubles := [item.path.name for item in apart.items if item.sha256 in known]:
+    if doubles := [item.path.name for item in given.items if item.sha256 in known]:
         raise DataError(
             f"{len(doubles)} pictures of {config.validation} are also among those to train on (first {doubles[0]}), so they "
             "cannot tell whether it learned. Take them out of one folder."
         )
-    trained, _ = before.positions([item.sha256 for item in apart.items])
+    trained, _ = before.positions([item.sha256 for item in given.items])
     if trained:
         raise DataError(
             f"{config.start_from} has learned from {len(trained)} pictures of {config.validation} (first "
-            f"{apart.items[min(trained)].path.name}), so they cannot tell whether it learns more. Take them out."
+            f"{given.items[min(trained)].path.name}), so they cannot tell whether it learns more. Take them out."
         )
-    return folder, with_words_of(folder, apart, str(config.validation))
+    apart = with_words_of(folder, given, str(config.validation))
+    line = f"{MOST} of the {len(apart)} pictures of {config.validation} judge the run, chosen by their contents."
+    return folder, judges(apart), line if len(apart) > MOST else ""
 
 
 def with_words_of(folder: ImageFolder, apart: ImageFolder, validation: str) -> tuple[ImageItem, ...]:

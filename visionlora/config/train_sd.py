@@ -117,9 +117,9 @@ class TrainSDConfig(TrainingConfig):
     sample_columns: int = 3
     """Columns of the grid beside the base: the adapter at so many moments of training."""
     validation: str | None = None
-    """Folder of pictures that are not trained on, by which one sees whether it learned."""
+    """Folder of pictures that are not trained on, by which one sees whether it learned; of more than 64, that many."""
     val_share: float = 0.0
-    """Share of the pictures that is kept apart for that, instead of `validation`."""
+    """Share of the pictures that is kept apart for that, instead of `validation`; 64 pictures at most."""
     checkpoints: int = 10
     """How often the state is saved, from which `resume` goes on, and the validation pictures are looked at."""
     keep_checkpoints: int | None = None

@@ -22,7 +22,7 @@ from visionlora.errors import DataError
 LEVELS = (100, 300, 500, 700, 900)
 """Noise levels, in thousandths of the model's own."""
 MOST = 64
-"""Pictures that are looked at; more would cost time and tell little more."""
+"""Pictures by which a run is judged; more would cost time and tell little more."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,7 @@ class Validation:
         """The loss as the model is now."""
         training = unet.training
         unet.eval()
-        found = losses_at(
-            unet, self.noise_scheduler, self.data, LEVELS, self.seed, self.tokens, MOST, self.unmasked_weight
-        )
+        found = losses_at(unet, self.noise_scheduler, self.data, LEVELS, self.seed, self.tokens, self.unmasked_weight)
         unet.train(training)
         losses = found.mean(0).tolist()
         return Evaluation(step, sum(losses) / len(losses), dict(zip(map(str, LEVELS), losses, strict=True)))
@@ -62,7 +60,7 @@ class Validation:
 
 def losses_at(
     unet: Any, noise_scheduler: Any, data: Encoded, levels: Sequence[int], seed: int,
-    tokens: Captions | None = None, most: int | None = None, unmasked_weight: float = 0.0,
+    tokens: Captions | None = None, unmasked_weight: float = 0.0,
 ) -> Tensor:  # fmt: skip
     """Losses at fixed noise levels and fixed noise, (pictures, levels), size by size.
 
@@ -73,10 +71,9 @@ def losses_at(
         levels: in thousandths of the model's own.
         seed: of the noise.
         tokens: see `Validation.tokens`.
-        most: pictures that are looked at, from the first on; all when None.
         unmasked_weight: see `Validation.unmasked_weight`.
     """
-    count = min(len(data), most or len(data))
+    count = len(data)
     trained, device = noise_scheduler.config.num_train_timesteps, next(unet.parameters()).device
     timesteps = tuple(level * trained // 1000 for level in levels)
     by_size: dict[tuple[int, int], list[int]] = {}
@@ -92,10 +89,19 @@ def losses_at(
     return found
 
 
+def judges(items: Sequence[ImageItem]) -> tuple[ImageItem, ...]:
+    """The pictures by which a run is judged, `MOST` at most, chosen by their contents: the same ones whatever their names.
+
+    They stay in their order.
+    """
+    chosen = sorted(range(len(items)), key=lambda i: items[i].sha256)[:MOST]
+    return tuple(items[i] for i in sorted(chosen))
+
+
 def hold_out(
     folder: ImageFolder, share: float, seed: int, never: Collection[int] = ()
 ) -> tuple[ImageFolder, tuple[ImageItem, ...]]:
-    """Keeps a share of the pictures apart, at least one; the same ones whatever the order of the files.
+    """Keeps a share of the pictures apart, at least one, `MOST` at most; the same ones whatever the order of the files.
 
     Pictures that look alike stay on one side. A set of them that is larger than the share trains, unless there is nothing else.
 
@@ -114,6 +120,7 @@ def hold_out(
             f"val_share {share:g} of {len(folder.items)} pictures leaves none to train on: give more pictures or a "
             "smaller share."
         )
+    count = min(count, MOST)
     by_content = sorted(range(len(folder.items)), key=lambda i: folder.items[i].sha256)
     order = torch.randperm(len(by_content), generator=torch.Generator().manual_seed(seed)).tolist()
     set_of = {i: members for members in folder.alike for i in members}

@@ -10,14 +10,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from visionlora.pipelines import sd_learning
+from visionlora.pipelines import sd_learning, sd_ready
 from visionlora.pipelines.train_sd import train_sd
 
 import visionlora as vl
 from visionlora.data.cache import TensorCache
 from visionlora.data.folder import ImageFolder, ImageItem, read_image_folder
+from visionlora.diffusion import validation
 from visionlora.diffusion.encode import encode_dataset
-from visionlora.diffusion.validation import Evaluation, Validation, hold_out, verdict
+from visionlora.diffusion.validation import MOST, Evaluation, Validation, hold_out, judges, verdict
 from visionlora.errors import ConfigError, DataError
 from visionlora.loaders import load_adapter
 from visionlora.models.base import open_base
@@ -85,6 +86,25 @@ def test_sets_that_are_larger_than_the_share() -> None:
     assert set(hold_out(whole, 0.2, 0)[1]) == set(whole.items[6:])
     with pytest.raises(DataError, match="look alike"):
         hold_out(dataclasses.replace(whole, alike=(tuple(range(10)),)), 0.2, 0)
+
+
+def test_no_more_are_kept_apart_than_judge() -> None:
+    kept, apart = hold_out(folder_of(400), 0.5, 0)
+    assert len(apart) == MOST and len(kept.items) == 400 - MOST
+
+
+@given(st.integers(1, 200), st.integers(0, 20))
+def test_those_that_judge_are_chosen_by_content(count: int, seed: int) -> None:
+    whole = folder_of(count).items
+    found = judges(whole)
+    assert len(found) == min(count, MOST) and list(found) == [item for item in whole if item in set(found)]
+    names = list(range(count))
+    random.Random(seed).shuffle(names)
+    renamed = sorted(
+        (dataclasses.replace(item, path=Path(f"{n:03d}.png")) for n, item in zip(names, whole, strict=True)),
+        key=lambda item: item.path,
+    )
+    assert {item.sha256 for item in judges(renamed)} == {item.sha256 for item in found}
 
 
 def test_the_verdict_names_what_happened() -> None:
@@ -173,6 +193,26 @@ def apart(monkeypatch: pytest.MonkeyPatch) -> list[Validation]:
     seen: list[Validation] = []
     monkeypatch.setattr(sd_learning, "Validation", lambda *more: seen.append(Validation(*more)) or seen[-1])
     return seen
+
+
+def test_more_pictures_than_judge_are_said(
+    tiny_model: Path, pictures: Path, tmp_path: Path, apart: list[Validation], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that were first by name may be of one kind alone."""
+    monkeypatch.setattr(validation, "MOST", 2)
+    monkeypatch.setattr(sd_ready, "MOST", 2)
+    lines, _ = run(tiny_model, pictures, tmp_path / "run", val_share=0.5, steps=1)
+    assert "val_share 0.5 of 10 pictures would be 5: 2 tell as much, so the others are trained on." in lines
+    assert "8 pictures to train on, 2 apart to see whether it learned." in lines
+    other = tmp_path / "other"
+    other.mkdir()
+    for i in range(5):
+        Image.new("RGB", (32, 32), (40 * i, 0, 0)).save(other / f"{i}.png")
+    lines, _ = run(tiny_model, pictures, tmp_path / "run2", validation=str(other), steps=1)
+    assert f"2 of the 5 pictures of {other} judge the run, chosen by their contents." in lines
+    every = read_image_folder(other).items
+    least = sorted(item.sha256 for item in every)[:2]
+    assert sorted(item.sha256 for item in apart[1].data.items) == least
 
 
 def test_captions_are_those_of_training(
