@@ -134,12 +134,16 @@ def material_of(ready: Ready, data: Encoded, kept: Encoded | None) -> Material:
 
 def lonely(data: Encoded, batch_size: int) -> str:
     """A line about sizes with fewer pictures than a batch: each is then several times in one batch."""
-    few = [group for group in data.groups if len(set(group.positions)) < batch_size]
-    if not few or len(data.groups) == 1:
+    lines = []
+    for side, what in enumerate(("pictures", "class pictures")):
+        own = [len(set(group.positions)) for group in data.groups if data.sides[group.positions[0]] == side]
+        few = sum(count for count in own if count < batch_size)
+        if few and len(own) > 1:
+            lines.append(f"{few} {what}")
+    if not lines:
         return ""
-    count = sum(len(set(group.positions)) for group in few)
     return (
-        f"{count} pictures are of sizes that have fewer pictures than a batch ({batch_size}), so a batch repeats them. "
+        f"{' and '.join(lines)} are of sizes that have fewer pictures than a batch ({batch_size}), so a batch repeats them. "
         "A larger bucket_step puts more pictures together; buckets=false cuts all to one size."
     )
 

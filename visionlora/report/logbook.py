@@ -124,7 +124,8 @@ class Logbook:
                 f"What this run learns from has changed since it was cut off ({other}). Restore it, go on with it by --force, "
                 "or start a new run."
             )
-        self.fit.restore(kept["fit"])
+        seen = kept["history"][-1]["images_seen"] if kept["history"] else 0  # older checkpoints have it here alone
+        self.fit.restore({"images_seen": seen, **kept["fit"]})
         self.kept = self.fit.step
         self.changes = [dict(change) for change in kept.get("changes", ())]
         what = [*self.start.changes, *([other] if other else [])]

@@ -213,6 +213,8 @@ class Fit:
         self.noise = GradientNoise(self.trained, self.images_per_step) if small else None
         self.step = 0
         """Steps done."""
+        self.images_seen = 0
+        """Pictures that they saw; a run that goes on with another batch has seen no other number for it."""
         self.skipped = 0
         """Steps in a row, up to now, that were lost."""
         self.whole = True
@@ -255,14 +257,13 @@ class Fit:
                 if self.skipped == MOST_SKIPPED:
                     raise
                 self.optimizer.zero_grad()
-                self.step += 1
+                self._count()
                 loss, norm = e.value, math.nan
             spent += time.monotonic() - start  # what `on_step` draws and writes is not training
-            seen = self.step * self.images_per_step
             speed = (self.step - first) * self.images_per_step / max(1e-9, spent)
             try:
                 rate = rate_at(self.step - 1, self.config)
-                on_step(Progress(self.step, loss, rate, norm, seen, speed, self.noise_scale))
+                on_step(Progress(self.step, loss, rate, norm, self.images_seen, speed, self.noise_scale))
             except StopTraining:
                 self.whole = True
                 return
@@ -272,8 +273,8 @@ class Fit:
         """One step at this learning rate: (loss, norm of the gradient)."""
         config, accelerator = self.config, self.accelerator
         micro, shares = config.batch_size, config.gradient_accumulation
-        images_seen = self.step * self.images_per_step
         turn = micro * accelerator.num_processes
+        images_seen = -(-self.images_seen // turn) * turn  # the same, unless the batch was changed on the way
         index = positions_at(config.seed, images_seen, self.images_per_step, turn, task.groups)
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = rate * peak
@@ -301,12 +302,16 @@ class Fit:
         if self.noise is not None:
             self.noise.add(float(norm), max(1.0, (float(norm) + 1e-6) / config.max_grad_norm))
         self.optimizer.step()
-        self.step += 1
+        self._count()
         self.learner.after_step(self.step, config.steps)
         self.optimizer.zero_grad()
         if self.ema is not None:
             self.ema.update(self.trained)
         return mean, float(norm)
+
+    def _count(self) -> None:
+        """One step more is done."""
+        self.step, self.images_seen = self.step + 1, self.images_seen + self.images_per_step
 
     @property
     def noise_scale(self) -> float | None:
@@ -327,6 +332,7 @@ class Fit:
         scaler = self.accelerator.scaler
         return {
             "step": self.step,
+            "images_seen": self.images_seen,
             "skipped": self.skipped,
             "learner": dict(self.learner.training_state()),
             "optimizer": self.optimizer.state_dict(),
@@ -354,6 +360,7 @@ class Fit:
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.step, self.skipped = int(state["step"]), int(state["skipped"])
+        self.images_seen = int(state["images_seen"])
 
 
 def train(

@@ -52,6 +52,28 @@ def values(handle: Handle) -> dict[str, Tensor]:
     return {n: t.clone() for n, t in handle.training_state().items()}
 
 
+def test_pictures_are_counted_as_they_were_seen_also_with_another_batch() -> None:
+    """They went back to what the steps would be with the new one, and those pictures came up again."""
+
+    class Watched(Task):
+        def __init__(self) -> None:
+            self.seen: list[int] = []
+
+        def losses(self, model: nn.Module, index: Tensor, generator: torch.Generator, part: slice) -> Tensor:
+            self.seen += index.tolist()
+            return super().losses(model, index, generator, part)
+
+    task, first, counted = Watched(), fit_of(model_with("lora"), replace(CONFIG, steps=2)), []
+    first.run(task, lambda progress: counted.append(progress.images_seen))
+    for batch, steps in ((2, 4), (8, 5)):
+        second = fit_of(model_with("lora"), replace(CONFIG, batch_size=batch, steps=steps))
+        second.restore(first.state())
+        second.run(task, lambda progress: counted.append(progress.images_seen))
+        first = second
+    assert counted == [4, 8, 10, 12, 20]
+    assert sorted(task.seen[:12]) == sorted(set(task.seen[:12])), "none of sixteen twice"
+
+
 def check_resumes(method: str, config: LoopConfig, ema: float | None, tmp_path: Path) -> None:
     """A run that is cut off after seven steps and looked at, then goes on, is the run that was left alone."""
     whole = fit_of(model_with(method), config, ema)
