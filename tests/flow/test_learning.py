@@ -104,6 +104,19 @@ def test_the_class_is_kept_with_and_without_pictures(train, tmp_path: Path) -> N
     assert held[2] != plain[2]
 
 
+def test_pictures_of_the_class_are_no_size_of_their_own(train, dogs: Path, tmp_path: Path) -> None:
+    """All of one size, subject and class were told to take a larger bucket_step, which changes nothing."""
+    more = ("prior_prompt=a dog", f"prior_images={tmp_path / 'class'}", "prior_count=3", "batch_size=4", "steps=1",
+            "sample_columns=0")  # fmt: skip
+    assert "fewer pictures than a batch" not in train(*more, name="a")[0]
+    Image.new("RGB", (64, 16), "red").save(dogs / "wide.png")
+    for picture in dogs.glob("*.png"):
+        picture.with_suffix(".txt").write_text("a dog")
+    assert "4 pictures are of sizes that have fewer pictures than a batch (4)" in train(*more, name="b")[0]
+    Image.new("RGB", (64, 16), "blue").save(tmp_path / "class" / "wide.png")
+    assert "4 pictures and 4 class pictures are of sizes" in train(*more, name="c")[0]
+
+
 def test_a_mask_from_the_alpha_channel(train, dogs: Path) -> None:
     for path in dogs.glob("*.png"):
         picture = Image.open(path).convert("RGBA")
