@@ -22,7 +22,6 @@ from visionlora.diffusion.settings import (
     release,
 )
 from visionlora.diffusion.validation import verdict
-from visionlora.formats import native
 from visionlora.report.listener import Listener
 from visionlora.report.resume import base_digest, begin, holding
 from visionlora.report.runfolder import RunFolder
@@ -91,6 +90,7 @@ def train_sd(config: TrainSDConfig, listener: Listener | None = None) -> RunResu
         lambda step: header(
             config, learning.config, loop, base, ready.fingerprints, ready.folder, ready.size, step, ready.first
         ),
+        lambda step, began: public_metadata(config, learning.config, loop, base, ready.folder, ready.size, step, began),
         learned_from(ready.folder, ready.apart, base_digest(ready.fingerprints)),
         start,
         material.validation,
@@ -107,11 +107,7 @@ def train_sd(config: TrainSDConfig, listener: Listener | None = None) -> RunResu
     adapter_path = run.path / "adapter.safetensors"
     if accelerator.is_main_process:
         with fitting.fit.averaged():
-            native.write(
-                fitting.adapter(history[-1].step),
-                adapter_path,
-                public_metadata(config, learning.config, loop, base, ready.folder, ready.size, fitting.started),
-            )
+            fitting.write(history[-1].step, adapter_path)
         seconds = time.monotonic() - started
         report(
             run, config, loop, base, ready.folder, learning.handle, sheet, history, fitting.evaluations, seconds,

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors import safe_open
 from visionlora.pipelines.train_sd import train_sd
 
 import visionlora as vl
@@ -335,6 +336,21 @@ def test_so_many_adapters_on_the_way_stay(
     folder = train_sd(config(tiny_model, dogs, tmp_path / "r", keep_checkpoints=keep)).folder / "checkpoints"
     assert sorted(p.name for p in folder.glob("step-*")) == [f"step-{step:06d}.safetensors" for step in left]
     assert {"state.pt", "state-previous.pt", "best.safetensors"} <= {p.name for p in folder.iterdir()}
+
+
+def test_adapters_on_the_way_say_what_the_last_one_says(whole: Path) -> None:
+    """Other programs show their title, trigger word and base too."""
+
+    def public(name: str) -> dict[str, str]:
+        with safe_open(whole / name, "pt") as file:
+            told = file.metadata()
+        return {k: v for k, v in told.items() if k.startswith(("ss_", "modelspec.")) and "hash" not in k}
+
+    last = public("adapter.safetensors")
+    assert last["modelspec.trigger_phrase"] and last["ss_steps"] == "12"
+    assert public("checkpoints/step-000006.safetensors") == {**last, "ss_steps": "6"}
+    best = public("checkpoints/best.safetensors")
+    assert {**best, "ss_steps": "12"} == last
 
 
 def test_a_state_that_cannot_be_read_costs_one_checkpoint(

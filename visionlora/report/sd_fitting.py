@@ -39,6 +39,8 @@ class Fitting:
     tell: Listener
     header: Callable[[int], dict[str, Any]]
     """From a step to what the adapter file says about itself."""
+    public: Callable[[int, float], dict[str, str]]
+    """From a step, and when the run began, to what other programs show of the file."""
     data: LearnedFrom
     """The pictures and captions."""
     start: Start[TrainSDConfig]
@@ -61,15 +63,16 @@ class Fitting:
         """Whether this process draws and writes."""
         return bool(self.accelerator.is_main_process)
 
-    def adapter(self, step: int) -> Adapter:
-        """The adapter as it is now."""
-        return dataclasses.replace(self.export(), info=self.header(step))
+    def write(self, step: int, path: Path) -> None:
+        """Writes the adapter as it is now, with all that a file says."""
+        adapter = dataclasses.replace(self.export(), info=self.header(step))
+        native.write(adapter, path, self.public(step, self.started))
 
     def keep_adapter(self, step: int) -> Path:
         """Writes the adapter as it is now beside the others of the run."""
         path = self.run.checkpoints / f"step-{step:06d}.safetensors"
         with self.fit.averaged():
-            native.write(self.adapter(step), path)
+            self.write(step, path)
         self.run.keep_newest(self.config.keep_checkpoints)
         return path
 
@@ -111,7 +114,7 @@ class Fitting:
             if self.main:
                 self.run.write_jsonl("validation.jsonl", [dataclasses.asdict(e) for e in self.evaluations])
                 if best:
-                    native.write(self.adapter(step), self.run.checkpoints / "best.safetensors")
+                    self.write(step, self.run.checkpoints / "best.safetensors")
 
     @property
     def enough(self) -> bool:

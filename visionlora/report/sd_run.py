@@ -98,7 +98,7 @@ def trigger(folder: ImageFolder) -> str | None:
 
 def public_metadata(
     config: TrainSDConfig, adapter: AdapterConfig, loop: LoopConfig, base: BaseModel, folder: ImageFolder, size: int,
-    started: float,
+    step: int, started: float,
 ) -> dict[str, str]:  # fmt: skip
     """`ss_*` and `modelspec.*` entries that A1111, ComfyUI and Civitai show (modelspec 1.0.1)."""
     family, _ = family_of_unet(base.pipe.unet.config)
@@ -114,7 +114,7 @@ def public_metadata(
         "ss_v2": str(second),
         "ss_sd_model_name": base.id,
         "ss_learning_rate": str(loop.learning_rate),
-        "ss_steps": str(loop.steps),
+        "ss_steps": str(step),
         "ss_seed": str(config.seed),
         "ss_num_train_images": str(len(folder.items)),
         "ss_resolution": f"({size}, {size})",
