@@ -338,6 +338,16 @@ def test_so_many_adapters_on_the_way_stay(
     assert {"state.pt", "state-previous.pt", "best.safetensors"} <= {p.name for p in folder.iterdir()}
 
 
+@pytest.mark.parametrize(("keep", "left"), [(None, []), (3, [8, 10, 12])])
+def test_adapters_on_the_way_without_pictures(
+    tiny_model: Path, dogs: Path, tmp_path: Path, keep: int | None, left: list[int]
+) -> None:
+    """Whoever says how many stay wants them, at the moments at which the state is saved."""
+    settings = {"keep_checkpoints": keep, "sample_columns": 0}
+    folder = train_sd(config(tiny_model, dogs, tmp_path / "r", **settings)).folder / "checkpoints"
+    assert sorted(p.name for p in folder.glob("step-*")) == [f"step-{step:06d}.safetensors" for step in left]
+
+
 def test_adapters_on_the_way_say_what_the_last_one_says(whole: Path) -> None:
     """Other programs show their title, trigger word and base too."""
 

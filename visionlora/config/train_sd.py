@@ -123,7 +123,8 @@ class TrainSDConfig(TrainingConfig):
     checkpoints: int = 10
     """How often the state is saved, from which `resume` goes on, and the validation pictures are looked at."""
     keep_checkpoints: int | None = None
-    """Adapters of moments on the way that stay under checkpoints/, the newest ones; all when not given."""
+    """Adapters of moments on the way that stay under checkpoints/, the newest ones: of the moments that the grid shows, all
+    when not given; without a grid (sample_columns=0) of those at which the state is saved, none when not given."""
     sample_steps: int = 20
     """Denoising steps per sample picture."""
     guidance_scale: float | None = None

@@ -128,6 +128,7 @@ class Fitting:
         """Runs the loop; returns the state after each step."""
         steps = self.fit.config.steps
         drawn, saved = (set(sample_moments(steps, n)) for n in (self.config.sample_columns, self.config.checkpoints))
+        kept = drawn or (saved if self.config.keep_checkpoints else set())
         if self.main and drawn and not self.sheet.columns:
             self.sheet.draw_column("base", scale=0.0)
         if not self.evaluations:
@@ -139,8 +140,9 @@ class Fitting:
             if progress.step in saved:
                 self.evaluate(progress.step)
             self.log.add(progress, "Training", f"{progress.images_per_second:.1f} images/s")
-            if progress.step in drawn and self.main:
+            if progress.step in kept and self.main:
                 self.keep_adapter(progress.step)
+            if progress.step in drawn and self.main:
                 with self.fit.averaged():
                     self.sheet.draw_column(f"step {progress.step}", scale=1.0)
             if progress.step in drawn | saved:
@@ -155,9 +157,9 @@ class Fitting:
             if self.log.history and self.main:
                 place = ""
                 if self.fit.whole:
-                    kept = self.keep_adapter(self.fit.step)
+                    file = self.keep_adapter(self.fit.step)
                     self.checkpoint()
-                    place = f"; the adapter so far is in {kept}" if kept.is_file() else ""
+                    place = f"; the adapter so far is in {file}" if file.is_file() else ""
                 self.tell.say(f"Interrupted at step {self.fit.step} of {steps}{place}.\n{self.log.go_on('train-sd')}")
             raise
         if self.enough:
