@@ -267,6 +267,20 @@ def test_pictures_may_have_moved(tiny_model: Path, dogs: Path, tmp_path: Path, w
     assert (folder / "adapter.safetensors").read_bytes() == (whole / "adapter.safetensors").read_bytes()
 
 
+def test_a_run_whose_settings_are_gone_says_so(tmp_path: Path, whole: Path, cli) -> None:
+    """It said that images are missing."""
+    (whole / "config.yaml").unlink()
+    (whole / "run.json").unlink()
+    code, _, err = cli("train-sd", "--resume", whole)
+    assert code == 2 and "images" not in err
+    assert "it has no config.yaml. Put that file back, with the settings of the run, or start a new one" in err
+    assert f"start_from={whole / 'checkpoints' / 'step-000012.safetensors'}" in err
+    (tmp_path / "empty").mkdir()
+    for name in ("empty", "nowhere"):
+        code, _, err = cli("train-sd", "--resume", tmp_path / name)
+        assert code == 2 and "is no run that can be resumed: it has no config.yaml. Name a run folder." in err
+
+
 # --------------------------------------------------------------------------------------------------------------- force
 
 

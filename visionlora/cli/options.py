@@ -60,7 +60,8 @@ def resolved(kind: type[C], given: Mapping[str, Any]) -> C:
     layers = [*files, words, flags]
     resume, output = (next((str(x[k]) for x in reversed(layers) if x.get(k)), "") for k in ("resume", "output"))
     if resume and not any(layer.get(name) for layer in layers for name in ("images", "folders")):
-        layers.insert(0, pictures_of(output if resume == RESUME_AUTO else resume))
+        auto = resume == RESUME_AUTO
+        layers.insert(0, pictures_of(output if auto else resume, may_be_new=auto))
     return build(kind, *layers)
 
 
@@ -73,9 +74,15 @@ def finished(config: TrainingConfig) -> str | None:
     return finished_run(config)
 
 
-def pictures_of(folder: str) -> dict[str, Any]:
-    """Where the run in a folder has its pictures: it knows them itself. Nothing when there is no run."""
+def pictures_of(folder: str, may_be_new: bool) -> dict[str, Any]:
+    """Where the run in a folder has its pictures: it knows them itself.
+
+    Args:
+        folder: of the run; none when empty.
+        may_be_new: whether a folder in which no run is will do, for one that then begins there.
+    """
     file = Path(folder).expanduser() / "config.yaml"
-    if not folder or not file.is_file():
-        return {"images": folder} if folder and not file.parent.is_dir() else {}
-    return {name: value for name, value in read_yaml(str(file)).items() if name in ("images", "folders") and value}
+    if folder and file.is_file():
+        return {name: value for name, value in read_yaml(str(file)).items() if name in ("images", "folders") and value}
+    # Named as the pictures, so that what is said is what is wrong with the folder, not that pictures are missing.
+    return {"images": folder} if folder and not (may_be_new and file.parent.is_dir()) else {}

@@ -256,7 +256,7 @@ def _choose(config: TrainingConfig, kind: str) -> tuple[Path, How, str]:
     if config.resume != RESUME_AUTO:
         folder = Path(config.resume)
         if not (folder / "config.yaml").is_file():
-            raise RunFolderError(f"{folder} is no run that can be resumed: it has no config.yaml. Name a run folder.")
+            raise RunFolderError(f"{folder} is no run that can be resumed: it has no config.yaml. {_instead(folder)}")
         _check_unfinished(folder, config)
         _take(folder)
         return folder, "on", ""
@@ -282,6 +282,15 @@ def _choose(config: TrainingConfig, kind: str) -> tuple[Path, How, str]:
     if config.output and fresh == place:
         return fresh, "new", f"There is no run in {fresh} yet; starting one."
     return fresh, "new", f"There is no unfinished run of {_named(config)} in {place}; starting a new one in {fresh}."
+
+
+def _instead(folder: Path) -> str:
+    """What to do where a folder has no config.yaml."""
+    adapters = [*folder.glob("checkpoints/best.safetensors"), *sorted(folder.glob("checkpoints/step-*.safetensors"))]
+    if not adapters and not (folder / "checkpoints" / "state.pt").is_file():
+        return "Name a run folder."
+    start = f", or start a new one that learns on: start_from={shlex.quote(str(adapters[-1]))}" if adapters else ""
+    return f"Put that file back, with the settings of the run{start}."
 
 
 def _subject(config: TrainingConfig) -> str:
