@@ -1,5 +1,6 @@
 """Settings from files, words and flags: precedence, conversion, and problems reported together."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -105,7 +106,7 @@ def test_unknown_keys_and_wrong_types_come_in_one_message() -> None:
         "- steps is 'many'; expected a whole number",
         "- rank is 3.5; expected a whole number or auto",
         "- flip is 3; expected true or false",
-        "- batch_size is True; expected int",
+        "- batch_size is True; expected a whole number",
     ]
 
 
@@ -117,9 +118,9 @@ def test_values_out_of_range_come_in_one_message() -> None:
         "- images is ''; name the folder of pictures to learn from: --images ./dog",
         "- steps is 0; it must be at least 1",
         "- rank is -1; it must be at least 1, or auto",
-        "- learning_rate is 0; it must be above 0 and at most 1000",
+        "- learning_rate is 0.0; it must be above 0 and at most 1000",
         "- precision is 'fp23'; Did you mean 'fp32'?",
-        "- caption_dropout is 2; it must be between 0 and 1",
+        "- caption_dropout is 2.0; it must be between 0 and 1",
     ]
 
 
@@ -318,3 +319,48 @@ def test_paths_and_single_texts_from_python() -> None:
     assert (config.images, config.output, config.validation) == ("dog", "run", "v")
     assert config.sample_prompts == ("a dog",)
     assert ClassifyConfig(images=Path("pets"), baselines="full").baselines == ("full",)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "expected"),
+    [
+        (TrainSDConfig, {"rank_budget": 4}, "4"),
+        (TrainSDConfig, {"learning_rate": "1e-4"}, 1e-4),
+        (TrainSDConfig, {"rank": "4"}, 4),
+        (TrainSDConfig, {"steps": 100.0}, 100),
+        (TrainSDConfig, {"betas": [0.9, 0.95]}, (0.9, 0.95)),
+        (TrainSDConfig, {"timestep_range": "0,600"}, (0, 600)),
+        (TrainSDConfig, {"prompt": "none"}, "none"),
+        (TrainSDConfig, {"folders": [{"path": "a", "repeats": "2"}], "images": ""}, (FolderConfig("a", repeats=2),)),
+        (ClassifyConfig, {"val_share": "0.2"}, 0.2),
+        (ClassifyConfig, {"class_weights": {0: 2}}, {"0": 2.0}),
+        (ClassifyConfig, {"cache": "no"}, False),
+    ],
+)
+def test_python_takes_what_the_command_line_takes(kind: type, settings: dict, expected: object) -> None:
+    found = getattr(kind(**{"images": "a", **settings}), next(iter(settings)))
+    assert found == expected and type(found) is type(expected)
+
+
+@pytest.mark.parametrize("kind", [TrainSDConfig, ClassifyConfig])
+@pytest.mark.parametrize("value", [object(), {"a": object()}, [[]], b"x", 1j, True, None])
+def test_no_value_from_python_gives_a_traceback(kind: type, value: object) -> None:
+    for field in dataclasses.fields(kind):
+        try:
+            kind(**{"images": "a", field.name: value})
+        except ConfigError as e:
+            assert f"- {field.name}" in str(e) or "images" in str(e), e
+
+
+def test_wrong_types_from_python_come_in_one_message() -> None:
+    with pytest.raises(ConfigError) as caught:
+        ClassifyConfig("a", steps="many", learning_rate=[1], cache=3, targets=b"attn")
+    assert str(caught.value).splitlines()[1:] == [
+        "- steps is 'many'; expected a whole number",
+        "- targets is b'attn'; expected a word",
+        "- learning_rate is [1]; expected a number",
+        "- cache is 3; expected true or false",
+    ]
+    with pytest.raises(ConfigError, match="repeats is 'x'; expected a whole number"):
+        FolderConfig(Path("a"), repeats="x")
+    assert FolderConfig(Path("a")).path == "a"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from visionlora.config.reading import raise_all
+from visionlora.config.reading import raise_all, take
 from visionlora.errors import nearest
 
 CAPTIONS = ("auto", "filename")
@@ -34,6 +34,7 @@ class FolderConfig:
     parquet table the column that holds them."""
 
     def __post_init__(self) -> None:
+        take(self)
         raise_all([f"{name} is {getattr(self, name)!r}; {rule}" for name, fine, rule in self.rules() if not fine])
 
     def rules(self) -> list[tuple[str, bool, str]]:

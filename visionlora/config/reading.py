@@ -11,7 +11,7 @@ import dataclasses
 import math
 from collections.abc import Iterable, Mapping
 from importlib import resources
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
@@ -79,6 +79,28 @@ def given_names(config: Any) -> frozenset[str]:
     )
 
 
+def take(config: Any) -> None:
+    """Turns what a configuration was constructed with into the annotated types; texts stay as they are.
+
+    From Python, too, a path or one text for several is plausible, and a number written as a text.
+
+    Raises:
+        ConfigError: for values of the wrong type, all in one message.
+    """
+    problems = []
+    for name, hint in get_type_hints(type(config)).items():
+        given = getattr(config, name)
+        if isinstance(given, str) and str in (hint, *get_args(hint)) and get_origin(hint) is not tuple:
+            continue
+        try:
+            object.__setattr__(config, name, convert(given, hint))  # it is frozen
+        except _InsideError as e:
+            problems += [f"{name}{problem}" for problem in e.problems]
+        except ValueError as e:
+            problems.append(f"{name} is {given!r}; {e}")
+    raise_all(problems)
+
+
 class _InsideError(ValueError):
     """Problems within a value; each line begins with the place in it, such as `[1].promt`."""
 
@@ -93,6 +115,8 @@ def convert(value: Any, hint: Any) -> Any:
     Raises:
         ValueError: saying what was expected.
     """
+    if isinstance(value, PurePath):
+        value = str(value)
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return _group(value, hint)
     origin = get_origin(hint)
@@ -135,7 +159,7 @@ def convert(value: Any, hint: Any) -> Any:
         if isinstance(value, str | int | float) and not isinstance(value, bool):
             return str(value)
         raise ValueError("expected a word")
-    raise ValueError(f"expected {getattr(hint, '__name__', hint)}")
+    raise ValueError(f"expected {_NUMBERS.get(hint, hint)}")
 
 
 def _items(value: Any, kind: Any) -> list[Any] | tuple[Any, ...]:
@@ -151,6 +175,9 @@ def _items(value: Any, kind: Any) -> list[Any] | tuple[Any, ...]:
     return items
 
 
+_NUMBERS = {int: "a whole number", float: "a number"}
+
+
 def _number(value: Any, kind: type) -> int | float:
     """A number, a whole one to the last digit."""
     if kind is int and isinstance(value, int | str):
@@ -159,10 +186,10 @@ def _number(value: Any, kind: type) -> int | float:
     try:
         number = float(value)
     except (TypeError, ValueError, OverflowError):
-        raise ValueError("expected a whole number" if kind is int else "expected a number") from None
+        raise ValueError(f"expected {_NUMBERS[kind]}") from None
     if kind is int:
         if not number.is_integer():
-            raise ValueError("expected a whole number")
+            raise ValueError(f"expected {_NUMBERS[kind]}")
         return int(number)
     return number
 

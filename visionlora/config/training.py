@@ -6,11 +6,11 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any, Literal
 
 from visionlora.config.choices import OPTIMIZERS, SCHEDULES, TRACKERS, optimizer_problem, tracker_problem
-from visionlora.config.reading import raise_all
+from visionlora.config.reading import raise_all, take
 from visionlora.errors import nearest
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
@@ -105,12 +105,7 @@ class TrainingConfig:
     """Leave out pictures that cannot be used instead of stopping."""
 
     def __post_init__(self) -> None:
-        for f in fields(self):  # from Python a path, or one text for several, is plausible
-            given = getattr(self, f.name)
-            if isinstance(given, PurePath):
-                object.__setattr__(self, f.name, str(given))
-            elif isinstance(given, str) and isinstance(f.default, tuple):
-                object.__setattr__(self, f.name, (given,))
+        take(self)
         for name in ("output", "resume"):
             object.__setattr__(self, name, at_home(getattr(self, name)))
         rule = f"it must be a finite number, of at most {LARGEST:g}"
