@@ -30,6 +30,24 @@ def test_a_method_that_does_not_exist(cli, tmp_path: Path) -> None:
     ]
 
 
+def test_an_init_that_cannot_be(cli, tmp_path: Path) -> None:
+    """eva ended long runs of checks with advice for Python, and methods with a start of their own took any."""
+    for text, line in (
+        ("init: eva", "init is 'eva'; it needs inputs that are measured before, with vl.input_spectra in Python: take kaiming "
+         "or gaussian or orthogonal or pissa"),
+        ("init: eva\nmethod: dora", "init is 'eva'; it needs inputs that are measured before, with vl.input_spectra in Python: "
+         "take kaiming or gaussian or orthogonal"),
+        ("init: orthogonal\nmethod: ia3", "init is 'orthogonal'; method ia3 has a start of its own: leave init out"),
+        ("init: eva\nmethod: full", "init is 'eva'; method full has a start of its own: leave init out"),
+        ("init: pissa\nmethod: dora", "init is 'pissa'; it starts both factors of a LoRA, which method dora has not so: take "
+         "kaiming or gaussian or orthogonal"),
+    ):  # fmt: skip
+        (tmp_path / "bad.yaml").write_text(text)
+        code, out, _ = cli("check", "bad.yaml")
+        assert (code, out.splitlines()[1:]) == (2, [f"  line 1: {line}"])
+        assert line in cli("train-sd", "--images", ".", "--config", "bad.yaml")[2]
+
+
 def test_no_torch_is_loaded() -> None:
     code = "import sys; sys.argv = ['visionlora', 'check', 'emoji64_dog']\nfrom visionlora.cli.main import main\n"
     code += "try:\n    main()\nexcept SystemExit as e:\n    print(e.code)\n"

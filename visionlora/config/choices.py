@@ -38,6 +38,12 @@ OPTIMIZERS = {
     "schedulefree": OptimizerWord("schedulefree", schedule="constant", averages=True),
     "sgd": OptimizerWord(betas=1),
 }
+RUN_INITS = ("kaiming", "gaussian", "orthogonal", "pissa")
+"""Inits that need nothing but the base model; plug-ins add others."""
+PISSA_METHODS = ("lora", "rslora", "lora+")
+"""Methods that init pissa can start: both factors are its."""
+WITHOUT_INIT = ("adalora", "vera", "ia3", "full", "linear-probe")
+"""Methods that have a start of their own."""
 TRACKERS = ("tensorboard", "trackio", "wandb")
 
 

@@ -9,7 +9,16 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from visionlora.config.choices import OPTIMIZERS, SCHEDULES, TRACKERS, optimizer_problem, tracker_problem
+from visionlora.config.choices import (
+    OPTIMIZERS,
+    PISSA_METHODS,
+    RUN_INITS,
+    SCHEDULES,
+    TRACKERS,
+    WITHOUT_INIT,
+    optimizer_problem,
+    tracker_problem,
+)
 from visionlora.config.reading import raise_all, take
 from visionlora.errors import nearest
 
@@ -76,7 +85,7 @@ class TrainingConfig:
     gradient_accumulation: int = 1
     """Forward passes per optimizer step."""
     init: str = "kaiming"
-    """How the adapter starts: kaiming, gaussian, orthogonal or pissa."""
+    """How the adapter starts: kaiming, gaussian, orthogonal or pissa; adalora, vera, ia3 and full have a start of their own."""
     basis_index: int = 0
     """Part of the shared basis for init orthogonal; adapters that will be combined take different ones."""
     dropout: float = 0.0
@@ -132,6 +141,7 @@ class TrainingConfig:
             ("max_grad_norm", self.max_grad_norm > 0, "it must be positive"),
             ("batch_size", self.batch_size is None or self.batch_size >= 1, "it must be at least 1"),
             ("gradient_accumulation", self.gradient_accumulation >= 1, "it must be at least 1"),
+            *self.init_rules(),
             ("dropout", 0 <= self.dropout < 1, "it must be at least 0 and below 1"),
             ("patience", self.patience is None or self.patience >= 1, "it must be at least 1"),
             ("ema_decay", self.ema_decay is None or 0 <= self.ema_decay < 1, "it must be at least 0 and below 1"),
@@ -148,6 +158,27 @@ class TrainingConfig:
             ),
             ("seed", 0 <= self.seed < 2**63, "it must be between 0 and 2^63 - 1"),
             *self.tracker_rules(),
+        ]
+
+    def init_rules(self) -> list[Rule]:
+        """What must hold of the start of the adapter."""
+        suits = [word for word in RUN_INITS if word != "pissa" or self.method in PISSA_METHODS]
+        return [
+            (
+                "init",
+                self.init == "kaiming" or self.method not in WITHOUT_INIT,
+                f"method {self.method} has a start of its own: leave init out",
+            ),
+            (
+                "init",
+                self.init != "eva" or self.method in WITHOUT_INIT,
+                f"it needs inputs that are measured before, with vl.input_spectra in Python: take {' or '.join(suits)}",
+            ),
+            (
+                "init",
+                self.init != "pissa" or self.method in (*PISSA_METHODS, *WITHOUT_INIT),
+                f"it starts both factors of a LoRA, which method {self.method} has not so: take {' or '.join(suits)}",
+            ),
         ]
 
     def optimizer_rules(self) -> list[Rule]:

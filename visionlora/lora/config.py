@@ -8,13 +8,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from visionlora.config.choices import PISSA_METHODS, RUN_INITS
 from visionlora.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 METHODS = ("lora", "rslora", "lora+", "lora-fa", "tlora", "dora", "adalora", "vera", "ia3", "full", "linear-probe")
-INITS = ("kaiming", "gaussian", "orthogonal", "pissa", "eva")
+INITS = (*RUN_INITS, "eva")
 PLUGIN_GROUPS = {"method": "visionlora.methods", "init": "visionlora.inits"}
 LORA_PLUS_RATIO = 16.0
 
@@ -84,7 +85,7 @@ class AdapterConfig:
             problems.append(f"dropout is {self.dropout!r}; it must be at least 0 and below 1.")
         if self.init not in known("init"):
             problems.append(f"init is {self.init!r}. {nearest(str(self.init), known('init'))}")
-        elif self.init == "pissa" and self.method not in ("lora", "rslora", "lora+"):
+        elif self.init == "pissa" and self.method not in PISSA_METHODS:
             problems.append(f"init 'pissa' starts both factors of a LoRA; method {self.method!r} cannot use it.")
         if not self.target_list and self.method not in ("full", "linear-probe"):
             problems.append("targets is empty; `attn` is a good start.")
