@@ -151,10 +151,10 @@ class Ready:
 def opened(start: Start[ClassifyConfig], tell: Listener) -> Ready:
     """Opens the backbone, reads and splits the pictures, and checks all settings against both."""
     config, first = start.config, read_first(start)
-    model, weights = named_base(config, first)
+    model, weights, named_by = named_base(config, first)
     if config.image_size is None and first is not None:
         config = dataclasses.replace(config, image_size=(first.info.get("base") or {}).get("image_size"))
-    backbone = open_backbone(model, config.weights or weights, config.image_size)
+    backbone = open_backbone(model, config.weights or weights, config.image_size, named_by)
     tell.say(backbone.why)
     if config.layer_decay != 1 and not backbone.blocks:
         raise ConfigError(

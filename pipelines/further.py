@@ -46,12 +46,12 @@ def keep_first(first: Adapter | None, run: RunFolder, start: Start[Any]) -> None
         native.write(first, run.path / FIRST_FILE)
 
 
-def named_base(config: TrainingConfig, first: Adapter | None) -> tuple[str, str | None]:
-    """The model of the settings, or for `auto` the one that the adapter names, with the weights that it had there."""
+def named_base(config: TrainingConfig, first: Adapter | None) -> tuple[str, str | None, str | None]:
+    """The model of the settings; or for `auto` the one that the adapter names, the weights that it had, and what names it."""
     base = (first.info.get("base") or {}) if first is not None else {}
     if config.model != "auto" or not base.get("id"):
-        return config.model, None
-    return str(base["id"]), base.get("weights")
+        return config.model, None, None
+    return str(base["id"]), base.get("weights"), config.start_from
 
 
 def check_first(

@@ -72,8 +72,8 @@ def opened(config: GenerateConfig, say: Callable[[str], None]) -> Opened:
     model = config.model
     if model == "auto" and adapters:
         model = str(next(iter(adapters.values())).info.get("base", {}).get("id", "auto"))
-    base = open_base(model)
-    say(base.why if model == config.model else f"Base model: {base.id}, which the adapter names. Choose with --model.")
+    base = open_base(model, named_by=None if model == config.model else "the adapter")
+    say(base.why)
     base.weights_hash  # noqa: B018  before the cast, after which it would be another
     with quiet("diffusers", "transformers"):
         base.pipe.to(device=device, dtype=BASE_DTYPES[precision])

@@ -105,7 +105,8 @@ def prepare(start: Start[TrainSDConfig], tell: Listener) -> Ready:
     if config.prior_images is not None:
         check_class_folder(Path(config.prior_images), [config.images, *(f.path for f in config.folders)])
 
-    base = open_base(named_base(config, first)[0])
+    model, _, named_by = named_base(config, first)
+    base = open_base(model, named_by=named_by)
     config = trained_alike(config, first, base)
     base = base.reading(config.clip_skip)
     tell.say(base.why)

@@ -396,9 +396,7 @@ def load_classifier(
     if chosen is None:
         raise AdapterFileError("This adapter does not say which backbone it is for: name it with --model.")
     chosen_weights = weights or (base.get("weights") if model is None else None)
-    backbone = open_backbone(chosen, chosen_weights, base.get("image_size"))
-    if model is None:
-        backbone = replace(backbone, why=f"Backbone: {backbone.id}, which the adapter names. Choose with --model.")
+    backbone = open_backbone(chosen, chosen_weights, base.get("image_size"), None if model else "the adapter")
     classifier = Classifier(backbone, device)
     for name, adapter in loaded.items():
         classifier.add(name, adapter, force)

@@ -11,7 +11,7 @@ from visionlora.pipelines.train_sd import train_sd
 
 import visionlora as vl
 from visionlora.config import ClassifyConfig, TrainSDConfig, build
-from visionlora.errors import AdapterFileError, ConfigError, DataError
+from visionlora.errors import AdapterFileError, ConfigError, DataError, ModelError
 from visionlora.loaders import load_adapter, save_adapter
 
 from ..doubles import Ears
@@ -67,7 +67,22 @@ def test_it_begins_with_layers_and_head_of_the_first(first: Path, two: Path, tmp
 
 def test_the_backbone_is_the_one_that_the_adapter_names(first: Path, two: Path, tiny_vit: Path, tmp_path: Path) -> None:
     said, folder = run(two, tmp_path / "on", start_from=str(first))
-    assert f"Backbone: {tiny_vit}" in said and load_adapter(folder).info["base"]["id"] == str(tiny_vit)
+    assert f"Backbone: {tiny_vit}, which {first} names. Choose with --model." in said
+    assert load_adapter(folder).info["base"]["id"] == str(tiny_vit)
+
+
+def test_the_base_is_the_one_that_the_adapter_names(tiny_model: Path, dogs: Path, tmp_path: Path) -> None:
+    """It was said to be chosen with --model, which nobody had given."""
+    settings = {"images": dogs, "steps": 1, "rank": 2, "sample_columns": 0}
+    moved = tmp_path / "base"
+    shutil.copytree(tiny_model, moved)
+    before = train_sd(TrainSDConfig(**settings, output=tmp_path / "a", model=moved)).folder
+    ears = Ears()
+    train_sd(TrainSDConfig(**settings, output=tmp_path / "b", start_from=before), ears)
+    assert f"Base model: {moved}, which {before} names. Choose with --model." in ears.lines
+    moved.rename(tmp_path / "elsewhere")
+    with pytest.raises(ModelError, match=f"There is no model at {moved}, which {before} names"):
+        train_sd(TrainSDConfig(**settings, output=tmp_path / "c", start_from=before))
 
 
 def test_no_picture_that_was_learned_from_judges(first: Path, shapes: Path, tiny_vit: Path, tmp_path: Path) -> None:

@@ -181,7 +181,9 @@ def embedded_folder() -> Iterator[Path]:
         yield folder
 
 
-def choose(what: str, model: str, embedded: str, on_gpu: str, fetch: Callable[[], object]) -> tuple[str, str]:
+def choose(
+    what: str, model: str, embedded: str, on_gpu: str, fetch: Callable[[], object], named_by: str | None = None
+) -> tuple[str, str]:
     """Resolves `auto`: (model, one line that says which was taken, why, and how to choose).
 
     Args:
@@ -190,7 +192,10 @@ def choose(what: str, model: str, embedded: str, on_gpu: str, fetch: Callable[[]
         embedded: the model that comes with visionlora.
         on_gpu: the one that is taken where there is a GPU.
         fetch: raises when `on_gpu` cannot be had.
+        named_by: what names the model, where it is not the user.
     """
+    if model != "auto" and named_by is not None:
+        return model, f"{what}: {model}, which {named_by} names. Choose with --model."
     if model != "auto":
         return model, f"{what}: {model} (chosen with --model)."
     if not torch.cuda.is_available():
@@ -209,17 +214,18 @@ def fetch_default() -> None:
     snapshot_download(DEFAULT_ON_GPU, allow_patterns=["model_index.json"])
 
 
-def open_base(model: str = "auto", dtype: torch.dtype = torch.float32) -> BaseModel:
+def open_base(model: str = "auto", dtype: torch.dtype = torch.float32, named_by: str | None = None) -> BaseModel:
     """Opens a base model, Stable Diffusion 1.x, 2.x or XL, frozen, on the CPU.
 
     Args:
         model: `auto`, `emoji-64`, a diffusers folder, a single-file checkpoint or a Hub id.
         dtype: of the weights.
+        named_by: what names the model, where it is not the user.
 
     Raises:
         ModelError: when there is no such model, or it is not a text-to-image Stable Diffusion.
     """
-    chosen, why = choose("Base model", model, EMBEDDED, DEFAULT_ON_GPU, fetch_default)
+    chosen, why = choose("Base model", model, EMBEDDED, DEFAULT_ON_GPU, fetch_default, named_by)
     if chosen == EMBEDDED:
         with embedded_folder() as folder:
             if not (folder / "model_index.json").is_file():
@@ -242,9 +248,10 @@ def open_base(model: str = "auto", dtype: torch.dtype = torch.float32) -> BaseMo
         return _opened(str(path), str(path.resolve()), why, load_folder(str(path), dtype))
     if chosen.count("/") == 1 and not chosen.startswith((".", "/", "~")):
         return _opened(chosen, chosen, why, load_folder(chosen, dtype))
+    named = f", which {named_by} names" if named_by else ""
     siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
     raise ModelError(
-        f"There is no model at {chosen}. {nearest(path.name, [*siblings, EMBEDDED])} Give a diffusers folder, "
+        f"There is no model at {chosen}{named}. {nearest(path.name, [*siblings, EMBEDDED])} Give a diffusers folder, "
         f"a .safetensors checkpoint, a Hub id such as {DEFAULT_ON_GPU}, or {EMBEDDED}."
     )
 

@@ -166,7 +166,9 @@ def fetch_default() -> None:
     timm.create_model(DEFAULT_ON_GPU, pretrained=True)
 
 
-def open_backbone(model: str = "auto", weights: str | None = None, image_size: int | None = None) -> VisionModel:
+def open_backbone(
+    model: str = "auto", weights: str | None = None, image_size: int | None = None, named_by: str | None = None
+) -> VisionModel:
     """Opens a backbone, frozen, on the CPU.
 
     Args:
@@ -174,12 +176,13 @@ def open_backbone(model: str = "auto", weights: str | None = None, image_size: i
             timm or transformers model.
         weights: a state dict (.safetensors, .pt) to read instead of the library's weights, or `random` for none.
         image_size: side of the pictures that it is to read, px; by default its own.
+        named_by: what names the model, where it is not the user.
 
     Raises:
         ModelError: when there is no such model, it cannot be had, the state dict does not fit, or it cannot read
             pictures of that size.
     """
-    chosen, why = choose("Backbone", model, EMBEDDED, DEFAULT_ON_GPU, fetch_default)
+    chosen, why = choose("Backbone", model, EMBEDDED, DEFAULT_ON_GPU, fetch_default, named_by)
     with torch.random.fork_rng(devices=[]):  # so that `random` is the same model whenever it is opened
         torch.manual_seed(0)
         opened = named(chosen, weights)
