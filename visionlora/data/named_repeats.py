@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from visionlora.data.images import legible, printable
 from visionlora.data.labelled import top_of
+from visionlora.data.wording import first_names
 
 # Neither years (2023_holiday) nor numbers that only keep an order (01_front).
 _NAME = re.compile(r"([1-9]\d{0,2})_(.*\w.*)")
@@ -25,6 +26,8 @@ class NamedRepeats:
     """Top folder -> how often each of its pictures counts; empty where the folders are called otherwise."""
     words: Mapping[str, str]
     """Top folder -> the caption of its pictures that have none of their own."""
+    left_aside: tuple[str, ...] = ()
+    """Top folders that would say it, where not all pictures are in such ones."""
 
     def of(self, picture: str) -> int | None:
         """How often a picture counts, if its folder says it."""
@@ -34,14 +37,21 @@ class NamedRepeats:
         """The captions of these pictures by their folders; none where the folders are called otherwise."""
         return {name: words for name in pictures if (words := self.words.get(top_of(name)))}
 
-    def note(self) -> str:
-        """What was made of the names."""
+    def notes(self) -> list[str]:
+        """What was made of the names, where they say anything."""
+        if self.left_aside:
+            return [
+                f"kohya reads a number of repeats from {first_names(self.left_aside)}; here the pictures count alike, as "
+                "others are in folders that are called otherwise. Name all so, or give folders, each with its repeats"
+            ]
+        if not self.repeats:
+            return []
         shown = [f"{printable(top)} ({count} x)" for top, count in list(self.repeats.items())[:_MAX_NAMED]]
         more = f" and {len(self.repeats) - _MAX_NAMED:,} more" if len(self.repeats) > _MAX_NAMED else ""
-        return (
+        return [
             f"as kohya reads them, folders say how often their pictures count: {', '.join(shown)}{more}; rename them where "
             "that is not meant"
-        )
+        ]
 
 
 def named(folder: str) -> tuple[int, str] | None:
@@ -57,10 +67,10 @@ def named(folder: str) -> tuple[int, str] | None:
 def named_repeats(pictures: Iterable[str]) -> NamedRepeats:
     """Reads the names of the top folders; all must say it, and no picture may lie outside them."""
     names = list(pictures)
-    tops = sorted({top_of(name) for name in names})
+    tops = sorted({top_of(name) for name in names if "/" in name})
     read = {top: said for top in tops if (said := named(top)) is not None}
     if len(read) < len(tops) or not all("/" in name for name in names):
-        return NamedRepeats({}, {})
+        return NamedRepeats({}, {}, tuple(read))
     return NamedRepeats(
         {top: count for top, (count, _) in read.items()}, {top: words for top, (_, words) in read.items()}
     )

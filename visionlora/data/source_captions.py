@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
-from visionlora.data.captions import Captions, caption_of_name, read_captions
+from visionlora.data.captions import METADATA_FILES, SIDECAR_SUFFIXES, Captions, caption_of_name, read_captions
+from visionlora.data.files import suffix_of
 from visionlora.data.images import legible, printable
 from visionlora.data.named_repeats import named
 from visionlora.data.sources import Source
@@ -37,6 +38,7 @@ def texts_of(source: Source) -> tuple[dict[str, str], Captions]:
         return dict.fromkeys(source.pictures, prompt.strip()), captions
     if source.config.captions == "filename":
         return _from_names(source, captions)
+    source.notes += unread(source, captions)
     by_folder = source.named.captions(name for name in source.pictures if name not in captions.blamed)
     if captions.sources or captions.problems or by_folder:
         lacking = sum(name not in captions.texts for name in by_folder)
@@ -51,6 +53,15 @@ def texts_of(source: Source) -> tuple[dict[str, str], Captions]:
     text, why = _instance_prompt(source.root)
     source.caption_source = f'no captions in the folder, so all pictures get "{text}" ({why}); {words.changes}'
     return dict.fromkeys(source.pictures, text), captions
+
+
+def unread(source: Source, captions: Captions) -> list[str]:
+    """A note on JSON files of pictures that have no caption elsewhere, as some programs write them, if there are any."""
+    lacking = {name for name in source.pictures if name not in captions.texts}
+    owners = lacking | {PurePosixPath(name).with_suffix("").as_posix() for name in lacking}
+    files = [f for f in source.listing.others if suffix_of(f) == ".json" and f[: -len(".json")] in owners]
+    where = f"{' and '.join(SIDECAR_SUFFIXES)} files, {' and '.join(METADATA_FILES)}"
+    return [f"not read: {first_names(files)}; captions are read from {where}"] if files else []
 
 
 def _from_names(source: Source, captions: Captions) -> tuple[dict[str, str], Captions]:

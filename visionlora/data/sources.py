@@ -116,7 +116,7 @@ def _open(source: Source, cache: Path | None, progress: Callable[[int, int], Non
     source.problems += source.listing.problems
     if source.words is OPTION:  # one of several folders has settings that say it
         source.named = named_repeats(source.pictures)
-        source.notes += [source.named.note()] if source.named.repeats else []
+        source.notes += source.named.notes()
     if tables:
         column = config.masks if config.masks != ALPHA else None
         source.unpacked = unpack(tables, cache, progress, column)

@@ -84,7 +84,31 @@ def test_repeats_are_in_all_folders_or_in_none(tmp_path: Path, other: str) -> No
         picture(tmp_path / name, seed)
     folder = read_image_folder(tmp_path)
     assert {item.repeats for item in folder.items} == {1}
-    assert folder.notes == ()
+    assert folder.notes == (
+        "kohya reads a number of repeats from 10_sks dog; here the pictures count alike, as others are in folders that are "
+        "called otherwise. Name all so, or give folders, each with its repeats",
+    )
+
+
+def test_pictures_with_a_number_are_no_folders(tmp_path: Path) -> None:
+    for seed, name in enumerate(["10_sks dog.png", "else/d.png"]):
+        picture(tmp_path / name, seed)
+    assert read_image_folder(tmp_path).notes == ()
+
+
+def test_json_beside_pictures_is_not_read_and_that_is_said(tmp_path: Path) -> None:
+    for seed, name in enumerate(["a.png", "b.png", "sub/c.png"]):
+        picture(tmp_path / name, seed)
+    for name in ("a.json", "b.png.json", "sub/c.JSON", "other.json"):
+        (tmp_path / name).write_text('{"caption": "a dog"}')
+    note = "not read: {}; captions are read from .txt and .caption files, metadata.jsonl and metadata.csv"
+    assert read_image_folder(tmp_path).notes == (note.format("a.json, b.png.json, sub/c.JSON"),)
+    assert read_image_folder(tmp_path, "all").notes == ()
+    for name in ("a.txt", "b.txt", "sub/c.txt"):
+        (tmp_path / name).write_text("a cat")
+    assert read_image_folder(tmp_path).notes == ()
+    (tmp_path / "a.txt").unlink()
+    assert note.format("a.json") in read_image_folder(tmp_path, skip_broken=True).notes
 
 
 def test_among_several_folders_settings_say_repeats(tmp_path: Path) -> None:
