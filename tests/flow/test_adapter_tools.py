@@ -73,6 +73,22 @@ def test_inspect_what_has_no_layers_or_no_one_change(files: Path, tiny_model: Pa
     assert "tlora rank   2" in text and "of W" not in text
 
 
+@pytest.mark.parametrize(
+    ("method", "called", "rank"), [("tlora", "tlora", [3]), ("full", "trained in full", []), ("ia3", "ia3", [])]
+)
+def test_inspect_names_method_and_layers(
+    tiny_model: Path, tmp_path: Path, method: str, called: str, rank: list[int]
+) -> None:
+    """Their tensors have names of their own, by which neither was told."""
+    handle = vl.inject(open_base(str(tiny_model)).pipe.unet, vl.AdapterConfig(method=method, rank=3, targets="attn"))
+    handle.save(tmp_path / "a.safetensors", "unet")
+    modules = vl.load_adapter(tmp_path / "a.safetensors").modules
+    found = json.loads(run("inspect", tmp_path / "a.safetensors", "--json"))["summary"]
+    assert (found["method"], found["components"], found["ranks"]) == (called, {"unet": len(modules)}, rank)
+    text = run("inspect", tmp_path)
+    assert called.split()[-1] in text and str(len(modules)) in text
+
+
 def test_inspect_says_what_is_wrong(files: Path, tiny_model: Path) -> None:
     tensors = load_file(files / "dog.safetensors")
     first, second, *_ = [n for n in sorted(tensors) if n.endswith("lora_B.weight")]

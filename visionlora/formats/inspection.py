@@ -41,6 +41,8 @@ KIND_OF_SLOT = {
     "magnitude": "dora",
     "diagonal": "adalora",
 }
+KIND_WORDS = {"diff": "full difference", "full": "trained in full"}
+"""What kinds of modules are called, where not by their own word."""
 OVERFITTED = 8.0
 """A module whose ΔW is this many times larger (per value, root mean square) than the median of its kind is named."""
 LARGE_CHANGE = 0.5
@@ -163,8 +165,14 @@ def summary_of(path: Path, size: int, header: Header, problem: str = "", paramet
         if split is not None and split[1] != "weight":
             slots.setdefault(split[0], {})[split[1]] = entry.shape
     places = locate_all(slots)
-    ranks = Counter(own[n][0] for own in slots.values() for n in ROW_RANKS if own.get(n))
-    kinds = Counter(next((KIND_OF_SLOT[s] for s in own if s in KIND_OF_SLOT), "lora") for own in slots.values())
+    if own_modules := modules_in(header.metadata):  # it says more than names of tensors do
+        kinds = Counter(kind for _, kind, _ in own_modules)
+        ranks = Counter(rank for _, _, rank in own_modules if rank)
+        components = Counter(name.partition(".")[0] for name, _, _ in own_modules)
+    else:
+        kinds = Counter(next((KIND_OF_SLOT[s] for s in own if s in KIND_OF_SLOT), "lora") for own in slots.values())
+        ranks = Counter(own[n][0] for own in slots.values() for n in ROW_RANKS if own.get(n))
+        components = Counter(c for c, _ in places.values())
     shapes = {f"{c}.{p}": slots[layer] for layer, (c, p) in places.items()}
     return Summary(
         str(path),
@@ -176,13 +184,22 @@ def summary_of(path: Path, size: int, header: Header, problem: str = "", paramet
         else format_of(header.tensors),
         family_title(shapes) or base_id(header.metadata),
         ", ".join(k for k, _ in kinds.most_common()),
-        dict(Counter(c for c, _ in places.values())),
+        dict(components),
         tuple(r for r, _ in ranks.most_common()),
         header_alpha(path, header.metadata),
         sum(e.size for e in header.tensors.values()) if parameters is None else parameters,
         trigger_of(header.metadata),
         problem,
     )
+
+
+def modules_in(metadata: Mapping[str, str]) -> list[tuple[str, str, int]]:
+    """Name, kind and rank of each layer as one of our headers has them; none where it is not ours or says it otherwise."""
+    try:
+        modules = json.loads(metadata.get("visionlora", "{}"))["modules"].items()
+        return [(name, KIND_WORDS.get(m["kind"], str(m["kind"])), int(m["rank"])) for name, m in modules]
+    except (KeyError, ValueError, TypeError, AttributeError):
+        return []
 
 
 def family_title(shapes: Mapping[str, Mapping[str, tuple[int, ...]]]) -> str:
