@@ -43,6 +43,7 @@ from visionlora.training.loop import new_accelerator, process_state
 from visionlora.training.settings import (
     adapter_config,
     automatic_ranks,
+    in_steps,
     ranks_state,
     suited,
     suited_rate,
@@ -210,12 +211,7 @@ def resolved(material: Material, before: Before | None, tell: Listener) -> Class
     config, notes = suited(config, suits)
     for note in notes:
         tell.say(note)
-    if config.epochs is not None:
-        per_step = (config.batch_size or 1) * config.gradient_accumulation * process_state().num_processes
-        config = dataclasses.replace(
-            config, steps=max(1, round(config.epochs * len(material.splits.train) / per_step)), epochs=None
-        )
-    return config
+    return in_steps(config, len(material.splits.train), process_state().num_processes)
 
 
 # --------------------------------------------------------------------------------------------------------------- data

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from visionlora.pipelines.sd_learning import batch_in_memory, material_of, new_adapter
-from visionlora.pipelines.sd_ready import Ready, prepare
+from visionlora.pipelines.sd_ready import Ready, one_pass, prepare
 from visionlora.pipelines.train_sd import default_prompts
 
 from visionlora.config import TrainSDConfig
@@ -160,7 +160,7 @@ def dry_run(config: TrainSDConfig, listener: Listener | None = None) -> Estimate
         sizes=sizes,
         steps=loop.steps,
         pictures_per_step=fit.images_per_step,
-        epochs=loop.steps * fit.images_per_step / sum(item.repeats for item in items),
+        epochs=loop.steps * fit.images_per_step / one_pass(config, items),
         step_seconds=step_seconds,
         encoding_seconds=encoding * (len(items) + len(of_class) + len(apart) / len(plan.variants)),
         drawing_seconds=drawing * config.sample_steps * columns,

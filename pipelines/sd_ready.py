@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ from visionlora.report.resume import Start
 from visionlora.training.loop import new_accelerator
 from visionlora.training.settings import (
     adapter_config,
+    in_steps,
     suited,
     text_adapter_config,
 )
@@ -112,7 +114,8 @@ def prepare(start: Start[TrainSDConfig], tell: Listener) -> Ready:
     tell.say(base.why)
     if first is not None:
         first = as_far_as_read(first, base, str(config.start_from), tell)
-    config, notes = suited(config, base.suggested)
+    suggested = {name: value for name, value in base.suggested.items() if name != "steps" or config.epochs is None}
+    config, notes = suited(config, suggested)
     for note in notes:
         tell.say(note)
     size = config.resolution or base.resolution
@@ -132,6 +135,10 @@ def prepare(start: Start[TrainSDConfig], tell: Listener) -> Ready:
         start.folder,
         parts_stop=config.train_text_encoder and config.text_encoder_stop < 1,
     )
+    if config.epochs is not None:
+        epochs, pass_ = config.epochs, one_pass(config, folder.items)
+        config = in_steps(config, pass_, accelerator.num_processes)
+        tell.say(f"{epochs:g} epochs of {pass_} pictures are {config.steps} steps.")
     check_attention(config.attention, accelerator.device, accelerator.mixed_precision)
     check_base_precision(config, accelerator.mixed_precision)
     prepare_encoders(base, config, accelerator.device, accelerator.mixed_precision)
@@ -159,6 +166,11 @@ def prepare(start: Start[TrainSDConfig], tell: Listener) -> Ready:
         accelerator,
         first,
     )
+
+
+def one_pass(config: TrainSDConfig, items: Sequence[ImageItem]) -> int:
+    """How many pictures training sees until it has seen all of these as often as they repeat: half are the class's, if any."""
+    return sum(item.repeats for item in items) * (1 if config.prior_images is None else 2)
 
 
 def adapters_for(

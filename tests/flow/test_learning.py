@@ -1,6 +1,7 @@
 """What train-sd can be told about what is learned: whole runs, in this process, where starting Python costs nothing."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,11 +9,13 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
+from visionlora.pipelines.sd_ready import prepare
 from visionlora.pipelines.train_sd import train_sd
 
 from visionlora.config import TrainSDConfig, build, parse_words
 from visionlora.errors import ConfigError, VisionLoRAError
 from visionlora.loaders import load_adapter
+from visionlora.report.resume import begin
 
 from ..doubles import Ears
 
@@ -115,6 +118,49 @@ def test_pictures_of_the_class_are_no_size_of_their_own(train, dogs: Path, tmp_p
     assert "4 pictures are of sizes that have fewer pictures than a batch (4)" in train(*more, name="b")[0]
     Image.new("RGB", (64, 16), "blue").save(tmp_path / "class" / "wide.png")
     assert "4 pictures and 4 class pictures are of sizes" in train(*more, name="c")[0]
+
+
+def test_epochs_are_passes_over_the_pictures_as_often_as_they_repeat(
+    dogs: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    """As kohya's trainer counts; pictures of the class are seen beside them, as many."""
+    (tmp_path / "kohya" / "4_dog").mkdir(parents=True)
+    shutil.copytree(dogs, tmp_path / "kohya" / "1_pet")
+    shutil.move(tmp_path / "kohya" / "1_pet" / "0.png", tmp_path / "kohya" / "4_dog")
+    fixed = {"model": str(tiny_model), **SMALL, "steps": None, "sample_columns": 0}
+
+    def steps(images: Path, **more: object) -> tuple[int, list[str]]:
+        ears = Ears()
+        start = begin(build(TrainSDConfig, fixed, {"images": images, **more}), "sd", ears)
+        return prepare(start, ears).config.steps, ears.lines
+
+    found, lines = steps(dogs, epochs=10)
+    assert found == 15 and "10 epochs of 3 pictures are 15 steps." in lines
+    assert steps(dogs, epochs=10, gradient_accumulation=3)[0] == 5
+    assert steps(dogs, epochs=0.1)[0] == 1
+    assert steps(tmp_path / "kohya", epochs=10)[0] == 30, "4 x 1 and 1 x 2 pictures"
+    assert steps(dogs, epochs=10, prior_images=str(tmp_path / "class"), prior_prompt="a dog")[0] == 30
+    assert steps(dogs)[0] == 300, "without either it is what suits the model"
+
+
+def test_epochs_in_a_run_that_goes_on(train, tiny_model: Path, dogs: Path, cli) -> None:
+    with pytest.raises(ConfigError, match=r"epochs is 2\.0; give epochs or steps, not both"):
+        train("epochs=2")
+    words = ("train-sd", "--images", dogs, "--model", tiny_model, "--epochs", 4, "--batch-size", 2, "sample_columns=0",
+             "rank=2")  # fmt: skip
+    code, out, err = cli(*words, "--dry-run")
+    assert code == 0 and "Steps       6 of 2 pictures, 4.0 times over all pictures" in out, err
+    _, run = train("epochs=4", "steps=none", "sample_columns=0", name="a")
+    assert len(losses(run)) == 6
+    for name in ("run.json", "adapter.safetensors"):
+        (run / name).unlink()
+    code, out, err = cli("train-sd", "--resume", run, "--epochs", 4)
+    assert code == 0 and "Going on at step 6 of 6" in out, err
+    (run / "run.json").unlink()
+    code, out, err = cli("train-sd", "--resume", run, "--epochs", 6)
+    assert code == 2 and "epochs: none -> 6.0" in err
+    code, out, err = cli("train-sd", "--resume", run, "--epochs", 6, "--force")
+    assert code == 0 and "Going on at step 6 of 9" in out, err
 
 
 def test_a_mask_from_the_alpha_channel(train, dogs: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 def test_good_and_bad_files(cli, tmp_path: Path) -> None:
     (tmp_path / "good.yaml").write_text("sample_prompts: [dog]\n")
-    (tmp_path / "bad.yaml").write_text("epochs: 3\nmethod: lorra\nrank: -1\n")
+    (tmp_path / "bad.yaml").write_text("evaluations: 3\nmethod: lorra\nrank: -1\n")
     assert cli("check", "good.yaml") == (0, "good.yaml: OK for train-sd.\n", "")
     code, out, err = cli("check", "bad.yaml", "good.yaml", "emoji64_dgo")
     assert (code, err) == (2, "")
@@ -21,7 +21,7 @@ def test_good_and_bad_files(cli, tmp_path: Path) -> None:
 
 
 def test_a_method_that_does_not_exist(cli, tmp_path: Path) -> None:
-    (tmp_path / "bad.yaml").write_text("epochs: 3\nmethod: lorra\ninit: pizza\n")
+    (tmp_path / "bad.yaml").write_text("evaluations: 3\nmethod: lorra\ninit: pizza\n")
     code, out, _ = cli("check", "bad.yaml")
     assert code == 2 and out.splitlines() == [
         "bad.yaml (for classify): 2 problems",

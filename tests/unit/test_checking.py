@@ -107,7 +107,7 @@ def test_whole_configurations_are_told_apart(tmp_path: Path) -> None:
 
 
 def test_the_command_is_guessed_in_spite_of_a_typo() -> None:
-    assert commands_for(["lerning_rate", "epochs", "rank"]) == ("classify",)
+    assert commands_for(["lerning_rate", "mixup", "rank"]) == ("classify",)
 
 
 def test_more_rules_are_asked_last(tmp_path: Path) -> None:

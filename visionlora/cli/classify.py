@@ -34,7 +34,7 @@ def command(
         Optional[int], typer.Option(help="Side of the pictures that the backbone reads, px, if not its own.")  # noqa: UP045
     ] = None,
     output: options.Output = None,
-    epochs: Annotated[Optional[float], typer.Option(help="Passes over the training pictures.")] = None,  # noqa: UP045
+    epochs: options.Epochs = None,
     steps: options.Steps = None,
     method: Annotated[
         Optional[str], typer.Option(help="lora, dora, vera, ia3 …, full or linear-probe.")  # noqa: UP045

@@ -18,6 +18,7 @@ Settings = Annotated[
 ]
 Output = Annotated[Optional[str], typer.Option(help="Run folder to create.")]  # noqa: UP045
 Steps = Annotated[Optional[int], typer.Option(help="Optimizer steps.")]  # noqa: UP045
+Epochs = Annotated[Optional[float], typer.Option(help="Passes over the training pictures, instead of steps.")]  # noqa: UP045
 Rank = Annotated[Optional[str], typer.Option(help="Rank of each layer's change, or auto.")]  # noqa: UP045
 Alpha = Annotated[Optional[float], typer.Option(help="Scaling numerator; the rank by default.")]  # noqa: UP045
 LearningRate = Annotated[Optional[float], typer.Option(help="Learning rate, after warm-up.")]  # noqa: UP045

@@ -24,6 +24,7 @@ def command(
         typer.Option(help="auto, emoji-64, a diffusers folder, a .safetensors checkpoint or a Hub id."),
     ] = None,
     output: options.Output = None,
+    epochs: options.Epochs = None,
     steps: options.Steps = None,
     method: Annotated[Optional[str], typer.Option(help="lora, dora, vera, ia3 …; see the README.")] = None,  # noqa: UP045
     rank: options.Rank = None,

@@ -51,7 +51,7 @@ def unknown(command: str, names: Iterable[str]) -> list[str]:
 def commands_for(names: Iterable[str]) -> tuple[str, ...]:
     """The commands that know the most of these settings.
 
-    >>> commands_for(["rank", "sample_prompts"]), commands_for(["rank", "epochs"]), commands_for(["rank"])
+    >>> commands_for(["rank", "sample_prompts"]), commands_for(["rank", "mixup"]), commands_for(["rank"])
     (('train-sd',), ('classify',), ('train-sd', 'classify'))
     """
     given = list(names)

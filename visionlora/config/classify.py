@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -42,8 +41,6 @@ class ClassifyConfig(TrainingConfig):
     """Share of the pictures that chooses the best moment and the temperature."""
     test_share: float = 0.15
     """Share of the pictures that is looked at once, in the end."""
-    epochs: float | None = None
-    """Passes over the training pictures, instead of `steps`."""
     targets: str = "attn.qv"
     """What to adapt: roles, names or re:regex, separated by commas."""
     find_rate: bool = False
@@ -92,8 +89,6 @@ class ClassifyConfig(TrainingConfig):
             *((name, False, "it must be at least 0 and below 1") for name in shares),
             ("image_size", self.image_size is None or self.image_size >= 1, "it must be 1 px or more"),
             ("test_share", bool(shares) or self.val_share + self.test_share < 1, "with val_share it must stay below 1"),
-            ("epochs", self.epochs is None or 0 < self.epochs < math.inf, "it must be positive"),
-            ("epochs", self.epochs is None or self.steps is None, "give epochs or steps, not both"),
             (
                 "find_rate",
                 not self.find_rate or self.learning_rate is None,

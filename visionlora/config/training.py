@@ -52,6 +52,8 @@ class TrainingConfig:
     """Run folder to create; by default a new one under runs/."""
     steps: int | None = None
     """Optimizer steps; by default what suits the base model."""
+    epochs: float | None = None
+    """Passes over the training pictures, each as often as it repeats, instead of `steps`."""
     method: str = "lora"
     """lora, rslora, lora+, lora-fa, tlora, dora, adalora, vera, ia3, or full as a baseline."""
     rank: int | Literal["auto"] = 8
@@ -127,6 +129,12 @@ class TrainingConfig:
         return [
             ("images", bool(self.images), "name the folder of pictures to learn from: --images ./dog"),
             ("steps", self.steps is None or self.steps >= 1, "it must be at least 1"),
+            ("epochs", self.epochs is None or self.epochs > 0, "it must be positive"),
+            (
+                "epochs",
+                self.epochs is None or self.steps is None,
+                "give epochs or steps, not both (steps=none leaves out those of a config file)",
+            ),
             ("rank", self.rank == "auto" or self.rank >= 1, "it must be at least 1, or auto"),
             (
                 "rank_budget",

@@ -49,6 +49,20 @@ def loop_config(config: TrainingConfig) -> LoopConfig:
     return LoopConfig(**{**values, "schedule": config.schedule or OPTIMIZERS[config.optimizer].schedule})
 
 
+def in_steps(config: C, pictures: int, processes: int) -> C:
+    """The configuration with steps instead of epochs, where it has some.
+
+    Args:
+        config: with a batch.
+        pictures: that one pass sees.
+        processes: that share the steps, each with a batch of its own.
+    """
+    if config.epochs is None:
+        return config
+    per_step = (config.batch_size or 1) * config.gradient_accumulation * processes
+    return dataclasses.replace(config, steps=max(1, round(config.epochs * pictures / per_step)), epochs=None)
+
+
 def suited_rate(rate: float, optimizer: str) -> float:
     """A learning rate that suits an optimizer where `rate` suits AdamW.
 
