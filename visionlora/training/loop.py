@@ -214,7 +214,7 @@ class Fit:
         self.step = 0
         """Steps done."""
         self.images_seen = 0
-        """Pictures that they saw; a run that goes on with another batch has seen no other number for it."""
+        """Pictures in them; counted, not computed, as a run may go on with another batch."""
         self.skipped = 0
         """Steps in a row, up to now, that were lost."""
         self.whole = True
