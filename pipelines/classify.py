@@ -32,6 +32,7 @@ from visionlora.lora.config import AdapterConfig
 from visionlora.lora.further import further_config, method_for
 from visionlora.lora.handle import Handle
 from visionlora.lora.inject import check_targets, inject
+from visionlora.lora.targets import suited_targets
 from visionlora.models.vision import VisionModel, open_backbone
 from visionlora.report.classify_fitting import Fitting, Header
 from visionlora.report.classify_page import Contender
@@ -195,6 +196,10 @@ def resolved(material: Material, before: Before | None, tell: Listener) -> Class
         )
     if config.head_init is None:
         config = dataclasses.replace(config, head_init="probe" if before is None or new else "adapter")
+    if config.targets == "auto":
+        config = dataclasses.replace(config, targets=suited_targets(material.backbone.model))
+        if config.targets == "all" and before is None and config.method not in ("full", "linear-probe"):
+            tell.say(f"Targets: all, as no attention is known of {material.backbone.id}; attn.qv where there is.")
     suits: dict[str, Any] = (
         {"epochs": 30.0, "learning_rate": 1e-2, "head_learning_rate": 1e-3, "batch_size": 32}
         if small

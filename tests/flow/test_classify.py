@@ -290,6 +290,18 @@ def test_heads_that_are_not_one_layer(
         export(run, tmp_path / "no", not_fitting)
 
 
+def test_a_backbone_without_attention_learns_in_every_layer(shapes: Path, tmp_path: Path) -> None:
+    ears = Ears()
+    config = vl.ClassifyConfig(images=str(shapes), output=str(tmp_path / "run"), model="test_efficientnet", image_size=32,
+                               weights="random", steps=1, rank=2, baselines=("none",))  # fmt: skip
+    run = vl.classify(config, ears).folder
+    assert "Targets: all, as no attention is known of test_efficientnet; attn.qv where there is." in ears.lines
+    assert "targets: all\n" in (run / "config.yaml").read_text()
+    adapted = load_adapter(run).modules
+    assert {"model.conv_stem", "model.blocks.0.0.conv", "model.conv_head"} <= set(adapted)
+    assert adapted["model.classifier.weight"].kind == "full" and "model.classifier" not in adapted
+
+
 def test_a_run_whose_heat_maps_cannot_be_drawn_is_finished_all_the_same(
     shapes: Path, tiny_vit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

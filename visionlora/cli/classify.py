@@ -41,7 +41,7 @@ def command(
     ] = None,
     rank: options.Rank = None,
     targets: Annotated[
-        Optional[str], typer.Option(help="Roles (attn.qv, attn, mlp, all), names or re:regex, by commas.")  # noqa: UP045
+        Optional[str], typer.Option(help="auto, roles (attn.qv, attn, mlp, all), names or re:regex, by commas.")  # noqa: UP045
     ] = None,
     learning_rate: options.LearningRate = None,
     find_rate: Annotated[

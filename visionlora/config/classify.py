@@ -41,8 +41,9 @@ class ClassifyConfig(TrainingConfig):
     """Share of the pictures that chooses the best moment and the temperature."""
     test_share: float = 0.15
     """Share of the pictures that is looked at once, in the end."""
-    targets: str = "attn.qv"
-    """What to adapt: roles, names or re:regex, separated by commas."""
+    targets: str = "auto"
+    """What to adapt: roles, names or re:regex, separated by commas; auto is attn.qv, or all where the backbone has no
+    attention."""
     find_rate: bool = False
     """Find the learning rate on the pictures before training."""
     head_learning_rate: float | None = None

@@ -1,8 +1,11 @@
 """From roles to sites: which layers of a model, and which parts of fused layers, an adapter reaches.
 
-A target is one of: a role (``attn.q``), a group of roles (``attn``, ``mlp``, ``all``), a preset of a plug-in, the exact
+A target is one of: a role (``attn.q``), a group of roles (``attn``, ``all``), ``auto``, a preset of a plug-in, the exact
 name of a module or of a part of a fused layer (``blocks.0.attn.qkv.q``), the end of a name on a dot boundary (``to_q``
 hits ``mid_block.attn1.to_q`` but not ``goto_q``), or ``re:`` and a regular expression for the whole name.
+
+In a model without attention ``all`` is every linear layer and convolution, whether it has a role or not, but for patch
+embeddings, what trains in full (the head) and what is too small for the rank. ``auto`` is ``attn.qv``, there ``all``.
 """
 
 from __future__ import annotations
@@ -34,7 +37,12 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "mlp": ("mlp.in", "mlp.out"),
     "linear": ("attn.q", "attn.k", "attn.v", "attn.out", MINGLED, "mlp.in", "mlp.out"),
     "all": ROLES,
+    "auto": ("attn.q", "attn.v", MINGLED),
 }
+EVERYTHING = ("all", "auto")
+"""Groups that take every layer of a model without attention."""
+UNBOUNDED = ("vera", "ia3")
+"""Methods for which no layer is too small."""
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 LAYERS = (nn.Linear, *CONVOLUTIONS)
 UNCALLED = "its parent uses its weight instead of calling it"
@@ -141,6 +149,16 @@ def presets() -> dict[str, tuple[str, ...]]:
     return {name: tuple(value) for name, value in plugins.load_all("visionlora.targets").items()}
 
 
+def has_attention(roles: Collection[str | None]) -> bool:
+    """Whether a model with these roles has queries and values that an adapter can reach."""
+    return not {"attn.q", "attn.v", MINGLED}.isdisjoint(roles)
+
+
+def suited_targets(model: nn.Module) -> str:
+    """What `auto` is for this model: `attn.qv`, or `all` where it has no attention."""
+    return "attn.qv" if has_attention({site.role for site in sites_of(model)}) else "all"
+
+
 def matcher(target: str, roles: Collection[str | None] = ROLES) -> Callable[[Site], bool]:
     """Whether a site is reached by this target.
 
@@ -157,9 +175,11 @@ def matcher(target: str, roles: Collection[str | None] = ROLES) -> Callable[[Sit
         except re.error as e:
             raise TargetError(f"Target {target!r} is not a valid regular expression: {e}.") from None
         return lambda site: expression.fullmatch(site.name) is not None
+    if target in EVERYTHING and not has_attention(roles):
+        return lambda site: True
     if target in GROUPS:
-        roles = GROUPS[target]
-        return lambda site: site.role in roles
+        group = GROUPS[target]
+        return lambda site: site.role in group
     if target in ROLES and target in roles:
         return lambda site: site.role == target
     if target not in plugins.names("visionlora.targets"):
@@ -169,7 +189,7 @@ def matcher(target: str, roles: Collection[str | None] = ROLES) -> Callable[[Sit
                 isinstance(site.layer, nn.MultiheadAttention) and ends_on_boundary(site.name.rpartition(".")[0], target)
             )
         )
-    tests = [matcher(t) for t in presets().get(target, ())]
+    tests = [matcher(t, roles) for t in presets().get(target, ())]
     return lambda site: any(test(site) for test in tests)
 
 
@@ -211,6 +231,8 @@ def resolve(model: nn.Module, config: AdapterConfig) -> Resolution:
             )
         elif why := forward_of_its_own(site.layer):
             skipped.append((site.name, f"it {why}"))
+        elif found[0] in EVERYTHING and not has_attention(roles) and (why := not_for_all(site, config)):
+            skipped.append((site.name, why))
         elif site.part and id(site.layer) in whole:
             skipped.append((site.name, "its whole layer is adapted"))
         else:
@@ -220,6 +242,20 @@ def resolve(model: nn.Module, config: AdapterConfig) -> Resolution:
     skipped += unfit(model, config, reached)
     check_reached(model, config, reached, used, hits, skipped)
     return Resolution(tuple(hits), tuple(skipped))
+
+
+def not_for_all(site: Site, config: AdapterConfig) -> str:
+    """Why `all` leaves out a layer of a model without attention; empty where it does not."""
+    if any(f".{word}." in f".{site.name}." for word in config.train_list):
+        return "it trains in full"
+    if config.method not in UNBOUNDED and config.rank_of(site.name) > smaller_side(site):
+        return f"its smaller side, {smaller_side(site)}, is below the rank"
+    return ""
+
+
+def smaller_side(site: Site) -> int:
+    """The largest rank that a change of this weight can have."""
+    return min(site.weight.shape[0], site.weight[0].numel())
 
 
 def unfit(model: nn.Module, config: AdapterConfig, reached: set[str]) -> list[tuple[str, str]]:
@@ -259,7 +295,9 @@ def check_reached(
             there = (
                 f"It has {', '.join(roles)}: take some of these, or `all`."
                 if roles
-                else f"Give the names of layers, such as {', '.join(last[:8])}."
+                else f"Take `all`, each layer that can carry an adapter, or names of layers, such as {', '.join(last[:8])}."
+                if last
+                else "Adapters are for linear layers and convolutions, and it has neither."
             )
             raise TargetError(f"{type(model).__name__} has no layer of role {target!r}. {there}")
         what = "Target" if target in config.target_list else "Exclusion"
@@ -303,8 +341,7 @@ def by_name(setting: str, pattern: Mapping[str, V], hits: Sequence[Site]) -> dic
 def check_ranks(config: AdapterConfig, hits: Sequence[Site]) -> None:
     """Raises TargetError for a rank that a layer has no room for."""
     for site in hits:
-        weight, rank = site.weight, config.rank_of(site.name)
-        smaller = min(weight.shape[0], weight[0].numel())
+        rank, smaller = config.rank_of(site.name), smaller_side(site)
         if rank > smaller:
             raise TargetError(
                 f"Rank {rank} is larger than layer {site.name!r} ({smaller} at its smaller side): "

@@ -9,7 +9,7 @@ from torch import nn
 from visionlora.errors import TargetError
 from visionlora.lora.config import AdapterConfig
 from visionlora.lora.inject import inject
-from visionlora.lora.targets import GROUPS, ROLES, Resolution, resolve
+from visionlora.lora.targets import GROUPS, ROLES, Resolution, resolve, suited_targets
 
 
 def found(model: nn.Module, *targets: str, rank: int = 1, exclude: tuple[str, ...] = ()) -> Resolution:
@@ -149,9 +149,46 @@ def test_a_role_that_a_model_has_not_is_the_name_of_a_layer() -> None:
     assert [site.name for site in found(model, "conv").sites] == ["conv1"]
 
 
+def convolutions() -> nn.Sequential:
+    """A model without attention, of whose layers one has a role."""
+    return nn.Sequential(
+        OrderedDict(stem=nn.Conv2d(3, 8, 3), conv1=nn.Conv2d(8, 8, 3), squeeze=nn.Conv2d(8, 2, 1), fc=nn.Linear(8, 5))
+    )
+
+
+@pytest.mark.parametrize("word", ["all", "auto"])
+def test_all_is_every_layer_but_the_head_where_there_is_no_attention(word: str) -> None:
+    model = convolutions()
+    resolution = resolve(model, AdapterConfig(rank=4, targets=word, train="fc"))
+    assert [site.name for site in resolution.sites] == ["stem", "conv1"]
+    assert resolution.skipped == (
+        ("squeeze", "its smaller side, 2, is below the rank"),
+        ("fc", "it trains in full"),
+    )
+    assert [s.name for s in resolve(model, AdapterConfig(method="ia3", targets=word)).sites] == [
+        "stem", "conv1", "squeeze", "fc",
+    ]  # fmt: skip
+    handle = inject(model, AdapterConfig(rank=4, targets=word, train="fc"))
+    x = torch.randn(2, 3, 8, 8)
+    assert torch.equal(model.stem(x), nn.functional.conv2d(x, model.stem.weight, model.stem.bias))
+    assert handle.report.hits == (("stem", word), ("conv1", word))
+
+
+def test_auto_is_queries_and_values_where_there_are_some() -> None:
+    assert names("auto") == names("attn.qv") and suited_targets(block()) == "attn.qv"
+    assert suited_targets(convolutions()) == "all"
+    assert "squeeze" not in [site.name for site in found(convolutions(), "conv").sites]
+
+
 def test_layers_are_named_where_a_model_has_no_roles() -> None:
     model = nn.Sequential(OrderedDict(first=nn.Linear(2, 2), second=nn.Linear(2, 2)))
     with pytest.raises(
-        TargetError, match=r"no layer of role 'all'\. Give the names of layers, such as first, second\."
+        TargetError,
+        match=r"no layer of role 'attn'\. Take `all`, each layer that can carry an adapter, or names of layers, such as first, "
+        r"second\.",
     ):
-        inject(model, AdapterConfig(targets="all"))
+        inject(model, AdapterConfig(targets="attn"))
+    with pytest.raises(
+        TargetError, match=r"no layer of role 'all'\. .*linear layers and convolutions, and it has neither"
+    ):
+        inject(nn.LayerNorm(2), AdapterConfig(targets="all"))
