@@ -44,6 +44,7 @@ def predict(
     weights: str | None = None,
     skip_broken: bool = False,
     overwrite: bool = False,
+    all_scores: bool = False,
     listener: Listener | None = None,
 ) -> list[Predicted]:
     """Predicts every picture of files and folders, and writes the table whole or not at all.
@@ -61,6 +62,7 @@ def predict(
         weights: another place of the backbone's state dict.
         skip_broken: leave out pictures that cannot be read, and say so, instead of stopping.
         overwrite: replace the output.
+        all_scores: add the probability of every class, in CSV and parquet a column `p_CLASS` each.
         listener: hears what happens.
 
     Raises:
@@ -95,7 +97,9 @@ def predict(
             except DataError as e:
                 broken.append(str(e))
         if opened:
-            said = classifier.predict(opened, top_k=top_k, batch_size=batch_size, threshold=threshold)
+            said = classifier.predict(
+                opened, top_k=top_k, batch_size=batch_size, threshold=threshold, all_scores=all_scores
+            )
             found += [Predicted(p, s) for p, s in zip(readable, said, strict=True)]
         tell.progress("Predicting", min(start + batch_size, len(paths)), len(paths))
     if broken:
@@ -139,16 +143,17 @@ def pictures_in(places: Sequence[Path]) -> list[Path]:
 def record(one: Predicted) -> dict[str, Any]:
     """A picture and its classes as plain values; with several labels `top` also holds likely ones that do not apply."""
     p = one.prediction
-    return {
+    found = {
         "path": printable(one.path),
         "label": p.label,
         "probability": p.probability if p.labels else None,
         "top": [{"label": n, "probability": v} for n, v in p.top],
     }
+    return {**found, "scores": dict(p.scores)} if p.scores else found
 
 
 def row(one: Predicted, top_k: int) -> dict[str, Any]:
-    """A picture as a row of a table: the first class, and further ones in columns of their own."""
+    """A picture as a row of a table: the first class, further ones in columns of their own, then every class's probability."""
     p = one.prediction
     found: dict[str, Any] = {
         "path": printable(one.path),
@@ -159,7 +164,7 @@ def row(one: Predicted, top_k: int) -> dict[str, Any]:
         there = k < len(p.labels)
         found[f"label_{k + 1}"] = p.labels[k] if there else None
         found[f"probability_{k + 1}"] = p.probabilities[k] if there else None
-    return found
+    return {**found, **{f"p_{name}": value for name, value in p.scores}}
 
 
 def table(found: Sequence[Predicted], top_k: int, suffix: str) -> bytes:
@@ -168,6 +173,7 @@ def table(found: Sequence[Predicted], top_k: int, suffix: str) -> bytes:
         return (json.dumps([record(one) for one in found], indent=2, ensure_ascii=False) + "\n").encode()
     rows = [row(one, top_k) for one in found]
     columns = list(dict.fromkeys(name for r in rows for name in r))
+    columns.sort(key=lambda name: name.startswith("p_"))  # a later picture may have more labels
     if suffix == ".parquet":
         pyarrow = parquet()
         content = io.BytesIO()

@@ -59,6 +59,8 @@ class Prediction:
     top: tuple[tuple[str, float], ...] = ()
     """The likeliest classes and their probabilities, as many as were asked for; with several labels also those that do not
     apply."""
+    scores: tuple[tuple[str, float], ...] = ()
+    """Every class and its probability, in the adapter's order of classes, where asked for."""
 
     @property
     def label(self) -> str | None:
@@ -120,13 +122,16 @@ class ClassTask:
         scaled = logits.float() / self.temperature
         return scaled.sigmoid() if self.multi_label else scaled.softmax(-1)
 
-    def prediction(self, probabilities: Tensor, top_k: int, task: str, threshold: float = 0.5) -> Prediction:
+    def prediction(
+        self, probabilities: Tensor, top_k: int, task: str, threshold: float = 0.5, all_scores: bool = False
+    ) -> Prediction:
         """Of one picture, from its probabilities (c,)."""
         values, order = probabilities.sort(descending=True, stable=True)
         count = int((values > threshold).sum()) if self.multi_label else min(top_k, len(order))
         names, numbers = [self.classes[i] for i in order.tolist()], values.tolist()
         top = tuple(zip(names, numbers, strict=True))[: max(top_k, count)]
-        return Prediction(tuple(names[:count]), tuple(numbers[:count]), task, top)
+        scores = tuple(zip(self.classes, probabilities.tolist(), strict=True)) if all_scores else ()
+        return Prediction(tuple(names[:count]), tuple(numbers[:count]), task, top, scores)
 
 
 class Classifier:
@@ -316,6 +321,7 @@ class Classifier:
         top_k: int = 1,
         batch_size: int = 32,
         threshold: float = 0.5,
+        all_scores: bool = False,
     ) -> list[Prediction]:
         """Predicts pictures.
 
@@ -325,6 +331,7 @@ class Classifier:
             top_k: classes per picture.
             batch_size: pictures per forward pass.
             threshold: with several labels per picture, those above it apply.
+            all_scores: keep the probability of every class in `Prediction.scores`.
 
         Raises:
             DataError: when a picture cannot be read, or there is none.
@@ -344,7 +351,7 @@ class Classifier:
             x = torch.cat([self.prepared(p, n) for p, n in zip(given[start : start + batch_size], own, strict=True)])
             for row, name in zip(self.logits(x, own), own, strict=True):
                 task = self.tasks[name]
-                found.append(task.prediction(task.probabilities(row).cpu(), top_k, name, threshold))
+                found.append(task.prediction(task.probabilities(row).cpu(), top_k, name, threshold, all_scores))
         return found
 
     def prepared(self, picture: Picture, name: str) -> Tensor:

@@ -97,6 +97,40 @@ def test_predict_writes_json_and_parquet_and_prints(cli, trained: Path, shapes: 
     assert pyarrow.read_table(tmp_path / "p.parquet").column("label").to_pylist() == [p["label"] for p in printed]
 
 
+def test_every_probability_has_a_column_where_asked_for(cli, trained: Path, shapes: Path, tmp_path: Path) -> None:
+    code, _, err = cli(
+        "predict", "--adapter", trained, shapes / "cross", "--all-scores", "--output", tmp_path / "p.csv"
+    )
+    assert code == 0, err
+    rows = list(csv.DictReader((tmp_path / "p.csv").read_text().splitlines()))
+    assert list(rows[0]) == ["path", "label", "probability", "p_circle", "p_cross", "p_square"]
+    for r in rows:
+        scores = {n: float(r[f"p_{n}"]) for n in ("circle", "cross", "square")}
+        assert sum(scores.values()) == pytest.approx(1) and float(r["probability"]) == scores[r["label"]]
+        assert scores[r["label"]] == max(scores.values())
+    code, out, err = cli("predict", "--adapter", trained, shapes / "cross", "--all-scores", "--json")
+    assert code == 0 and json.loads(out)[0]["scores"]["cross"] == pytest.approx(float(rows[0]["p_cross"])), err
+    code, out, err = cli("predict", "--adapter", trained, shapes / "cross" / "00.png", "--all-scores")
+    assert code == 0 and all(f"{name} 0." in out for name in ("circle", "square")), err
+
+
+def test_several_labels_have_their_probabilities_below_the_threshold_too(
+    cli, shapes: Path, tiny_vit: Path, tmp_path: Path
+) -> None:
+    native.write(adapter_of(tiny_vit, ("label", "2"), multi_label=True), tmp_path / "adapter.safetensors")
+    words = ("--adapter", tmp_path / "adapter.safetensors", shapes / "cross", "--all-scores", "--threshold", 0.999)
+    code, _, err = cli("predict", *words, "--output", tmp_path / "p.csv")
+    assert code == 0, err
+    rows = list(csv.DictReader((tmp_path / "p.csv").read_text().splitlines()))
+    assert list(rows[0]) == ["path", "label", "probability", "p_label", "p_2"]
+    assert all(r["label"] == "" and 0 < float(r["p_2"]) < 0.999 for r in rows)
+    pyarrow = pytest.importorskip("pyarrow.parquet")
+    code, _, err = cli("predict", *words, "--output", tmp_path / "p.parquet")
+    assert code == 0, err
+    found = pyarrow.read_table(tmp_path / "p.parquet").column("p_label").to_pylist()
+    assert found == pytest.approx([float(r["p_label"]) for r in rows])
+
+
 @pytest.mark.parametrize("to", ["timm", "state-dict", "peft", "onnx"])
 def test_exports_are_opened_again_and_agree(cli, trained: Path, tmp_path: Path, to: str) -> None:
     for needed in {"peft": ("peft",), "onnx": ("onnxruntime", "onnxscript")}.get(to, ()):

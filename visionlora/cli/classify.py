@@ -139,6 +139,9 @@ def predict(
     output: Annotated[Optional[Path], typer.Option(help="A .csv, .json or .parquet file.")] = None,  # noqa: UP045
     top_k: Annotated[int, typer.Option(help="Classes per picture.")] = 1,
     threshold: Annotated[float, typer.Option(help="With several labels, those above it apply.")] = 0.5,
+    all_scores: Annotated[
+        bool, typer.Option("--all-scores", help="Add every class's probability, in tables a column p_CLASS each.")
+    ] = False,
     batch_size: Annotated[int, typer.Option(help="Pictures per forward pass.")] = 32,
     model: Annotated[Optional[str], typer.Option(help="Another place of the backbone.")] = None,  # noqa: UP045
     weights: Annotated[Optional[str], typer.Option(help="Another place of its state dict.")] = None,  # noqa: UP045
@@ -155,7 +158,7 @@ def predict(
         found = predict(
             adapter, [*(files or []), *(images or [])], output, top_k=top_k, threshold=threshold, batch_size=batch_size,
             model=model, device=device, force=force, weights=weights, skip_broken=skip_broken, overwrite=overwrite,
-            listener=listener,
+            all_scores=all_scores, listener=listener,
         )  # fmt: skip
     if as_json:
         typer.echo(json.dumps([record(one) for one in found], ensure_ascii=False))
@@ -164,7 +167,8 @@ def predict(
         typer.echo(f"Wrote {len(found)} predictions to {output}.")
         return
     for one in found[:SHOWN]:
-        pairs = zip(one.prediction.labels, one.prediction.probabilities, strict=True)
+        p = one.prediction
+        pairs = sorted(p.scores, key=lambda s: -s[1]) or zip(p.labels, p.probabilities, strict=True)
         typer.echo(f"{one.path}  " + (", ".join(f"{label} {p:.3f}" for label, p in pairs) or "none"))
     if len(found) > SHOWN:
         typer.echo(f"… and {len(found) - SHOWN} more: --output preds.csv writes all.")
