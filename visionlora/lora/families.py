@@ -59,18 +59,18 @@ TRANSFORMERS = Family(
     patch_embeddings=("patch_embeddings.projection", "embeddings.patch_embedding"),
 )
 TIMM = Family(
-    "timm: ViT, DeiT, BEiT, EVA, Swin, CaFormer",
+    "timm: ViT, DeiT, BEiT, EVA, Swin, CaFormer, CoaT",
     roles={
         "attn.q": ("attn.q_proj",),
         "attn.k": ("attn.k_proj",),
         "attn.v": ("attn.v_proj",),
-        "attn.out": ("attn.proj", "token_mixer.proj"),
+        "attn.out": ("attn.proj", "token_mixer.proj", "factoratt_crpe.proj"),
         "mlp.in": ("mlp.fc1", "mlp.fc1_g", "mlp.fc1_x", "mlp.w12"),
         "mlp.out": ("mlp.fc2", "mlp.w3"),
         "proj": ("downsample.reduction",),
         "conv": ("token_mixer.pwconv1", "token_mixer.pwconv2", "token_mixer.dwconv", "downsample.conv"),
     },
-    fused={"attn.qkv": ("q", "k", "v"), "token_mixer.qkv": ("q", "k", "v")},
+    fused=dict.fromkeys(("attn.qkv", "token_mixer.qkv", "factoratt_crpe.qkv"), ("q", "k", "v")),
     weight_users={
         "timm.models.beit.Attention": ("qkv",),
         "timm.models.eva.EvaAttention": ("qkv",),

@@ -66,6 +66,7 @@ def timm_model(name: str, **options: object) -> Callable[[], nn.Module]:
 
 VIT = {"img_size": 32, "patch_size": 16, "embed_dim": 24, "depth": 2, "num_heads": 2}
 SWIN = {"img_size": 32, "patch_size": 4, "embed_dim": 24, "depths": (2,), "num_heads": (2,), "window_size": 4}
+COAT = {"img_size": 32, "embed_dims": (16, 16, 16, 16), "serial_depths": (1, 1, 1, 1)}
 MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, int]]] = {
     "timm ViT": (timm_model("vit_tiny_patch16_224", **VIT), {"attn.q": 2, "attn": 8, "mlp": 4, "all": 12}),
     "timm DeiT": (timm_model("deit_tiny_distilled_patch16_224", **VIT), {"attn.v": 2, "attn": 8, "mlp": 4}),
@@ -74,6 +75,8 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, int]]] = {
     "timm Swin": (timm_model("swin_tiny_patch4_window7_224", **SWIN), {"attn.qv": 4, "attn": 8, "mlp": 4}),
     "timm Swin v2": (timm_model("swinv2_tiny_window8_256", **SWIN), {"attn.qv": 4, "attn": 8}),
     "timm CaFormer": (caformer, {"attn": 4, "mlp": 4, "conv": 4}),
+    "timm CoaT": (timm_model("coat_lite_tiny", **COAT), {"auto": 8, "attn": 16, "mlp": 8}),
+    "timm EfficientNet": (timm_model("test_efficientnet"), {"auto": 18, "all": 18}),
     "torchvision ViT": (tv_vit, {"attn.q": 2, "attn": 8, "mlp": 4}),
     "torchvision Swin": (tv_swin, {"attn.qv": 4, "attn": 8, "mlp": 4}),
     "torchvision Swin v2": (lambda: tv_swin("v2"), {"attn.qv": 4, "attn": 8, "mlp": 4}),
