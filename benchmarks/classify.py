@@ -39,7 +39,8 @@ from visionlora.config import ClassifyConfig
 from visionlora.data.classes import read_labelled
 from visionlora.data.decoded import check_pictures
 from visionlora.data.preprocess import Preprocessing
-from visionlora.models.vision import as_logits, open_backbone
+from visionlora.models.heads import as_logits
+from visionlora.models.vision import open_backbone
 
 SEEDS = (0, 1, 2)
 STYLES = Path(__file__).parents[1] / "assets" / "styles"

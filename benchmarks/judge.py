@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from visionlora.assets.build_emoji64 import STYLES, read_split, to_tensor
 
 from visionlora.models.base import open_base
-from visionlora.models.vision import VisionModel, as_logits, open_backbone
+from visionlora.models.heads import as_logits
+from visionlora.models.vision import VisionModel, open_backbone
 
 
 class StyleClassifier(nn.Sequential):

@@ -25,8 +25,8 @@ from visionlora.loaders import check_fingerprints, load_adapter
 from visionlora.lora.adapter import Adapter, AdapterModule
 from visionlora.lora.inject import attach
 from visionlora.lora.merge import bake
-from visionlora.models.heads import LAST
-from visionlora.models.vision import VisionModel, as_logits, open_backbone
+from visionlora.models.heads import LAST, as_logits
+from visionlora.models.vision import VisionModel, open_backbone
 from visionlora.report.runfolder import check_place
 from visionlora.vision.explain import forget_biases
 
@@ -90,7 +90,7 @@ def export(
             f"{backbone.id} is a model of {backbone.library}, which {to} cannot open. Export it to "
             f"{backbone.library if backbone.library in TARGETS else 'state-dict'} or onnx."
         )
-    if (backbone.head == LAST and to in ("timm", "peft")) or (backbone.flat and to == "peft"):
+    if (backbone.head == LAST and to in FOLDERS) or (backbone.flat and to == "peft"):
         raise ConfigError(
             f"{backbone.id} has no place for one linear head, so visionlora put its own there, which {to} cannot. "
             "Export it to onnx or state-dict."

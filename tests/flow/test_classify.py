@@ -336,6 +336,21 @@ def test_a_backbone_without_attention_learns_in_every_layer(shapes: Path, tmp_pa
     assert adapted["model.classifier.weight"].kind == "full" and "model.classifier" not in adapted
 
 
+def test_two_heads_of_transformers_give_way_to_one(shapes: Path, tmp_path: Path) -> None:
+    from transformers import DeiTConfig, DeiTForImageClassificationWithTeacher
+
+    torch.manual_seed(0)
+    config = DeiTConfig(hidden_size=24, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48, image_size=32,
+                        patch_size=8)  # fmt: skip
+    DeiTForImageClassificationWithTeacher(config).save_pretrained(tmp_path / "base")
+    run = learned(shapes, tmp_path / "run", model=str(tmp_path / "base"))
+    found = vl.load_classifier(run).predict(shapes / "circle" / "00.png", top_k=3)
+    assert sum(found[0].probabilities) == pytest.approx(1)
+    assert export(run, tmp_path / "model.safetensors", "state-dict").difference < 1e-3
+    with pytest.raises(vl.VisionLoRAError, match=r"has no place for one linear head.*which transformers cannot"):
+        export(run, tmp_path / "no", "transformers")
+
+
 def test_a_run_whose_heat_maps_cannot_be_drawn_is_finished_all_the_same(
     shapes: Path, tiny_vit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -22,6 +22,25 @@ NEAR = 1e-4
 """Largest difference, of the largest value, at which two tensors count as the same."""
 TRIED = 3
 """Classes of a head on trial."""
+TRANSFORMERS_HEADS = (
+    "classifier", "cls_classifier", "distillation_classifier", "classifier_distill", "head", "dist_head", "fc",
+)  # fmt: skip
+"""What image classifiers of transformers call their heads; those that learned from a teacher have two."""
+
+
+def as_logits(output: Any) -> Tensor:
+    """What a model of any of the libraries returns, as one tensor."""
+    found: Tensor = getattr(output, "logits", output)
+    return found
+
+
+def heads_in(model: nn.Module) -> list[str]:
+    """The heads of an image classifier of transformers: of each the last linear layer."""
+    found: dict[str, str] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and (top := name.split(".")[0]) in TRANSFORMERS_HEADS:
+            found[top] = name
+    return list(found.values())
 
 
 class FlatLinear(nn.Linear):
@@ -37,7 +56,7 @@ class HeadLast(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """What the model gives, (n, d), through the head."""
-        return cast(Tensor, cast(Any, self).class_head(super().forward(*args, **kwargs)))
+        return cast(Tensor, cast(Any, self).class_head(as_logits(super().forward(*args, **kwargs))))
 
 
 def append_head(model: nn.Module) -> None:

@@ -10,7 +10,9 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
+
+from visionlora.models.heads import TRANSFORMERS_HEADS
 
 AVERAGED = ("state_dict_ema", "model_ema", "teacher")
 """Under which trainings keep averaged weights, which are taken before others (`teacher`: DINO)."""
@@ -67,9 +69,11 @@ def without_prefixes(tensors: dict[str, Tensor], own: Collection[str]) -> dict[s
 
 
 def head_names(model: Any, head: str) -> tuple[str, ...]:
-    """What the names of a library's heads begin with: the one that was replaced, and those of timm that stand aside."""
+    """What the names of a library's heads begin with: the one that was replaced, and those that stand aside."""
     given = dict(getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
     names: Iterable[str] = (given,) if isinstance(given, str) else given
     own = dict(model.named_modules())
     tops = (n.split(".")[0] for n in names)
-    return (head + ".", *(f"{top}." for top in dict.fromkeys(tops) if top in own and not list(own[top].parameters())))
+    aside = [top for top in dict.fromkeys(tops) if top in own and not list(own[top].parameters())]
+    aside += [n for n, m in own.items() if isinstance(m, nn.Identity) and n.split(".")[0] in TRANSFORMERS_HEADS]
+    return tuple(f"{n}." for n in (head, *aside))

@@ -22,7 +22,7 @@ from visionlora.errors import AdapterFileError, ModelError, first_line, nearest
 from visionlora.models.base import choose, quiet
 from visionlora.models.class_token import shorten
 from visionlora.models.fingerprint import architecture_fingerprint, weights_fingerprint
-from visionlora.models.heads import LAST, FlatLinear, append_head, fits, has, run
+from visionlora.models.heads import LAST, FlatLinear, append_head, as_logits, fits, has, heads_in, run
 from visionlora.models.input_size import set_input_size
 from visionlora.models.processors import as_preprocessing
 from visionlora.models.state_dicts import head_names, weights_in
@@ -33,7 +33,12 @@ TORCHVISION = "torchvision/"
 SMALL = 20_000_000
 """Parameters below which a backbone learns at a higher rate and full fine-tuning is cheap."""
 HEAD_STD = 0.02
-
+NO_PICTURES = {
+    "pp_lcnet": "reads pictures as BGR, visionlora gives RGB. timm has the same model for RGB: --model lcnet_100",
+    "siglip2": "reads patches of pictures of any shape (NaFlex), visionlora gives square pictures. SigLIP 2 of one size is "
+    "saved as siglip: --model google/siglip2-base-patch16-224",
+}  # fmt: skip
+"""Kinds of transformers that read something else than RGB squares, and what to take instead."""
 
 BLOCKS = ("blocks", "layers", "block", "layer")
 """What a stage of a model calls its blocks, by number."""
@@ -151,12 +156,6 @@ class VisionModel:
 def is_number(parts: Sequence[str], i: int) -> bool:
     """Whether there is a part `i` and it is a number."""
     return i < len(parts) and parts[i].isdigit()
-
-
-def as_logits(output: Any) -> Tensor:
-    """What a model of any of the libraries returns, as one tensor."""
-    found: Tensor = getattr(output, "logits", output)
-    return found
 
 
 def fetch_default() -> None:
@@ -303,19 +302,29 @@ def from_transformers(id: str, weights: str | None) -> VisionModel:
         with quiet("transformers"):
             from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 
+            config: Any = AutoConfig.from_pretrained(id)
+            if (kind := config.model_type) in NO_PICTURES:
+                raise ModelError(f"{id} is a {kind}, which {NO_PICTURES[kind]}.")
             if weights is None:
                 model = AutoModelForImageClassification.from_pretrained(id)
             else:
-                model = AutoModelForImageClassification.from_config(AutoConfig.from_pretrained(id))
+                model = AutoModelForImageClassification.from_config(config)
             try:
                 processor = dict(AutoImageProcessor.from_pretrained(id).to_dict())
             except (OSError, ValueError):  # a folder without one: the values that most of its models use
                 processor = {}
+    except ModelError:
+        raise
     except Exception as e:
         raise cannot_be_had(id, e) from None
-    preprocessing = as_preprocessing(id, processor, getattr(cast(Any, model).config, "image_size", None))
-    linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.split(".")[0] == "classifier"]
-    return measured(id, "transformers", model, linear[-1] if linear else "classifier", preprocessing)
+    sees = getattr(config, "vision_config", config)  # of CLIP and SigLIP, which have another for texts
+    preprocessing = as_preprocessing(id, processor, getattr(sees, "image_size", None))
+    heads = heads_in(model)
+    if len(heads) > 1:
+        for name in heads:
+            model.set_submodule(name, nn.Identity())
+    head = LAST if len(heads) > 1 else heads[0] if heads else "classifier"
+    return measured(id, "transformers", model, head, preprocessing)
 
 
 def from_torchvision(id: str, weights: str | None) -> VisionModel:

@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from visionlora.errors import ConfigError, DataError, ModelError
 from visionlora.models.class_token import whole
-from visionlora.models.vision import as_logits
+from visionlora.models.heads import as_logits
 from visionlora.vision.places import as_map, default_layer, first_tensor, input_size, patch_grid, submodule
 
 COLOURS = "inferno"

@@ -21,7 +21,8 @@ from visionlora.data.decoded import Checked
 from visionlora.data.labelled import LabelledData
 from visionlora.data.splits import Splits
 from visionlora.errors import ConfigError, nearest
-from visionlora.models.vision import VisionModel, as_logits
+from visionlora.models.heads import as_logits
+from visionlora.models.vision import VisionModel
 from visionlora.vision.augment import Augmentation
 from visionlora.vision.explain import evaluating
 from visionlora.vision.metrics import AnyMetrics, evaluate, evaluate_multi_label, score

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visionlora.data.groups import Group
-from visionlora.models.vision import as_logits
+from visionlora.models.heads import as_logits
 from visionlora.vision.augment import Augmentation, mixed
 
 SMALLEST = torch.finfo(torch.float32).eps / 2

@@ -7,8 +7,9 @@ import timm
 import torch
 
 from visionlora.errors import ModelError
+from visionlora.models.heads import as_logits
 from visionlora.models.input_size import patch_of, set_input_size
-from visionlora.models.vision import as_logits, open_backbone
+from visionlora.models.vision import open_backbone
 
 
 def test_a_timm_model_is_the_one_that_timm_makes_for_that_size(tiny_vit: Path) -> None:

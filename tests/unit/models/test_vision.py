@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from visionlora.errors import ModelError
-from visionlora.models.vision import as_logits, open_backbone
+from visionlora.models.heads import as_logits, heads_in
+from visionlora.models.vision import open_backbone
 from visionlora.training.learner import rates_by_depth
 
 LAST = -1
@@ -123,6 +124,71 @@ def test_each_family_learns_other_classes(name: str, head: str) -> None:
     assert torch.allclose(logits, nn.functional.linear(features, new.weight, new.bias), atol=1e-4)
     assert features.shape == (2, opened.features) and opened.fingerprints() == before
     assert type(opened.model).forward is type(copy.deepcopy(opened.model)).forward
+
+
+TINY = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+SEES = {**TINY, "image_size": 48, "patch_size": 16}
+TEXTS = {**TINY, "vocab_size": 32}
+LEVIT = {
+    "image_size": 64, "hidden_sizes": [16, 24, 32], "num_attention_heads": [1, 2, 2], "depths": [1, 1, 1], "key_dim": [8, 8, 8],
+    "mlp_ratio": [2, 2, 2], "attention_ratio": [2, 2, 2],
+}  # fmt: skip
+SWIFT = {"image_size": 64, "depths": [1, 1], "embed_dims": [8, 16], "mlp_ratio": 2}
+HGNET = {
+    "embedding_size": 8, "depths": [1, 1], "hidden_sizes": [8, 16], "stem_channels": [3, 8, 8], "stage_in_channels": [8, 8],
+    "stage_mid_channels": [4, 4], "stage_out_channels": [8, 16], "stage_num_blocks": [1, 1], "stage_numb_of_layers": [2, 2],
+    "stage_downsample": [False, True], "stage_light_block": [False, True], "stage_kernel_size": [3, 3],
+}  # fmt: skip
+TEXTNET = {"image_size": [64, 64], "stem_out_channels": 8, "hidden_sizes": [8] * 5}
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "head", "size"),
+    [
+        ("CLIP", {"vision_config": SEES, "text_config": TEXTS}, "classifier", 48),
+        ("Siglip", {"vision_config": SEES, "text_config": TEXTS}, "classifier", 48),
+        ("HGNetV2", HGNET, "fc", 224),
+        ("TextNet", TEXTNET, "fc", 64),
+        ("Levit", LEVIT, "classifier.linear", 64),
+        ("DeiTWithTeacher", {**SEES, "image_size": 32}, "class_head", 32),  # two heads, of which the mean is taken
+        ("LevitWithTeacher", LEVIT, "class_head", 64),
+        ("SwiftFormer", SWIFT, "class_head", 64),
+    ],
+)
+def test_classifiers_of_transformers_learn_other_classes(
+    name: str, settings: dict, head: str, size: int, tmp_path: Path
+) -> None:
+    import transformers
+
+    name, _, teacher = name.partition("With")
+    config = getattr(transformers, f"{name}Config")(**settings)
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{name}ForImageClassification{teacher and 'With' + teacher}")(config).eval()
+    model.save_pretrained(tmp_path / "model")
+    opened = open_backbone(str(tmp_path / "model"))
+    assert (opened.head, opened.preprocessing.size) == (head, size)
+    x = torch.randn(2, 3, size, size)
+    with torch.no_grad():
+        features = as_logits(opened.model(x))
+        new = opened.new_head(5, seed=1)
+        logits = as_logits(opened.model(x))
+    torch.testing.assert_close(logits, nn.functional.linear(features, new.weight, new.bias), rtol=1e-4, atol=1e-5)
+    own = torch.stack([m(features) for n, m in model.named_modules() if n in heads_in(model)]).mean(0)
+    torch.testing.assert_close(own, as_logits(model(x)), rtol=1e-4, atol=1e-5)
+    if name in ("Levit", "SwiftFormer"):  # others are saved under the names before version 5.9
+        again = open_backbone(str(tmp_path / "model"), str(tmp_path / "model" / "model.safetensors"))
+        assert torch.equal(as_logits(again.model(x)), features)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("PPLCNet", "BGR.*--model lcnet_100"), ("Siglip2", "any shape.*google/siglip2-base-patch16-224")]
+)
+def test_classifiers_that_read_no_rgb_squares_are_refused(name: str, said: str, tmp_path: Path) -> None:
+    import transformers
+
+    getattr(transformers, f"{name}Config")().save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=said):
+        open_backbone(str(tmp_path), "random")
 
 
 def test_a_model_that_only_looks_is_refused_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
