@@ -1,12 +1,13 @@
 """Classifier adapter -> a model that runs without visionlora: timm, transformers, a state dict, PEFT or ONNX.
 
-Each is opened again after it was written, and its answers are compared with those of the adapter. The temperature goes into
-the head, so that softmax (or sigmoid) of the logits gives the probabilities of `predict`.
+Each is written beside its place, opened again, and moved there when its answers are those of the adapter; else nothing is left.
+The temperature goes into the head, so that softmax (or sigmoid) of the logits gives the probabilities of `predict`.
 """
 
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,6 +34,14 @@ from visionlora.vision.explain import forget_biases
 TARGETS = ("timm", "transformers", "state-dict", "peft", "onnx")
 FOLDERS = ("timm", "transformers", "peft")
 """Those of them that are folders, in which other files are left alone."""
+HOW = {
+    "timm": "timm.create_model({local!r}, pretrained=True)",
+    "transformers": "AutoModelForImageClassification.from_pretrained({path!r})",
+    "state-dict": "model.load_state_dict(load_file({path!r}))",
+    "peft": "PeftModel.from_pretrained(model with {classes} classes, {path!r})",
+    "onnx": "onnxruntime.InferenceSession({path!r})",
+}
+"""How each is opened."""
 CHECKED = 4
 """Pictures of noise on which answers are compared."""
 TOLERANCE = 1e-3
@@ -99,16 +108,34 @@ def export(
         CHECKED, 3, task.preprocessing.size, task.preprocessing.size, generator=torch.Generator().manual_seed(0)
     )
     finish_head(backbone, task)
-    if to == "peft":
-        untouched = {n: t.clone() for n, t in backbone.model.state_dict().items()}
-        wanted = bake_in(backbone, loaded, x)
-        backbone.model.load_state_dict(untouched)
-        return to_peft(with_head(loaded, backbone, task), backbone, path, x, wanted)
+    untouched = {n: t.clone() for n, t in backbone.model.state_dict().items()} if to == "peft" else {}
     wanted = bake_in(backbone, loaded, x)
-    writers: dict[str, Callable[..., Exported]] = {
-        "timm": to_timm, "transformers": to_transformers, "state-dict": to_state_dict, "onnx": to_onnx,
-    }  # fmt: skip
-    return checked(writers[to](backbone, task, path, x, wanted))
+    above = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.is_dir())
+    with tempfile.TemporaryDirectory(dir=above, prefix=".export-") as temporary:
+        place = Path(temporary) / path.resolve().name
+        if to == "peft":
+            backbone.model.load_state_dict(untouched)
+            found = to_peft(with_head(loaded, backbone, task), backbone, place, x, wanted)
+        else:
+            found = WRITERS[to](backbone, task, place, x, wanted)
+        if found is not None and not found <= TOLERANCE:
+            raise ConfigError(
+                f"{path} would give other answers than the adapter (logits differ by {found:.3g}), so it was not written: "
+                "please report this."
+            )
+        move(place, path)
+    how = HOW[to].format(path=str(path), local=f"local-dir:{path}", classes=len(task.classes))
+    return Exported(path, found, how)
+
+
+def move(place: Path, path: Path) -> None:
+    """Moves a file or folder to its path; of a folder that is there the other files are left alone."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if place.is_dir() and path.is_dir():
+        for file in place.iterdir():
+            file.replace(path / file.name)
+    else:
+        place.replace(path)
 
 
 def finish_head(backbone: VisionModel, task: ClassTask) -> None:
@@ -140,16 +167,6 @@ def bake_in(backbone: VisionModel, adapter: Adapter, x: Tensor) -> Tensor:
     return wanted
 
 
-def checked(exported: Exported) -> Exported:
-    """Raises ConfigError when the answers differ."""
-    if exported.difference is not None and not exported.difference <= TOLERANCE:
-        raise ConfigError(
-            f"{exported.path} gives other answers than the adapter (logits differ by {exported.difference:.3g}): do not use "
-            "it, and please report this."
-        )
-    return exported
-
-
 @torch.no_grad()
 def difference(model: nn.Module, x: Tensor, wanted: Tensor) -> float:
     """Largest difference of a logit."""
@@ -161,11 +178,11 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
     return {n: t.detach().clone().contiguous() for n, t in model.state_dict().items()}
 
 
-def to_timm(backbone: VisionModel, task: ClassTask, path: Path, x: Tensor, wanted: Tensor) -> Exported:
+def to_timm(backbone: VisionModel, task: ClassTask, path: Path, x: Tensor, wanted: Tensor) -> float:
     """A folder for `timm.create_model("local-dir:…", pretrained=True)`."""
     import timm
 
-    path.mkdir(parents=True, exist_ok=True)
+    path.mkdir()
     tensors = weights_of(backbone.model)
     if backbone.flat:  # timm has a convolution of one pixel there
         tensors[f"{backbone.head}.weight"] = tensors[f"{backbone.head}.weight"][:, :, None, None]
@@ -187,9 +204,7 @@ def to_timm(backbone: VisionModel, task: ClassTask, path: Path, x: Tensor, wante
     if arguments := model_arguments(backbone):
         config["model_args"] = arguments
     replace_file(path / "config.json", (json.dumps(config, indent=2) + "\n").encode())
-    name = f"local-dir:{path}"
-    again = timm.create_model(name, pretrained=True)
-    return Exported(path, difference(again, x, wanted), f"timm.create_model({name!r}, pretrained=True)")
+    return difference(timm.create_model(f"local-dir:{path}", pretrained=True), x, wanted)
 
 
 def model_arguments(backbone: VisionModel) -> dict[str, Any]:
@@ -202,11 +217,11 @@ def model_arguments(backbone: VisionModel) -> dict[str, Any]:
     return dict(found)
 
 
-def to_transformers(backbone: VisionModel, task: ClassTask, path: Path, x: Tensor, wanted: Tensor) -> Exported:
+def to_transformers(backbone: VisionModel, task: ClassTask, path: Path, x: Tensor, wanted: Tensor) -> float:
     """A folder for `AutoModelForImageClassification.from_pretrained`, with an image processor."""
     from transformers import AutoModelForImageClassification, ViTImageProcessor
 
-    path.mkdir(parents=True, exist_ok=True)
+    path.mkdir()
     model, p = cast(Any, backbone.model), task.preprocessing
     names = dict(enumerate(task.classes))
     model.config.id2label, model.config.label2id = names, {n: i for i, n in names.items()}
@@ -219,35 +234,31 @@ def to_transformers(backbone: VisionModel, task: ClassTask, path: Path, x: Tenso
         size=size, do_center_crop=True, crop_size={"height": p.size, "width": p.size}, image_mean=list(p.mean),
         image_std=list(p.std), resample=numbers[p.interpolation],
     ).save_pretrained(path)  # fmt: skip
-    again = AutoModelForImageClassification.from_pretrained(path)
-    how = f"AutoModelForImageClassification.from_pretrained({str(path)!r})"
-    return Exported(path, difference(again, x, wanted), how)
+    return difference(AutoModelForImageClassification.from_pretrained(path), x, wanted)
 
 
-def to_state_dict(backbone: VisionModel, task: ClassTask, path: Path, x: Tensor, wanted: Tensor) -> Exported:
+def to_state_dict(backbone: VisionModel, task: ClassTask, path: Path, x: Tensor, wanted: Tensor) -> float:
     """One safetensors file with every weight under its own name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     metadata = {"format": "pt", "classes": json.dumps(task.classes)}
     replace_file(path, save_tensors(weights_of(backbone.model), metadata))
     for p in backbone.model.parameters():
         p.zero_()
     backbone.model.load_state_dict(load_file(path))
-    return Exported(path, difference(backbone.model, x, wanted), f"model.load_state_dict(load_file({str(path)!r}))")
+    return difference(backbone.model, x, wanted)
 
 
-def to_peft(adapter: Adapter, backbone: VisionModel, path: Path, x: Tensor, wanted: Tensor) -> Exported:
+def to_peft(adapter: Adapter, backbone: VisionModel, path: Path, x: Tensor, wanted: Tensor) -> float | None:
     """A folder for `PeftModel.from_pretrained`, with the head among its modules_to_save."""
     peft.write(adapter, path)
-    how = f"PeftModel.from_pretrained(model with {len(wanted[0])} classes, {str(path)!r})"
     try:
         from peft import PeftModel
     except ImportError:
-        return Exported(path, None, how)
+        return None
     with torch.no_grad():
         cast(
             nn.Linear, backbone.model.get_submodule(backbone.head)
         ).weight.zero_()  # the head must come from the folder
-    return checked(Exported(path, difference(PeftModel.from_pretrained(backbone.model, str(path)), x, wanted), how))
+    return difference(PeftModel.from_pretrained(backbone.model, str(path)), x, wanted)
 
 
 class LogitsOnly(nn.Module):
@@ -262,7 +273,7 @@ class LogitsOnly(nn.Module):
         return as_logits(self.model(x))
 
 
-def to_onnx(backbone: VisionModel, task: ClassTask, path: Path, x: Tensor, wanted: Tensor) -> Exported:
+def to_onnx(backbone: VisionModel, task: ClassTask, path: Path, x: Tensor, wanted: Tensor) -> float:
     """One ONNX file for batches of any size, with classes, preprocessing and temperature (1) among its metadata."""
     try:
         import onnx
@@ -272,7 +283,6 @@ def to_onnx(backbone: VisionModel, task: ClassTask, path: Path, x: Tensor, wante
         raise ConfigError(
             f"ONNX needs the extra of that name ({e.name} is missing): pip install 'visionlora[onnx]'."
         ) from None
-    path.parent.mkdir(parents=True, exist_ok=True)
     program = torch.onnx.export(
         LogitsOnly(backbone.model).eval(), (x,), dynamo=True, input_names=["pixels"], output_names=["logits"],
         dynamic_shapes=({0: torch.export.Dim("batch", min=1)},), verbose=False,
@@ -294,4 +304,10 @@ def to_onnx(backbone: VisionModel, task: ClassTask, path: Path, x: Tensor, wante
     for count in (1, len(x)):
         (got,) = session.run(None, {"pixels": x[:count].numpy()})
         worst = max(worst, float((torch.from_numpy(got) - wanted[:count]).abs().max()))
-    return Exported(path, worst, f"onnxruntime.InferenceSession({str(path)!r})")
+    return worst
+
+
+WRITERS: dict[str, Callable[..., float]] = {
+    "timm": to_timm, "transformers": to_transformers, "state-dict": to_state_dict, "onnx": to_onnx,
+}  # fmt: skip
+"""Those that write the whole model: what they wrote is opened again, and the largest difference of a logit returned."""

@@ -204,6 +204,37 @@ def test_probabilities_of_exports_are_those_of_predict(
     assert torch.allclose(logits.sigmoid() if multi_label else logits.softmax(1), want, atol=1e-4)
 
 
+@pytest.mark.parametrize("to", ["timm", "state-dict", "peft", "onnx"])
+def test_an_export_that_answers_otherwise_leaves_nothing(
+    tiny_vit: Path, tmp_path: Path, to: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for needed in {"peft": ("peft",), "onnx": ("onnxruntime", "onnxscript")}.get(to, ()):
+        pytest.importorskip(needed)
+    native.write(adapter_of(tiny_vit, ("a", "b")), tmp_path / "adapter.safetensors")
+    place = tmp_path / "place"
+    place.mkdir()
+    export(tmp_path / "adapter.safetensors", place / "older", to)
+    before = {p: p.read_bytes() for p in place.rglob("*") if p.is_file()}
+    monkeypatch.setattr("visionlora.pipelines.export.TOLERANCE", -1.0)
+    for output in (place / "older", place / "new" / "model"):
+        with pytest.raises(vl.VisionLoRAError, match=r"would give other answers than the adapter .* was not written"):
+            export(tmp_path / "adapter.safetensors", output, to, overwrite=True)
+    assert {p: p.read_bytes() for p in place.rglob("*") if p.is_file()} == before and not (place / "new").exists()
+
+
+def test_an_export_in_a_folder_that_is_there_leaves_other_files_alone(tiny_vit: Path, tmp_path: Path) -> None:
+    native.write(adapter_of(tiny_vit, ("a", "b")), tmp_path / "adapter.safetensors")
+    output = tmp_path / "deep" / "model"
+    exported = export(tmp_path / "adapter.safetensors", output, "timm")
+    assert exported.how == f"timm.create_model({f'local-dir:{output}'!r}, pretrained=True)"
+    (output / "notes.txt").write_text("mine")
+    (output / "config.json").write_text("{}")
+    export(tmp_path / "adapter.safetensors", output, "timm", overwrite=True)
+    assert {p.name for p in output.iterdir()} == {"notes.txt", "config.json", "model.safetensors"}
+    assert json.loads((output / "config.json").read_text())["label_names"] == ["a", "b"]
+    assert [p.name for p in output.parent.iterdir()] == ["model"]
+
+
 def learned(shapes: Path, output: Path, **settings: object) -> Path:
     """The folder of a run of one step."""
     own = {"steps": 1, "rank": 2, "baselines": ("none",), **settings}
