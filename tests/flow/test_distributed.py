@@ -67,6 +67,7 @@ def launch(tmp_path: Path, *words: object, processes: int) -> None:
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([*map(str, command)], cwd=tmp_path, capture_output=True, text=True, env=env, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("Done in") == 1, "one process speaks for all"
 
 
 def check_same_adapter(one: Path, two: Path) -> None:

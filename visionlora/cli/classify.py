@@ -80,7 +80,8 @@ def command(
         from visionlora.pipelines.classify import classify
 
         result = classify(resolved, listener)
-    show(result, resolved, as_json)
+    if options.speaks():
+        show(result, resolved, as_json)
 
 
 def found_before(run: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Optional, TypeVar
@@ -64,6 +65,11 @@ def resolved(kind: type[C], given: Mapping[str, Any]) -> C:
         auto = resume == RESUME_AUTO
         layers.insert(0, pictures_of(output if auto else resume, may_be_new=auto))
     return build(kind, *layers)
+
+
+def speaks() -> bool:
+    """Whether this process tells what a run has found: of several, the first."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def finished(config: TrainingConfig) -> str | None:

@@ -67,6 +67,8 @@ def command(
         from visionlora.pipelines.train_sd import train_sd
 
         result = train_sd(resolved, listener)
+    if not options.speaks():
+        return
     typer.echo(f"Done in {duration(result.seconds)}.")
     typer.echo(f"  adapter  {result.adapter}")
     if result.grid is not None:
