@@ -14,6 +14,7 @@ from visionlora.atomic import check_new
 from visionlora.classifier import Prediction, load_classifier
 from visionlora.data.files import list_folder
 from visionlora.data.images import IMAGE_SUFFIXES, decode, printable
+from visionlora.data.tables import TABLE_SUFFIXES
 from visionlora.errors import ConfigError, DataError, nearest
 from visionlora.report.listener import Listener
 from visionlora.report.runfolder import write_atomic
@@ -126,6 +127,8 @@ def pictures_in(places: Sequence[Path]) -> list[Path]:
     for place in places:
         if place.is_dir():
             found += [place / name for name in list_folder(place).pictures]
+        elif place.suffix.lower() in TABLE_SUFFIXES and place.is_file():
+            raise DataError(f"{printable(place)} is a table: name the pictures themselves, or folders of pictures.")
         elif place.is_file():
             found.append(place)
         else:

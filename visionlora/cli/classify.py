@@ -184,7 +184,7 @@ def export(
     force: Annotated[bool, typer.Option("--force", help="Accept other weights of the same architecture.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
 ) -> None:
-    """Write a classifier for another library, and compare its answers: `visionlora export runs/pets --to onnx`."""
+    """Write a classifier for another library and compare: `visionlora export runs/pets --to onnx --output pets.onnx`."""
     from visionlora.pipelines.export import export
 
     found = export(adapter, output, to, model, force, overwrite, weights)
