@@ -245,8 +245,14 @@ def warnings_of(material: Material, finished: Sequence[Finished]) -> tuple[str, 
     by_name = {f.contender.name: f for f in finished}
     probe, own = by_name.get("linear-probe"), finished[0]
     if probe is not None and probe is not own:
-        gain = material.selected(own.metrics) - material.selected(probe.metrics)
-        if gain < PAYS:
+        before = material.selected(probe.metrics)
+        gain = material.selected(own.metrics) - before
+        if before + PAYS > 1 and gain > -PAYS:
+            found.append(
+                f"The linear probe, which trains the head alone, has a {material.config.select_by} of {before:.3f} already "
+                f"(baselines/probe.safetensors): on these pictures {own.contender.name} cannot be seen to be better."
+            )
+        elif gain < PAYS:
             found.append(
                 f"{own.contender.name} does not pay on this backbone: {material.config.select_by} is {gain:+.3f} against the "
                 "linear probe, which trains the head alone (baselines/probe.safetensors). Try a higher rank, more targets "

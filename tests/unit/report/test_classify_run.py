@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from visionlora.report.classify_run import decisions, wording
+from visionlora.report.classify_run import decisions, warnings_of, wording
 from visionlora.vision.material import Material
 from visionlora.vision.task import Objective
 
@@ -44,3 +44,29 @@ def test_a_mistake_with_one_label_is_a_picture_of_another_class() -> None:
     ]  # fmt: skip
     assert [wording(shown, d, sure=True) for d in found] == ["round 80 %, is red", "red 50 %"]
     assert wording(shown, found[0], sure=False) == "round, is red"
+
+
+@pytest.mark.parametrize(
+    ("probe", "own", "said"),
+    [
+        (
+            1.0,
+            1.0,
+            "has a top1 of 1.000 already (baselines/probe.safetensors): on these pictures lora cannot be seen to be",
+        ),
+        (1.0, 0.9, "lora does not pay on this backbone: top1 is -0.100 against the linear probe"),
+        (0.8, 0.8, "lora does not pay on this backbone: top1 is +0.000 against the linear probe"),
+        (0.8, 0.9, ""),
+    ],
+)
+def test_an_adapter_is_blamed_only_where_it_could_have_been_better(probe: float, own: float, said: str) -> None:
+    judged: Any = SimpleNamespace(
+        selected=lambda top1: top1, config=SimpleNamespace(select_by="top1"), splits=SimpleNamespace(test=range(100)),
+        data=SimpleNamespace(multi_label=False), looked_at=range(100),
+    )  # fmt: skip
+    finished: Any = [
+        SimpleNamespace(contender=SimpleNamespace(name=name), metrics=top1)
+        for name, top1 in (("lora", own), ("linear-probe", probe))
+    ]
+    found = warnings_of(judged, finished)
+    assert said in "".join(found) and len(found) == bool(said)
