@@ -295,7 +295,8 @@ def _instead(folder: Path) -> str:
 
 def _subject(config: TrainingConfig) -> str:
     """What a run learns, in the name of its folder."""
-    return Path(_sources(config)[0]).resolve().name
+    path = Path(_sources(config)[0]).resolve()
+    return path.stem if path.is_file() else path.name
 
 
 def _named(config: TrainingConfig) -> str:

@@ -376,3 +376,11 @@ def test_a_state_is_read_without_running_code_and_is_plain() -> None:
     found = started(resume="r")[0].state
     assert found is not None and json.loads(json.dumps(dict(found)))["changes"] == [{"step": 1, "what": ["b"]}]
     assert (folder / "checkpoints" / STATE_FILE).is_file()
+
+
+def test_a_run_is_called_after_its_table_without_the_ending(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pets.csv").touch()
+    (tmp_path / "v1.2").mkdir()
+    names = [begin(ClassifyConfig(images=n), "classify", Ears()).folder.name for n in ("pets.csv", "v1.2")]
+    assert [n.rsplit("-", 2)[0] for n in names] == ["classify-pets", "classify-v1.2"]
