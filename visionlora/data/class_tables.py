@@ -20,6 +20,12 @@ LABEL_COLUMNS = ("label", "class", "category", "target", "label_name")
 SPLIT_COLUMNS = ("split", "subset", "set")
 """Names by which the column of splits is found, in order of precedence."""
 
+GROUP_COLUMNS = ("group", "group_id", "patient", "patient_id", "subject", "subject_id")
+"""Columns that look like groups; they are used when they are named, else pointed out."""
+
+OWN_PICTURE = "the picture of the row"
+"""A column of the files to which the pictures of a parquet table were written."""
+
 
 def from_table(root: Path, path: Path, wanted: Wanted, *, everything: bool) -> Found:
     """What one table says of the pictures below `root`; of `everything` there, or of what it names alone."""
@@ -47,6 +53,12 @@ def from_tables(root: Path, tables: Mapping[str, Table], wanted: Wanted, listing
         label_columns = _label_columns(table, wanted)
         group_column = table.given(wanted.group, "group_column") if wanted.group else None
         split_column = _split_column(table, wanted, found)
+        like = None if group_column or split_column else _like_groups(table)
+        if like is not None and like not in label_columns:
+            found.notes.append(
+                f'the column "{printable(like)}" is not used; group_column={printable(like)} keeps pictures that share its '
+                "value on one side of the split"
+            )
         if split_column:
             split_sources.append(f'the column "{printable(split_column)}"')
         if wanted.labels:
@@ -229,6 +241,13 @@ def _label_columns(table: Table, wanted: Wanted) -> list[str]:
             'label_column=NAME, or call it "label"; for one column of 0 and 1 a class, name them with label_columns=[A,B].'
         )
     return [column]
+
+
+def _like_groups(table: Table) -> str | None:
+    """A column that seems to name groups: several pictures share some of its values, but not all."""
+    column = table.guess(GROUP_COLUMNS)
+    values = [str(cells.get(column or "")) for _, cells in table.rows]
+    return column if 1 < len(set(values)) < len(values) else None
 
 
 def _split_column(table: Table, wanted: Wanted, found: Found) -> str | None:

@@ -399,6 +399,20 @@ def test_columns_that_are_not_there(flat: Path) -> None:
         assert "label_columns" in said(table(flat, "file,kind\n"), ConfigError, **wrong)
 
 
+def test_a_column_that_sounds_like_groups_is_pointed_out(flat: Path) -> None:
+    rows = [f"{i}.png,{i % 2},p{i // 2}" for i in range(4)]
+    path = table(flat, "\n".join(["path,label,Patient", *rows]))
+    assert read_labelled(path).notes == (
+        'the column "Patient" is not used; group_column=Patient keeps pictures that share its value on one side of the split',
+    )
+    assert read_labelled(path, group_column="Patient").notes == ()
+    assert read_labelled(path, label_column="Patient").notes == ()
+    split = [f"{row},{side}" for row, side in zip(rows, ("train", "train", "val", "test"), strict=True)]
+    assert read_labelled(table(flat, "\n".join(["path,label,patient,split", *split]))).notes == ()
+    each_its_own = [f"{i}.png,{i % 2},{i}" for i in range(4)]
+    assert read_labelled(table(flat, "\n".join(["path,label,patient", *each_its_own]))).notes == ()
+
+
 def test_a_column_that_only_sounds_like_splits(flat: Path) -> None:
     text = "path,label,set\n" + "".join(f"{i}.png,{i % 2},{'AB'[i % 2]}\n" for i in range(4))
     data = read_labelled(table(flat, text))
