@@ -1,14 +1,19 @@
-"""Labels from tables: CSV, JSON lines, parquet, and the metadata files of a folder. No picture is opened here."""
+"""Labels from tables: CSV, JSON lines, parquet, and the metadata files of a folder.
+
+No picture is opened here; those that a parquet table holds are written to the cache.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from visionlora.data.files import Listing, Names, Unusable, is_hidden, list_folder
 from visionlora.data.images import printable
 from visionlora.data.labelled import Found, Row, Wanted, cleaned, split_folders, split_of, top_of
+from visionlora.data.parquet import unpack
 from visionlora.data.tables import Table, read_table, text_of, truth_of
 from visionlora.data.wording import ENDINGS, Meant, count_of, first_names, quoted
 from visionlora.errors import ConfigError, DataError
@@ -30,6 +35,8 @@ OWN_PICTURE = "the picture of the row"
 def from_table(root: Path, path: Path, wanted: Wanted, *, everything: bool) -> Found:
     """What one table says of the pictures below `root`; of `everything` there, or of what it names alone."""
     table = read_table(path)
+    if not everything and wanted.path is None and table.embedded and table.guess(PATH_COLUMNS) is None:
+        return _from_rows(path, table, wanted)
     if everything:
         return from_tables(root, {"": table}, wanted, list_folder(root))
     # A table may lie in a large folder next to the one that it is about: only what it names is listed.
@@ -37,6 +44,18 @@ def from_table(root: Path, path: Path, wanted: Wanted, *, everything: bool) -> F
     names = [row[column].replace("\\", "/") for _, row in table.rows if isinstance(row.get(column), str)]
     tops = {PurePosixPath(_relative(root, name)).parts[:1] for name in names}
     return from_tables(root, {"": table}, wanted, list_folder(root, {top for parts in tops for top in parts}))
+
+
+def _from_rows(path: Path, table: Table, wanted: Wanted) -> Found:
+    """What a parquet table says of the pictures that it holds, which are written to the cache as files."""
+    unpacked = unpack({table.shown: path})
+    files = {int(name.rpartition(" ")[2]): file for name, file in unpacked.pictures.items()}
+    if not files:
+        raise DataError(f"{unpacked.problems[0] if unpacked.problems else f'{table.shown} has no rows'}.")
+    rows = [(line, {**cells, OWN_PICTURE: files[line].name}) for line, cells in table.rows if line in files]
+    told = Table(table.shown, [*table.columns, OWN_PICTURE], rows, unpacked.problems)
+    root, listing = next(iter(files.values())).parent, Listing(pictures=sorted(file.name for file in files.values()))
+    return from_tables(root, {"": told}, replace(wanted, path=OWN_PICTURE), listing)
 
 
 def from_tables(root: Path, tables: Mapping[str, Table], wanted: Wanted, listing: Listing) -> Found:
@@ -223,7 +242,7 @@ def _path_column(table: Table, wanted: Wanted) -> str:
     if (column := table.guess(PATH_COLUMNS)) is None:
         text = f"{table.shown} has no column of picture paths (it has {quoted(table.columns)}); "
         if table.embedded:
-            text += f"{quoted(table.embedded)} cannot be used: save the pictures as files and write their paths; "
+            text += f"for pictures in {quoted(table.embedded)}, give the table itself as --images; "
         raise DataError(f'{text}name it with path_column=NAME, or call it "path".')
     return column
 

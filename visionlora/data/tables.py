@@ -11,7 +11,7 @@ import io
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -235,4 +235,22 @@ def _parquet(path: Path, shown: str) -> Table:
         rows = pyarrow.parquet.read_table(path, columns=columns).to_pylist()
     except (OSError, ValueError, pyarrow.ArrowException) as error:
         raise not_parquet(error) from None
+    for column, names in class_names(schema.metadata or {}).items():
+        for row in rows:
+            if isinstance(number := row.get(column), int):
+                row[column] = names[number] if 0 <= number < len(names) else None
     return Table(shown, columns, list(enumerate(rows, 1)), embedded=embedded)
+
+
+def class_names(metadata: Mapping[bytes, bytes]) -> dict[str, list[str]]:
+    """The names of the classes that columns hold by number, as Hugging Face's datasets keeps them beside a parquet table.
+
+    >>> class_names({b"huggingface": b'{"info": {"features": {"label": {"names": ["cat", "dog"], "_type": "ClassLabel"}}}}'})
+    {'label': ['cat', 'dog']}
+    """
+    try:
+        features = json.loads(metadata.get(b"huggingface", b"{}"))["info"]["features"]
+        of_classes = {name: f for name, f in features.items() if f.get("_type") == "ClassLabel"}
+        return {name: [str(n) for n in f["names"]] for name, f in of_classes.items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return {}

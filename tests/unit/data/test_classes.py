@@ -527,11 +527,38 @@ def test_pictures_within_a_parquet_table(flat: Path) -> None:
     columns = {"label": [1, 2], "image": [{"bytes": b"x"}] * 2}
     pyarrow.parquet.write_table(pyarrow.table({**columns, "path": ["0.png", "1.png"]}), path)
     assert labelled(read_labelled(path)) == {"0.png": "1", "1.png": "2"}
-    pyarrow.parquet.write_table(pyarrow.table(columns), path)
-    assert said(path) == (
-        f'{path} has no column of picture paths (it has "label"); "image" cannot be used: save the pictures as files and '
-        'write their paths; name it with path_column=NAME, or call it "path".'
+    features = {"label": {"names": ["no", "cat", "dog"], "_type": "ClassLabel"}, "image": {"_type": "Image"}}
+    rows = {
+        **columns,
+        "image": [{"bytes": b"x", "path": "a.png"}, {"bytes": b"y", "path": "b.png"}],
+        "split": ["train", "test"],
+    }
+    told = {"huggingface": json.dumps({"info": {"features": features}})}
+    pyarrow.parquet.write_table(pyarrow.table(rows).replace_schema_metadata(told), path)
+    data = read_labelled(path)
+    assert labelled(data) == {"00000001.png": "cat", "00000002.png": "dog"}
+    assert [item.path.read_bytes() for item in data.items] == [b"x", b"y"] and data.items[1].split == "test"
+    assert said(flat, table=path) == (
+        f'{path} has no column of picture paths (it has "label", "split"); for pictures in "image", give the table itself as '
+        '--images; name it with path_column=NAME, or call it "path".'
     )
+
+
+@pytest.mark.skipif(importlib.util.find_spec("pyarrow") is None, reason="reads with pyarrow")
+def test_rows_of_a_parquet_table_that_hold_no_picture(flat: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    path = flat / "labels.parquet"
+    columns = {"label": [1, 2, 1], "image": [{"bytes": b"x"}, {"bytes": None}, {"bytes": b"z"}]}
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    assert "labels.parquet row 2 holds no picture; remove the row" in said(path)
+    pyarrow.parquet.write_table(pyarrow.table({**columns, "label": [1, 2, 3]}), path)
+    assert labelled(read_labelled(path, skip_broken=True)) == {"00000001": "1", "00000003": "3"}
+    pyarrow.parquet.write_table(pyarrow.table({"label": [1, 2], "image": [b"", b""]}), path)
+    assert "labels.parquet row 1 holds no picture" in said(path)
+    pyarrow.parquet.write_table(pyarrow.table({"label": [1, 2], "box": [[1], [2]]}), path)
+    assert "has no column of pictures" in said(path)
 
 
 # Several labels a picture.
