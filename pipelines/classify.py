@@ -295,7 +295,7 @@ def prepare(
 
 
 def new_adapter(
-    ready: Ready, probe: Probe, kept: Mapping[str, Any] | None, tell: Listener
+    ready: Ready, probe: Probe | None, kept: Mapping[str, Any] | None, tell: Listener
 ) -> tuple[Handle, AdapterConfig]:
     """Puts head and adapter on the backbone as the run starts with them; the ranks of a run that goes on are its own."""
     material, before = ready.material, ready.before

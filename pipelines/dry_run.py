@@ -6,7 +6,6 @@ The estimate is measured, not computed: two steps on pictures of the largest siz
 from __future__ import annotations
 
 import dataclasses
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -31,6 +30,7 @@ from visionlora.diffusion.settings import attention_kernel, captions_of, plan_of
 from visionlora.report.listener import Listener
 from visionlora.report.resume import begin, holding
 from visionlora.training.loop import Fit, process_state
+from visionlora.training.memory import peak_memory
 from visionlora.training.settings import loop_config
 
 PROBED = 2
@@ -201,15 +201,3 @@ def timed(work: Callable[[], object], ready: Ready) -> float:
     if ready.accelerator.device.type == "cuda":
         torch.cuda.synchronize()
     return time.monotonic() - start
-
-
-def peak_memory() -> int:
-    """The most that was used so far, in bytes: of the GPU where there is one, else of this process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_reserved()
-    if sys.platform == "win32":
-        return 0
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -382,6 +382,27 @@ def test_two_heads_of_transformers_give_way_to_one(shapes: Path, tmp_path: Path)
         export(run, tmp_path / "no", "transformers")
 
 
+def test_a_dry_run_says_what_the_run_would_do_and_writes_nothing(
+    cli, shapes: Path, tiny_vit: Path, tmp_path: Path
+) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    words = ("classify", "--images", shapes, "--model", tiny_vit, "--steps", 21, "--batch-size", 8, "--rank", "auto")
+    code, out, err = cli(*words, "--dry-run")
+    assert code == 0, err
+    assert "Targets     attn.qv: 4 layers" in out and "Steps       21 of 8 pictures, 4.0 times over" in out
+    assert "Pictures    42 to train on, 9 to choose by, 9 to test on" in out
+    assert (
+        "Classes     3, with pictures: circle 20, cross 20, square 20" in out
+        and "Rank auto is counted as rank 8" in out
+    )
+    assert sorted(tmp_path.rglob("*")) == before
+    code, out, err = cli(*words, "--dry-run", "--json", "--rank", 2)
+    found = json.loads(out)
+    assert code == 0 and found["looks"] == 11 and found["step_seconds"] > 0 < found["peak_bytes"], err
+    code, _, err = cli(*words, "--dry-run", "--targets", "atn")
+    assert code == 2 and "Target 'atn' reaches no layer" in err
+
+
 def test_a_run_whose_heat_maps_cannot_be_drawn_is_finished_all_the_same(
     shapes: Path, tiny_vit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
@@ -62,15 +63,25 @@ def command(
     precision: options.Precision = None,
     seed: options.Seed = None,
     skip_broken: options.SkipBroken = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what the run would do, take and need, and end.")
+    ] = False,
     resume: options.Resume = None,
     force: options.Force = None,
     config: options.Config = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result for programs.")] = False,
 ) -> None:
     """Fine-tune a vision transformer on class folders: `visionlora classify --images ./pets`."""
-    given = locals()
-    del given["as_json"]
+    given = {name: value for name, value in locals().items() if name not in ("as_json", "dry_run")}
     resolved = options.resolved(ClassifyConfig, given)
+    if dry_run:
+        with ConsoleListener(quiet=as_json) as listener:
+            from visionlora.pipelines.classify_dry_run import classify_dry_run
+
+            planned = classify_dry_run(resolved, listener)
+        if options.speaks():
+            typer.echo(json.dumps(dataclasses.asdict(planned)) if as_json else "\n".join(planned.lines()))
+        return
     if (line := options.finished(resolved)) is not None:
         typer.echo(line, err=as_json)
         if as_json:

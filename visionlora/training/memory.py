@@ -103,3 +103,15 @@ def at_once(together: int, per_picture: int, free: int | None) -> int:
         return together
     fitting = max(1, int(SPARE * free / max(1, per_picture)))
     return max(n for n in range(1, together + 1) if together % n == 0 and n <= fitting)
+
+
+def peak_memory() -> int:
+    """The most that was used so far, in bytes: of the GPU where there is one, else of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_reserved()
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,139 @@
+"""Settings of classify -> what the run would do, how long it would take and how much memory: no run folder is written.
+
+All is checked that the run would check. The time is measured: two steps, and one look at a batch of validation pictures.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from visionlora.pipelines.classify import new_adapter, opened
+
+from visionlora.config import ClassifyConfig
+from visionlora.data.images import printable
+from visionlora.report.classify_fitting import Fitting
+from visionlora.report.listener import Listener
+from visionlora.report.resume import begin, holding
+from visionlora.training.loop import process_state
+from visionlora.training.memory import peak_memory
+from visionlora.training.settings import adapter_config
+from visionlora.vision.material import logits_of
+
+PROBED = 2
+"""Steps that are measured, after one that is not."""
+NAMED = 8
+"""Classes that are listed with their pictures."""
+
+
+@dataclass(frozen=True)
+class ClassifyEstimate:
+    """What a run would do."""
+
+    model: str
+    size: int
+    """Of its pictures, px."""
+    targets: str
+    layers: int
+    trained_parameters: int
+    classes: dict[str, int]
+    """Class -> pictures."""
+    train: int
+    """Pictures to train on, to choose by, to test on."""
+    val: int
+    test: int
+    steps: int
+    pictures_per_step: int
+    step_seconds: float
+    looks: int
+    """At the validation pictures."""
+    look_seconds: float
+    peak_bytes: int
+    """Of the process, or of the GPU where there is one."""
+    device: str
+
+    @property
+    def seconds(self) -> float:
+        """Of training, without baselines."""
+        return self.steps * self.step_seconds + self.looks * self.look_seconds
+
+    def lines(self) -> list[str]:
+        """For a person."""
+        named = ", ".join(f"{printable(name)} {n}" for name, n in list(self.classes.items())[:NAMED])
+        more = f", and {len(self.classes) - NAMED} more" if len(self.classes) > NAMED else ""
+        passes = self.steps * self.pictures_per_step / self.train
+        return [
+            f"Model       {self.model}, pictures of {self.size} px",
+            f"Targets     {self.targets}: {self.layers} layers, {self.trained_parameters:,} parameters train",
+            f"Pictures    {self.train} to train on, {self.val} to choose by, {self.test} to test on",
+            f"Classes     {len(self.classes)}, with pictures: {named}{more}",
+            f"Steps       {self.steps} of {self.pictures_per_step} pictures, {passes:.1f} times over those to train on",
+            f"Time        {self.seconds / 60:.1f} minutes without baselines: {self.step_seconds:.2f} s a step, "
+            f"{self.look_seconds:.1f} s each of {self.looks} times for the pictures to choose by",
+            f"Memory      {self.peak_bytes / 2**30:.2f} GiB at the peak, of the {self.device}",
+        ]
+
+
+@holding
+def classify_dry_run(config: ClassifyConfig, listener: Listener | None = None) -> ClassifyEstimate:
+    """Checks everything that `classify` checks before it trains, and measures a little.
+
+    Raises:
+        VisionLoRAError: as `classify` would.
+    """
+    tell = (listener or Listener()) if process_state().is_main_process else Listener()
+    start = begin(config, "classify", tell)
+    ready = opened(start, tell)
+    config = dataclasses.replace(ready.material.config, head_init="random")
+    if config.rank == "auto":
+        config = dataclasses.replace(config, rank=adapter_config(config).rank)
+        tell.say(f"Rank auto is counted as rank {config.rank} everywhere; the budget is the same.")
+    material = dataclasses.replace(ready.material, config=config)
+    ready = dataclasses.replace(ready, material=material)
+    handle, adapter = new_adapter(ready, None, None, Listener())
+    fitting = Fitting(material, handle, ready.accelerator, None, tell, ready.header(adapter), start)
+    fit, task, chosen_by = fitting.fit, material.task, material.chosen_by
+    fit.advance(task, 0.0)
+    step_seconds = timed(lambda: [fit.advance(task, 0.0) for _ in range(PROBED)], ready.accelerator) / PROBED
+    some = chosen_by[: config.batch_size]
+    look_seconds = timed(lambda: logits_of(material, some, ready.accelerator), ready.accelerator) / len(some)
+    found = ClassifyEstimate(
+        model=ready.material.backbone.id,
+        size=material.backbone.preprocessing.size,
+        targets=config.targets if ready.first is None else f"those of {config.start_from}",
+        layers=len(handle.report.hits),
+        trained_parameters=handle.report.trained_parameters,
+        classes=pictures_of(material.data),
+        train=len(material.splits.train),
+        val=len(material.splits.val),
+        test=len(material.splits.test),
+        steps=fit.config.steps,
+        pictures_per_step=fit.images_per_step,
+        step_seconds=step_seconds,
+        looks=len(fitting.moments()) + 1,
+        look_seconds=look_seconds * len(chosen_by),
+        peak_bytes=peak_memory(),
+        device="GPU" if torch.cuda.is_available() else "process",
+    )
+    handle.eject()
+    return found
+
+
+def pictures_of(data: Any) -> dict[str, int]:
+    """Class -> pictures that have it."""
+    counts = Counter(label for item in data.items for label in item.labels)
+    return {name: counts[i] for i, name in enumerate(data.classes)}
+
+
+def timed(work: Callable[[], object], accelerator: Any) -> float:
+    """Seconds that some work takes, also on a GPU."""
+    start = time.monotonic()
+    work()
+    if accelerator.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.monotonic() - start
