@@ -27,6 +27,7 @@ from visionlora.lora.adapter import Adapter, AdapterModule
 from visionlora.lora.inject import attach
 from visionlora.lora.merge import bake
 from visionlora.models.heads import LAST, as_logits
+from visionlora.models.input_size import patch_embeds
 from visionlora.models.vision import VisionModel, open_backbone
 from visionlora.report.runfolder import check_place
 from visionlora.vision.explain import forget_biases
@@ -212,7 +213,8 @@ def model_arguments(backbone: VisionModel) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if (folder := backbone.folder) is not None:
         found = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_args", {})
-    if backbone.image_size is not None and hasattr(backbone.model, "set_input_size"):
+    resized = hasattr(backbone.model, "set_input_size") or bool(patch_embeds(backbone.model))
+    if backbone.image_size is not None and resized:
         found = {**found, "img_size": backbone.image_size}
     return dict(found)
 

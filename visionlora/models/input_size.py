@@ -1,7 +1,8 @@
 """A vision backbone for pictures of another size than its own.
 
 Convolutions take any size. What a transformer learned of positions is resampled as its library does it: timm's
-`set_input_size`, torchvision's `interpolate_embeddings`. A model that can neither is refused.
+`set_input_size`, of the model or of its patch embeddings, torchvision's `interpolate_embeddings`. A model that can none of
+these is refused.
 """
 
 from __future__ import annotations
@@ -38,6 +39,13 @@ def set_input_size(id: str, model: nn.Module, size: int, own: int) -> None:
             resize(img_size=(size, size), **windows_of(model))
         elif hasattr(model, "encoder") and hasattr(model, "seq_length"):  # torchvision's ViT
             resample_torchvision(cast(Any, model), size)
+        else:
+            for embed in patch_embeds(model):
+                if any(
+                    side * size % (own * patch) for side, patch in zip(embed.img_size, embed.patch_size, strict=True)
+                ):
+                    raise ValueError("some of its patches would lose pixels")
+                embed.set_input_size(img_size=tuple(side * size // own for side in embed.img_size))
         with torch.no_grad():
             model(torch.zeros(1, 3, size, size))
     except Exception as e:  # each library says in a kind of its own that it cannot
@@ -46,6 +54,11 @@ def set_input_size(id: str, model: nn.Module, size: int, own: int) -> None:
             f"{id} does not take pictures of {size} px ({text[:200]}). Its own size is {own} px: leave image_size out, try "
             "another, such as a multiple of 32, or choose a model that takes any: most of timm's."
         ) from None
+
+
+def patch_embeds(model: nn.Module) -> list[Any]:
+    """timm's patch embeddings of known size, such as the four of CoaT, each of which reads what the one before it gave."""
+    return [m for m in model.modules() if hasattr(m, "set_input_size") and getattr(m, "img_size", None)]
 
 
 def patch_of(model: nn.Module) -> int | None:

@@ -54,6 +54,20 @@ def test_swins_windows_stay_as_timm_makes_them(name: str) -> None:
         assert torch.equal(model(x), there(x))
 
 
+def test_each_patch_embedding_of_coat_reads_what_the_one_before_gives() -> None:
+    small = {"embed_dims": (16, 16, 16, 16), "serial_depths": (1, 1, 1, 1), "num_classes": 0}
+    torch.manual_seed(0)
+    model = timm.create_model("coat_lite_tiny", **small).eval()
+    set_input_size("coat_lite_tiny", model, 64, 224)
+    there = timm.create_model("coat_lite_tiny", img_size=64, **small).eval()
+    there.load_state_dict(model.state_dict())
+    x = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(model(x), there(x))
+    with pytest.raises(ModelError, match="does not take pictures of 50 px"):
+        set_input_size("coat_lite_tiny", model, 50, 64)
+
+
 def test_patches_that_overlap_lose_no_pixels() -> None:
     assert patch_of(timm.create_model("pvt_v2_b0", depths=(1, 1, 1, 1))) is None
 
