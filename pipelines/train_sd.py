@@ -107,11 +107,11 @@ def train_sd(config: TrainSDConfig, listener: Listener | None = None) -> RunResu
     adapter_path = run.path / "adapter.safetensors"
     if accelerator.is_main_process:
         with fitting.fit.averaged():
-            fitting.write(history[-1].step, adapter_path)
+            adapter = fitting.write(history[-1].step, adapter_path)
         seconds = time.monotonic() - started
         report(
             run, config, loop, base, ready.folder, learning.handle, sheet, history, fitting.evaluations, seconds,
-            fitting.log.changes, material.data,
+            fitting.log.changes, material.data, adapter,
         )  # fmt: skip
         if fitting.evaluations:
             tell.say(verdict(fitting.evaluations))

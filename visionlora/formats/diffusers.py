@@ -89,6 +89,14 @@ def plain(adapter: Adapter) -> Adapter:
     return replace(adapter, modules=modules)
 
 
+def reads(adapter: Adapter) -> bool:
+    """Whether diffusers alone draws with visionlora's own file of an adapter as visionlora does."""
+    try:
+        return not adapter.embeddings and plain(adapter).modules.keys() == adapter.modules.keys()
+    except AdapterFileError:
+        return False
+
+
 def folded(adapter: Adapter) -> Adapter:
     """Scaling 1 and one rank per component.
 

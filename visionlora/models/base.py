@@ -52,6 +52,8 @@ class BaseModel:
     clip_skip: int = 1
     """How many layers from the end the text is read, of Stable Diffusion 1.x and 2.x: 1 after the last, 2 before it, as models
     of anime are often trained."""
+    variant: str | None = None
+    """Which files of a folder or Hub id were read, where they are not the plain ones: fp16."""
 
     def reading(self, clip_skip: int) -> BaseModel:
         """The same model, its text read so many layers from the end.
@@ -232,7 +234,7 @@ def open_base(model: str = "auto", dtype: torch.dtype = torch.float32, named_by:
                 raise ModelError(
                     f"The embedded model is missing at {folder}. Build it with `make assets`, or pass --model."
                 )
-            return _opened(EMBEDDED, str(folder), why, load_folder(str(folder), dtype))
+            return _opened(EMBEDDED, str(folder), why, *load_folder(str(folder), dtype))
     path = Path(chosen).expanduser()
     if path.is_file():
         if path.suffix.lower() not in SINGLE_FILE_SUFFIXES:
@@ -245,9 +247,9 @@ def open_base(model: str = "auto", dtype: torch.dtype = torch.float32, named_by:
                 f"{path} is not a diffusers model: it has no model_index.json. "
                 "Name the folder that holds model_index.json, unet, vae and text_encoder."
             )
-        return _opened(str(path), str(path.resolve()), why, load_folder(str(path), dtype))
+        return _opened(str(path), str(path.resolve()), why, *load_folder(str(path), dtype))
     if chosen.count("/") == 1 and not chosen.startswith((".", "/", "~")):
-        return _opened(chosen, chosen, why, load_folder(chosen, dtype))
+        return _opened(chosen, chosen, why, *load_folder(chosen, dtype))
     named = f", which {named_by} names" if named_by else ""
     siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
     raise ModelError(
@@ -256,14 +258,15 @@ def open_base(model: str = "auto", dtype: torch.dtype = torch.float32, named_by:
     )
 
 
-def load_folder(source: str, dtype: torch.dtype) -> Any:
-    """A diffusers folder or Hub id as a pipeline."""
+def load_folder(source: str, dtype: torch.dtype) -> tuple[Any, str | None]:
+    """A diffusers folder or Hub id as a pipeline, and the variant of its files."""
     try:
         with quiet("diffusers", "transformers"):
             from diffusers import DiffusionPipeline
 
             check_index(source, DiffusionPipeline.load_config(source))
-            return with_variant(source).to(dtype)
+            pipe, variant = with_variant(source)
+            return pipe.to(dtype), variant
     except ModelError:
         raise
     except Exception as e:  # the Hub client and diffusers raise many kinds; the user needs one sentence
@@ -273,20 +276,20 @@ def load_folder(source: str, dtype: torch.dtype) -> Any:
         ) from None
 
 
-def with_variant(source: str) -> Any:
-    """A pipeline, of its fp16 files where there are no others."""
+def with_variant(source: str) -> tuple[Any, str | None]:
+    """A pipeline, of its fp16 files where there are no others, and which they are."""
     from diffusers import DiffusionPipeline
 
     def load(**more: str) -> Any:
         return DiffusionPipeline.from_pretrained(source, safety_checker=None, feature_extractor=None, **more)
 
     try:
-        return load()
+        return load(), None
     except OSError as e:
         if NO_WEIGHTS not in str(e).lower():
             raise
         try:
-            return load(variant="fp16")
+            return load(variant="fp16"), "fp16"
         except Exception:  # the first error says what is missing
             raise e from None
 
@@ -375,7 +378,7 @@ def quiet(*libraries: str) -> Iterator[None]:
             log.set_verbosity(level)
 
 
-def _opened(id: str, source: str, why: str, pipe: Any) -> BaseModel:
+def _opened(id: str, source: str, why: str, pipe: Any, variant: str | None = None) -> BaseModel:
     """Checks the parts and freezes them."""
     kind = type(pipe).__name__
     if any(getattr(pipe, part, None) is None for part in ("unet", "vae", "text_encoder", "tokenizer")):
@@ -389,7 +392,7 @@ def _opened(id: str, source: str, why: str, pipe: Any) -> BaseModel:
     check_noise(id, pipe)
     pipe = as_text_to_image(pipe)
     pipe.set_progress_bar_config(disable=True)
-    base = BaseModel(id, source, why, pipe)
+    base = BaseModel(id, source, why, pipe, variant=variant)
     for part in (pipe.vae, *base.components().values()):
         part.requires_grad_(False).eval()
     return base

@@ -63,10 +63,11 @@ class Fitting:
         """Whether this process draws and writes."""
         return bool(self.accelerator.is_main_process)
 
-    def write(self, step: int, path: Path) -> None:
-        """Writes the adapter as it is now, with all that a file says."""
+    def write(self, step: int, path: Path) -> Adapter:
+        """Writes the adapter as it is now, with all that a file says, and returns it."""
         adapter = dataclasses.replace(self.export(), info=self.header(step))
         native.write(adapter, path, self.public(step, self.started))
+        return adapter
 
     def keep_adapter(self, step: int) -> Path:
         """Writes the adapter as it is now beside the others of the run."""

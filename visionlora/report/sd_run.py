@@ -14,6 +14,7 @@ from visionlora.data.folder import ImageFolder, ImageItem
 from visionlora.data.learned import Learned, history
 from visionlora.diffusion.encode import Encoded
 from visionlora.diffusion.validation import Evaluation
+from visionlora.formats import diffusers
 from visionlora.formats.families import FAMILIES, family_of_unet
 from visionlora.lora.adapter import Adapter
 from visionlora.lora.config import AdapterConfig
@@ -151,20 +152,25 @@ def facts(
     }
 
 
-def usage(
-    pipeline: str, source: str, run: Path, prompt: str, clip_skip: int = 1, zero_terminal_snr: bool = False
-) -> str:
-    """Python that draws a picture with diffusers, for the model card.
+def usage(base: BaseModel, adapter: Adapter, run: Path, prompt: str, zero_terminal_snr: bool = False) -> str:
+    """Python that draws a picture, for the model card: with diffusers where that alone draws the same.
 
     Args:
-        pipeline: class of diffusers.
-        source: of the base model.
+        base: the model that was trained on.
+        adapter: of the file.
         run: its folder.
         prompt: what to draw.
-        clip_skip: as it was trained; see `BaseModel.clip_skip`.
         zero_terminal_snr: whether its noise levels ended at nothing but noise.
     """
-    name, classes, levels, arguments = run.resolve().name, pipeline, "", repr(prompt)
+    name, source = run.resolve().name, base.id if base.id == EMBEDDED else base.source
+    if why := beyond_diffusers(base, adapter):
+        return (
+            f"import visionlora as vl  # diffusers alone draws otherwise: {why}\n\n"
+            f"drawn = vl.generate(vl.GenerateConfig([{prompt!r}], loras=[({name!r}, 1.0)], model={source!r}))\n"
+            "drawn[0].path"
+        )
+    pipeline = type(base.pipe).__name__
+    classes, levels = pipeline, ""
     if zero_terminal_snr:
         classes = f"DDPMScheduler, {pipeline}"
         levels = (
@@ -172,18 +178,30 @@ def usage(
             '    pipe.scheduler.config, rescale_betas_zero_snr=True, timestep_spacing="trailing"\n'
             ")\n"
         )
-    if clip_skip != 1:
-        levels += (
-            f"# clip_skip {clip_skip}, which diffusers counts from 0. Some versions of diffusers and transformers cannot do\n"
-            "# it together (no attribute 'text_model'): `visionlora generate --lora` can.\n"
-        )
-        arguments += f", clip_skip={clip_skip - 1}"
+    variant = "" if base.variant is None else f", variant={base.variant!r}"
     return (
-        f"from diffusers import {classes}\n\n"
-        f"pipe = {pipeline}.from_pretrained({source!r})\n"
+        f"import torch\nfrom diffusers import {classes}\n\n"
+        'device, dtype = ("cuda", torch.float16) if torch.cuda.is_available() else ("cpu", torch.float32)\n'
+        f"pipe = {pipeline}.from_pretrained({source!r}, torch_dtype=dtype{variant}).to(device)\n"
         f'pipe.load_lora_weights({name!r}, weight_name="adapter.safetensors")\n'
-        f"{levels}pipe({arguments}).images[0]"
+        f"{levels}pipe({prompt!r}).images[0]"
     )
+
+
+def beyond_diffusers(base: BaseModel, adapter: Adapter) -> str | None:
+    """What a picture needs that diffusers does not do with the file and the base alone; None where there is nothing."""
+    if base.id == EMBEDDED:
+        return "the base comes with visionlora"
+    if Path(base.source).is_file():
+        return "it does not read what the base says of its noise"
+    if base.clip_skip != 1:  # nor does it with every version of transformers when told to: no attribute 'text_model'
+        return f"it does not read the text {base.clip_skip} layers from the end (clip_skip)"
+    if adapter.embeddings:
+        return f"it does not read the word {', '.join(adapter.embeddings)} in the file"
+    if not diffusers.reads(adapter):
+        kinds = dict.fromkeys(m.kind for m in adapter.modules.values())
+        return f"it does not take {' and '.join(kinds)} as they are here"
+    return None
 
 
 def report(
@@ -199,6 +217,7 @@ def report(
     seconds: float,
     changes: Sequence[Mapping[str, Any]],
     data: Encoded,
+    written: Adapter,
 ) -> None:
     """grid.png, loss.png, README.md and run.json."""
     name = config.title
@@ -212,7 +231,6 @@ def report(
         ylabel="denoising loss",
         title=f"Training on {name}",
     )
-    source = "assets/emoji-64" if base.id == EMBEDDED else base.source
     run.write_text(
         "README.md",
         model_card(
@@ -221,9 +239,7 @@ def report(
             trigger=config.token or trigger(folder),
             facts=facts(config, loop, base, folder, handle) | changed(changes),
             samples=sheet.last_samples() if sheet.columns else [],
-            usage=usage(
-                type(base.pipe).__name__, source, run.path, sheet.prompts[0], base.clip_skip, config.zero_terminal_snr
-            ),
+            usage=usage(base, written, run.path, sheet.prompts[0], config.zero_terminal_snr),
             images_note=f"{len(folder.items)} pictures; {folder.caption_source}",
             license=None,
         ),

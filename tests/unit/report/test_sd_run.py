@@ -1,22 +1,53 @@
-"""What a run says of itself."""
+"""What a run says of itself; that its Python runs is in tests/flow/test_model_card.py."""
 
 import ast
+from dataclasses import replace
 from pathlib import Path
 
+import pytest
+import torch
+
+from visionlora.lora.adapter import Adapter, AdapterModule
+from visionlora.models.base import EMBEDDED, BaseModel
 from visionlora.report.sd_run import usage
 
 
+class StableDiffusionPipeline:
+    """Whose name is printed."""
+
+
+BASE = BaseModel("base", "base", "", StableDiffusionPipeline())
+LORA = AdapterModule.lora(torch.ones(1, 2), torch.ones(2, 1), 1.0)
+PLAIN = Adapter({"unet.a": LORA})
+
+
 def test_the_snippet_draws_as_it_was_trained() -> None:
-    text = usage("StableDiffusionPipeline", "base", Path("run"), "a dog", clip_skip=2, zero_terminal_snr=True)
-    assert "pipe('a dog', clip_skip=1)" in text and "rescale_betas_zero_snr=True" in text
-    assert "from diffusers import DDPMScheduler, StableDiffusionPipeline\n" in text and ast.parse(text)
-    assert "clip_skip" not in usage("StableDiffusionPipeline", "base", Path("run"), "a dog")
+    text = usage(BASE, PLAIN, Path("run"), "a dog", zero_terminal_snr=True)
+    assert "rescale_betas_zero_snr=True" in text and ast.parse(text)
+    assert "from diffusers import DDPMScheduler, StableDiffusionPipeline\n" in text
+    assert "rescale" not in usage(BASE, PLAIN, Path("run"), "a dog")
 
 
-def test_the_snippet_is_python_for_every_name(tmp_path: Path, monkeypatch) -> None:
+@pytest.mark.parametrize(("base", "adapter", "why"), [
+    (replace(BASE, clip_skip=2), PLAIN, "the text 2 layers from the end"),
+    (replace(BASE, id=EMBEDDED), PLAIN, "the base comes with visionlora"),
+    (replace(BASE, source=__file__), PLAIN, "what the base says of its noise"),
+    (BASE, replace(PLAIN, embeddings={"<it>": {}}), "the word <it> in the file"),
+    (BASE, replace(PLAIN, modules={"unet.a": AdapterModule("ia3", {"vector": torch.ones(2)}, 1.0)}), "not take ia3 as"),
+    (BASE, replace(PLAIN, modules={"unet.a": LORA, "unet.b": replace(LORA, kind="dora")}), "not take lora and dora as"),
+])  # fmt: skip
+def test_what_diffusers_alone_draws_otherwise_is_said(base: BaseModel, adapter: Adapter, why: str) -> None:
+    text = usage(base, adapter, Path("run"), "a dog")
+    assert ast.parse(text) and why in text and "from_pretrained" not in text
+
+
+@pytest.mark.parametrize("adapter", [PLAIN, replace(PLAIN, embeddings={"<it>": {}})], ids=["diffusers", "visionlora"])
+def test_the_snippet_is_python_for_every_name(
+    adapter: Adapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / 'a "b" c\'s'
     folder.mkdir()
     monkeypatch.chdir(folder)
-    text = usage("StableDiffusionPipeline", 'C:\\new\\"x"', Path(), 'a "dog"')
+    text = usage(replace(BASE, source='C:\\new\\"x"'), adapter, Path(), 'a "dog"')
     found = [node.value for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Constant)]
     assert {'C:\\new\\"x"', folder.name, 'a "dog"'} <= set(found)
