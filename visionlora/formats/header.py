@@ -81,17 +81,41 @@ def network_metadata(adapter: Adapter) -> dict[str, str]:
         found["ss_base_model_version"] = family.kohya_version
         found["ss_v2"] = str(family.name == "sd2")
         found["modelspec.architecture"] = family.architecture + "/lora"
+    found |= drawing_metadata(adapter)
+    size = {
+        "ss_network_dim": str(most_common(m.rank for m in ranked)) if ranked else "Dynamic",
+        "ss_network_alpha": str(plain_number(most_common(m.alpha for m in ranked))) if ranked else "Dynamic",
+    }
+    return found | carried(adapter) | size
+
+
+def drawing_metadata(adapter: Adapter) -> dict[str, str]:
+    """What a picture is drawn with beside the tensors; `info_in` reads it again."""
+    found = {}
     if trigger := adapter.info.get("trigger"):
         found["modelspec.trigger_phrase"] = str(trigger)
     if adapter.clip_skip != 1:
         found["ss_clip_skip"] = str(adapter.clip_skip)
     if adapter.zero_terminal_snr:
         found["ss_zero_terminal_snr"] = "True"
-    size = {
-        "ss_network_dim": str(most_common(m.rank for m in ranked)) if ranked else "Dynamic",
-        "ss_network_alpha": str(plain_number(most_common(m.alpha for m in ranked))) if ranked else "Dynamic",
-    }
-    return found | carried(adapter) | size
+    return found
+
+
+def info_in(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """What other tools' headers say about the adapter, in our words."""
+    info: dict[str, Any] = {}
+    module = metadata.get("ss_network_module", "")
+    if module:
+        info["method"] = module.rpartition(".")[2]
+    if trigger := metadata.get("modelspec.trigger_phrase"):
+        info["trigger"] = trigger
+    if name := metadata.get("ss_sd_model_name"):
+        info["base_name"] = name
+    numbers = {"steps": metadata.get("ss_steps", ""), "clip_skip": metadata.get("ss_clip_skip", "")}
+    training: dict[str, Any] = {name: int(text) for name, text in numbers.items() if text.isdigit()}
+    if metadata.get("ss_zero_terminal_snr") == "True":
+        training["zero_terminal_snr"] = True
+    return {**info, "training": training} if training else info
 
 
 def carried(adapter: Adapter) -> dict[str, str]:

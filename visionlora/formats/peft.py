@@ -2,7 +2,8 @@
 
 Keys: ``base_model.model.<module>.lora_A.weight``, ``.lora_B.weight``, ``.lora_magnitude_vector`` (DoRA), ``.ia3_l``; what
 trains in full stands under its plain name. The scale is in the config alone: alpha/r, alpha/√r with `use_rslora`, by
-`rank_pattern` and `alpha_pattern` where they match. A part of a fused layer is written as an equal LoRA on the whole.
+`rank_pattern` and `alpha_pattern` where they match. A part of a fused layer is written as an equal LoRA on the whole. How
+pictures are drawn (trigger, clip_skip, noise levels) is in the header of the weights, as in other files; PEFT leaves it alone.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch import Tensor
 from visionlora.atomic import replace_file
 from visionlora.errors import AdapterFileError
 from visionlora.formats.container import Contents, open_file
-from visionlora.formats.header import unshared
+from visionlora.formats.header import drawing_metadata, in_order, info_in, unshared
 from visionlora.formats.names import in_transformers, with_text_model
 from visionlora.formats.parts import check_finite, check_used, split_key, take_modules
 from visionlora.formats.whole import whole_layers
@@ -130,7 +131,7 @@ def read(
     component = component or COMPONENT_OF.get(str((config.get("auto_mapping") or {}).get("base_model_class")))
     if component is not None:
         modules = {f"{component}.{with_text_model(component, n.partition('.')[2])}": m for n, m in modules.items()}
-    info: dict[str, Any] = {"method": kind.lower()}
+    info: dict[str, Any] = {**info_in(contents.metadata), "method": kind.lower()}
     if base := config.get("base_model_name_or_path"):
         info["base"] = {"id": base}
     return Adapter(modules, info, format="peft", metadata=contents.metadata, unused=tuple(unused))
@@ -297,7 +298,8 @@ def write(adapter: Adapter, folder: Path, component: str = "") -> None:
     tensors = unshared({PREFIX + key: t for name, m in modules.items() for key, t in keyed(name, m).items()})
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        replace_file(folder / WEIGHTS, save_tensors(tensors, {"format": "pt"}))
+        metadata = {"format": "pt", **drawing_metadata(adapter)}  # for which the config has no place
+        replace_file(folder / WEIGHTS, in_order(save_tensors(tensors, metadata)))
         replace_file(folder / CONFIG, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
     except OSError as e:
         raise AdapterFileError(f"The folder {folder} cannot be written: {e.strerror or e}. Choose another.") from None

@@ -12,6 +12,7 @@ from visionlora.errors import AdapterFileError
 from visionlora.formats import cloneofsimo, native, peft
 from visionlora.formats.container import Contents, open_file
 from visionlora.formats.embeddings import take_embeddings
+from visionlora.formats.header import info_in
 from visionlora.formats.names import FLAT_PREFIXES
 from visionlora.formats.parts import Scale, check_used, rank_as_alpha, take_modules
 from visionlora.lora.adapter import Adapter
@@ -53,7 +54,7 @@ def read(path: Path, allow_partial: bool = False) -> Adapter:
     check_used(path, unused, bool(modules or embeddings), allow_partial)
     return Adapter(
         modules,
-        described(contents.metadata),
+        info_in(contents.metadata),
         embeddings,
         format_of(contents.tensors),
         contents.metadata,
@@ -132,20 +133,3 @@ def by_component(flat: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         component, _, name = key.partition(".")
         found.setdefault(component, {})[name] = value
     return found
-
-
-def described(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """What other tools' headers say about the adapter, in our words."""
-    info: dict[str, Any] = {}
-    module = metadata.get("ss_network_module", "")
-    if module:
-        info["method"] = module.rpartition(".")[2]
-    if trigger := metadata.get("modelspec.trigger_phrase"):
-        info["trigger"] = trigger
-    if name := metadata.get("ss_sd_model_name"):
-        info["base_name"] = name
-    numbers = {"steps": metadata.get("ss_steps", ""), "clip_skip": metadata.get("ss_clip_skip", "")}
-    training: dict[str, Any] = {name: int(text) for name, text in numbers.items() if text.isdigit()}
-    if metadata.get("ss_zero_terminal_snr") == "True":
-        training["zero_terminal_snr"] = True
-    return {**info, "training": training} if training else info

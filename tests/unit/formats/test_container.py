@@ -13,6 +13,8 @@ from safetensors.torch import save_file
 
 import visionlora as vl
 from visionlora.formats.container import file_hashes, is_pickle, read_header
+from visionlora.formats.inspection import weights_file
+from visionlora.loaders import WRITERS
 
 
 def kohya() -> dict[str, torch.Tensor]:
@@ -97,14 +99,15 @@ def test_what_other_tools_wrote_is_carried_over_and_stale_hashes_are_not(tmp_pat
     assert metadata["ss_network_module"] == "networks.lora" and metadata["ss_network_dim"] == "2"
 
 
-@pytest.mark.parametrize("to", ["visionlora", "kohya", "diffusers", "diffusers-folded"])
+@pytest.mark.parametrize("to", WRITERS)
 def test_how_an_adapter_was_trained_is_in_every_file(to: str, tmp_path: Path) -> None:
     adapter = replace(vl.load_adapter(written(tmp_path)), metadata={})
     training = {"clip_skip": 2, "zero_terminal_snr": True}
-    vl.save_adapter(replace(adapter, info={"training": training}), tmp_path / "a.safetensors", to)
-    metadata = read_header(tmp_path / "a.safetensors").metadata
+    vl.save_adapter(replace(adapter, info={"training": training, "trigger": "rex"}), tmp_path / "a.safetensors", to)
+    metadata = read_header(weights_file(tmp_path / "a.safetensors")).metadata
     assert metadata["ss_clip_skip"] == "2" and metadata["ss_zero_terminal_snr"] == "True"
-    assert vl.load_adapter(tmp_path / "a.safetensors").info["training"] == training
+    found = vl.load_adapter(tmp_path / "a.safetensors").info
+    assert found["training"] == training and found["trigger"] == "rex"
 
 
 def test_a_resized_adapter_does_not_claim_its_old_rank(tmp_path: Path) -> None:
