@@ -81,6 +81,8 @@ def extract(
     errors = {n: e for r in results.values() for n, e in r.errors.items()}
     if not modules:
         raise AdapterFileError(f"{tuned} does not differ from {base} in any matrix: there is nothing to extract.")
-    adapter = Adapter(modules, {"method": "lora", "base": info, "extracted_from": str(tuned)})
+    odd = {n: why for r in results.values() for n, why in r.adapter.odd_layers.items()}
+    about = {"method": "lora", "base": info, "extracted_from": str(tuned), **({"odd_layers": odd} if odd else {})}
+    adapter = Adapter(modules, about)
     save_adapter(adapter, output, to)
     return Result(adapter, errors)

@@ -21,7 +21,7 @@ def describe(result: Result, method: str = "sum") -> str:
     """The ranks and what was lost, in a line; of combinations other than the sum, what cutting the rank lost."""
     ranks = sorted(r for r in result.ranks.values() if r)
     modules = {n: e for n, e in result.errors.items() if n in result.adapter.modules}
-    left_out = len(result.errors) - len(modules)
+    left_out = [n for n in result.errors if n not in modules]
     text = f"{len(result.adapter.modules)} modules"
     if ranks:
         text += f", rank {ranks[0]}" + (
@@ -33,4 +33,6 @@ def describe(result: Result, method: str = "sum") -> str:
         text += ("; exact" if method == "sum" else "") if modules[worst] == 0 else (
             f"; relative error of ΔW {mean:.3f} on average, at most {modules[worst]:.3f} ({worst})"
         )  # fmt: skip
-    return text + (f"; {left_out} vectors changed and were left out" if left_out else "")
+    return text + (
+        f"; {len(left_out)} vectors and tables changed and were left out, the first {left_out[0]}" if left_out else ""
+    )

@@ -15,6 +15,7 @@ from visionlora.errors import AdapterFileError, ConfigError
 from visionlora.lora.adapter import PRODUCT_KINDS, Adapter, AdapterModule, in_one_spelling
 from visionlora.lora.combine import Factors, Options, combination
 from visionlora.lora.functional import decompose, rank_for_energy, truncate
+from visionlora.lora.targets import PACKED
 
 Progress = Callable[[int, int], None]
 SMALL = 512
@@ -26,6 +27,9 @@ CONVOLUTIONS = re.compile(r"^unet\..*(?:\bconv[12]|\bconv_in|\bconv_out|samplers
 """The 3x3 convolutions of Stable Diffusion's UNets."""
 TABLES = ("token_embedding", "position_embedding", "embeddings")
 """Ends of the names of embedding tables, on which no adapter acts."""
+PACKED_WEIGHT = "in_proj_weight"
+"""Of nn.MultiheadAttention: q, k and v above each other, whose adapters are named after them; or three, as below."""
+APART_WEIGHTS = {f"{part}_proj_weight": part for part in "qkv"}
 
 
 @dataclass(frozen=True)
@@ -261,7 +265,7 @@ def extract_adapter(
     base: Mapping[str, Tensor], tuned: Mapping[str, Tensor], size: Size, component: str = "model",
     shifts: bool = False, progress: Progress | None = None,
 ) -> Result:  # fmt: skip
-    """The difference of two models of one architecture as a LoRA.
+    """The difference of two models of one architecture as a LoRA; of torch's packed attention one for each of q, k and v.
 
     Args:
         base: parameters by name.
@@ -272,8 +276,8 @@ def extract_adapter(
         progress: called with (parameters done, parameters).
 
     Returns:
-        The adapter; parameters that did not change are not in it. Its errors have an entry of 1 for every vector or table
-        of embeddings that changed and was left out.
+        The adapter; parameters that did not change are not in it. Its errors have an entry of 1 for every parameter that
+        changed and was left out: vectors, tables of embeddings, and what no layer has as its weight.
 
     Raises:
         ConfigError: when no size is given.
@@ -284,21 +288,37 @@ def extract_adapter(
     check_alike(base, tuned)
     modules: dict[str, AdapterModule] = {}
     errors: dict[str, float] = {}
+    odd: dict[str, str] = {}
     for done, (name, before) in enumerate(base.items(), 1):
         delta = tuned[name].float() - before.float()
         if not bool(torch.isfinite(delta).all()):
             raise AdapterFileError(f"{name} differs by NaN or infinite values: one of the models is broken.")
         layer, _, last = name.rpartition(".")
         if bool((delta != 0).any()):
-            if delta.dim() >= 2 and last == "weight" and not layer.endswith(TABLES):
-                modules[f"{component}.{layer}"], errors[f"{component}.{layer}"] = approximated(delta, size)
+            if matrices := matrices_of(layer, last, delta):
+                for site, own in matrices.items():
+                    modules[f"{component}.{site}"], errors[f"{component}.{site}"] = approximated(own, size)
+                if last != "weight":
+                    odd |= dict.fromkeys(matrices, PACKED)
             elif shifts and not layer.endswith(TABLES):
                 modules[f"{component}.{name}"] = AdapterModule("shift", {"shift": delta}, 1.0)
             else:
                 errors[f"{component}.{name}"] = 1.0
         if progress is not None:
             progress(done, len(base))
-    return Result(Adapter(modules, {"method": "lora"}), errors)
+    return Result(Adapter(modules, {"method": "lora", **({"odd_layers": odd} if odd else {})}), errors)
+
+
+def matrices_of(layer: str, parameter: str, delta: Tensor) -> dict[str, Tensor]:
+    """The matrices of a parameter that an adapter can change, by their names in one; those that differ."""
+    if parameter == "weight" and delta.dim() >= 2 and not layer.endswith(TABLES):
+        return {layer: delta}
+    if parameter == PACKED_WEIGHT and delta.dim() == 2 and not len(delta) % 3:
+        parts = dict(zip("qkv", delta.chunk(3), strict=True))
+        return {f"{layer}.{part}": own for part, own in parts.items() if bool((own != 0).any())}
+    if parameter in APART_WEIGHTS and delta.dim() == 2:
+        return {f"{layer}.{APART_WEIGHTS[parameter]}": delta}
+    return {}
 
 
 def check_alike(base: Mapping[str, Tensor], tuned: Mapping[str, Tensor]) -> None:

@@ -1,12 +1,14 @@
 """Adapters merged, made smaller and taken from two models, against dense arithmetic."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 import visionlora as vl
+from visionlora.errors import AdapterFileError
 from visionlora.lora.adapter import Adapter, AdapterModule
 from visionlora.lora.arithmetic import Size, extract_adapter, merge_adapters, resize_adapter
 from visionlora.lora.combine import COMBINATIONS, Options
@@ -225,6 +227,26 @@ def test_tables_of_embeddings_are_left_out() -> None:
         found = extract_adapter(before, after, Size(rank=1), "text_encoder", shifts=shifts)
         assert list(found.adapter.modules) == ["text_encoder.fc"]
         assert found.errors["text_encoder.text_model.embeddings.token_embedding.weight"] == 1.0
+
+
+@pytest.mark.parametrize("apart", [False, True], ids=["packed", "three weights"])
+def test_extract_from_torchs_own_attention(apart: bool, tmp_path: Path) -> None:
+    """Its weights are parameters of its own, not of layers inside."""
+    torch.manual_seed(0)
+    base, tuned = (nn.Sequential(nn.MultiheadAttention(16, 2, kdim=12 if apart else None)).eval() for _ in range(2))
+    tuned.load_state_dict(base.state_dict())
+    with torch.no_grad():
+        for name, p in tuned.named_parameters():
+            if name.endswith("proj_weight"):
+                p[:8] += 0.1 * torch.randn(8, 2) @ torch.randn(2, p.shape[1])
+    found = extract_adapter(base.state_dict(), tuned.state_dict(), Size(rank=2))
+    assert set(found.adapter.modules) == {f"model.0.{part}" for part in ("qkv" if apart else "q")}
+    assert max(found.errors.values()) < 1e-3, "nothing is left out"
+    vl.attach(base, found.adapter)
+    given = torch.randn(5, 1, 16), torch.randn(5, 1, 12 if apart else 16), torch.randn(5, 1, 16)
+    torch.testing.assert_close(base[0](*given)[0], tuned[0](*given)[0], rtol=1e-4, atol=1e-5)
+    with pytest.raises(AdapterFileError, match="a part of torch's packed attention"):
+        vl.save_adapter(found.adapter, tmp_path / "a", "peft")
 
 
 @pytest.mark.parametrize("kind", ["loha", "lokr"])
