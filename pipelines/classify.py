@@ -109,7 +109,7 @@ def classify(config: ClassifyConfig, listener: Listener | None = None) -> Classi
     if start.state is not None:
         fitting.restore(start.state)
     elif material.config.find_rate:
-        fitting.find_rate()
+        fitting.find_rate(usual_rates(material))
         ready = dataclasses.replace(ready, material=fitting.material)
     finished = [fitting.finished(run.path / "adapter.safetensors")]
     handle.eject()
@@ -200,23 +200,32 @@ def resolved(material: Material, before: Before | None, tell: Listener) -> Class
         config = dataclasses.replace(config, targets=suited_targets(material.backbone.model))
         if config.targets == "all" and before is None and config.method not in ("full", "linear-probe"):
             tell.say(f"Targets: all, as no attention is known of {material.backbone.id}; attn.qv where there is.")
-    suits: dict[str, Any] = (
-        {"epochs": 30.0, "learning_rate": 1e-2, "head_learning_rate": 1e-3, "batch_size": 32}
-        if small
-        else {"epochs": 10.0, "learning_rate": 1e-3, "head_learning_rate": 1e-3, "batch_size": 32}
-    )
+    suits: dict[str, Any] = {"epochs": 30.0 if small else 10.0, "batch_size": 32}
     suits["save_memory"] = not small
     suits["flip"] = config.augment not in ("none", "affine")
-    if config.method == "full":
-        suits["learning_rate"] = suits["head_learning_rate"] = SMALL_FULL_RATE if small else FULL_RATE
-    if config.find_rate:
-        del suits["learning_rate"], suits["head_learning_rate"]
+    if not config.find_rate:
+        suits |= adamw_rates(config.method, small)
     if config.steps is not None:
         del suits["epochs"]
     config, notes = suited(config, suits)
     for note in notes:
         tell.say(note)
     return in_steps(config, len(material.splits.train), process_state().num_processes)
+
+
+def adamw_rates(method: str, small: bool) -> dict[str, float]:
+    """The learning rates that suit a method on a backbone, for AdamW."""
+    if method == "full":
+        rate = SMALL_FULL_RATE if small else FULL_RATE
+        return {"learning_rate": rate, "head_learning_rate": rate}
+    return {"learning_rate": 1e-2 if small else 1e-3, "head_learning_rate": 1e-3}
+
+
+def usual_rates(material: Material) -> dict[str, float]:
+    """The learning rates of a run that does not search for its own."""
+    config = material.config
+    rates = adamw_rates(config.method, material.backbone.small)
+    return {name: suited_rate(rate, config.optimizer) for name, rate in rates.items()}
 
 
 # --------------------------------------------------------------------------------------------------------------- data

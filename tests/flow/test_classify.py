@@ -292,6 +292,20 @@ def test_all_the_options_of_training_together(cli, shapes: Path, tiny_vit: Path,
     assert "macro_f1 on 9 held-out pictures" in out
 
 
+def test_batches_too_small_for_the_search_keep_the_usual_rate(
+    cli, shapes: Path, tiny_vit: Path, tmp_path: Path
+) -> None:
+    code, out, err = cli(
+        "classify", "--images", shapes, "--model", tiny_vit, "--steps", 2, "--rank", 2, "--find-rate", "--batch-size", 2,
+        "baselines=none", "--output", "run",
+    )  # fmt: skip
+    assert code == 0, err
+    assert "the usual one: none of those tried" in out and "A batch_size above 2" in out
+    kept = (tmp_path / "run" / "config.yaml").read_text().splitlines()
+    assert {"learning_rate: 0.01", "head_learning_rate: 0.001"} <= set(kept)
+    assert (tmp_path / "run" / "rate.png").exists()
+
+
 def test_a_start_that_full_fine_tuning_has_not(shapes: Path, tiny_vit: Path, tmp_path: Path) -> None:
     config = vl.ClassifyConfig(images=str(shapes), model=str(tiny_vit), steps=2, rank=2, init="pissa",
                                baselines=("full",), output=str(tmp_path / "run"))  # fmt: skip

@@ -46,7 +46,7 @@ class ClassifyConfig(TrainingConfig):
     """What to adapt: roles, names or re:regex, separated by commas; auto is attn.qv, or all where the backbone has no
     attention."""
     find_rate: bool = False
-    """Find the learning rate on the pictures before training."""
+    """Find the learning rate on the pictures before training; the usual one stays where their batches do not show any."""
     head_learning_rate: float | None = None
     """Of the head; by default what suits the backbone."""
     head_init: Literal["probe", "random", "adapter"] | None = None

@@ -82,23 +82,33 @@ class Fitting:
         """The run folder, for the process that writes."""
         return self.run if self.accelerator.is_main_process else None
 
-    def find_rate(self) -> None:
-        """Sweeps the learning rate and takes what it finds; the head learns at the same."""
+    def find_rate(self, usual: Mapping[str, float]) -> None:
+        """Sweeps the learning rate and takes what it finds; the head learns at the same.
+
+        Args:
+            usual: learning_rate and head_learning_rate, for when it finds none.
+        """
         sweep = find_rate(
             self.fit, self.material.task,
             on_step=lambda done, total: self.tell.progress("Finding the rate", done, total),
         )  # fmt: skip
-        self.tell.say(f"Learning rate: {sweep.rate:.1e}, a tenth of where the loss was lowest (rate.png).")
-        config = dataclasses.replace(
-            self.material.config, learning_rate=sweep.rate, head_learning_rate=sweep.rate, find_rate=False
-        )
+        if sweep.rate is not None:
+            rate, head, why = sweep.rate, sweep.rate, "a tenth of where the loss was lowest (rate.png)."
+        else:
+            rate, head = usual["learning_rate"], usual["head_learning_rate"]
+            why = (
+                "the usual one: none of those tried lowered the loss by more than it varies from batch to batch (rate.png). "
+                f"A batch_size above {self.fit.config.batch_size} may tell them apart."
+            )
+        self.tell.say(f"Learning rate: {rate:.1e}, {why}")
+        config = dataclasses.replace(self.material.config, learning_rate=rate, head_learning_rate=head, find_rate=False)
         self.material = dataclasses.replace(self.material, config=config)
         self.prepare()
         if (run := self.written) is not None:
             points = [(math.log10(rate), loss) for rate, loss in sweep.points]
             draw_curves(
                 run.path / "rate.png", {"loss": points}, xlabel="learning rate, power of ten", ylabel="loss",
-                title=f"Taken: {sweep.rate:.1e}",
+                title=f"Taken: {rate:.1e}",
             )  # fmt: skip
             run.write_text("config.yaml", to_yaml(config))
 

@@ -175,12 +175,42 @@ def test_the_search_for_a_rate_finds_one_that_learns_and_changes_nothing() -> No
     after = values(handle)
     assert all(torch.equal(before[n], after[n]) for n in before)
     assert fit.step == 0 and not fit.optimizer.state_dict()["state"]
-    assert 1e-4 < sweep.rate < 1
+    assert sweep.rate is not None and 1e-4 < sweep.rate < 1
     losses: list[float] = []
     fit_of(model_with("lora"), replace(config, learning_rate=sweep.rate, steps=60)).run(
         Task(), lambda progress: losses.append(progress.loss)
     )
     assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
+
+
+class Noise(Task):
+    """Losses vary from batch to batch, the first being the lowest by chance, and no rate lowers them."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+
+    def losses(self, model: nn.Module, index: Tensor, generator: torch.Generator, part: slice) -> Tensor:
+        self.steps += 1
+        level = 0.1 if self.steps == 1 else 1 + torch.rand((), generator=generator)
+        return super().losses(model, index, generator, part) * 1e-6 + level
+
+
+def test_the_search_finds_no_rate_where_only_chance_lowers_the_loss() -> None:
+    """It took a tenth of the lowest it tried, at which nothing learns, when the first batch happened to be an easy one."""
+    sweep = find_rate(fit_of(model_with("lora")), Noise(), steps=60)
+    assert sweep.rate is None and len(sweep.points) == 60
+
+
+def test_an_easy_first_batch_does_not_hide_the_rate_that_learns() -> None:
+    class Easy(Task):
+        steps = 0
+
+        def losses(self, model: nn.Module, index: Tensor, generator: torch.Generator, part: slice) -> Tensor:
+            self.steps += 1
+            return super().losses(model, index, generator, part) * (0.01 if self.steps == 1 else 1)
+
+    sweep = find_rate(fit_of(model_with("lora"), replace(CONFIG, batch_size=16)), Easy(), steps=60)
+    assert sweep.rate is not None and 1e-4 < sweep.rate < 1
 
 
 def test_rates_fall_with_depth_and_the_head_has_its_own() -> None:
