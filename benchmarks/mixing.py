@@ -193,7 +193,7 @@ def measure_orthogonal() -> dict[str, Any]:
                 words = {
                     "steps": SHORT,
                     "init": init,
-                    "basis_index": k,
+                    "basis_index": k if init == "orthogonal" else 0,
                     "images": str(ASSETS / "styles" / style / "train"),
                 }
                 words["output"] = f"{temporary}/{style}"

@@ -285,6 +285,24 @@ def test_images_or_folders_but_not_both() -> None:
     ]
 
 
+def test_what_acts_beside_another_setting_alone_asks_for_it() -> None:
+    """They were taken and had no effect."""
+    beside = {
+        "text_encoder_stop": 0.5,
+        "text_encoder_learning_rate": 1e-4,
+        "token_learning_rate": 0.1,
+        "basis_index": 1,
+    }
+    assert refused({"images": "a", **beside}) == [
+        "- basis_index is 1; it is for init orthogonal, which has a basis: give that too, or leave it out",
+        "- text_encoder_learning_rate is 0.0001; give train_text_encoder=true too, or leave it out",
+        "- text_encoder_stop is 0.5; give train_text_encoder=true too, or leave it out",
+        "- token_learning_rate is 0.1; it is of a new word: give a token too, or leave it out",
+    ]
+    needed = {"train_text_encoder": True, "token": "<dog>", "init": "orthogonal"}
+    assert build(TrainSDConfig, {"images": "a", **beside, **needed}).text_encoder_stop == 0.5
+
+
 def test_captions_tags_and_masks() -> None:
     assert refused(
         {

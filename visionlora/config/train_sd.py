@@ -195,6 +195,10 @@ class TrainSDConfig(TrainingConfig):
 
     def learning_rules(self) -> list[Rule]:
         """What must hold of pictures, objective and what learns beside the UNet."""
+        unset = {"text_encoder_learning_rate": None, "text_encoder_stop": 1.0}
+        of_text = [
+            name for name, value in unset.items() if not self.train_text_encoder and getattr(self, name) != value
+        ]
         return [
             ("bucket_step", self.bucket_step is None or self.bucket_step >= 1, "it must be at least 1 px"),
             ("colour_jitter", 0 <= self.colour_jitter < 1, "it must be at least 0 and below 1"),
@@ -211,6 +215,7 @@ class TrainSDConfig(TrainingConfig):
             ("input_perturbation", 0 <= self.input_perturbation <= 1, "it must be between 0 and 1"),
             rate_rule("text_encoder_learning_rate", self.text_encoder_learning_rate),
             ("text_encoder_stop", 0 < self.text_encoder_stop <= 1, "it must be above 0 and at most 1"),
+            *((name, False, "give train_text_encoder=true too, or leave it out") for name in of_text),
             (
                 "token",
                 self.token is None or (bool(self.token.strip()) and not any(c.isspace() for c in self.token)),
@@ -219,6 +224,11 @@ class TrainSDConfig(TrainingConfig):
             ("clip_skip", self.clip_skip >= 1, "it must be at least 1, which reads the last layer"),
             ("token_vectors", self.token_vectors >= 1, "it must be at least 1"),
             rate_rule("token_learning_rate", self.token_learning_rate),
+            (
+                "token_learning_rate",
+                self.token_learning_rate is None or self.token is not None,
+                "it is of a new word: give a token too, or leave it out",
+            ),
             (
                 "min_rank",
                 self.min_rank is None or (self.method == "tlora" and self.min_rank >= 1),

@@ -173,6 +173,11 @@ class TrainingConfig:
         suits = [word for word in RUN_INITS if word != "pissa" or self.method in PISSA_METHODS]
         return [
             (
+                "basis_index",
+                self.basis_index == 0 or self.init == "orthogonal",
+                "it is for init orthogonal, which has a basis: give that too, or leave it out",
+            ),
+            (
                 "init",
                 self.init == "kaiming" or self.method not in WITHOUT_INIT,
                 f"method {self.method} has a start of its own: leave init out",
