@@ -141,14 +141,16 @@ def new_accelerator(
     mixed_precision = resolve_precision(precision, process_state().device)
     AcceleratorState._reset_state()  # it remembers the first precision; the processes' own state is left alone
     handlers = [DistributedDataParallelKwargs(find_unused_parameters=True)] if parts_stop else []
-    if not trackers or folder is None:
-        return Accelerator(mixed_precision=mixed_precision, kwargs_handlers=handlers)
-    from accelerate.utils import ProjectConfiguration
+    more: dict[str, Any] = {}
+    if trackers and folder is not None:
+        from accelerate.utils import ProjectConfiguration
 
-    places = ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / "logs"))
-    return Accelerator(
-        mixed_precision=mixed_precision, log_with=list(trackers), project_config=places, kwargs_handlers=handlers
-    )
+        more["log_with"] = list(trackers)
+        more["project_config"] = ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / "logs"))
+    accelerator = Accelerator(mixed_precision=mixed_precision, kwargs_handlers=handlers, **more)
+    # The environment may name others, by which `backward` would divide: `Fit` divides by those of the settings itself.
+    accelerator.gradient_accumulation_steps = 1
+    return accelerator
 
 
 class NotFinite(TrainingError):

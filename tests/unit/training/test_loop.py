@@ -184,6 +184,14 @@ def test_fp16_on_a_cpu_is_refused() -> None:
         resolve_precision("fp16", torch.device("cpu"))
 
 
+def test_the_environment_does_not_divide_the_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """accelerate's own setting, of a job script or a config file of its, made every gradient smaller without a word."""
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    weight = torch.ones((), requires_grad=True)
+    new_accelerator("fp32").backward(3 * weight)
+    assert weight.grad == 3
+
+
 def test_one_process_may_train_in_one_precision_after_another() -> None:
     kinds = [new_accelerator(precision).mixed_precision for precision in ("fp32", "bf16", "fp32")]
     assert kinds == ["no", "bf16", "no"]
