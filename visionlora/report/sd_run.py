@@ -26,7 +26,7 @@ from visionlora.report.environment import environment
 from visionlora.report.resume import LearnedFrom, changed
 from visionlora.report.runfolder import RunFolder
 from visionlora.report.samples import SampleSheet
-from visionlora.training.loop import LoopConfig, Progress, recent_loss
+from visionlora.training.loop import LoopConfig, Progress, process_state, recent_loss
 from visionlora.training.settings import adapter_config
 
 
@@ -38,6 +38,11 @@ def ranks_of(config: TrainSDConfig, handle: Handle) -> str:
     if len(set(ranks)) == 1:
         return f"rank {ranks[0]}"
     return f"ranks {min(ranks)} to {max(ranks)} on {len(ranks)} layers" + (" (auto)" if config.rank == "auto" else "")
+
+
+def pictures_per_step(loop: LoopConfig) -> int:
+    """On all processes together."""
+    return int(loop.batch_size * loop.gradient_accumulation * process_state().num_processes)
 
 
 def data_hash(folder: ImageFolder) -> str:
@@ -80,7 +85,7 @@ def header(
             "steps": step,
             "pictures": len(folder.items),
             "resolution": size,
-            "batch": loop.batch_size * loop.gradient_accumulation,
+            "batch": pictures_per_step(loop),
             "learning_rate": loop.learning_rate,
             "seed": config.seed,
             "data_sha256": data_hash(folder),
@@ -143,7 +148,7 @@ def facts(
         "Method": f"{config.method}, {ranks_of(config, handle)}, alpha {adapter.effective_alpha:g}, "
         f"targets {f'of {before}' if before else config.targets}",
         "Trained parameters": f"{handle.report.trained_parameters:,}",
-        "Steps": f"{loop.steps} of {loop.batch_size * loop.gradient_accumulation} pictures",
+        "Steps": f"{loop.steps} of {pictures_per_step(loop)} pictures",
         **({"Learned on from": before} if before else {}),
         "Learning rate": f"{loop.learning_rate:g}",
         "Seed": str(config.seed),

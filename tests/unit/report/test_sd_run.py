@@ -3,13 +3,15 @@
 import ast
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from visionlora.lora.adapter import Adapter, AdapterModule
 from visionlora.models.base import EMBEDDED, BaseModel
-from visionlora.report.sd_run import usage
+from visionlora.report.sd_run import pictures_per_step, usage
+from visionlora.training.loop import LoopConfig
 
 
 class StableDiffusionPipeline:
@@ -51,3 +53,11 @@ def test_the_snippet_is_python_for_every_name(
     text = usage(replace(BASE, source='C:\\new\\"x"'), adapter, Path(), 'a "dog"')
     found = [node.value for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Constant)]
     assert {'C:\\new\\"x"', folder.name, 'a "dog"'} <= set(found)
+
+
+def test_a_step_has_the_pictures_of_all_processes(monkeypatch) -> None:
+    """The card and the header told those of one."""
+    monkeypatch.setattr("visionlora.report.sd_run.process_state", lambda: SimpleNamespace(num_processes=2))
+    loop = LoopConfig(steps=1, batch_size=3, gradient_accumulation=4, learning_rate=1.0, warmup_steps=0,
+                      weight_decay=0.0, max_grad_norm=1.0, seed=0)  # fmt: skip
+    assert pictures_per_step(loop) == 24
