@@ -166,6 +166,8 @@ class NotFinite(TrainingError):
 
 MOST_SKIPPED = 3
 """Steps in a row that may be lost to values that are not finite."""
+MOST_OVERFLOWS = 20
+"""Steps in a row that the scaler of fp16 may leave out while it looks for its scale: by then 2^16 has become less than 1."""
 RECENT = 50
 """Steps over which a loss is averaged before it is told."""
 
@@ -219,6 +221,8 @@ class Fit:
         """Pictures in them; counted, not computed, as a run may go on with another batch."""
         self.skipped = 0
         """Steps in a row, up to now, that were lost."""
+        self.overflows = 0
+        """Steps in a row, up to now, that the scaler of fp16 left out."""
         self.whole = True
         """Whether the last step is done with all that follows from it, so that its state may be kept."""
 
@@ -304,6 +308,9 @@ class Fit:
         if self.noise is not None:
             self.noise.add(float(norm), max(1.0, (float(norm) + 1e-6) / config.max_grad_norm))
         self.optimizer.step()
+        self.overflows = self.overflows + 1 if accelerator.optimizer_step_was_skipped else 0
+        if self.overflows >= MOST_OVERFLOWS:
+            raise NotFinite("gradient", float(norm), self.step + 1, rate)
         self._count()
         self.learner.after_step(self.step, config.steps)
         self.optimizer.zero_grad()
@@ -361,7 +368,7 @@ class Fit:
             self.noise.restore(state["noise"])
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.step, self.skipped = int(state["step"]), int(state["skipped"])
+        self.step, self.skipped, self.overflows = int(state["step"]), int(state["skipped"]), 0
         self.images_seen = int(state["images_seen"])
 
 

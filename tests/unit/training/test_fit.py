@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from visionlora.config import OPTIMIZERS
 from visionlora.data.groups import Group
-from visionlora.errors import ConfigError, RunFolderError
+from visionlora.errors import ConfigError, RunFolderError, TrainingError
 from visionlora.lora.config import AdapterConfig
 from visionlora.lora.handle import Handle
 from visionlora.lora.inject import inject
@@ -243,6 +243,31 @@ def test_a_sweep_that_ends_in_nan_leaves_no_gradients() -> None:
     seen: list[Progress] = []
     fit.run(Task(), seen.append)
     assert all(torch.isfinite(torch.tensor(p.grad_norm)) for p in seen)
+
+
+@pytest.mark.parametrize(("every", "ends"), [(1, True), (2, False)])
+def test_gradients_that_no_scale_of_fp16_makes_finite_end_the_run(every: int, ends: bool) -> None:
+    """It went to its end with an adapter that had not learned; a step that is left out now and then is as it should be."""
+
+    class Overflowing(Task):
+        steps = 0
+
+        def losses(self, model: nn.Module, index: Tensor, generator: torch.Generator, part: slice) -> Tensor:
+            self.steps += 1
+            found = super().losses(model, index, generator, part)
+            endless = (model(torch.ones(1, 8)) * 0).abs().sum().sqrt()  # 0, with a gradient that is no number
+            return found + endless if self.steps % every == 0 else found
+
+    accelerator = Accelerator(cpu=True)
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    config = replace(CONFIG, steps=40)
+    fit, seen = Fit(accelerator, LayeredLearner(model_with("lora"), lambda name: 1.0), config), []
+    if ends:
+        with pytest.raises(TrainingError, match="The gradient became nan at step 22"):
+            fit.run(Overflowing(), seen.append)
+    else:
+        fit.run(Overflowing(), seen.append)
+    assert len(seen) == (21 if ends else 40)
 
 
 def test_a_second_training_is_the_only_one_that_the_accelerator_knows() -> None:
