@@ -382,3 +382,10 @@ def test_wrong_types_from_python_come_in_one_message() -> None:
     with pytest.raises(ConfigError, match="repeats is 'x'; expected a whole number"):
         FolderConfig(Path("a"), repeats="x")
     assert FolderConfig(Path("a")).path == "a"
+
+
+@pytest.mark.parametrize("name", ["mixup", "cutmix"])
+def test_one_picture_cannot_be_mixed(name: str) -> None:
+    with pytest.raises(ConfigError, match="mixup and cutmix mix the pictures of a batch"):
+        ClassifyConfig(images="pets", batch_size=1, **{name: 0.5})
+    assert ClassifyConfig(images="pets", batch_size=2, **{name: 0.5})

@@ -117,6 +117,11 @@ class ClassifyConfig(TrainingConfig):
             ("erasing", 0 <= self.erasing <= 1, "it must be between 0 and 1"),
             ("mixup", self.mixup >= 0, "it must be 0 or more"),
             ("cutmix", self.cutmix >= 0, "it must be 0 or more"),
+            (
+                "batch_size",
+                self.batch_size != 1 or not (self.mixup or self.cutmix),
+                "mixup and cutmix mix the pictures of a batch: it must be 2 or more, or leave them out",
+            ),
             ("label_smoothing", 0 <= self.label_smoothing < 1, "it must be at least 0 and below 1"),
             ("focal_gamma", self.focal_gamma >= 0, "it must be 0 or more"),
             (
