@@ -28,6 +28,7 @@ _HOMES = {
     "Scale": "visionlora.mixing.scales",
     "Window": "visionlora.mixing.scales",
     "Size": "visionlora.lora.arithmetic",
+    "detach": "visionlora.mixing.mix",
     "classify": "visionlora.pipelines.classify",
     "choose_ranks": "visionlora.lora.rank",
     "export": "visionlora.pipelines.export",
@@ -76,6 +77,7 @@ if TYPE_CHECKING:
     from visionlora.lora.rank import input_spectra as input_spectra
     from visionlora.mixing.mix import Mix as Mix
     from visionlora.mixing.mix import attach as attach
+    from visionlora.mixing.mix import detach as detach
     from visionlora.mixing.pool import AdapterPool as AdapterPool
     from visionlora.mixing.scales import Ramp as Ramp
     from visionlora.mixing.scales import Scale as Scale

@@ -15,11 +15,12 @@ batched when pictures have scales of their own or the composition evaluates adap
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -55,8 +56,24 @@ class Member:
     """By component and layer, from the blocks of its scale."""
 
 
+class Holder:
+    """Hangs on a model, so that the mix that is on it can be found; a copy of the model has none."""
+
+    def __init__(self, mix: Mix | None = None) -> None:
+        self.mix = mix
+
+    def __reduce__(self) -> tuple[type[Holder], tuple[()]]:
+        return Holder, ()
+
+
+def mix_on(part: nn.Module) -> Mix | None:
+    """The mix whose adapters are on a model."""
+    holder: Holder | None = vars(part).get("_mix")
+    return None if holder is None else holder.mix
+
+
 class Mix:
-    """Adapters on one pipeline or model."""
+    """Adapters on one pipeline or model; as a context manager they are off again after its block."""
 
     def __init__(
         self,
@@ -97,6 +114,16 @@ class Mix:
         """Factors of the adapters in each evaluation of the UNet, where the composition wants several."""
         self._in_file: dict[tuple[str, str, str], str] = {}
         """How files spell the layers that they spell otherwise, by name, component and layer."""
+
+    def __enter__(self) -> Mix:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.detach()
+
+    def __repr__(self) -> str:
+        uses = ", ".join(f"{name} {member.scale.strength:g}" for name, member in self.members.items())
+        return f"<Mix of {uses or 'nothing'}, {self.running}, on {type(self.target).__name__}>"
 
     # ------------------------------------------------------------------------------------------------------ members
 
@@ -171,12 +198,13 @@ class Mix:
             self._rebuild()
             raise
 
-    def set_scales(self, scales: Mapping[str, Any]) -> None:
-        """New scales for some adapters; the others keep theirs.
+    def set_scales(self, scales: Any) -> None:
+        """New scales for some adapters, by name; the others keep theirs. Anything else is the scale of all.
 
         Raises:
             ConfigError: for an unknown name or block, or a number that is not finite; the mix stays as it was.
         """
+        scales = scales if isinstance(scales, Mapping) else dict.fromkeys(self.members, scales)
         for name in scales:
             self.known(name)
         self._check_free()
@@ -233,6 +261,9 @@ class Mix:
             for _, handle in pairs:
                 handle.eject()
         self.words.remove()
+        for part in self.parts.values():
+            if mix_on(part) is self:
+                del vars(part)["_mix"]
         self._hooks, self.handles, self._in_file = [], {}, {}
 
     def _rebuild(self) -> None:
@@ -245,11 +276,13 @@ class Mix:
         prepared = self.composition.prepare(
             dict(zip(self.members, alike, strict=True)), {n: m.scale.strength for n, m in self.members.items()}
         )
-        for number, (name, adapter) in enumerate(prepared.items()):
+        inner = inner_names(prepared)
+        for name, adapter in prepared.items():
             pairs: list[tuple[str, Handle]] = []
             self.handles[name] = pairs
             for component, part in places(adapter, self.parts, self.target, self.allow_partial).items():
-                handle = attach_one(part, adapter, component, f"mix{number}", self.allow_partial)
+                self._take(part)
+                handle = attach_one(part, adapter, component, inner[name], self.allow_partial)
                 pairs.append((component, handle))
                 if strange := [n for n in adapter.component(component) if n not in handle.methods]:
                     spelled = resolve_names(strange, list(handle.methods))
@@ -257,6 +290,20 @@ class Mix:
         if list(self.handles) != list(self.members):
             self._check_plain_scales()
         self._configure()
+
+    def _take(self, part: nn.Module) -> None:
+        """Marks a model as this mix's.
+
+        Raises:
+            ConfigError: when it is another's, whose adapters would act too.
+        """
+        there = mix_on(part)
+        if there not in (None, self):
+            raise ConfigError(
+                f"Adapters of an earlier vl.attach are on this {type(part).__name__} ({', '.join(there.members)}): add to that "
+                "mix (mix.add), or take it off first (mix.detach(), or vl.detach(…) of the pipeline or model)."
+            )
+        vars(part)["_mix"] = Holder(self)
 
     def _check_plain_scales(self) -> None:
         """Raises ConfigError when one adapter stands for all, and a scale has more than a strength."""
@@ -444,39 +491,97 @@ class Mix:
         return output
 
 
+def inner_names(names: Iterable[str]) -> dict[str, str]:
+    """By name: what an adapter is called on layers, where not every word can be."""
+    found: dict[str, str] = {}
+    for name in names:
+        inner = re.sub(r"[.:]", "_", name) or "_"
+        while hasattr(nn.ModuleDict, inner) or inner in found.values():
+            inner += "_"
+        found[name] = inner
+    return found
+
+
+def detach(target: Any) -> None:
+    """Takes off what `attach` has put on by name, also where the mix itself is no longer at hand; the base is as before.
+
+    Args:
+        target: the pipeline or module, or one that shares parts with it.
+    """
+    for part in parts_of(target).values():
+        if (mix := mix_on(part)) is not None:
+            mix.detach()
+
+
 def silent(members: Mapping[str, Member]) -> set[str]:
     """The adapters of scale 0."""
     return {n for n, m in members.items() if not m.scale.strength}
 
 
+@overload
+def attach(
+    target: Any, adapters: Mapping[str, str | Path | Adapter], *, allow_partial: bool = False, scales: Any = None,
+    mode: str = "auto", compose: str | Composition = "sum", **options: Any,
+) -> Mix: ...  # fmt: skip
+
+
+@overload
+def attach(
+    target: nn.Module, adapters: str | Path | Adapter, component: str = "", name: str = "default", allow_partial: bool = False
+) -> Handle: ...  # fmt: skip
+
+
+@overload
+def attach(
+    target: Any, adapters: str | Path | Adapter, *, name: str = "default", allow_partial: bool = False, scales: Any = None,
+    mode: str = "auto", compose: str | Composition = "sum", **options: Any,
+) -> Mix: ...  # fmt: skip
+
+
 def attach(
     target: Any, adapters: Any, component: str = "", name: str = "default", allow_partial: bool = False, *,
-    scales: Mapping[str, Any] | None = None, mode: str = "auto", compose: str | Composition = "sum", **options: Any,
-) -> Any:  # fmt: skip
+    scales: Any = None, mode: str = "auto", compose: str | Composition = "sum", **options: Any,
+) -> Mix | Handle:  # fmt: skip
     """Puts adapters on a pipeline or a model.
 
     Args:
         target: a pipeline of diffusers, or any module.
-        adapters: {name: file or `Adapter`} gives a `Mix`; one `Adapter` or path on a module gives its `Handle`.
-        component: of one adapter, which part of it; the only one when empty.
+        adapters: {name: file or `Adapter`} gives a `Mix`, and so does one path or `Adapter` on a pipeline; on a module that one
+            gives its `Handle`.
+        component: of one adapter on a module, which part of it; the only one when empty.
         name: of one adapter.
         allow_partial: leave out what does not fit.
-        scales: of a mix, by name: a number, factors by block, an A1111 list or a `Scale`; 1 where not given.
+        scales: of a mix, by name: a number, factors by block, an A1111 list or a `Scale`; 1 where not given. One that is not by
+            name is of all.
         mode: of a mix: auto, merged, stacked or batched.
         compose: of a mix, see `visionlora.mixing.compose`; options follow as keywords.
         options: of the composition.
 
     Raises:
-        ConfigError: for unknown names, modes or compositions, and scales that cannot be used.
+        ConfigError: for unknown names, modes or compositions, scales that cannot be used, settings that one adapter on a module
+            has not, and where an earlier mix is on the target.
         AdapterFileError: when a file cannot be read or is for another family of base models.
         TargetError: when an adapter does not fit; the target is left as it was.
     """
-    if not isinstance(adapters, Mapping):
+    if not isinstance(adapters, (Mapping, Adapter, str, Path)):
+        raise ConfigError(
+            f"adapters is {type(adapters).__name__}: give them by name, such as {{'dog': 'dog.safetensors'}}, or one path."
+        )
+    if isinstance(target, nn.Module) and not isinstance(adapters, Mapping):
+        if scales is not None or mode != "auto" or compose != "sum" or options:
+            raise ConfigError(
+                "scales, mode, compose and its options are a mix's: give the adapter a name, such as "
+                "{'dog': 'dog.safetensors'}; the handle of one adapter has set_scale and merge."
+            )
         loaded = adapters if isinstance(adapters, Adapter) else load_adapter(adapters, allow_partial)
         return attach_one(target, loaded, component, name, allow_partial)
+    if component:
+        raise ConfigError(f"component is {component!r}, but a mix finds the part of each layer itself: leave it out.")
     mix = Mix(target, mode, compose, allow_partial, **options)
-    for given in scales or {}:
-        if given not in adapters:
-            raise ConfigError(f"There is a scale for {given!r}, which is not attached. {nearest(given, adapters)}")
-    mix.change({n: mix.member(n, a, (scales or {}).get(n, 1.0)) for n, a in adapters.items()})
+    wanted = adapters if isinstance(adapters, Mapping) else {name: adapters}
+    by_name = scales if isinstance(scales, Mapping) else {} if scales is None else dict.fromkeys(wanted, scales)
+    for given in by_name:
+        if given not in wanted:
+            raise ConfigError(f"There is a scale for {given!r}, which is not attached. {nearest(given, wanted)}")
+    mix.change({n: mix.member(n, a, by_name.get(n, 1.0)) for n, a in wanted.items()})
     return mix

@@ -118,7 +118,7 @@ def test_layers_that_are_offloaded_since_are_left_alone(model, lora, mode: str) 
         if mode == "merged":
             torch.testing.assert_close(model(x), wanted)
         else:
-            with pytest.raises(ConfigError, match="factors of adapter 'mix0' are not in memory"):
+            with pytest.raises(ConfigError, match="factors of adapter 'a' are not in memory"):
                 model(x)
         for action in (lambda: mix.set_scales({"a": 0.5}), mix.detach, lambda: mix.add("b", lora)):
             with pytest.raises(ConfigError, match="has had a forward put on it since"):
@@ -194,7 +194,7 @@ def test_adapters_beside_the_weights_are_not_lost_in_fused_projections(
         mix = vl.attach(fusing, {"a": on_q_and_v, "b": on_q_and_v}, mode="stacked")
         wanted = fusing(x)
         for model in (fusing, copy.deepcopy(fusing), pickle.loads(pickle.dumps(fusing))):
-            with pytest.raises(ConfigError, match=r"'mix0' runs beside the weights of 'attn1.to_q'.*merge it first"):
+            with pytest.raises(ConfigError, match=r"'a' runs beside the weights of 'attn1.to_q'.*merge it first"):
                 model.fuse()
             assert torch.equal(model(x), wanted)
         mix.remove("b")

@@ -1,5 +1,7 @@
 """Several adapters on one pipeline: every mode gives the same, everything comes off bit for bit."""
 
+import copy
+import pickle
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ from torch import nn
 import visionlora as vl
 from visionlora.errors import ConfigError
 from visionlora.lora.adapter import Adapter, AdapterModule
-from visionlora.mixing.mix import Mix
+from visionlora.mixing.mix import Mix, mix_on
 from visionlora.models.base import open_base
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -511,3 +513,76 @@ def test_compiled_code_is_not_traced_again_when_scales_or_adapters_change(mode: 
         assert len(traces) == count
         torch.testing.assert_close(found[4], model(x), rtol=1e-5, atol=1e-6)
         assert not torch.allclose(found[3], found[4])
+
+
+@pytest.fixture
+def layers() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).requires_grad_(False)
+
+
+def lora_on(name: str, seed: int = 0) -> Adapter:
+    generator = torch.Generator().manual_seed(seed)
+    factors = torch.randn(2, 4, generator=generator), torch.randn(4, 2, generator=generator)
+    return Adapter({f"model.{name}": AdapterModule.lora(*factors, 2.0)})
+
+
+def test_a_mix_that_is_no_longer_at_hand_is_found_and_taken_off(layers: nn.Module) -> None:
+    x, before = torch.randn(2, 4), copy.deepcopy(layers.state_dict())
+    vl.attach(layers, {"dog": lora_on("0")})
+    wanted = layers(x)
+    with pytest.raises(
+        ConfigError, match=r"an earlier vl.attach are on this Sequential \(dog\): add to that mix .* vl.detach"
+    ):
+        vl.attach(layers, {"ink": lora_on("1")})
+    assert torch.equal(layers(x), wanted)
+    for other in (copy.deepcopy(layers), pickle.loads(pickle.dumps(layers))):
+        assert torch.equal(other(x), wanted) and mix_on(other) is None
+    vl.detach(layers)
+    assert layers.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in layers.state_dict().items())
+    vl.detach(layers)
+    with vl.attach(layers, {"ink": lora_on("1")}) as mix:
+        assert repr(mix) == "<Mix of ink 1, merged, on Sequential>"
+    assert mix_on(layers) is None and repr(mix) == "<Mix of nothing, merged, on Sequential>"
+
+
+def test_names_that_layers_cannot_use_are_told_apart(layers: nn.Module) -> None:
+    x = torch.randn(2, 4)
+    names = ("a.b", "a_b", "a:b", "keys", "type", "")
+    mix = vl.attach(layers, {name: lora_on("0", seed) for seed, name in enumerate(names)}, mode="stacked")
+    assert set(layers[0].adapters) == {"a_b", "a_b_", "a_b__", "keys_", "type_", "_"}
+    together = layers(x)
+    mix.set_scales(0)
+    mix.set_scales(dict.fromkeys(names, 1))
+    torch.testing.assert_close(layers(x), together)
+
+
+def test_one_scale_for_all_and_one_adapter_on_a_pipeline(pipe, layers: nn.Module) -> None:
+    x = torch.randn(2, 4)
+    mix = vl.attach(layers, {"a": lora_on("0"), "b": lora_on("1", 1)}, scales=0.5)
+    assert {m.scale.strength for m in mix.members.values()} == {0.5}
+    half = layers(x)
+    mix.set_scales(1)
+    assert not torch.allclose(layers(x), half)
+    mix.set_scales(0.5)
+    assert torch.equal(layers(x), half)
+    one = vl.attach(pipe, adapter(pipe, 0), name="dog", scales=0.3)
+    assert isinstance(one, Mix) and one.members["dog"].scale.strength == 0.3
+    one.detach()
+
+
+@pytest.mark.parametrize(
+    ("given", "settings", "text"),
+    [
+        (lora_on("0"), {"scales": {"nonsense": 0.0}}, "scales, mode, compose and its options are a mix's"),
+        (lora_on("0"), {"mode": "merged"}, "are a mix's"),
+        (lora_on("0"), {"tau": 5}, "are a mix's"),
+        ([lora_on("0")], {}, "adapters is list: give them by name"),
+        ({"a": lora_on("0")}, {"component": "model"}, "a mix finds the part of each layer itself"),
+    ],
+)
+def test_settings_that_would_do_nothing_are_refused(layers: nn.Module, given, settings, text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        vl.attach(layers, given, **settings)
+    assert mix_on(layers) is None
