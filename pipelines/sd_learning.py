@@ -100,7 +100,7 @@ def encode(ready: Ready, tell: Listener) -> Material:
                 tell.say(f"{drawn} pictures of {config.prior_prompt!r} were drawn to {where}.")
         accelerator.wait_for_everyone()
         class_items = class_pictures(where, config.prior_prompt, config.skip_broken)
-    salt = "" if ready.word is None else f"{config.token} {config.token_vectors} {config.token_initializer}"
+    salt = "" if ready.word is None else ready.word.start
     data = encode_dataset(
         base, ready.folder.items, plan, None, tell.progress, captions=ready.captions, class_items=class_items, share=share,
         more_captions=[config.held_caption] if config.held_caption else [], salt=salt, in_bf16=ready.in_bf16,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,7 +127,7 @@ def prepare(start: Start[TrainSDConfig], tell: Listener) -> Ready:
         check_parts(first, base, config)
         check_first(first, start.config, base.id, base.fingerprints_for(first), tell)
         method = method_for(first.component("unet"), config.method, str(config.start_from))
-        config = dataclasses.replace(config, method=method)
+        config = with_word_of(dataclasses.replace(config, method=method), given_names(start.config), first, base)
     adapter, text_adapters = adapters_for(config, base, first)
     accelerator = new_accelerator(
         config.precision,
@@ -142,7 +142,7 @@ def prepare(start: Start[TrainSDConfig], tell: Listener) -> Ready:
     check_attention(config.attention, accelerator.device, accelerator.mixed_precision)
     check_base_precision(config, accelerator.mixed_precision)
     prepare_encoders(base, config, accelerator.device, accelerator.mixed_precision)
-    word = new_word(config, base, folder)
+    word = new_word(config, base, folder, first)
     captions = captions_of(config, folder.items)
     longest = [max(variants, key=len) for variants in captions]
     cut = cut_captions(base, longest)
@@ -196,8 +196,8 @@ def adapters_for(
     return adapter, text_adapters
 
 
-def new_word(config: TrainSDConfig, base: BaseModel, folder: ImageFolder) -> LearnedWord | None:
-    """The word that is learned, where one is.
+def new_word(config: TrainSDConfig, base: BaseModel, folder: ImageFolder, first: Adapter | None) -> LearnedWord | None:
+    """The word that is learned, where one is, from where `first` has come with it.
 
     Raises:
         ConfigError: when no caption has it.
@@ -210,7 +210,8 @@ def new_word(config: TrainSDConfig, base: BaseModel, folder: ImageFolder) -> Lea
             f"token is {config.token!r}, but no caption has it, so it could not be learned. Write it into the captions, or "
             f"give one for all: --prompt 'a photo of {config.token}' (a caption now: {example!r})."
         )
-    return LearnedWord(base, config.token, config.token_vectors, config.token_initializer)
+    learned = None if first is None else first.embeddings.get(config.token)
+    return LearnedWord(base, config.token, config.token_vectors, config.token_initializer, learned)
 
 
 def trained_alike(config: TrainSDConfig, first: Adapter | None, base: BaseModel) -> TrainSDConfig:
@@ -222,6 +223,45 @@ def trained_alike(config: TrainSDConfig, first: Adapter | None, base: BaseModel)
     if first is not None and "zero_terminal_snr" not in given and base.prediction_type != "epsilon":
         config = dataclasses.replace(config, zero_terminal_snr=first.zero_terminal_snr)
     return config
+
+
+def with_word_of(config: TrainSDConfig, given: Collection[str], first: Adapter, base: BaseModel) -> TrainSDConfig:
+    """The settings with the word of the adapter that it learns on from, where it has one; `given` names those of the user.
+
+    Raises:
+        ConfigError: when the run cannot learn on from it.
+    """
+    if not first.embeddings:
+        return config
+    where = config.start_from
+    if len(first.embeddings) > 1:
+        raise ConfigError(
+            f"{where} holds the learned words {', '.join(first.embeddings)}; a run learns one word: start from the adapter "
+            "of one of them."
+        )
+    ((word, parts),) = first.embeddings.items()
+    if config.token not in (None, word):
+        raise ConfigError(
+            f"token is {config.token!r}, but {where} holds the learned word {word!r}, which this run would lose: leave token "
+            f"out, and write {word} into the captions."
+        )
+    encoders = {name: encoder.get_input_embeddings().weight.shape[1] for name, _, encoder in base.text_parts()}
+    counts = {len(vectors) for vectors in parts.values()}
+    if (
+        {name: vectors.shape[1] for name, vectors in parts.items()} != encoders
+        or len(counts) != 1
+        or word.split() != [word]
+    ):
+        raise ConfigError(
+            f"{where} holds the learned word {word!r} for {', '.join(parts)}, which cannot be learned on with {base.id}: it "
+            f"takes one word, with as many vectors for each of {', '.join(encoders)}."
+        )
+    (count,) = counts
+    if "token_vectors" in given and config.token_vectors != count:
+        raise ConfigError(
+            f"token_vectors is {config.token_vectors}, but {word!r} in {where} has {count}: leave it out."
+        )
+    return dataclasses.replace(config, token=word, token_vectors=count)
 
 
 def as_far_as_read(first: Adapter, base: BaseModel, where: str, tell: Listener) -> Adapter:
@@ -251,10 +291,6 @@ def check_parts(first: Adapter, base: BaseModel, config: TrainSDConfig) -> None:
     check_family(first, base)
     if "unet" not in first.components:
         raise ConfigError(f"{config.start_from} has no part for the UNet, so there is nothing to learn on from.")
-    if first.embeddings:
-        raise ConfigError(
-            f"{config.start_from} holds the learned word {next(iter(first.embeddings))!r}: no run can learn on from a word."
-        )
     trained = {"unet", *(name for name, _, _ in base.text_parts() if config.train_text_encoder)}
     if extra := [name for name in first.components if name not in trained]:
         raise ConfigError(

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -227,3 +228,53 @@ def test_pictures_kept_apart_from_a_style_were_not_learned(tiny_model: Path, dog
     (dogs / "0.png").rename(tmp_path / "judges" / "0.png")
     with pytest.raises(DataError, match=r"has learned from 1 pictures of .*judges \(first 0\.png\)"):
         train("no", start_from=str(all_of_them), validation=str(tmp_path / "judges"))
+
+
+def test_a_learned_word_learns_on(tiny_model: Path, dogs: Path, tmp_path: Path) -> None:
+    """Its vectors go on from where they were, under the same name, without anything said of it."""
+    small = {
+        "steps": 3,
+        "rank": 2,
+        "batch_size": 2,
+        "sample_columns": 0,
+        "prompt": "a <it> dog",
+        "model": str(tiny_model),
+    }
+
+    def train(name: str, **settings: object) -> tuple[Path, dict[str, torch.Tensor]]:
+        fixed = {"images": str(dogs), "output": str(tmp_path / name), **small, **settings}
+        folder = train_sd(build(TrainSDConfig, fixed), Ears()).folder
+        ((word, parts),) = load_adapter(folder).embeddings.items()
+        assert word == "<it>"
+        return folder, dict(parts)
+
+    first, before = train("first", token="<it>", token_vectors=2, learning_rate=0.1)
+    still, same = train("still", start_from=str(first), learning_rate=1e-9)
+    torch.testing.assert_close(same, before, rtol=0, atol=1e-6)
+    assert "Use `<it>`" in (still / "README.md").read_text()
+    _, untrained = train("none", token="<it>", token_vectors=2, learning_rate=1e-9)
+    assert (untrained["text_encoder"] - before["text_encoder"]).abs().max() > 0.01
+    _, after = train("on", start_from=str(still), learning_rate=0.1, steps=6, train_text_encoder=True)
+    assert after["text_encoder"].shape == before["text_encoder"].shape
+    assert not torch.equal(after["text_encoder"], before["text_encoder"])
+    for which in ("whole", "cut"):
+        settings = build(TrainSDConfig, {"images": str(dogs), "output": str(tmp_path / which), **small, "steps": 6,
+                                         "start_from": str(still), "checkpoints": 6, "learning_rate": 0.1})  # fmt: skip
+        with suppress(Stopped):
+            train_sd(settings, Stopping() if which == "cut" else Ears())
+    shutil.rmtree(still)
+    train_sd(build(TrainSDConfig, {"images": str(dogs), "resume": str(tmp_path / "cut")}), Ears())
+    whole, cut = (load_adapter(tmp_path / name).embeddings["<it>"] for name in ("whole", "cut"))
+    torch.testing.assert_close(cut, whole, rtol=0, atol=0)
+
+
+class Stopped(BaseException):
+    """As sudden as a power cut."""
+
+
+class Stopping(Ears):
+    """Ends the run in the middle of its training."""
+
+    def progress(self, what: str, done: int, total: int, detail: str = "") -> None:
+        if what == "Training" and done == 4:
+            raise Stopped

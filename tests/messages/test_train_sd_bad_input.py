@@ -73,7 +73,19 @@ STARTS = {
     "a kind that does not learn": ({}, "start_from={loha}", "cannot learn on: it holds 1 of kind loha"),
     "text encoder": ({}, "start_from={text}", "also changes text_encoder, which this run would lose"),
     "no UNet": ({}, "start_from={text_alone}", "has no part for the UNet"),
-    "word": ({}, "start_from={word}", "holds the learned word '<rex>': no run can learn on from a word"),
+    "a word without captions": ({}, "start_from={word}", "token is '<rex>', but no caption has it"),
+    "another word": (
+        {},
+        "start_from={word} token=<dog>",
+        "token is '<dog>', but {word} holds the learned word '<rex>', which this run would lose: leave token out",
+    ),
+    "two words": ({}, "start_from={words}", "holds the learned words <max>, <rex>; a run learns one word"),
+    "more vectors": (
+        {},
+        "start_from={word} token_vectors=2",
+        "token_vectors is 2, but '<rex>' in {word} has 1: leave it out",
+    ),
+    "a word of another family": ({}, "start_from={wide}", "cannot be learned on with"),
     "other layers": ({}, "start_from={strange}", "It was made for another base model"),
 }
 
@@ -85,19 +97,22 @@ def test_what_no_run_can_learn_on_from(case: str, train, tmp_path: Path) -> None
     lora = AdapterModule.lora(down, down.t(), 2.0)
     loha = AdapterModule("loha", {f"hada_w{k}_{s}": down if s == "b" else down.t() for k in (1, 2) for s in "ab"}, 2.0)
     text = {"text_encoder.text_model.encoder.layers.0.self_attn.q_proj": lora}
+    of_word = {"text_encoder": torch.ones(1, d)}
     adapters = {
         "lora": Adapter({f"unet.{layer}": lora}),
         "loha": Adapter({f"unet.{layer}": loha}),
         "text": Adapter({f"unet.{layer}": lora, **text}),
         "text_alone": Adapter(text),
-        "word": Adapter({f"unet.{layer}": lora}, embeddings={"<rex>": {"text_encoder": torch.ones(1, d)}}),
+        "word": Adapter({f"unet.{layer}": lora}, embeddings={"<rex>": of_word}),
+        "words": Adapter({f"unet.{layer}": lora}, embeddings=dict.fromkeys(("<rex>", "<max>"), of_word)),
+        "wide": Adapter({f"unet.{layer}": lora}, embeddings={"<rex>": {"text_encoder": torch.ones(1, 2 * d)}}),
         "strange": Adapter({"unet.mid_block.nothing.to_q": lora}),
     }
     paths = {name: tmp_path / f"{name}.safetensors" for name in adapters}
     for name, adapter in adapters.items():
         save_adapter(adapter, paths[name])
     flags, word, said = STARTS[case]
-    check_refused(train(word.format(**paths), **flags), said)
+    check_refused(train(*word.format(**paths).split(), **flags), said.format(**paths))
     assert not (tmp_path / "run").exists()
 
 

@@ -106,8 +106,8 @@ class TrainingConfig:
     trackers: tuple[str, ...] = ()
     """Also log to tensorboard, wandb or trackio, under logs/ of the run folder; metrics.jsonl is always written."""
     start_from: str | None = None
-    """Adapter to learn on from, of any trainer: a file, a run or a PEFT folder. Layers, ranks and scalings are its own then,
-    and with model auto the base."""
+    """Adapter to learn on from, of any trainer: a file, a run or a PEFT folder. Layers, ranks, scalings and a learned word are
+    its own then, and with model auto the base."""
     resume: str | None = None
     """Run folder to go on with, or `auto`: the newest unfinished run of these pictures, a new one where there is none."""
     force: bool = False

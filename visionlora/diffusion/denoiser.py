@@ -5,6 +5,7 @@ The text is then not the same from step to step, so captions travel as token ids
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -109,7 +110,14 @@ class LearnedWord(nn.Module):
     methods of an adapter's handle, so that both can learn together.
     """
 
-    def __init__(self, base: BaseModel, token: str, count: int, initializer: str | None) -> None:
+    def __init__(
+        self,
+        base: BaseModel,
+        token: str,
+        count: int,
+        initializer: str | None,
+        learned: Mapping[str, Tensor] | None = None,
+    ) -> None:
         """Adds the word to a base model.
 
         Args:
@@ -117,12 +125,15 @@ class LearnedWord(nn.Module):
             token: the word; it must be new.
             count: embeddings that stand for it.
             initializer: words that it starts from, repeated to `count`; a rare word when None.
+            learned: by text encoder, (count, width), what was learned before and is learned on from.
 
         Raises:
             ConfigError: when the word is there already.
         """
         super().__init__()
         self.token, self.scale = token, 1.0
+        self.start = f"{token} {count} {initializer}"
+        """What it means before it learns, in words that tell caches of texts apart."""
         self.initial: dict[str, Tensor] = {}
         self.vectors = nn.ParameterDict()
         for name, tokenizer, encoder in base.text_parts():
@@ -139,9 +150,13 @@ class LearnedWord(nn.Module):
             add_word(base.pipe, token, vectors, tokenizer, encoder)
             table = encoder.get_input_embeddings()
             table.weight.requires_grad_(False)
-            self.initial[name], self.vectors[name] = vectors, nn.Parameter(vectors.clone())
+            start = vectors if learned is None else learned[name].to(vectors)
+            self.initial[name], self.vectors[name] = vectors, nn.Parameter(start.clone())
             words = [token, *(f"{token}_{i}" for i in range(1, count))]
             table.register_forward_hook(self._hook(name, tokenizer.convert_tokens_to_ids(words)))
+        if learned is not None:
+            values = b"".join(v.detach().cpu().numpy().tobytes() for v in self.vectors.values())
+            self.start += f" {hashlib.sha256(values).hexdigest()[:16]}"
 
     def _hook(self, name: str, ids: Sequence[int]) -> Any:
         def replaced(_module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
