@@ -22,7 +22,7 @@ from visionlora.data.buckets import Size
 from visionlora.data.cache import TensorCache, default_cache_folder
 from visionlora.data.files import list_folder
 from visionlora.data.images import decode
-from visionlora.diffusion.encode import cache_bytes, encode_dataset
+from visionlora.diffusion.encode import cache_bytes, encode_dataset, window_count
 from visionlora.diffusion.prior import class_pictures
 from visionlora.diffusion.recipe import Recipe
 from visionlora.diffusion.sampling import SamplingConfig, draw
@@ -124,7 +124,9 @@ def dry_run(config: TrainSDConfig, listener: Listener | None = None) -> Estimate
     texts |= {variants[0] for variants in captions_of(config, ready.apart)}
     if of_class and config.prior_prompt is not None:
         texts.add(config.prior_prompt)
-    latents, text_bytes = cache_bytes(ready.base, [*framings, *of_class], len(plan.variants), len(texts))
+    latents, text_bytes = cache_bytes(
+        ready.base, [*framings, *of_class], len(plan.variants), window_count(ready.base, sorted(texts))
+    )
     latents += cache_bytes(ready.base, apart, 1, 0)[0]
     class_seconds = missing * class_picture_seconds(ready) if missing else 0.0
     with tempfile.TemporaryDirectory() as folder:

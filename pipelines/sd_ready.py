@@ -15,6 +15,7 @@ from typing import Any
 from visionlora.pipelines.further import check_first, learned_before, named_base, read_first
 
 from visionlora.config import TrainSDConfig, given_names
+from visionlora.config.train_sd import TOKEN_LENGTHS
 from visionlora.data.folder import ImageFolder, ImageItem, read_image_folder, read_pictures
 from visionlora.data.learned import Learned
 from visionlora.data.source_captions import trigger_caption
@@ -110,7 +111,7 @@ def prepare(start: Start[TrainSDConfig], tell: Listener) -> Ready:
     model, _, named_by = named_base(config, first)
     base = open_base(model, named_by=named_by)
     config = trained_alike(config, first, base)
-    base = base.reading(config.clip_skip)
+    base = base.reading(config.clip_skip, config.windows)
     tell.say(base.why)
     if first is not None:
         first = as_far_as_read(first, base, str(config.start_from), tell)
@@ -151,6 +152,10 @@ def prepare(start: Start[TrainSDConfig], tell: Listener) -> Ready:
         tell.say(f"The caption {caption!r} is longer than the model reads; it never sees: {lost}")
     if len(cut) > SHOWN:
         tell.say(f"So are {len(cut) - SHOWN} captions more.")
+    if cut and (longer := [n for n in TOKEN_LENGTHS if n > config.max_token_length]):
+        tell.say(
+            f"max_token_length={' or '.join(map(str, longer))} learns more of them, read as `generate` reads long prompts."
+        )
     return Ready(
         config,
         folder,
@@ -219,6 +224,8 @@ def trained_alike(config: TrainSDConfig, first: Adapter | None, base: BaseModel)
     given = given_names(config)
     if first is not None and "clip_skip" not in given and not base.is_xl:
         config = dataclasses.replace(config, clip_skip=first.clip_skip)
+    if first is not None and "max_token_length" not in given and first.max_token_length in TOKEN_LENGTHS:
+        config = dataclasses.replace(config, max_token_length=first.max_token_length)
     # A base that predicts the noise draws without such levels too: see `follow_noise`.
     if first is not None and "zero_terminal_snr" not in given and base.prediction_type != "epsilon":
         config = dataclasses.replace(config, zero_terminal_snr=first.zero_terminal_snr)

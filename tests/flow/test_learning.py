@@ -342,3 +342,32 @@ def test_a_text_that_is_read_earlier_is_drawn_so_too(train, tiny_model: Path, tm
     recipes = {read_recipe(p).clip_skip: read_recipe(p) for p in (tmp_path / "p").iterdir()}
     assert set(recipes) == {1, 2}
     assert "Clip skip: 2" in recipes[2].parameters() and "--clip-skip 1" in recipes[1].command()
+
+
+@pytest.mark.parametrize("more", [(), ("train_text_encoder=true", "clip_skip=2"), ("token=<it>",)], ids=str)
+def test_long_captions_are_learned_in_full(more: tuple[str, ...], train, dogs: Path, tiny_model: Path) -> None:
+    """A caption of two windows; what stands in the second counts, and the text encoders, the word and the samples read it."""
+    words = [" ".join(f"{start}bcdefghijklmnopq") + " <it>" for start in "xyz"]
+
+    def losses_of(end: str, *settings: str, name: str) -> tuple[str, Path, list[float]]:
+        for text, picture in zip(words, sorted(dogs.glob("*.png")), strict=True):
+            picture.with_suffix(".txt").write_text(f"{text} {end}")
+        said, folder = train(*more, *settings, "val_share=0.3", "caption_dropout=0", name=name)
+        return said, folder, losses(folder)
+
+    said, _, cut = losses_of("a", name="cut")
+    assert "max_token_length=150 or 225 learns more of them" in said
+    assert losses_of("b", name="cut2")[2] == cut
+    said, folder, whole = losses_of("a", "max_token_length=150", name="whole")
+    assert "longer than the model reads" not in said and whole != cut
+    assert losses_of("b", "max_token_length=150", name="whole2")[2] != whole
+    adapter = load_adapter(folder)
+    assert adapter.max_token_length == 150 and adapter.metadata["ss_max_token_length"] == "150"
+    said, on = train(*more, f"start_from={folder}", name="on")
+    assert load_adapter(on).max_token_length == 150 and "longer than the model reads" not in said
+    assert "| Longest captions | 150 tokens |" in (on / "README.md").read_text()
+
+
+def test_the_most_tokens_of_a_caption(train) -> None:
+    with pytest.raises(ConfigError, match="max_token_length is 100; it must be 75, 150 or 225"):
+        train("max_token_length=100")

@@ -11,6 +11,9 @@ from visionlora.errors import nearest
 
 ATTENTION = ("sdpa", "flash", "xformers")
 QUANTISED = ("int8", "nf4")
+WINDOW = 75
+"""Tokens of a caption that a text encoder of CLIP reads at once, beside those where it begins and ends."""
+TOKEN_LENGTHS = (WINDOW, 2 * WINDOW, 3 * WINDOW)
 BASE_PRECISIONS = (*PRECISIONS, *QUANTISED)
 
 
@@ -83,6 +86,9 @@ class TrainSDConfig(TrainingConfig):
     clip_skip: int = 1
     """How many layers from the end the text is read, of Stable Diffusion 1.x and 2.x: 1 after the last, 2 before it, for models
     that were trained so."""
+    max_token_length: int = 75
+    """Most tokens of a caption that are learned: 75, which CLIP reads at once, 150 or 225, read in two or three parts, as
+    `generate` reads long prompts."""
     token: str | None = None
     """A new word, such as <dog>, whose meaning is learned together with the adapter and kept in its file."""
     token_vectors: int = 1
@@ -129,6 +135,11 @@ class TrainSDConfig(TrainingConfig):
     """Denoising steps per sample picture."""
     guidance_scale: float | None = None
     """Classifier-free guidance of the samples; by default what suits the base model."""
+
+    @property
+    def windows(self) -> int:
+        """How many times the text encoder reads a caption at most."""
+        return self.max_token_length // WINDOW
 
     @property
     def title(self) -> str:
@@ -222,6 +233,11 @@ class TrainSDConfig(TrainingConfig):
                 "it must be one word, such as <dog>",
             ),
             ("clip_skip", self.clip_skip >= 1, "it must be at least 1, which reads the last layer"),
+            (
+                "max_token_length",
+                self.max_token_length in TOKEN_LENGTHS,
+                f"it must be {', '.join(map(str, TOKEN_LENGTHS[:-1]))} or {TOKEN_LENGTHS[-1]}",
+            ),
             ("token_vectors", self.token_vectors >= 1, "it must be at least 1"),
             rate_rule("token_learning_rate", self.token_learning_rate),
             (

@@ -5,6 +5,7 @@ Letters in shapes: b pictures, t tokens, w width of the text embeddings, p width
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -58,6 +59,75 @@ def ids_of(pipe: Any, tokenizer: Any, texts: Sequence[str]) -> Tensor:
     limit = {"padding": "max_length", "truncation": True, "max_length": tokenizer.model_max_length}
     ids: Tensor = tokenizer(whole, return_tensors="pt", **limit).input_ids
     return ids
+
+
+SENTENCE_ENDS, PHRASE_ENDS = (".</w>",), (".</w>", ",</w>", ";</w>", ":</w>")
+"""Tokens of CLIP after which a long text is parted, the first best; else after a word."""
+
+
+def windows_of(pipe: Any, tokenizer: Any, text: str, most: int) -> tuple[Tensor, list[int]]:
+    """A text of any length as the encoder reads it in several windows (w, t), and the tokens that are lost behind the last.
+
+    As compel parts the prompts of `generate`: at the end of a sentence, of a phrase, or of a word, each window with its own
+    begin, end and padding. The last that there may be is filled.
+    """
+    length = int(tokenizer.model_max_length)
+    ids = tokenizer(pipe.maybe_convert_prompt(text, tokenizer), truncation=False, verbose=False).input_ids
+    if len(ids) <= length:
+        return ids_of(pipe, tokenizer, [text]), []
+    rows: list[list[int]] = []
+    rest: list[int] = ids[1:-1]
+    while rest and len(rows) < most:
+        end = length - 2 if len(rows) == most - 1 else parting(tokenizer, rest, length - 2)
+        row = [tokenizer.bos_token_id, *rest[:end], tokenizer.eos_token_id]
+        rows.append(row + [tokenizer.pad_token_id] * (length - len(row)))
+        rest = rest[end:]
+    return torch.tensor(rows), rest
+
+
+def parting(tokenizer: Any, ids: Sequence[int], most: int) -> int:
+    """How many tokens the first window takes."""
+    if len(ids) <= most:
+        return most
+    words = tokenizer.convert_ids_to_tokens(list(ids[:most]))
+    for ends in (SENTENCE_ENDS, PHRASE_ENDS, tuple(word for word in words if word.endswith("</w>"))):
+        if found := [i for i, word in enumerate(words) if word in ends]:
+            return found[-1] + 1
+    return most
+
+
+def as_long(texts: Sequence[Tensor]) -> list[Tensor]:
+    """Texts (tokens or windows first) repeated to one length.
+
+    Attention to the same tokens several times is attention to them once: the copies share their weight. So a caption means the
+    same beside a longer one as alone.
+    """
+    length = math.lcm(*(len(text) for text in texts))
+    return [t if len(t) == length else t.repeat(length // len(t), *(1,) * (t.dim() - 1)) for t in texts]
+
+
+def window_states(
+    encoders: Sequence[nn.Module], ids: Sequence[Tensor], summary: Tensor | None, clip_skip: int = 1
+) -> tuple[Tensor, Tensor | None]:
+    """As `text_states`, of captions in several windows: text (b, w·t, width), and for two encoders the summary (b, p).
+
+    Args:
+        encoders: of transformers.
+        ids: for each encoder (b, w, t).
+        summary: for the second encoder (b, t), the beginning of each caption, which its summary is of.
+        clip_skip: see `text_states`.
+    """
+    rows = len(ids[0])
+    text, pooled = text_states(encoders, [i.flatten(0, 1) for i in ids], clip_skip)
+    if pooled is not None and summary is not None:
+        pooled = summary_of(encoders[-1], summary)
+    return text.reshape(rows, -1, text.shape[-1]), pooled
+
+
+def summary_of(encoder: Any, ids: Tensor) -> Tensor:
+    """SDXL's summary of texts, (b, p), by its second encoder."""
+    pooled: Tensor = encoder(ids.to(encoder.device))[0]
+    return pooled
 
 
 def text_states(

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from visionlora.diffusion.conditioning import text_states, token_ids
+from visionlora.diffusion.conditioning import as_long, ids_of, text_states, token_ids, window_states, windows_of
 from visionlora.diffusion.encode import Encoded
 from visionlora.errors import ConfigError
 from visionlora.models.base import BaseModel
@@ -27,23 +27,25 @@ class TokenConditioning:
     """What a `Denoiser` is told of a batch: like `Conditioning`, with token ids in place of the text's embeddings."""
 
     ids: tuple[Tensor, ...]
-    """For each text encoder (b, tokens)."""
+    """For each text encoder (b, tokens); of captions that may have several windows (b, windows, tokens)."""
     there: Tensor | None
     """1 where there is a caption, (b,), for models that read zeros where there is none."""
     sizes: Tensor | None
     """(b, 6), SDXL alone."""
+    summary: Tensor | None = None
+    """The beginnings of captions that may have several windows, (b, tokens), for the second encoder's summary."""
 
     def arguments(self) -> dict[str, Any]:
         """As a `Denoiser` takes them."""
-        return {"token_ids": self.ids, "there": self.there, "sizes": self.sizes}
+        return {"token_ids": self.ids, "there": self.there, "sizes": self.sizes, "summary": self.summary}
 
     def to(self, device: torch.device) -> TokenConditioning:
         """On a device."""
-        moved = [None if t is None else t.to(device) for t in (self.there, self.sizes)]
+        moved = [None if t is None else t.to(device) for t in (self.there, self.sizes, self.summary)]
         return TokenConditioning(tuple(i.to(device) for i in self.ids), *moved)
 
     def __getitem__(self, part: slice) -> TokenConditioning:
-        cut = [None if t is None else t[part] for t in (self.there, self.sizes)]
+        cut = [None if t is None else t[part] for t in (self.there, self.sizes, self.summary)]
         return TokenConditioning(tuple(i[part] for i in self.ids), *cut)
 
 
@@ -53,13 +55,19 @@ class Tokens:
 
     data: Encoded
     ids: tuple[Tensor, ...]
-    """For each text encoder (captions, tokens)."""
+    """For each text encoder (captions, tokens); of captions that may have several windows, the last encoder's beginnings."""
     is_xl: bool
+    windows: tuple[tuple[Tensor, ...], ...] = ()
+    """For each text encoder and caption (windows, tokens), where captions may have several."""
 
     @classmethod
     def of(cls, base: BaseModel, data: Encoded) -> Tokens:
         """Of all captions of a data set."""
-        return cls(data, tuple(token_ids(base, data.captions)), base.is_xl)
+        if base.windows == 1:
+            return cls(data, tuple(token_ids(base, data.captions)), base.is_xl)
+        parts = base.text_parts()
+        windows = [tuple(windows_of(base.pipe, t, c, base.windows)[0] for c in data.captions) for _, t, _ in parts]
+        return cls(data, (ids_of(base.pipe, parts[-1][1], data.captions),), base.is_xl, tuple(windows))
 
     def conditioning(
         self, pictures: Sequence[int], captions: Sequence[int], variants: Sequence[int]
@@ -67,7 +75,11 @@ class Tokens:
         """See `Encoded.conditioning`."""
         there = torch.tensor([float(c != 0) for c in captions]) if self.data.zero_when_empty else None
         sizes = self.data.sizes(pictures, variants) if self.is_xl else None
-        return TokenConditioning(tuple(i[list(captions)] for i in self.ids), there, sizes)
+        ids = tuple(i[list(captions)] for i in self.ids)
+        if not self.windows:
+            return TokenConditioning(ids, there, sizes)
+        read = tuple(torch.stack(as_long([own[c] for c in captions])) for own in self.windows)
+        return TokenConditioning(read, there, sizes, ids[-1])
 
 
 class Denoiser(nn.Module):
@@ -91,10 +103,15 @@ class Denoiser(nn.Module):
         token_ids: Sequence[Tensor],
         there: Tensor | None = None,
         sizes: Tensor | None = None,
+        summary: Tensor | None = None,
         return_dict: bool = False,
     ) -> Any:
         """See `TokenConditioning` for the arguments."""
-        text, pooled = text_states([getattr(self, name) for name in self.names], token_ids, self.clip_skip)
+        encoders = [getattr(self, name) for name in self.names]
+        if summary is None:
+            text, pooled = text_states(encoders, token_ids, self.clip_skip)
+        else:
+            text, pooled = window_states(encoders, token_ids, summary, self.clip_skip)
         if pooled is None:
             return self.unet(noisy, timesteps, encoder_hidden_states=text, return_dict=return_dict)
         if there is not None:

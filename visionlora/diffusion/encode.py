@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +17,16 @@ from visionlora.data.cache import Entries, Share, TensorCache, cut, default_cach
 from visionlora.data.folder import ImageItem
 from visionlora.data.groups import Group, grouped
 from visionlora.data.images import decode
-from visionlora.diffusion.conditioning import Conditioning, empty_is_zero, text_states, token_ids
+from visionlora.diffusion.conditioning import (
+    Conditioning,
+    as_long,
+    empty_is_zero,
+    ids_of,
+    summary_of,
+    text_states,
+    token_ids,
+    windows_of,
+)
 from visionlora.errors import ConfigError, ModelError
 from visionlora.models.base import BaseModel
 from visionlora.models.fingerprint import weights_fingerprint
@@ -67,7 +77,7 @@ class Encoded:
     caption_of: tuple[tuple[int, ...], ...]
     """Of each picture the positions of its captions, one of which is drawn each time; a likelier one is there more often."""
     texts: Entries
-    """Of each caption `text` (tokens, width), and `pooled` (width) where the model reads it."""
+    """Of each caption `text` (tokens, width), longer where it has several windows, and `pooled` (width) where that is read."""
     scaling_factor: float
     zero_when_empty: bool
     """Whether the empty caption is all zeros."""
@@ -134,7 +144,7 @@ class Encoded:
             variants: of the pictures.
         """
         entries = [self.texts[c] for c in captions]
-        text = torch.stack([e["text"].float() for e in entries])
+        text = torch.stack(as_long([e["text"].float() for e in entries]))
         if "pooled" not in entries[0]:
             return Conditioning(text)
         pooled = torch.stack([e["pooled"].float() for e in entries])
@@ -157,6 +167,10 @@ def cut_captions(base: BaseModel, captions: Sequence[str]) -> list[tuple[str, st
     tokenizer = base.pipe.tokenizer
     cut = []
     for caption in dict.fromkeys(captions):
+        if base.windows > 1:
+            if lost := windows_of(base.pipe, tokenizer, caption, base.windows)[1]:
+                cut.append((caption, str(tokenizer.decode(lost)).strip()))
+            continue
         ids = tokenizer(base.pipe.maybe_convert_prompt(caption, tokenizer), truncation=False, verbose=False).input_ids
         if len(ids) > tokenizer.model_max_length:
             cut.append((caption, str(tokenizer.decode(ids[tokenizer.model_max_length - 1 : -1])).strip()))
@@ -167,10 +181,32 @@ def cut_captions(base: BaseModel, captions: Sequence[str]) -> list[tuple[str, st
 def encode_text(base: BaseModel, captions: Sequence[str]) -> list[dict[str, Tensor]]:
     """Of each caption `text` (tokens, width) and for SDXL `pooled` (width), as the pipeline computes them."""
     encoders = [encoder for _, _, encoder in base.text_parts()]
+    if base.windows > 1:
+        return encode_long(base, encoders, captions)
     ids = token_ids(base, captions)
     text, pooled = text_states(encoders, [i.to(e.device) for i, e in zip(ids, encoders, strict=True)], base.clip_skip)
     rows = [{"text": t} for t in text.cpu()]
     return rows if pooled is None else [{**row, "pooled": p} for row, p in zip(rows, pooled.cpu(), strict=True)]
+
+
+def encode_long(base: BaseModel, encoders: Sequence[Any], captions: Sequence[str]) -> list[dict[str, Tensor]]:
+    """Of captions of one or several windows; see `encode_text`."""
+    parts = base.text_parts()
+    ids = [[windows_of(base.pipe, t, caption, base.windows)[0] for caption in captions] for _, t, _ in parts]
+    read = [torch.cat(own).to(e.device) for own, e in zip(ids, encoders, strict=True)]
+    text = text_states(encoders, read, base.clip_skip)[0].cpu()
+    rows = [{"text": windows.flatten(0, 1)} for windows in text.split([len(windows) for windows in ids[0]])]
+    if not base.is_xl:
+        return rows
+    pooled = summary_of(encoders[-1], ids_of(base.pipe, parts[-1][1], captions)).cpu()
+    return [{**row, "pooled": p} for row, p in zip(rows, pooled, strict=True)]
+
+
+def window_count(base: BaseModel, captions: Sequence[str]) -> int:
+    """How many windows the text encoder reads of all captions."""
+    if base.windows == 1:
+        return len(captions)
+    return sum(len(windows_of(base.pipe, base.pipe.tokenizer, caption, base.windows)[0]) for caption in captions)
 
 
 @torch.no_grad()
@@ -237,7 +273,7 @@ def cache_bytes(base: BaseModel, framings: Sequence[Framing], variants: int, cap
         base: which computes them; it encodes one caption to see.
         framings: of the pictures.
         variants: of each picture.
-        captions: different ones.
+        captions: different ones, each as often as the text encoder reads it; see `window_count`.
     """
     positions = sum(f.bucket[0] * f.bucket[1] for f in framings) // base.scale_factor**2
     latents = 2 * int(base.pipe.vae.config.latent_channels) * positions * variants * torch.float32.itemsize
@@ -314,7 +350,8 @@ def encode_dataset(
     distinct = list(dict.fromkeys(["", *more_captions, *(c for each in own_captions for c in each)]))
     place, of_texts = {c: i for i, c in enumerate(distinct)}, text_keys(base, distinct, salt)
     lacking = [f for key, f in zip(keys, framings, strict=True) if not cache.holds(key)]
-    check_room(base, cache, lacking, len(plan.variants), sum(not cache.holds(key) for key in of_texts))
+    unread = [caption for key, caption in zip(of_texts, distinct, strict=True) if not cache.holds(key)]
+    check_room(base, cache, lacking, len(plan.variants), window_count(base, unread))
     latents, new_latents = cache.fill(
         keys,
         lambda part: encode_variants(
@@ -361,4 +398,5 @@ def text_keys(base: BaseModel, captions: Sequence[str], salt: str = "") -> list[
         for _, t, e in base.text_parts()
     ]
     layer = [] if base.clip_skip == 1 else [f"clip_skip {base.clip_skip}"]
+    layer += [] if base.windows == 1 else [f"windows {base.windows}"]
     return [key_of("text 2", *encoders, *layer, salt, c) for c in captions]

@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from visionlora.diffusion.conditioning import words_or_states
+from visionlora.diffusion.conditioning import as_long, empty_is_zero, words_or_states
+from visionlora.diffusion.encode import encode_text, window_count
 from visionlora.diffusion.recipe import SCHEDULERS
 from visionlora.errors import ConfigError, ModelError
 from visionlora.models.base import BaseModel
@@ -95,7 +96,7 @@ def draw(
         for i in range(0, len(prompts), config.batch_size):
             part = list(prompts[i : i + config.batch_size])
             latents = pipe(
-                **words_or_states(pipe, part, "", base.clip_skip),
+                **(long_states(base, part) or words_or_states(pipe, part, "", base.clip_skip)),
                 height=size,
                 width=size,
                 num_inference_steps=config.steps,
@@ -107,6 +108,23 @@ def draw(
             if progress is not None:
                 progress(len(part))
     return pictures
+
+
+def long_states(base: BaseModel, prompts: Sequence[str]) -> dict[str, Tensor]:
+    """What a pipeline is called with where a prompt is longer than a window and the model reads several; else nothing."""
+    if base.windows == 1 or window_count(base, prompts) == len(prompts):
+        return {}
+    rows, device = encode_text(base, [*prompts, ""]), base.pipe.text_encoder.device
+    *texts, without = (text.to(device) for text in as_long([row["text"] for row in rows]))
+    if empty_is_zero(base):
+        without = torch.zeros_like(without)
+    found = {"prompt_embeds": torch.stack(texts), "negative_prompt_embeds": torch.stack([without] * len(prompts))}
+    if base.is_xl:
+        *pooled, last = (row["pooled"].to(device) for row in rows)
+        last = torch.zeros_like(last) if empty_is_zero(base) else last
+        found["pooled_prompt_embeds"] = torch.stack(pooled)
+        found["negative_pooled_prompt_embeds"] = torch.stack([last] * len(prompts))
+    return found
 
 
 @contextmanager

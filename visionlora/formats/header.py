@@ -111,7 +111,7 @@ def info_in(metadata: Mapping[str, str]) -> dict[str, Any]:
         info["trigger"] = trigger
     if name := metadata.get("ss_sd_model_name"):
         info["base_name"] = name
-    numbers = {"steps": metadata.get("ss_steps", ""), "clip_skip": metadata.get("ss_clip_skip", "")}
+    numbers = {name: metadata.get(f"ss_{name}", "") for name in ("steps", "clip_skip", "max_token_length")}
     training: dict[str, Any] = {name: int(text) for name, text in numbers.items() if text.isdigit()}
     if metadata.get("ss_zero_terminal_snr") == "True":
         training["zero_terminal_snr"] = True

@@ -238,6 +238,11 @@ class Adapter:
         return int((self.info.get("training") or {}).get("clip_skip", 1))
 
     @property
+    def max_token_length(self) -> int:
+        """How many tokens of a caption were learned at most; 75, what CLIP reads at once, where it is not said."""
+        return int((self.info.get("training") or {}).get("max_token_length", 75))
+
+    @property
     def zero_terminal_snr(self) -> bool:
         """Whether it was trained at noise levels that end at nothing but noise."""
         return bool((self.info.get("training") or {}).get("zero_terminal_snr"))

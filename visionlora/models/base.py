@@ -52,15 +52,19 @@ class BaseModel:
     clip_skip: int = 1
     """How many layers from the end the text is read, of Stable Diffusion 1.x and 2.x: 1 after the last, 2 before it, as models
     of anime are often trained."""
+    windows: int = 1
+    """Windows of the text encoder that captions may fill; what is longer is cut."""
     variant: str | None = None
     """Which files of a folder or Hub id were read, where they are not the plain ones: fp16."""
 
-    def reading(self, clip_skip: int) -> BaseModel:
-        """The same model, its text read so many layers from the end.
+    def reading(self, clip_skip: int, windows: int = 1) -> BaseModel:
+        """The same model, its text read so many layers from the end, in so many windows at most.
 
         Raises:
-            ModelError: when it is SDXL, or has fewer layers.
+            ModelError: when layers are to be skipped, and it is SDXL, or has fewer.
         """
+        if windows != self.windows:
+            return replace(self, windows=windows).reading(clip_skip, windows)
         if clip_skip == self.clip_skip:
             return self
         if self.is_xl:

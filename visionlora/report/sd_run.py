@@ -13,6 +13,7 @@ from visionlora.config import TrainSDConfig
 from visionlora.data.folder import ImageFolder, ImageItem
 from visionlora.data.learned import Learned, history
 from visionlora.diffusion.encode import Encoded
+from visionlora.diffusion.prompts import too_long
 from visionlora.diffusion.validation import Evaluation
 from visionlora.formats import diffusers
 from visionlora.formats.families import FAMILIES, family_of_unet
@@ -91,6 +92,7 @@ def header(
             "data_sha256": data_hash(folder),
             **({} if base.clip_skip == 1 else {"clip_skip": base.clip_skip}),
             **({"zero_terminal_snr": True} if config.zero_terminal_snr else {}),
+            **({} if config.windows == 1 else {"max_token_length": config.max_token_length}),
             **history(learned, config.start_from, before),
         },
     }
@@ -133,6 +135,7 @@ def public_metadata(
         "modelspec.prediction_type": {"v_prediction": "v"}.get(base.prediction_type, base.prediction_type),
         "ss_clip_skip": "None" if base.clip_skip == 1 else str(base.clip_skip),
         **({"ss_zero_terminal_snr": "True"} if config.zero_terminal_snr else {}),
+        **({} if config.windows == 1 else {"ss_max_token_length": str(config.max_token_length)}),
         **({"modelspec.trigger_phrase": word} if (word := config.token or trigger(folder)) else {}),
     }
 
@@ -153,6 +156,7 @@ def facts(
         "Learning rate": f"{loop.learning_rate:g}",
         "Seed": str(config.seed),
         **({} if base.clip_skip == 1 else {"Clip skip": str(base.clip_skip)}),
+        **({} if config.windows == 1 else {"Longest captions": f"{config.max_token_length} tokens"}),
         **({"Noise levels": "end at nothing but noise (zero_terminal_snr)"} if config.zero_terminal_snr else {}),
     }
 
@@ -168,7 +172,7 @@ def usage(base: BaseModel, adapter: Adapter, run: Path, prompt: str, zero_termin
         zero_terminal_snr: whether its noise levels ended at nothing but noise.
     """
     name, source = run.resolve().name, base.id if base.id == EMBEDDED else base.source
-    if why := beyond_diffusers(base, adapter):
+    if why := beyond_diffusers(base, adapter, prompt):
         return (
             f"import visionlora as vl  # diffusers alone draws otherwise: {why}\n\n"
             f"drawn = vl.generate(vl.GenerateConfig([{prompt!r}], loras=[({name!r}, 1.0)], model={source!r}))\n"
@@ -193,7 +197,7 @@ def usage(base: BaseModel, adapter: Adapter, run: Path, prompt: str, zero_termin
     )
 
 
-def beyond_diffusers(base: BaseModel, adapter: Adapter) -> str | None:
+def beyond_diffusers(base: BaseModel, adapter: Adapter, prompt: str) -> str | None:
     """What a picture needs that diffusers does not do with the file and the base alone; None where there is nothing."""
     if base.id == EMBEDDED:
         return "the base comes with visionlora"
@@ -201,6 +205,8 @@ def beyond_diffusers(base: BaseModel, adapter: Adapter) -> str | None:
         return "it does not read what the base says of its noise"
     if base.clip_skip != 1:  # nor does it with every version of transformers when told to: no attribute 'text_model'
         return f"it does not read the text {base.clip_skip} layers from the end (clip_skip)"
+    if base.windows > 1 and too_long(base.pipe, prompt):
+        return "it cuts long prompts"
     if adapter.embeddings:
         return f"it does not read the word {', '.join(adapter.embeddings)} in the file"
     if not diffusers.reads(adapter):

@@ -1,14 +1,19 @@
 """Weights in prompts and prompts that are too long."""
 
+import json
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import CLIPTokenizer
 
+from visionlora.diffusion.denoiser import LearnedWord
+from visionlora.diffusion.encode import cut_captions, encode_text
 from visionlora.diffusion.prompts import prompt_arguments, weighted
+from visionlora.diffusion.sampling import long_states
 from visionlora.errors import ConfigError
-from visionlora.models.base import open_base
+from visionlora.models.base import BaseModel, open_base
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -125,3 +130,65 @@ def test_a_long_prompt_of_sdxl_and_a_short_negative_one(tiny_xl: Path) -> None:
     assert not found["negative_prompt_embeds"].any(), "as the pipeline has it for no text"
     one, plain = (prompt_arguments(pipe, [f"a ({w}) b"], "x") for w in ("dog:1.0", "dog:1.5"))
     assert torch.equal(one["pooled_prompt_embeds"], plain["pooled_prompt_embeds"]), "the summary has no weights in it"
+
+
+@pytest.fixture
+def punctuated(tiny_model: Path, tmp_path: Path) -> BaseModel:
+    """Stable Diffusion 1.x whose tokenizer knows where sentences and phrases end."""
+    base = open_base(str(tiny_model))
+    vocabulary = base.pipe.tokenizer.get_vocab()
+    words = [*sorted(vocabulary, key=lambda word: vocabulary[word]), ".</w>", ",</w>"]
+    (tmp_path / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    files = str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt")
+    base.pipe.tokenizer = CLIPTokenizer(*files, model_max_length=16)
+    base.pipe.text_encoder.resize_token_embeddings(len(words))
+    return base
+
+
+LONG = {
+    "sentences": "a dog. a cat, a. b c d e f g h i j",
+    "phrases": "a dog, a cat, a b c d e f g h i j",
+    "words": "abc de fgh <it> abc de fgh <it> abc de",
+    "one word": "a" * 40,
+    "sdxl": "abcdefghij klmn op <it> q rstuv w",
+}
+
+
+@pytest.mark.parametrize("clip_skip", [1, 2])
+@pytest.mark.parametrize("text", LONG.values(), ids=LONG)
+def test_a_long_caption_is_learned_as_it_is_drawn(
+    text: str, clip_skip: int, punctuated: BaseModel, tiny_xl: Path
+) -> None:
+    """The same windows, parted at the same places, and for SDXL the same summary."""
+    pytest.importorskip("compel")
+    if text == LONG["sdxl"] and clip_skip > 1:
+        pytest.skip("SDXL has no clip_skip")
+    base = (open_base(str(tiny_xl)) if text == LONG["sdxl"] else punctuated).reading(clip_skip, windows=3)
+    LearnedWord(base, "<it>", 2, "dog")
+    (learned,) = encode_text(base, [text])
+    found = prompt_arguments(base.pipe, [text], "", clip_skip)
+    assert not cut_captions(base, [text]) and len(learned["text"]) > 16
+    torch.testing.assert_close(learned["text"], found["prompt_embeds"][0], rtol=1e-4, atol=1e-5)
+    if base.is_xl:
+        torch.testing.assert_close(learned["pooled"], found["pooled_prompt_embeds"][0], rtol=1e-4, atol=1e-5)
+    drawn = long_states(base, [text])  # the samples of a run
+    assert drawn.keys() == found.keys()
+    for name, states in found.items():
+        torch.testing.assert_close(drawn[name], states, rtol=1e-4, atol=1e-5)
+    assert not long_states(base, ["a dog"]), "it goes as it is"
+
+
+def test_a_long_caption_of_the_embedded_model_is_learned_as_it_is_drawn() -> None:
+    pytest.importorskip("compel")
+    base = open_base("emoji-64").reading(1, windows=3)
+    text = "a small dog with a red hat and " * 3
+    found = prompt_arguments(base.pipe, [text], "")["prompt_embeds"][0]
+    assert len(found) > base.pipe.tokenizer.model_max_length and not cut_captions(base, [text])
+    torch.testing.assert_close(encode_text(base, [text])[0]["text"], found, rtol=1e-4, atol=1e-5)
+
+
+def test_what_does_not_fit_into_the_windows_is_named(tiny_model: Path) -> None:
+    base = open_base(str(tiny_model)).reading(1, windows=2)
+    ((_, lost),) = cut_captions(base, [" ".join("abcdefghijklmnopqrstuvwxyzabcd")])
+    assert lost == "c d" and encode_text(base, ["a"])[0]["text"].shape[0] == 16
