@@ -41,10 +41,20 @@ def convert(
             modules={n: m for n, m in adapter.modules.items() if n.startswith(component + ".")},
             embeddings={token: parts for token, parts in own.items() if parts},
         )
-    for file in files_written(adapter, output, to)[1:]:
+    save_new(adapter, output, to, overwrite)
+    return adapter
+
+
+def save_new(adapter: Adapter, output: str | Path, to: str, overwrite: bool) -> None:
+    """Writes an adapter, taking the place of nothing unless `overwrite`: not of its learned words' files either.
+
+    Raises:
+        AdapterFileError: when the format cannot hold it.
+        ConfigError: when one of the files is there already; nothing is written then.
+    """
+    for file in files_written(adapter, output, to):
         check_new(file, overwrite)
     save_adapter(adapter, output, to)
-    return adapter
 
 
 def files_written(adapter: Adapter, output: str | Path, to: str) -> list[Path]:

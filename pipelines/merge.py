@@ -6,9 +6,11 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from visionlora.pipelines.convert import save_new
+
 from visionlora.atomic import check_new
 from visionlora.errors import ConfigError
-from visionlora.loaders import load_adapter, save_adapter
+from visionlora.loaders import load_adapter
 from visionlora.lora.arithmetic import Progress, Result, Size, merge_adapters
 from visionlora.lora.combine import Options
 
@@ -29,5 +31,5 @@ def merge(
     check_new(Path(output).expanduser(), overwrite)
     adapters = [(load_adapter(path), scale) for path, scale in sources]
     result = merge_adapters(adapters, method, size, options, progress)
-    save_adapter(result.adapter, output, to)
+    save_new(result.adapter, output, to, overwrite)
     return result

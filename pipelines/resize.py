@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from visionlora.pipelines.convert import save_new
+
 from visionlora.atomic import check_new
-from visionlora.loaders import load_adapter, save_adapter
+from visionlora.loaders import load_adapter
 from visionlora.lora.arithmetic import Progress, Result, Size, resize_adapter
 
 
@@ -21,5 +23,5 @@ def resize(
     """
     check_new(Path(output).expanduser(), overwrite)
     result = resize_adapter(load_adapter(source), size, progress)
-    save_adapter(result.adapter, output, to)
+    save_new(result.adapter, output, to, overwrite)
     return result

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 import visionlora as vl
 from visionlora.cli.main import app
-from visionlora.errors import VisionLoRAError
+from visionlora.errors import ConfigError, VisionLoRAError
 from visionlora.loaders import apply
 from visionlora.lora.adapter import Adapter, AdapterModule
 from visionlora.models.base import open_base
@@ -225,6 +225,24 @@ def test_a_word_of_an_adapter_for_diffusers(with_a_word: Path, tiny_model: Path,
     assert torch.equal(pipe.text_encoder.get_input_embeddings().weight[ids], found["text_encoder"])
     with pytest.raises(VisionLoRAError, match=r"has no layers .* load_textual_inversion"):
         vl.save_adapter(vl.load_adapter(tmp_path / "d-rex.safetensors"), tmp_path / "e.safetensors", "diffusers")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("merge", "{word}", "{word}:0.5"), ("resize", "{word}", "--rank", 1), ("convert", "{word}", "{out}")],
+    ids=lambda words: words[0],
+)
+def test_a_word_beside_the_output_takes_no_others_place(with_a_word: Path, tmp_path: Path, words: tuple) -> None:
+    out, other = tmp_path / "out.safetensors", tmp_path / "out-rex.safetensors"
+    told = [str(w).format(word=with_a_word, out=out) for w in words] + ["--to", "diffusers"]
+    told += [] if words[0] == "convert" else ["--output", str(out)]
+    other.write_text("of somebody else")
+    with pytest.raises(ConfigError, match=r"out-rex\.safetensors exists already"):
+        run(*told)
+    assert other.read_text() == "of somebody else" and not out.exists()
+    other.unlink()
+    assert f"a learned word, for the folder of embeddings: {other}" in run(*told)
+    assert out.exists() and other.exists()
 
 
 def test_one_part_of_an_adapter_has_no_words_of_others(with_a_word: Path, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
@@ -12,6 +12,9 @@ from visionlora.cli.console import ConsoleListener
 from visionlora.cli.words import FORMATS, describe, parse_size
 from visionlora.config import parse_lora
 from visionlora.errors import ConfigError, nearest
+
+if TYPE_CHECKING:
+    from visionlora.lora.adapter import Adapter
 
 Output = Annotated[Path, typer.Option("--output", "-o", help="What to write: a file, or a folder for peft.")]
 To = Annotated[str, typer.Option("--to", help=f"Format: {FORMATS}.")]
@@ -38,14 +41,20 @@ def convert(
 ) -> None:
     """Write an adapter in another format: `visionlora convert dog.safetensors dog-kohya.safetensors --to kohya`."""
     from visionlora.pipelines.convert import convert as run
-    from visionlora.pipelines.convert import files_written
 
     adapter = run(source, output, to, component, allow_partial, overwrite)
     typer.echo(f"{len(adapter.modules)} modules, from {adapter.format} to {to}: {output}")
-    for file in files_written(adapter, output, to)[1:]:
-        typer.echo(f"  a learned word, for the folder of embeddings: {file}")
+    tell_words(adapter, output, to)
     for key in adapter.unused:
         typer.echo(f"  left out: {key}")
+
+
+def tell_words(adapter: Adapter, output: Path, to: str) -> None:
+    """Names the files of learned words beside the output."""
+    from visionlora.pipelines.convert import files_written
+
+    for file in files_written(adapter, output, to)[1:]:
+        typer.echo(f"  a learned word, for the folder of embeddings: {file}")
 
 
 def merge(
@@ -68,6 +77,7 @@ def merge(
         options, size = Options(density, seed), parse_size(rank, energy)
         result = run(pairs, output, method, size, options, to, overwrite, counting(listener, "Merging"))
     typer.echo(f"{describe(result, method)}: {output}")
+    tell_words(result.adapter, output, to)
     for note in result.notes:
         typer.echo(note)
 
@@ -86,6 +96,7 @@ def resize(
 
         result = run(source, output, parse_size(rank, energy), to, overwrite, counting(listener, "Resizing"))
     typer.echo(f"{describe(result)}: {output}")
+    tell_words(result.adapter, output, to)
 
 
 def extract(

@@ -100,6 +100,23 @@ def additive(name: str, module: AdapterModule, what: str) -> AdapterModule:
     )
 
 
+def words_of(adapters: Sequence[Adapter]) -> dict[str, dict[str, Tensor]]:
+    """The learned words of all, by token and text encoder.
+
+    Raises:
+        ConfigError: when two have one with different vectors.
+    """
+    found: dict[str, dict[str, Tensor]] = {}
+    for adapter in adapters:
+        for token, parts in adapter.embeddings.items():
+            there = found.setdefault(token, dict(parts))
+            if there.keys() != parts.keys() or not all(torch.equal(there[c], parts[c]) for c in parts):
+                raise ConfigError(
+                    f"Two of the adapters have vectors of their own for {token}: a merged one can keep but one of each."
+                )
+    return found
+
+
 def merge_adapters(
     adapters: Sequence[tuple[Adapter, float]], method: str = "sum", size: Size | None = None,
     options: Options | None = None, progress: Progress | None = None,
@@ -124,6 +141,7 @@ def merge_adapters(
     combine, options, size = combination(method), options or Options(), size or Size()
     spelled = in_one_spelling([a for a, _ in adapters])
     adapters = [(a, scale) for a, (_, scale) in zip(spelled, adapters, strict=True)]
+    embeddings = words_of([a for a, _ in adapters])
     names = list(dict.fromkeys(n for a, _ in adapters for n in a.modules))
     modules: dict[str, AdapterModule] = {}
     errors: dict[str, float] = {}
@@ -141,12 +159,6 @@ def merge_adapters(
             modules[name], errors[name] = sized(lora_A, lora_B, within)
         if progress is not None:
             progress(done, len(names))
-    tokens = [token for a, _ in adapters for token in a.embeddings]
-    if twice := sorted({t for t in tokens if tokens.count(t) > 1}):
-        raise ConfigError(
-            f"Two of the adapters have vectors of their own for {', '.join(twice)}: a merged one can keep but one of each."
-        )
-    embeddings = {token: parts for a, _ in adapters for token, parts in a.embeddings.items()}
     info = merged_info(adapters, method)
     if odd := {name: why for a, _ in adapters for name, why in a.odd_layers.items()}:
         info["odd_layers"] = odd

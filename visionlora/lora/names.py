@@ -23,6 +23,11 @@ SPELLINGS = (
 )
 
 
+TOWER = re.compile(r"(text|vision)_model[._]")
+EMBEDDINGS = {"embeddings.token_embedding": "text", "embeddings.patch_embedding": "vision"}
+"""What CLIP's and SigLIP's encoders begin with."""
+
+
 def spelling_key(name: str) -> str:
     """The same for every spelling of a layer's name.
 
@@ -37,6 +42,22 @@ def spelling_key(name: str) -> str:
     return name.replace(".", "_").removeprefix("text_model_").removeprefix("vision_model_")
 
 
+def tower_of(name: str) -> str:
+    """text or vision, where a layer's name says in which of a model's two encoders it is.
+
+    >>> tower_of("vision_model.encoder.layers.0.mlp.fc1"), tower_of("layers.0.mlp.fc1")
+    ('vision', '')
+    """
+    found = TOWER.match(name)
+    return found[1] if found else ""
+
+
+def tower_of_model(known: Iterable[str]) -> str:
+    """text or vision, for the names of a model that is one of these encoders alone."""
+    embedded = {tower for name in known for word, tower in EMBEDDINGS.items() if name.endswith(word)}
+    return embedded.pop() if len(embedded) == 1 else ""
+
+
 def resolve_names(given: Iterable[str], known: Iterable[str]) -> Mapping[str, str]:
     """{given name: the model's name}, for those that the model has.
 
@@ -46,10 +67,12 @@ def resolve_names(given: Iterable[str], known: Iterable[str]) -> Mapping[str, st
     """
     exact = set(known)
     flat, table = (unambiguous(exact, key) for key in (lambda name: name.replace(".", "_"), spelling_key))
+    model = tower_of_model(exact)
     found = {}
     for name in given:
         match = name if name in exact else flat.get(name) or table.get(spelling_key(name))
-        if match is not None:
+        # The layers of a model's two encoders are called alike; without its prefix a name may be of either.
+        if match is not None and len({tower_of(name), tower_of(match) or model} - {""}) < 2:
             found[name] = match
     return found
 
@@ -66,7 +89,8 @@ def common_names(files: Sequence[Iterable[str]]) -> dict[str, str]:
     """{name: the one to use for it}, for layers that several files spell in different ways: the one with the most dots.
 
     Args:
-        files: the names in each. Two of one file that differ in spelling alone are two layers, and stay as they are.
+        files: the names in each. Two of one file that differ in spelling alone are two layers, and stay as they are; so do
+            those of a text and of a vision encoder.
 
     >>> common_names([["encoder.layers.0.mlp.fc1"], ["text_model.encoder.layers.0.mlp.fc1"]])
     {'encoder.layers.0.mlp.fc1': 'text_model.encoder.layers.0.mlp.fc1'}
@@ -78,6 +102,7 @@ def common_names(files: Sequence[Iterable[str]]) -> dict[str, str]:
         apart |= {key for key, count in Counter(keys.values()).items() if count > 1}
         for name, key in keys.items():
             spellings.setdefault(key, set()).add(name)
+    apart |= {key for key, names in spellings.items() if len({tower_of(name) for name in names} - {""}) > 1}
     found: dict[str, str] = {}
     for key, names in spellings.items():
         chosen = max(sorted(names), key=lambda name: name.count("."))

@@ -300,7 +300,7 @@ MESSAGES = {
     "nothing": (lambda: merge_adapters([]), "There is nothing to merge: give at least one adapter."),
     "method": (lambda: merge_adapters([(adapter(0), 1.0)], "tis"), "There is no combination 'tis'. Did you mean 'ties'?"),
     "tokens": (
-        lambda: merge_adapters([(Adapter({}, {}, {"<dog>": {}}), 1.0), (Adapter({}, {}, {"<dog>": {}}), 1.0)]),
+        lambda: merge_adapters([(Adapter({}, {}, {"<dog>": {"t": torch.full((1, 2), v)}}), 1.0) for v in (0.0, 1.0)]),
         "Two of the adapters have vectors of their own for <dog>",
     ),
     "both": (lambda: Size(rank=2, energy=0.5), "Give a rank or an energy, not both"),
