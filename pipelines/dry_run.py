@@ -26,7 +26,16 @@ from visionlora.diffusion.encode import cache_bytes, encode_dataset, window_coun
 from visionlora.diffusion.prior import class_pictures
 from visionlora.diffusion.recipe import Recipe
 from visionlora.diffusion.sampling import SamplingConfig, draw
-from visionlora.diffusion.settings import attention_kernel, captions_of, plan_of, prepare_unet, release, validation_plan
+from visionlora.diffusion.settings import (
+    attention_kernel,
+    captions_of,
+    plan_of,
+    prepare_unet,
+    release,
+    validation_plan,
+    whole_captions,
+)
+from visionlora.models.base import BaseModel
 from visionlora.report.listener import Listener
 from visionlora.report.resume import begin, holding
 from visionlora.training.loop import Fit, process_state
@@ -117,11 +126,11 @@ def dry_run(config: TrainSDConfig, listener: Listener | None = None) -> Estimate
     loop = loop_config(config)
     some = [item for item, f in zip(items, framings, strict=True) if f.bucket == largest][: max(4, loop.batch_size)]
     captions = captions_of(config, some)
-    there, missing = class_sizes(config)
+    there, missing = class_sizes(config, ready.base)
     of_class = [plan.framing_of(s) for s in (*there, *[(ready.size, ready.size)] * missing)]
     apart = [validation_plan(plan).framing(item) for item in ready.apart]
     texts = {"", config.held_caption or "", *(c for each in ready.captions for c in each)}
-    texts |= {variants[0] for variants in captions_of(config, ready.apart)}
+    texts |= {variants[0] for variants in whole_captions(config, ready.apart)}
     if of_class and config.prior_prompt is not None:
         texts.add(config.prior_prompt)
     latents, text_bytes = cache_bytes(
@@ -177,15 +186,15 @@ def dry_run(config: TrainSDConfig, listener: Listener | None = None) -> Estimate
     )
 
 
-def class_sizes(config: TrainSDConfig) -> tuple[list[Size], int]:
+def class_sizes(config: TrainSDConfig, base: BaseModel) -> tuple[list[Size], int]:
     """The sizes of the class pictures that are there, and how many have to be drawn."""
     if config.prior_images is None or config.prior_prompt is None:
         return [], 0
     folder = Path(config.prior_images).expanduser()
-    if not folder.is_dir() or not (count := len(list_folder(folder).pictures)):
+    if not folder.is_dir() or not list_folder(folder).pictures:
         return [], config.prior_count
-    items = class_pictures(folder, config.prior_prompt, config.skip_broken)
-    return [item.size or decode(item.path).size[::-1] for item in items], max(0, config.prior_count - count)
+    items, _ = class_pictures(folder, config.prior_prompt, config.skip_broken, base)
+    return [item.size or decode(item.path).size[::-1] for item in items], max(0, config.prior_count - len(items))
 
 
 def class_picture_seconds(ready: Ready) -> float:

@@ -90,11 +90,17 @@ def clip_skip_of(config: GenerateConfig, adapters: Mapping[str, Adapter]) -> int
     """
     if config.clip_skip is not None:
         return config.clip_skip
-    found = {path: a.clip_skip for path, a in adapters.items() if a.info.get("training")}  # others say nothing
+    found = {path: a.clip_skip for path, a in adapters.items() if says_clip_skip(a)}
     if len(set(found.values())) > 1:
         said = ", ".join(f"{value} ({path})" for path, value in found.items())
         raise ConfigError(f"These adapters were trained with clip_skip {said}: choose with --clip-skip.")
     return next(iter(found.values()), 1)
+
+
+def says_clip_skip(adapter: Adapter) -> bool:
+    """Whether an adapter says how far its text was read: ours do, but one that was merged of different ones does not."""
+    training = adapter.info.get("training") or {}
+    return bool(training) and ("clip_skip" in training or "merged" not in adapter.info)
 
 
 def place_of(config: GenerateConfig) -> tuple[torch.device, str]:

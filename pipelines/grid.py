@@ -23,6 +23,9 @@ from visionlora.mixing.compose import composition
 from visionlora.report.grid import draw_grid
 from visionlora.report.grid_page import caption_of, page_of
 
+SILENT = 10.0
+"""Seconds that the first process waits for others before it says so."""
+
 
 @dataclass(frozen=True)
 class GridResult:
@@ -87,7 +90,7 @@ def grid(
             base.check_resolution(size)
     # Drawn in an order in which adapters change as seldom as can be.
     order = sorted(range(len(cells)), key=lambda k: (repr(cells[k].loras), cells[k].compose, k))
-    done = draw_together([cells[k] for k in order], ready, start, progress, started)
+    done = draw_together([cells[k] for k in order], ready, start, say, progress, started)
     page = config.output / "index.html"
     if process_of()[0]:
         return GridResult(page, (), tuple(done))
@@ -109,7 +112,12 @@ def grid(
 
 
 def draw_together(
-    recipes: Sequence[Recipe], ready: Opened, config: GenerateConfig, progress: Progress, started: float
+    recipes: Sequence[Recipe],
+    ready: Opened,
+    config: GenerateConfig,
+    say: Callable[[str], None],
+    progress: Progress,
+    started: float,
 ) -> list[Drawn]:
     """Every picture; the processes of a launch share them, and the first waits until the others' are there.
 
@@ -122,8 +130,12 @@ def draw_together(
     if rank or processes == 1:
         return own
     paths = places_of(recipes, config.output)
+    waits_from = time.monotonic()
     while missing := sum(not path.exists() for path in paths):
         progress(len(paths) - missing, len(paths))
+        if waits_from and time.monotonic() - waits_from > SILENT:
+            say(f"Waiting for {missing} pictures of the other processes: WORLD_SIZE says that there are {processes}.")
+            waits_from = 0.0
         time.sleep(0.1)
     others = zip(paths[end:], recipes[end:], strict=True)
     return [*own, *(Drawn(path, recipe, path.stat().st_mtime >= started) for path, recipe in others)]

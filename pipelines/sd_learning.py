@@ -24,11 +24,11 @@ from visionlora.diffusion.denoiser import Denoiser, LearnedWord, Tokens
 from visionlora.diffusion.encode import Encoded, encode_dataset
 from visionlora.diffusion.prior import class_pictures, draw_missing
 from visionlora.diffusion.settings import (
-    captions_of,
     objective_of,
     plan_of,
     prepare_unet,
     validation_plan,
+    whole_captions,
 )
 from visionlora.diffusion.task import DenoisingTask, Preservation
 from visionlora.diffusion.validation import Validation
@@ -99,7 +99,12 @@ def encode(ready: Ready, tell: Listener) -> Material:
             if drawn:
                 tell.say(f"{drawn} pictures of {config.prior_prompt!r} were drawn to {where}.")
         accelerator.wait_for_everyone()
-        class_items = class_pictures(where, config.prior_prompt, config.skip_broken)
+        class_items, others = class_pictures(where, config.prior_prompt, config.skip_broken, base)
+        if others:
+            tell.say(
+                f"{others} pictures of {where} were drawn for another caption than {config.prior_prompt!r} or by another "
+                "model: they are left aside."
+            )
     salt = "" if ready.word is None else ready.word.start
     data = encode_dataset(
         base, ready.folder.items, plan, None, tell.progress, captions=ready.captions, class_items=class_items, share=share,
@@ -115,7 +120,7 @@ def encode(ready: Ready, tell: Listener) -> Material:
     if ready.apart:
         kept = encode_dataset(
             base, ready.apart, validation_plan(plan), None, tell.progress, share=share, salt=salt, in_bf16=ready.in_bf16,
-            captions=[variants[:1] for variants in captions_of(config, ready.apart)],
+            captions=whole_captions(config, ready.apart),
         )  # fmt: skip
     return material_of(ready, data, kept)
 

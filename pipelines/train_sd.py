@@ -18,8 +18,8 @@ from visionlora.data.folder import ImageFolder
 from visionlora.diffusion.sampling import SamplingConfig
 from visionlora.diffusion.settings import (
     attention_kernel,
-    captions_of,
     release,
+    whole_captions,
 )
 from visionlora.diffusion.validation import verdict
 from visionlora.report.listener import Listener
@@ -123,4 +123,4 @@ def train_sd(config: TrainSDConfig, listener: Listener | None = None) -> RunResu
 def default_prompts(config: TrainSDConfig, folder: ImageFolder) -> tuple[str, ...]:
     """Up to four different captions of the training pictures, as the model sees them."""
     different = list({item.caption: item for item in folder.items}.values())[:4]
-    return tuple(variants[0] for variants in captions_of(config, different))
+    return tuple(variants[0] for variants in whole_captions(config, different))

@@ -20,7 +20,8 @@ import visionlora as vl
 from visionlora.cli.generate import lines_of
 from visionlora.cli.main import app
 from visionlora.diffusion.recipe import SCHEDULERS, Recipe, read_recipe
-from visionlora.lora.adapter import Adapter
+from visionlora.errors import ConfigError
+from visionlora.lora.adapter import Adapter, AdapterModule
 from visionlora.models.base import open_base
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -610,3 +611,22 @@ def test_names_of_files_and_run_folders_keep_their_dots(path: str, name: str) ->
     from visionlora.diffusion.uses import name_of
 
     assert name_of(path) == name
+
+
+def test_a_merged_adapter_has_no_say_in_clip_skip_where_its_parts_differed() -> None:
+    from visionlora.pipelines.generate import clip_skip_of
+
+    def told(**training: object) -> Adapter:
+        lora = AdapterModule.lora(torch.ones(1, 2), torch.ones(2, 1), 1.0)
+        return Adapter({"unet.to_q": lora}, info={"training": training})
+
+    config = vl.GenerateConfig("a dog")
+    first, second = told(clip_skip=2, zero_terminal_snr=True), told(steps=1)
+    merged = vl.merge_adapters([(first, 1.0), (second, 1.0)]).adapter
+    assert merged.zero_terminal_snr and clip_skip_of(config, {"m": merged, "e": told(clip_skip=2)}) == 2
+    with pytest.raises(ConfigError, match=r"trained with clip_skip 2 .* 1 "):
+        clip_skip_of(config, {"a": first, "b": second})
+
+
+def test_no_negative_prompt_may_be_none() -> None:
+    assert vl.GenerateConfig("a dog", negative_prompt=None).negative_prompt == ""

@@ -22,6 +22,7 @@ class GenerateConfig:
     """Where `<lora:name>` tags look for files that are not among `loras`."""
     model: str = "auto"
     negative_prompt: str = ""
+    """None is none, as in diffusers."""
     num_images: int = 1
     """Pictures of each prompt, with seeds one after the other."""
     seed: int = 0
@@ -59,6 +60,7 @@ class GenerateConfig:
             if (given := getattr(self, name)) is not None:
                 object.__setattr__(self, name, Path(given).expanduser())
         object.__setattr__(self, "prompts", one_or_more(self.prompts))
+        object.__setattr__(self, "negative_prompt", self.negative_prompt or "")
         object.__setattr__(self, "loras", tuple(use_from(given) for given in one_or_more(self.loras)))
 
 

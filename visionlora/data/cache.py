@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 from torch import Tensor
 
 from visionlora.atomic import replace_file
@@ -44,7 +44,8 @@ class TensorCache:
     def get(self, key: str) -> dict[str, Tensor] | None:
         """The entry, or None when there is none or it is broken (a broken entry is computed again)."""
         try:
-            entry: dict[str, Tensor] = load_file(self.folder / f"{key}.safetensors")
+            # Not mapped: a process may have 65,530 mappings, and a cache holds more entries.
+            entry: dict[str, Tensor] = load((self.folder / f"{key}.safetensors").read_bytes())
             return entry
         except (FileNotFoundError, SafetensorError, OSError):
             return None

@@ -136,6 +136,8 @@ def read_text(path: Path) -> str:
         raise Unusable(f"cannot be read ({error.strerror}); check that it is there and readable") from None
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise Unusable("is UTF-16 text; save it as UTF-8")
+    if b"\0" in content:
+        raise Unusable("holds zero bytes, as UTF-16 text does; save it as UTF-8")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:

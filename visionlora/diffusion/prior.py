@@ -8,17 +8,20 @@ from pathlib import Path
 from visionlora.atomic import replace_file
 from visionlora.data.files import list_folder
 from visionlora.data.folder import ImageItem, read_image_folder
-from visionlora.diffusion.recipe import Recipe, png_bytes
+from visionlora.diffusion.recipe import Recipe, png_bytes, read_recipe
 from visionlora.diffusion.sampling import SamplingConfig, draw
+from visionlora.diffusion.settings import BASE_DTYPES
 from visionlora.errors import DataError
 from visionlora.models.base import BaseModel
+
+DTYPES = {dtype: word for word, dtype in BASE_DTYPES.items()}
 
 
 def draw_missing(
     base: BaseModel, folder: Path, prompt: str, count: int, size: int, guidance_scale: float, seed: int,
     progress: Callable[[int, int], None] | None = None,
 ) -> int:  # fmt: skip
-    """Fills a folder up to `count` pictures, drawn by the base from the class's caption; how many were drawn.
+    """Fills a folder up to `count` pictures of the class, drawn by the base from the class's caption; how many were drawn.
 
     Each carries its recipe, whose name it has: what is there is not drawn again.
 
@@ -33,9 +36,13 @@ def draw_missing(
         progress: called with (pictures there, pictures in all).
     """
     folder.mkdir(parents=True, exist_ok=True)
-    there, drawn = len(list_folder(folder).pictures), 0
+    names = list_folder(folder).pictures
+    there, drawn = sum(is_of(folder / name, prompt, base) for name in names), 0
     while there + drawn < count:
-        recipe = Recipe(prompt, base.id, size, size, seed=seed, guidance_scale=guidance_scale)
+        recipe = Recipe(
+            prompt, base.id, size, size, seed=seed, guidance_scale=guidance_scale, clip_skip=base.clip_skip,
+            precision=DTYPES.get(base.pipe.unet.dtype, "fp32"),
+        )  # fmt: skip
         path = folder / recipe.file_name
         if not path.exists():
             settings = SamplingConfig(recipe.steps, recipe.guidance_scale, recipe.seed)
@@ -48,13 +55,24 @@ def draw_missing(
     return drawn
 
 
-def class_pictures(folder: Path, prompt: str, skip_broken: bool) -> tuple[ImageItem, ...]:
-    """The pictures of the class, all with its caption.
+def is_of(picture: Path, prompt: str, base: BaseModel) -> bool:
+    """Whether a picture is of the class: not one that was drawn for another caption, or by a model of another name."""
+    try:
+        recipe = read_recipe(picture)
+    except DataError:  # the user's own
+        return True
+    return recipe.prompt == prompt and Path(recipe.model).name == Path(base.id).name
+
+
+def class_pictures(folder: Path, prompt: str, skip_broken: bool, base: BaseModel) -> tuple[tuple[ImageItem, ...], int]:
+    """The pictures of the class, all with its caption, and how many others lie there; see `is_of`.
 
     Raises:
         DataError: when nothing in the folder can be used.
     """
-    return read_image_folder(folder, prompt, skip_broken=skip_broken).items
+    found = read_image_folder(folder, prompt, skip_broken=skip_broken).items
+    own = tuple(item for item in found if is_of(item.path, prompt, base))
+    return own, len(found) - len(own)
 
 
 def check_class_folder(folder: Path, subjects: Iterable[str]) -> None:

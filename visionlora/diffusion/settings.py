@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,6 +55,12 @@ def plan_of(config: TrainSDConfig, base: BaseModel, size: int) -> Plan:
 def validation_plan(plan: Plan) -> Plan:
     """The same sizes, one plain variant."""
     return Plan(plan.resolution, plan.step, plan.upscale)
+
+
+def whole_captions(config: TrainSDConfig, items: Sequence[ImageItem]) -> list[tuple[str, ...]]:
+    """Of each picture one caption with all its tags in their order, the same for every seed: to judge by, and to draw."""
+    plain = dataclasses.replace(config, shuffle_tags=False, tag_dropout=0.0, caption_variants=1, seed=0)
+    return captions_of(plain, items)
 
 
 def captions_of(config: TrainSDConfig, items: Sequence[ImageItem]) -> list[tuple[str, ...]]:

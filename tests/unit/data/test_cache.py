@@ -3,6 +3,7 @@
 import shutil
 from pathlib import Path
 
+import pytest
 import torch
 
 from visionlora.data.cache import TensorCache, default_cache_folder, key_of
@@ -14,6 +15,16 @@ def test_an_entry_comes_back_exactly(tmp_path: Path) -> None:
     cache.put("k", {"v": value})
     assert torch.equal(cache.get("k")["v"], value)
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["k.safetensors"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="counts the mappings of a Linux process")
+def test_entries_are_not_mapped(tmp_path: Path) -> None:
+    """A process may have 65,530 mappings, at which a cache of more captions ended the run."""
+    cache, before = TensorCache(tmp_path), len(Path("/proc/self/maps").read_text().splitlines())
+    for key in range(100):
+        cache.put(str(key), {"x": torch.zeros(8)})
+    kept = [cache.get(str(key)) for key in range(100)]
+    assert len(kept) == 100 and len(Path("/proc/self/maps").read_text().splitlines()) < before + 50
 
 
 def test_a_broken_entry_is_computed_again(tmp_path: Path) -> None:

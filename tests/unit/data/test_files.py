@@ -89,6 +89,7 @@ def test_text(tmp_path: Path, content: bytes) -> None:
     [
         (b"a\xe9", "is not UTF-8 text (at byte 1); save it as UTF-8"),
         ("a".encode("utf-16"), "is UTF-16 text; save it as UTF-8"),
+        ("a dog".encode("utf-16-le"), "holds zero bytes, as UTF-16 text does; save it as UTF-8"),
         (None, "cannot be read (No such file or directory); check that it is there and readable"),
     ],
 )

@@ -11,7 +11,14 @@ from visionlora.data.cache import TensorCache
 from visionlora.data.folder import read_image_folder
 from visionlora.diffusion.encode import encode_dataset
 from visionlora.diffusion.sampling import SamplingConfig, draw
-from visionlora.diffusion.settings import attention_kernel, check_attention, prepare_encoders, prepare_unet, release
+from visionlora.diffusion.settings import (
+    attention_kernel,
+    check_attention,
+    prepare_encoders,
+    prepare_unet,
+    release,
+    whole_captions,
+)
 from visionlora.errors import ConfigError
 from visionlora.lora.packed import packed_layers
 from visionlora.models.base import open_base
@@ -94,3 +101,15 @@ def test_a_small_model_saves_no_memory_unless_told_to(tiny_model: Path) -> None:
     assert not adapter_config(suited(CONFIG, suggested)[0]).save_memory
     wanted = dataclasses.replace(CONFIG, save_memory=True)
     assert adapter_config(suited(wanted, suggested)[0]).save_memory
+
+
+def test_pictures_are_judged_under_their_whole_captions(dogs: Path) -> None:
+    """Under one of training's shortened ones, another for each seed, losses of two runs could not be compared."""
+    items = read_image_folder(dogs, "dog, red, sitting, grass, sky").items
+    for seed in (0, 1):
+        config = TrainSDConfig(images=str(dogs), shuffle_tags=True, tag_dropout=0.5, seed=seed)
+        assert whole_captions(config, items) == [("dog, red, sitting, grass, sky",)] * 3
+        chosen = [dataclasses.replace(items[0], caption="a {red|blue} dog")]
+        (found,) = whole_captions(config, chosen)
+        assert found in (("a red dog",), ("a blue dog",))
+        assert [found] == whole_captions(dataclasses.replace(config, seed=7), chosen)
