@@ -344,15 +344,21 @@ def test_a_text_that_is_read_earlier_is_drawn_so_too(train, tiny_model: Path, tm
     assert "Clip skip: 2" in recipes[2].parameters() and "--clip-skip 1" in recipes[1].command()
 
 
-@pytest.mark.parametrize("more", [(), ("train_text_encoder=true", "clip_skip=2"), ("token=<it>",)], ids=str)
-def test_long_captions_are_learned_in_full(more: tuple[str, ...], train, dogs: Path, tiny_model: Path) -> None:
+@pytest.mark.parametrize(("model", "more"), [
+    ("tiny_model", ()), ("tiny_model", ("train_text_encoder=true", "clip_skip=2")), ("tiny_model", ("token=<it>",)),
+    ("tiny_xl", ("train_text_encoder=true", "token=<it>")),
+], ids=str)  # fmt: skip
+def test_long_captions_are_learned_in_full(
+    model: str, more: tuple[str, ...], train, dogs: Path, request: pytest.FixtureRequest
+) -> None:
     """A caption of two windows; what stands in the second counts, and the text encoders, the word and the samples read it."""
     words = [" ".join(f"{start}bcdefghijklmnopq") + " <it>" for start in "xyz"]
 
     def losses_of(end: str, *settings: str, name: str) -> tuple[str, Path, list[float]]:
         for text, picture in zip(words, sorted(dogs.glob("*.png")), strict=True):
             picture.with_suffix(".txt").write_text(f"{text} {end}")
-        said, folder = train(*more, *settings, "val_share=0.3", "caption_dropout=0", name=name)
+        base = request.getfixturevalue(model)
+        said, folder = train(*more, *settings, "val_share=0.3", "caption_dropout=0", name=name, model=base)
         return said, folder, losses(folder)
 
     said, _, cut = losses_of("a", name="cut")
@@ -363,7 +369,7 @@ def test_long_captions_are_learned_in_full(more: tuple[str, ...], train, dogs: P
     assert losses_of("b", "max_token_length=150", name="whole2")[2] != whole
     adapter = load_adapter(folder)
     assert adapter.max_token_length == 150 and adapter.metadata["ss_max_token_length"] == "150"
-    said, on = train(*more, f"start_from={folder}", name="on")
+    said, on = train(*more, f"start_from={folder}", name="on", model=request.getfixturevalue(model))
     assert load_adapter(on).max_token_length == 150 and "longer than the model reads" not in said
     assert "| Longest captions | 150 tokens |" in (on / "README.md").read_text()
 

@@ -90,7 +90,7 @@ def network_metadata(adapter: Adapter) -> dict[str, str]:
 
 
 def drawing_metadata(adapter: Adapter) -> dict[str, str]:
-    """What a picture is drawn with beside the tensors; `info_in` reads it again."""
+    """How captions and noise were read in training, for drawing and for learning on; `info_in` reads it again."""
     found = {}
     if trigger := adapter.info.get("trigger"):
         found["modelspec.trigger_phrase"] = str(trigger)
@@ -98,6 +98,8 @@ def drawing_metadata(adapter: Adapter) -> dict[str, str]:
         found["ss_clip_skip"] = str(adapter.clip_skip)
     if adapter.zero_terminal_snr:
         found["ss_zero_terminal_snr"] = "True"
+    if adapter.max_token_length != 75:
+        found["ss_max_token_length"] = str(adapter.max_token_length)
     return found
 
 
