@@ -93,7 +93,7 @@ def missing(path: Path) -> AdapterFileError:
 
 
 def open_file(path: Path) -> Contents:
-    """Every tensor and the text of the header; safetensors are mapped, so nothing is read twice.
+    """Every tensor and the text of the header. Tensors are copies: what later happens to the file does not reach them.
 
     Raises:
         AdapterFileError: when the file is missing, broken, or a pickle that holds more than tensors.
@@ -105,7 +105,8 @@ def open_file(path: Path) -> Contents:
             return Contents(path, {name: calculable(t) for name, t in pickled(path)}, {})
         with safe_open(str(path), framework="pt") as file:
             metadata = {str(k): str(v) for k, v in dict(file.metadata() or {}).items()}
-            tensors = {name: calculable(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
+            # The library maps the file: writing into it would change its tensors, and cutting it end the process.
+            tensors = {name: calculable(file.get_tensor(name).clone()) for name in file.keys()}  # noqa: SIM118
             return Contents(path, tensors, metadata)
     except AdapterFileError:
         raise

@@ -15,6 +15,7 @@ import visionlora as vl
 from visionlora.formats.container import file_hashes, is_pickle, read_header
 from visionlora.formats.inspection import weights_file
 from visionlora.loaders import WRITERS
+from visionlora.lora.adapter import Adapter, AdapterModule
 
 
 def kohya() -> dict[str, torch.Tensor]:
@@ -129,3 +130,19 @@ def test_a_cut_file_is_seen_from_its_header(tmp_path: Path) -> None:
     for read in (read_header, vl.load_adapter):
         with pytest.raises(vl.VisionLoRAError, match="is not a whole safetensors file"):
             read(path)
+
+
+@pytest.mark.parametrize("to", ["visionlora", "kohya", "peft"])
+def test_what_was_read_does_not_follow_its_file(to: str, tmp_path: Path) -> None:
+    """Written over in place or cut: a mapped tensor would change, or end the process."""
+    adapter = Adapter({"unet.conv_in": AdapterModule.lora(torch.ones(2, 3000), torch.ones(4000, 2), 2.0)})
+    vl.save_adapter(adapter, tmp_path / "a", to)
+    file = weights_file(tmp_path / "a")
+    (module,) = vl.load_adapter(tmp_path / "a").modules.values()
+    kept, size = module.tensors, file.stat().st_size
+    with file.open("r+b") as writing:
+        writing.write(bytes(size))
+    assert all(bool((t == 1).all()) for t in kept.values())
+    with file.open("r+b") as writing:
+        writing.truncate(10)
+    assert all(bool((t == 1).all()) for t in kept.values())
