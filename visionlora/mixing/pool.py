@@ -22,7 +22,7 @@ def bytes_of(adapter: Adapter) -> int:
 class AdapterPool:
     """Adapters by name, read when they are first asked for.
 
-    Files are mapped, so what is evicted costs little to read again. Safe for several threads.
+    What is kept does not follow its file: `add` under the same name reads it anew. Safe for several threads.
 
     Args:
         files: {name: file or folder}, or a folder whose files are named by their stems.
@@ -46,6 +46,8 @@ class AdapterPool:
         self.used = 0
         """Bytes kept at present."""
         self._kept: OrderedDict[str, tuple[Adapter, int]] = OrderedDict()
+        self._changes: dict[str, int] = {}
+        """How often `add` has named a file, by name; the same path may be added again once its bytes are others."""
         self._lock = Lock()
 
     def __contains__(self, name: object) -> bool:
@@ -63,6 +65,7 @@ class AdapterPool:
         """Makes a file known, or another one under a name that is known."""
         with self._lock:
             self.files[name] = Path(path)
+            self._changes[name] = self._changes.get(name, 0) + 1
             self._drop(name)
 
     def get(self, name: str) -> Adapter:
@@ -72,24 +75,28 @@ class AdapterPool:
             ConfigError: when there is none of this name.
             AdapterFileError: when its file cannot be read.
         """
-        with self._lock:
-            if name in self._kept:
-                self._kept.move_to_end(name)
-                return self._kept[name][0]
-        if name not in self.files:
-            raise ConfigError(
-                f"There is no adapter {name!r}. {nearest(name, self.files) if self.files else 'There are none.'}"
-            )
-        adapter = load_adapter(self.files[name])
-        size = bytes_of(adapter)
-        with self._lock:
-            self._drop(name)
-            if size <= self.limit:
-                self._kept[name] = (adapter, size)
-                self.used += size
-                while self.used > self.limit:
-                    self._drop(next(iter(self._kept)))
-        return adapter
+        while True:
+            with self._lock:
+                if name in self._kept:
+                    self._kept.move_to_end(name)
+                    return self._kept[name][0]
+                path, changes = self.files.get(name), self._changes.get(name, 0)
+            if path is None:
+                raise ConfigError(
+                    f"There is no adapter {name!r}. {nearest(name, self.files) if self.files else 'There are none.'}"
+                )
+            adapter = load_adapter(path)
+            size = bytes_of(adapter)
+            with self._lock:
+                if self._changes.get(name, 0) != changes:  # `add` came in between: this is the old file
+                    continue
+                self._drop(name)
+                if size <= self.limit:
+                    self._kept[name] = (adapter, size)
+                    self.used += size
+                    while self.used > self.limit:
+                        self._drop(next(iter(self._kept)))
+            return adapter
 
     def _drop(self, name: str) -> None:
         if name in self._kept:

@@ -2,6 +2,7 @@
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 
 import pytest
 import torch
@@ -44,6 +45,29 @@ def test_a_new_file_under_an_old_name_is_read(folder: Path) -> None:
     pool.get("dog")
     pool.add("dog", folder / "a3.safetensors")
     assert float(pool.get("dog").modules["unet.conv_in"].tensors["lora_A"][0, 0]) == 3
+
+
+@pytest.mark.parametrize("limit", [2 << 30, 1])
+def test_a_new_file_that_comes_while_the_old_one_is_read(
+    limit: int, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reading, added = Event(), Event()
+
+    def slow(path: Path) -> Adapter:
+        adapter = vl.load_adapter(path)
+        reading.set()
+        assert added.wait(60)
+        return adapter
+
+    monkeypatch.setattr("visionlora.mixing.pool.load_adapter", slow)
+    pool = AdapterPool({"dog": folder / "a1.safetensors"}, limit)
+    with ThreadPoolExecutor(1) as threads:
+        early = threads.submit(pool.get, "dog")
+        assert reading.wait(60)
+        pool.add("dog", folder / "a3.safetensors")
+        added.set()
+        found = [early.result(60), pool.get("dog")]
+    assert [float(a.modules["unet.conv_in"].tensors["lora_A"][0, 0]) for a in found] == [3, 3]
 
 
 def test_many_threads(folder: Path) -> None:
