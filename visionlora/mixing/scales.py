@@ -31,12 +31,22 @@ Steps = Callable[[float], float]
 class Window:
     """Full strength from one moment to another (0 to 1 of the sampling), 0 outside.
 
+    Raises:
+        ConfigError: when the moments are not in order, or not between 0 and 1.
+
     >>> Window(0.5, 1.0)(0.4), Window(0.5, 1.0)(0.6)
     (0.0, 1.0)
     """
 
     start: float = 0.0
     end: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start <= self.end <= 1:
+            raise ConfigError(
+                f"An adapter acts from {self.start:g} to {self.end:g} of the sampling; both must be between 0 and 1, and the "
+                "first the smaller."
+            )
 
     def __call__(self, progress: float) -> float:
         """1 or 0."""
@@ -79,7 +89,7 @@ class Scale:
     """The strength of one adapter; the factors multiply.
 
     Raises:
-        ConfigError: when a number is not finite, or there is no picture or step.
+        ConfigError: when a number is not finite, there is no picture or step, or `steps` is neither numbers nor a function.
     """
 
     strength: float = 1.0
@@ -99,11 +109,17 @@ class Scale:
         numbers = [self.strength, *(self.blocks.values() if isinstance(self.blocks, Mapping) else self.blocks)]
         numbers += list(self.images or [])
         if not callable(self.steps) and self.steps is not None:
+            if isinstance(self.steps, str) or not isinstance(self.steps, Sequence):
+                raise ConfigError(
+                    f"steps is {self.steps!r}; give Window(0.5, 1.0), Ramp(1.0, 0.0), one number per step, or a function of "
+                    "the progress (0 to 1)."
+                )
             numbers += list(self.steps)
-            object.__setattr__(self, "steps", PerStep(tuple(float(v) for v in self.steps)))
         for value in numbers:
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= LARGEST:
                 raise ConfigError(f"A scale is {value!r}; it must be a finite number.")
+        if not callable(self.steps) and self.steps is not None:
+            object.__setattr__(self, "steps", PerStep(tuple(float(v) for v in self.steps)))
         if self.images is not None and not len(self.images):
             raise ConfigError("images is empty: give one number per picture of the batch.")
         if isinstance(self.steps, PerStep) and not self.steps.values:
@@ -144,11 +160,6 @@ def scale_from(strength: float, words: Mapping[str, float]) -> Scale:
     steps: Window | Ramp | None = None
     if window:
         steps = Window(**window)
-        if not 0 <= steps.start <= steps.end <= 1:
-            raise ConfigError(
-                f"An adapter acts from {steps.start:g} to {steps.end:g} of the sampling; both must be between 0 and 1, and the "
-                "first the smaller."
-            )
     elif ramp:
         steps = Ramp(ramp.get("first", 1.0), ramp.get("last", 1.0))
     return Scale(strength, blocks, steps)

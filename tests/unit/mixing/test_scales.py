@@ -28,6 +28,22 @@ def test_moments_that_cannot_be(words: dict[str, float], said: str) -> None:
         scale_from(1.0, words)
 
 
+@pytest.mark.parametrize(("start", "end"), [(0.7, 0.3), (30, 60), (-0.1, 0.5), (float("nan"), 1.0)])
+def test_a_window_that_never_opens(start: float, end: float) -> None:
+    with pytest.raises(
+        ConfigError, match=f"acts from {start:g} to {end:g} of the sampling; both must be between 0 and 1"
+    ):
+        Window(start, end)
+
+
+@pytest.mark.parametrize("steps", ["late", 3, {"start": 0.5}])
+def test_steps_that_are_no_numbers(steps) -> None:
+    with pytest.raises(ConfigError, match=r"^steps is .*; give Window\(0\.5, 1\.0\), Ramp"):
+        Scale(steps=steps)
+    with pytest.raises(ConfigError, match="A scale is 'late'; it must be a finite number"):
+        Scale(steps=["late"])
+
+
 def test_numbers_of_numpy_and_torch_are_numbers() -> None:
     assert Scale(np.float32(0.5)) == Scale(0.5) and as_scale(torch.tensor(0.5)) == Scale(0.5)
     assert Scale(images=np.array([1.0, 0.0])) == Scale(images=torch.tensor([1.0, 0.0])) == Scale(images=[1.0, 0.0])
