@@ -201,16 +201,21 @@ def add_token(pipe: Any, token: str, vectors: Tensor, tokenizer: Any, encoder: A
     Raises:
         AdapterFileError: when the vectors have another width than the text encoder's, or the token is there already.
     """
+    check_width(token, vectors, encoder)
+    try:
+        add_word(pipe, token, vectors, tokenizer, encoder)
+    except ValueError as e:
+        raise AdapterFileError(f"The token {token!r} cannot be added: {e}") from None
+
+
+def check_width(token: str, vectors: Tensor, encoder: Any) -> None:
+    """Raises AdapterFileError when the vectors of a token, (n, width), have another width than the text encoder's."""
     width = encoder.get_input_embeddings().weight.shape[1]
     if vectors.shape[1] != width:
         raise AdapterFileError(
             f"The vectors of {token!r} are {vectors.shape[1]} wide, this text encoder's {width}: they were made for another "
             "family."
         )
-    try:
-        add_word(pipe, token, vectors, tokenizer, encoder)
-    except ValueError as e:
-        raise AdapterFileError(f"The token {token!r} cannot be added: {e}") from None
 
 
 def ends_in_noise(base: BaseModel, adapters: Iterable[Adapter]) -> bool:

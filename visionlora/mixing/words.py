@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from visionlora.errors import ConfigError
-from visionlora.loaders import add_token
+from visionlora.loaders import add_token, check_width
 from visionlora.lora.adapter import Adapter
 from visionlora.models.base import quiet
 
@@ -51,6 +51,7 @@ class Words:
                     self._give(name, word, vectors, tokenizer, encoder)
 
     def _give(self, name: str, word: str, vectors: Tensor, tokenizer: Any, encoder: Any) -> None:
+        check_width(word, vectors, encoder)
         spelled = [word, *(f"{word}_{k}" for k in range(1, len(vectors)))]
         known = tokenizer.get_vocab()
         if word in known:
@@ -58,6 +59,12 @@ class Words:
             ids = [known[w] for w in spelled if w in known]
             if len(ids) == len(spelled) and torch.equal(table[ids].cpu(), vectors.to(table.dtype).cpu()):
                 return
+            if all(word not in given for given, of, _ in self._added if of is tokenizer):
+                raise ConfigError(
+                    f"Adapter {name!r} brings the word {word!r}, which the tokenizer has already: the word of a textual "
+                    "inversion is the name of its file. Rename the file to a word that is not there, such as "
+                    f"'my-{word}'."
+                )
             raise ConfigError(
                 f"Adapter {name!r} brings the word {word!r}, which means something else here already: two adapters that were "
                 "trained with the same word cannot be drawn together. Train one of them with another."

@@ -352,6 +352,13 @@ def test_words_come_and_go_with_their_adapters(pipe) -> None:
         for row in pipe.text_encoder.get_input_embeddings().weight
     )
     mix.detach()
+    for word, wide, said in (
+        ("dog", width, r"'d', which the tokenizer has already"),
+        ("d", width + 1, "made for another family"),
+    ):
+        strange = Adapter({}, embeddings={"d": {"text_encoder": torch.randn(1, wide)}})
+        with pytest.raises(vl.VisionLoRAError, match=said):
+            vl.attach(pipe, {word: strange})
     assert ids("a <rex>") == plain and all(torch.equal(p, before[n]) for n, p in bits(pipe).items())
     with pytest.raises(
         ConfigError, match="brings the word '<rex>' for text_encoder, for which there is no tokenizer here"
