@@ -67,17 +67,21 @@ class TrainingError(VisionLoRAError, RuntimeError):
     exit_code = 1
 
 
-def nearest(given: str, allowed: Iterable[str]) -> str:
-    """A sentence naming the closest allowed word, or all of them when none is close.
+def nearest(given: str, allowed: Iterable[str], most: int | None = None) -> str:
+    """A sentence naming the closest allowed word, or when none is close all of them, or the first `most`.
 
     >>> nearest("atn.q", ["attn.q", "attn.k"])
     "Did you mean 'attn.q'?"
     >>> nearest("zzz", ["b", "a"])
     'Allowed: a, b.'
+    >>> nearest("zzz", ["c", "b", "a"], most=2)
+    'Allowed: a, b and 1 more.'
     """
     choices = sorted(allowed)
-    close = difflib.get_close_matches(given, choices, n=1)
-    return f"Did you mean {close[0]!r}?" if close else f"Allowed: {', '.join(choices)}."
+    if close := difflib.get_close_matches(given, choices, n=1):
+        return f"Did you mean {close[0]!r}?"
+    more = f" and {len(choices) - most} more" if most is not None and len(choices) > most else ""
+    return f"Allowed: {', '.join(choices[:most])}{more}."
 
 
 def first_line(error: BaseException) -> str:

@@ -140,7 +140,7 @@ def site_at(model: nn.Module, name: str) -> Site:
         if found:
             return found[0]
     names = [s.name for s in sites_of(model)]
-    hint = nearest(name, names) if len(names) < 1000 else ""
+    hint = nearest(name, names, most=5) if len(names) < 1000 else ""
     raise TargetError(f"{type(model).__name__} has no layer {name!r}. {hint}".rstrip())
 
 

@@ -158,3 +158,11 @@ def test_flat_names_are_found_in_the_table_of_the_model() -> None:
     m = nn.ModuleDict({"a": nn.Sequential(nn.Linear(6, 8))})
     assert attach(m, Adapter({"model.a_0": factors(6, 8)})).report.hits == (("a_0", "file"),)
     assert type(m["a"][0]) is not nn.Linear
+
+
+def test_a_layer_that_is_not_there_is_answered_briefly() -> None:
+    m = nn.ModuleDict({f"block_{k}": nn.Linear(6, 8) for k in range(400)})
+    adapter = Adapter({"net.block_0": factors(6, 8), "net.zzz": factors(6, 8)})
+    with pytest.raises(TargetError, match=r"net\.zzz.*Allowed: .* and 395 more\..*allow_partial=True") as caught:
+        attach(m, adapter, "net")
+    assert len(str(caught.value)) < 600
