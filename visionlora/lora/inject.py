@@ -237,6 +237,11 @@ def fit(
 
 def misfits(model: nn.Module, component: str, skipped: Sequence[tuple[str, str]], total: int) -> TargetError:
     """What an adapter gets that does not fit a model, or not all of it."""
+    if any(n.endswith(".base_layer") for n, _ in model.named_modules()):
+        return TargetError(
+            f"PEFT adapters are loaded on this {type(model).__name__}, whose layers have other names while they are: call "
+            "pipe.unload_lora_weights() first, and attach their file here beside this one if both are wanted."
+        )
     path, why = skipped[0]
     kind = type(model).__name__
     if why.startswith(f"{kind} has no layer"):

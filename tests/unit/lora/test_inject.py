@@ -166,3 +166,12 @@ def test_a_layer_that_is_not_there_is_answered_briefly() -> None:
     with pytest.raises(TargetError, match=r"net\.zzz.*Allowed: .* and 395 more\..*allow_partial=True") as caught:
         attach(m, adapter, "net")
     assert len(str(caught.value)) < 600
+
+
+def test_peft_on_the_model_is_named_as_the_reason() -> None:
+    m = model()
+    m[0] = nn.ModuleDict({"base_layer": m[0]})  # as PEFT wraps a layer
+    with pytest.raises(
+        TargetError, match=r"^PEFT adapters are loaded on this .*call pipe\.unload_lora_weights\(\) first"
+    ):
+        attach(m, Adapter({"net.0": factors(6, 8)}), "net")
