@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import visionlora as vl
 from visionlora.formats import native
 from visionlora.loaders import apply, load_adapter
 from visionlora.lora.adapter import Adapter
@@ -61,3 +62,28 @@ def test_same_picture_in_diffusers(tiny_model: Path, tmp_path: Path, mixed: bool
     assert (ours - plain).abs().max() > 1e-3, "the adapter must change the picture"
     torch.testing.assert_close(ours, picture(theirs), rtol=0, atol=2e-5)
     torch.testing.assert_close(ours, merged, rtol=0, atol=2e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("part", ["unet", "text_encoder"])
+def test_what_a_loop_of_ones_own_saves_fits_a_pipeline(part: str, tiny_model: Path, tmp_path: Path) -> None:
+    """Without a word for the part: it is told from the model."""
+    from diffusers import StableDiffusionPipeline
+
+    pipe = open_base(str(tiny_model)).pipe
+    plain = picture(pipe)
+    handle = inject(getattr(pipe, part), AdapterConfig(rank=2, targets="attn"))
+    for lora in handle.methods.values():
+        lora.lora_B.data.normal_(std=0.3)
+    trained = picture(pipe)
+    handle.save(tmp_path / "mine.safetensors")
+    handle.eject()
+    assert load_adapter(tmp_path / "mine.safetensors").components == [part]
+    mix = vl.attach(pipe, {"mine": tmp_path / "mine.safetensors"})
+    torch.testing.assert_close(picture(pipe), trained, rtol=1e-3, atol=1e-3)
+    mix.detach()
+    theirs = StableDiffusionPipeline.from_pretrained(tiny_model, safety_checker=None)
+    theirs.set_progress_bar_config(disable=True)
+    theirs.load_lora_weights(tmp_path, weight_name="mine.safetensors")
+    torch.testing.assert_close(picture(theirs), trained, rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(trained, plain, atol=1e-2)

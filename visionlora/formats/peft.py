@@ -29,17 +29,14 @@ from visionlora.formats.names import in_transformers, with_text_model
 from visionlora.formats.parts import check_finite, check_used, split_key, take_modules
 from visionlora.formats.whole import whole_layers
 from visionlora.lora.adapter import Adapter, AdapterModule
+from visionlora.lora.handle import TEXT_ENCODERS
 from visionlora.lora.targets import UNCALLED
 
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 READABLE = ("LORA", "ADALORA", "LOHA", "LOKR", "VERA", "IA3")
 VARIANTS = {"use_bdlora": "BD-LoRA", "kasa_config": "KaSA", "monteclora_config": "MonteCLoRA"}
 """Kinds of LoRA that hold something else, by the entry of the config that says so."""
-COMPONENT_OF = {
-    "UNet2DConditionModel": "unet",
-    "CLIPTextModel": "text_encoder",
-    "CLIPTextModelWithProjection": "text_encoder_2",
-}
+COMPONENT_OF = {"UNet2DConditionModel": "unet", **TEXT_ENCODERS}
 """Parts of a pipeline by the class that a config names (`auto_mapping.base_model_class`)."""
 CHANGING_THE_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
 """Starts (`init_lora_weights`) for which PEFT takes the first B·A off the base weights, or replaces them, on every load."""

@@ -60,6 +60,20 @@ def thaw(model: nn.Module, trained: Iterable[InFull]) -> None:
             p.requires_grad_(trains)
 
 
+TEXT_ENCODERS = {"CLIPTextModel": "text_encoder", "CLIPTextModelWithProjection": "text_encoder_2"}
+"""Parts of a pipeline of diffusers by the class of transformers."""
+
+
+def component_of(model: nn.Module) -> str:
+    """The part of a pipeline of diffusers that a model is: `unet`, `text_encoder`, `text_encoder_2`; else `model`.
+
+    A pipeline finds its part of a file by this word, here and in diffusers.
+    """
+    if hasattr(model, "down_blocks") and hasattr(model, "mid_block"):
+        return "unet"
+    return next((TEXT_ENCODERS[c.__name__] for c in type(model).__mro__ if c.__name__ in TEXT_ENCODERS), "model")
+
+
 @dataclass(frozen=True)
 class InjectionReport:
     """What an adapter reached."""
@@ -311,8 +325,9 @@ class Handle:
             found[f"{prefix}.{name}"] = AdapterModule("full", {"value": f.value().cpu().clone()}, 1.0)
         return found
 
-    def adapter(self, component: str = "model", info: Mapping[str, Any] | None = None) -> Adapter:
-        """The adapter as it is now, in memory."""
+    def adapter(self, component: str | None = None, info: Mapping[str, Any] | None = None) -> Adapter:
+        """The adapter as it is now, in memory; see `save`."""
+        component = component_of(self.model) if component is None else component
         said: dict[str, Any] = {}
         if self.config is not None:
             said |= {"method": self.config.method, "config": self.config.to_dict()}
@@ -320,12 +335,13 @@ class Handle:
             said["odd_layers"] = odd
         return Adapter(self.modules(component), {**said, **(info or {})})
 
-    def save(self, path: str | Path, component: str = "model", info: Mapping[str, Any] | None = None) -> None:
+    def save(self, path: str | Path, component: str | None = None, info: Mapping[str, Any] | None = None) -> None:
         """Writes the adapter to a file of our own format, atomically.
 
         Args:
             path: of the file.
-            component: the part of a pipeline that the model is (`unet`, `text_encoder`), before the names in the file.
+            component: the part of a pipeline that the model is, before the names in the file; see `component_of` where it is
+                not given.
             info: more for the header.
         """
         # The loaders lie above this room, so they are looked up when they are called for.
