@@ -109,7 +109,8 @@ class Scale:
         numbers = [self.strength, *(self.blocks.values() if isinstance(self.blocks, Mapping) else self.blocks)]
         numbers += list(self.images or [])
         if not callable(self.steps) and self.steps is not None:
-            if isinstance(self.steps, str) or not isinstance(self.steps, Sequence):
+            given: Any = self.steps  # whatever its type promises
+            if isinstance(given, str) or not isinstance(given, Sequence):
                 raise ConfigError(
                     f"steps is {self.steps!r}; give Window(0.5, 1.0), Ramp(1.0, 0.0), one number per step, or a function of "
                     "the progress (0 to 1)."
