@@ -13,6 +13,7 @@ from visionlora.diffusion.objective import zero_terminal
 from visionlora.errors import AdapterFileError, nearest
 from visionlora.formats import diffusers, kohya, native, peft
 from visionlora.formats.families import context_width, family_of, family_of_unet, flat_shapes
+from visionlora.formats.parts import first_not_finite
 from visionlora.formats.read import read
 from visionlora.lora.adapter import Adapter
 from visionlora.lora.handle import Handle
@@ -56,10 +57,16 @@ def save_adapter(adapter: Adapter, path: str | Path, format: str = "visionlora")
             `diffusers-folded` (for versions of diffusers that do not read scales from the header) or `peft`.
 
     Raises:
-        AdapterFileError: when the format is unknown or cannot hold the adapter, or the path cannot be written.
+        AdapterFileError: when the format is unknown or cannot hold the adapter, a value is NaN or infinite, or the path cannot
+            be written.
     """
     if format not in WRITERS:
         raise AdapterFileError(f"There is no adapter format {format!r}. {nearest(format, WRITERS)}")
+    if (bad := first_not_finite(adapter.modules)) is not None:
+        raise AdapterFileError(
+            f"The adapter has NaN or infinite values in {bad!r}, so {path} was not written: its training diverged, or a scale "
+            "was too large."
+        )
     WRITERS[format](adapter, Path(path).expanduser())
 
 

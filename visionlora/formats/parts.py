@@ -260,12 +260,18 @@ def check_used(path: Path, unused: list[str], anything: bool, allow_partial: boo
 
 
 def check_finite(path: Path, modules: Mapping[str, AdapterModule]) -> None:
-    """Raises AdapterFileError when some value is NaN or infinite; both survive a sum, and one long sum is fast."""
+    """Raises AdapterFileError when some value is NaN or infinite."""
+    if (bad := first_not_finite(modules)) is not None:
+        raise not_finite(path, bad)
+
+
+def first_not_finite(modules: Mapping[str, AdapterModule]) -> str | None:
+    """The first module with a value that is NaN or infinite; both survive a sum, and one long sum is fast."""
     tensors = [t for m in modules.values() for t in m.tensors.values()]
     parts = [[t.reshape(-1) for t in tensors if t.dtype == dtype] for dtype in {t.dtype for t in tensors}]
-    if not all(bool(torch.isfinite(torch.cat(part).sum(dtype=torch.float64))) for part in parts):
-        bad = next(n for n, m in modules.items() if not all(torch.isfinite(t).all() for t in m.tensors.values()))
-        raise not_finite(path, bad)
+    if all(bool(torch.isfinite(torch.cat(part).sum(dtype=torch.float64))) for part in parts):
+        return None
+    return next((n for n, m in modules.items() if not all(torch.isfinite(t).all() for t in m.tensors.values())), None)
 
 
 def not_finite(path: Path, name: str) -> AdapterFileError:

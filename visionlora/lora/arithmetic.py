@@ -15,6 +15,7 @@ from visionlora.errors import AdapterFileError, ConfigError
 from visionlora.lora.adapter import PRODUCT_KINDS, Adapter, AdapterModule, in_one_spelling
 from visionlora.lora.combine import Factors, Options, combination
 from visionlora.lora.functional import decompose, rank_for_energy, truncate
+from visionlora.lora.merge import check_scale
 from visionlora.lora.targets import PACKED
 
 Progress = Callable[[int, int], None]
@@ -133,11 +134,13 @@ def merge_adapters(
         progress: called with (modules done, modules).
 
     Raises:
-        ConfigError: when there is no such method, or no adapter.
+        ConfigError: when there is no such method, or no adapter, or a scale is not finite.
         AdapterFileError: when a module's ΔW depends on the base model, or shapes differ between adapters.
     """
     if not adapters:
         raise ConfigError("There is nothing to merge: give at least one adapter.")
+    for k, (_, scale) in enumerate(adapters, 1):
+        check_scale(f"number {k}", scale)
     combine, options, size = combination(method), options or Options(), size or Size()
     spelled = in_one_spelling([a for a, _ in adapters])
     adapters = [(a, scale) for a, (_, scale) in zip(spelled, adapters, strict=True)]
@@ -168,6 +171,8 @@ def merge_adapters(
             f"The adapters were trained with clip_skip {' and '.join(map(str, skips))}, and the merged one can say but one: it "
             f"says none. Draw with --clip-skip {skips[-1]} or without, whichever looks better.",
         )
+    if not any(scale for _, scale in adapters):
+        notes += ("Every scale is 0, so the merged adapter changes nothing.",)
     return Result(Adapter(modules, info, embeddings), errors, notes)
 
 

@@ -334,3 +334,19 @@ def test_messages(name: str) -> None:
     with pytest.raises(vl.VisionLoRAError) as caught:
         run()
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), 1e39])
+def test_scales_that_are_not_finite_reach_no_file(scale: float, tmp_path: Path) -> None:
+    with pytest.raises(vl.VisionLoRAError, match=r"The scale of adapter 'number 2' is .*; it must be a finite number"):
+        merge_adapters([(adapter(0), 1.0), (adapter(1), scale)])
+    broken = adapter(0)
+    next(iter(broken.modules.values())).tensors["lora_A"][0, 0] = float("nan")
+    with pytest.raises(vl.VisionLoRAError, match="The adapter has NaN or infinite values in 'unet"):
+        vl.save_adapter(broken, tmp_path / "a.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_scales_that_are_all_zero_are_noted() -> None:
+    assert merge_adapters([(adapter(0), 0.0)]).notes == ("Every scale is 0, so the merged adapter changes nothing.",)
+    assert merge_adapters([(adapter(0), 0.0), (adapter(1), 0.5)]).notes == ()
