@@ -16,6 +16,7 @@ from visionlora.formats.families import context_width, family_of, family_of_unet
 from visionlora.formats.parts import first_not_finite
 from visionlora.formats.read import read
 from visionlora.lora.adapter import Adapter
+from visionlora.lora.arithmetic import Result, adapter_of
 from visionlora.lora.handle import Handle
 from visionlora.lora.inject import attach
 from visionlora.models.base import BaseModel, open_base
@@ -47,11 +48,11 @@ def load_adapter(path: str | Path, allow_partial: bool = False) -> Adapter:
     return read(Path(path).expanduser(), allow_partial)
 
 
-def save_adapter(adapter: Adapter, path: str | Path, format: str = "visionlora") -> None:
+def save_adapter(adapter: Adapter | Result | str | Path, path: str | Path, format: str = "visionlora") -> None:
     """Writes an adapter, atomically.
 
     Args:
-        adapter: from a file or a handle.
+        adapter: from a file or a handle; what `merge_adapters` and its like return; or the path of a file.
         path: a file, or for `peft` a folder.
         format: `visionlora` (our own, which diffusers reads too), `kohya` (A1111, Forge, ComfyUI), `diffusers`,
             `diffusers-folded` (for versions of diffusers that do not read scales from the header) or `peft`.
@@ -62,6 +63,7 @@ def save_adapter(adapter: Adapter, path: str | Path, format: str = "visionlora")
     """
     if format not in WRITERS:
         raise AdapterFileError(f"There is no adapter format {format!r}. {nearest(format, WRITERS)}")
+    adapter = adapter_of(adapter)
     if (bad := first_not_finite(adapter.modules)) is not None:
         raise AdapterFileError(
             f"The adapter has NaN or infinite values in {bad!r}, so {path} was not written: its training diverged, or a scale "

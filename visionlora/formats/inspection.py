@@ -289,7 +289,7 @@ def norm_of(module: AdapterModule) -> float | None:
     return math.sqrt(max(0.0, square)) * abs(module.scaling)
 
 
-def inspect_file(path: Path, base: torch.nn.Module | None = None) -> Inspection:
+def inspect_file(path: str | Path, base: torch.nn.Module | None = None) -> Inspection:
     """Everything about one adapter; what nothing here takes is listed, not refused.
 
     Args:
@@ -299,6 +299,7 @@ def inspect_file(path: Path, base: torch.nn.Module | None = None) -> Inspection:
     Raises:
         AdapterFileError: when the file is missing, broken or no adapter.
     """
+    path = Path(path).expanduser()
     adapter = read(path, allow_partial=True)
     misfits = {} if base is None else misfits_of(adapter, base)
     file = weights_file(path)

@@ -6,7 +6,9 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from importlib import import_module
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -118,8 +120,27 @@ def words_of(adapters: Sequence[Adapter]) -> dict[str, dict[str, Tensor]]:
     return found
 
 
+def adapter_of(given: Any) -> Adapter:
+    """An adapter, or that of a result or of a file.
+
+    Raises:
+        ConfigError: when it is none of these.
+        AdapterFileError: when a file cannot be read.
+    """
+    if isinstance(given, (str, Path)):
+        # The loaders lie above this room, so they are looked up when they are called for.
+        return cast("Adapter", import_module("visionlora.loaders").load_adapter(given))
+    found = given.adapter if isinstance(given, Result) else given
+    if not isinstance(found, Adapter):
+        raise ConfigError(
+            f"A {type(given).__name__} is no adapter: give an Adapter, such as load_adapter(path) or handle.adapter(), what "
+            "merge_adapters and its like return, or the path of a file."
+        )
+    return found
+
+
 def merge_adapters(
-    adapters: Sequence[tuple[Adapter, float]], method: str = "sum", size: Size | None = None,
+    adapters: Sequence[Any], method: str = "sum", size: Size | None = None,
     options: Options | None = None, progress: Progress | None = None,
 ) -> Result:  # fmt: skip
     """Several adapters, each with its scale, as one LoRA.
@@ -127,7 +148,8 @@ def merge_adapters(
     With method `sum` and no size the result is exact: the ranks of a module add up and ΔW is the weighted sum.
 
     Args:
-        adapters: pairs of adapter and scale, at least one.
+        adapters: pairs of adapter and scale, or adapters alone for a scale of 1, at least one; see `adapter_of` for what
+            counts as an adapter.
         method: `sum`, `ties`, `dare`, `knots`, `iso-c` or a plug-in's; see `visionlora.lora.combine`.
         size: makes the result smaller by the best low-rank approximation, from the factors alone.
         options: of methods that drop values.
@@ -139,11 +161,14 @@ def merge_adapters(
     """
     if not adapters:
         raise ConfigError("There is nothing to merge: give at least one adapter.")
-    for k, (_, scale) in enumerate(adapters, 1):
+    pairs = [pair if isinstance(pair, (tuple, list)) and len(pair) == 2 else (pair, 1.0) for pair in adapters]
+    for k, (_, scale) in enumerate(pairs, 1):
+        if isinstance(scale, (str, Path, Adapter, Result)):
+            raise ConfigError("Give a list of pairs of adapter and scale: [(first, 0.8), (second, 0.5)].")
         check_scale(f"number {k}", scale)
     combine, options, size = combination(method), options or Options(), size or Size()
-    spelled = in_one_spelling([a for a, _ in adapters])
-    adapters = [(a, scale) for a, (_, scale) in zip(spelled, adapters, strict=True)]
+    spelled = in_one_spelling([adapter_of(a) for a, _ in pairs])
+    adapters = [(a, scale) for a, (_, scale) in zip(spelled, pairs, strict=True)]
     embeddings = words_of([a for a, _ in adapters])
     names = list(dict.fromkeys(n for a, _ in adapters for n in a.modules))
     modules: dict[str, AdapterModule] = {}
@@ -250,11 +275,11 @@ def lost(s: Tensor, rank: int, total: float | None = None) -> float:
     return math.sqrt(max(0.0, 1 - float(squares[:rank].sum()) / whole)) if whole > 0 else 0.0
 
 
-def resize_adapter(adapter: Adapter, size: Size, progress: Progress | None = None) -> Result:
+def resize_adapter(adapter: Adapter | Result | str | Path, size: Size, progress: Progress | None = None) -> Result:
     """A smaller LoRA with the nearest ΔW, module by module; LoHa, LoKr and differences become LoRA on the way.
 
     Args:
-        adapter: of any kind whose ΔW does not depend on the base.
+        adapter: of any kind whose ΔW does not depend on the base; or a file of one.
         size: the rank, or the share of ‖ΔW‖² to keep.
         progress: called with (modules done, modules).
 
@@ -264,6 +289,7 @@ def resize_adapter(adapter: Adapter, size: Size, progress: Progress | None = Non
     """
     if size == Size():
         raise ConfigError("Say how small: a rank, or an energy such as 0.95.")
+    adapter = adapter_of(adapter)
     modules: dict[str, AdapterModule] = {}
     errors: dict[str, float] = {}
     for done, (name, m) in enumerate(adapter.modules.items(), 1):

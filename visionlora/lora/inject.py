@@ -71,9 +71,10 @@ def inject(
 
     Raises:
         TargetError: when the targets reach nothing, or a module does not fit (see `visionlora.lora.targets.resolve`).
-        ConfigError: when an adapter of that name is there, or all is to train and weights are packed. In all cases the
-            model is left untouched.
+        ConfigError: when `model` is no module, an adapter of that name is there, or all is to train and weights are packed.
+            In all cases the model is left untouched.
     """
+    check_module(model)
     check_name((m for m in model.modules() if isinstance(m, AdaptedLayer)), name)
     if config.method == "full" and packed_layers(model):
         raise ConfigError("Method 'full' trains every weight, but those of this model are packed in few bits.")
@@ -165,6 +166,7 @@ def attach(
         TargetError: when a module is missing in the model or has another shape; the model is left untouched.
         ConfigError: when an adapter of that name is there.
     """
+    check_module(model)
     check_name((), name)
     if not component:
         if len(adapter.components) != 1:
@@ -372,6 +374,15 @@ def check_parameter(
         raise TargetError(
             f"The adapter's {component}.{path} has shape {tuple(value.shape)}, the base's {tuple(base[path].shape)}."
         )
+
+
+def check_module(model: object) -> None:
+    """Raises ConfigError for what is no module, such as a whole pipeline."""
+    if isinstance(model, nn.Module):
+        return
+    parts = [n for n in ("unet", "text_encoder", "text_encoder_2") if isinstance(getattr(model, n, None), nn.Module)]
+    hint = f"give one of its parts, such as .{parts[0]} of it" if parts else "give a torch.nn.Module"
+    raise ConfigError(f"A {type(model).__name__} is no module that an adapter can go on: {hint}.")
 
 
 def check_name(layers: Iterable[nn.Module], name: str) -> None:

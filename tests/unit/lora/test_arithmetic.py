@@ -10,7 +10,7 @@ from torch import nn
 import visionlora as vl
 from visionlora.errors import AdapterFileError
 from visionlora.lora.adapter import Adapter, AdapterModule
-from visionlora.lora.arithmetic import Size, extract_adapter, merge_adapters, resize_adapter
+from visionlora.lora.arithmetic import Result, Size, extract_adapter, merge_adapters, resize_adapter
 from visionlora.lora.combine import COMBINATIONS, Options
 from visionlora.lora.functional import decompose
 from visionlora.lora.inject import attach
@@ -350,3 +350,26 @@ def test_scales_that_are_not_finite_reach_no_file(scale: float, tmp_path: Path) 
 def test_scales_that_are_all_zero_are_noted() -> None:
     assert merge_adapters([(adapter(0), 0.0)]).notes == ("Every scale is 0, so the merged adapter changes nothing.",)
     assert merge_adapters([(adapter(0), 0.0), (adapter(1), 0.5)]).notes == ()
+
+
+def test_files_and_results_are_adapters_too(tmp_path: Path) -> None:
+    file = tmp_path / "a.safetensors"
+    vl.save_adapter(adapter(0), file)
+    wanted = merge_adapters([(adapter(0), 1.0), (adapter(1), 1.0)])
+    for given in ([file, adapter(1)], [(str(file), 1), Result(adapter(1), {})]):
+        found = merge_adapters(given).adapter.delta_weights()
+        for name, delta in wanted.adapter.delta_weights().items():
+            torch.testing.assert_close(found[name], delta)
+    assert set(resize_adapter(file, Size(rank=1)).ranks.values()) == {1}
+    vl.save_adapter(wanted, tmp_path / "b.safetensors")
+    vl.save_adapter(file, tmp_path / "c.safetensors", "kohya")
+    assert vl.inspect_file(str(tmp_path / "c.safetensors")).summary.format == "kohya"
+
+
+@pytest.mark.parametrize("run", [lambda: vl.save_adapter({}, "a"), lambda: resize_adapter(3, Size(rank=1)),
+                                 lambda: merge_adapters([3])])  # fmt: skip
+def test_what_is_no_adapter(run) -> None:
+    with pytest.raises(vl.VisionLoRAError, match=r"is no adapter: give an Adapter, such as load_adapter\(path\)"):
+        run()
+    with pytest.raises(vl.VisionLoRAError, match="Give a list of pairs of adapter and scale"):
+        merge_adapters([(adapter(0), adapter(1))])

@@ -1,6 +1,7 @@
 """inject and attach: what they report, refuse and leave behind."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -175,3 +176,13 @@ def test_peft_on_the_model_is_named_as_the_reason() -> None:
         TargetError, match=r"^PEFT adapters are loaded on this .*call pipe\.unload_lora_weights\(\) first"
     ):
         attach(m, Adapter({"net.0": factors(6, 8)}), "net")
+
+
+def test_what_is_no_module_is_refused() -> None:
+    pipe = SimpleNamespace(unet=model())
+    with pytest.raises(
+        ConfigError, match=r"A SimpleNamespace is no module .*give one of its parts, such as \.unet of it"
+    ):
+        inject(pipe, AdapterConfig(rank=1))
+    with pytest.raises(ConfigError, match=r"A str is no module .*give a torch\.nn\.Module"):
+        attach("model", Adapter({"net.0": factors(6, 8)}))
