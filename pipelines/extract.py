@@ -29,7 +29,7 @@ def states_of(model: str) -> tuple[States, dict[str, object]]:
     folder = path / "model.safetensors"
     file = folder if path.is_dir() and folder.is_file() else path
     if file.is_file() and not (path / "model_index.json").is_file():
-        tensors = open_file(file).tensors
+        tensors = open_file(file, mapped=True).tensors
         if not any(k.startswith(PIPELINE_KEYS) for k in tensors):
             return {"model": {k: t for k, t in tensors.items() if t.is_floating_point()}}, {"id": str(model)}
     base = open_base(model)

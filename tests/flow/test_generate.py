@@ -630,3 +630,30 @@ def test_a_merged_adapter_has_no_say_in_clip_skip_where_its_parts_differed() -> 
 
 def test_no_negative_prompt_may_be_none() -> None:
     assert vl.GenerateConfig("a dog", negative_prompt=None).negative_prompt == ""
+
+
+def test_show_says_what_is_no_longer_the_same(loras: Path, tiny_model: Path, dogs: Path, tmp_path: Path) -> None:
+    adapter, start, out = tmp_path / "c.safetensors", tmp_path / "start.png", tmp_path / "out"
+    shutil.copy(loras / "dog.safetensors", adapter)
+    shutil.copy(dogs / "0.png", start)
+    run(
+        "generate",
+        "--prompt",
+        "a dog",
+        "--model",
+        tiny_model,
+        *COMMON,
+        "--lora",
+        adapter,
+        "--init-image",
+        start,
+        "--output",
+        out,
+    )
+    (picture,) = out.iterdir()
+    assert "is not here" not in run("show", picture) and "other contents" not in run("show", picture)
+    shutil.copy(loras / "ink.safetensors", adapter)
+    start.unlink()
+    told = run("show", picture)
+    assert f"{adapter} has other contents than when the picture was drawn. The command draws another picture" in told
+    assert f"{start} is not here." in told

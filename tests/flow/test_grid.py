@@ -10,11 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import visionlora as vl
 from visionlora.diffusion.axes import Axis, cell_of, parse_axis
 from visionlora.diffusion.recipe import Recipe, read_recipe
+from visionlora.errors import ConfigError
 
 from .test_generate import COMMON, loras, run, save_loras
 
@@ -89,6 +91,8 @@ def test_the_steps_of_a_training_as_an_axis(loras: Path, tiny_model: Path, tmp_p
     [
         ("seed=1..3,7", Axis("seed", (1, 2, 3, 7))),
         ("guidance-scale=1,2.5", Axis("guidance_scale", (1.0, 2.5))),
+        ("prompt=a dog, sitting", Axis("prompt", ("a dog, sitting",))),
+        ("negative-prompt=ugly, blurred", Axis("negative_prompt", ("ugly, blurred",))),
         ("prompt=one, two|three", Axis("prompt", ("one, two", "three"))),
         ("lora:a.b.scale=-1,0", Axis("lora:a.b.scale", (-1.0, 0.0))),
         ("lora:dog.down.1=0", Axis("lora:dog.down.1", (0.0,))),
@@ -97,6 +101,32 @@ def test_the_steps_of_a_training_as_an_axis(loras: Path, tiny_model: Path, tmp_p
 )
 def test_axes_are_typed(word: str, axis: Axis) -> None:
     assert parse_axis(word) == axis
+
+
+def test_axes_from_python_are_as_their_words() -> None:
+    assert Axis("prompt", "a dog") == parse_axis("prompt=a dog"), "and not one for each letter"
+    assert Axis("guidance-scale", (1, "2.5")) == parse_axis("guidance_scale=1,2.5")
+    assert Axis("seed", 3) == parse_axis("seed=3")
+    assert [type(v) for v in Axis("seed", (*np.arange(2), 2.0, "3", torch.tensor(4))).values] == [int] * 5
+    assert Axis("lora:dog.scale", np.array([0, 0.5])).values == (0.0, 0.5)
+    assert Axis("lora:dog.file", Path("a.safetensors")).values == ("a.safetensors",)
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "text"),
+    [
+        ("sed", (1,), "There is no axis 'sed'. Did you mean 'seed'"),
+        ("seed", (), "Axis 'seed' has no value"),
+        ("seed", (1.5,), "has the value 1.5, which is not a whole number"),
+        ("steps", (None,), "has the value None, which is not a whole number"),
+        ("guidance_scale", (float("nan"),), "has the value nan, which is not a number"),
+        ("prompt", (3,), "has the value 3, which is not a text"),
+        ("seed", (True,), "has the value True"),
+    ],
+)
+def test_axes_from_python_that_cannot_be(name: str, values: tuple, text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        Axis(name, values)
 
 
 def test_steps_and_strength_of_a_cell_are_set_together() -> None:

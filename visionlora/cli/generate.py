@@ -167,8 +167,12 @@ def show(
     picture: Annotated[Path, typer.Argument(help="A picture that visionlora drew.")],
     as_json: Annotated[bool, typer.Option("--json", help="The whole recipe, for programs.")] = False,
 ) -> None:
-    """Print the command that draws a picture again, byte for byte: `visionlora show pictures/a-dog-0-1a2b3c4d.png`."""
+    """Print the command that draws a picture again, byte for byte: `visionlora show pictures/a-dog-0-1a2b3c4d.png`.
+
+    Files of it that are not here, or have changed since, are named.
+    """
     from visionlora.diffusion.recipe import read_recipe
+    from visionlora.diffusion.uses import changed_since
 
     recipe = read_recipe(picture)
     if as_json:
@@ -178,3 +182,5 @@ def show(
     if recipe.batch_size > 1:
         typer.echo(f"\nDrawn in a batch of {recipe.batch_size}; alone, as by this command, values may round otherwise.")
     typer.echo(f"\n{recipe.command()}")
+    for line in changed_since(recipe):
+        typer.echo(f"{line} The command draws another picture, or none.", err=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +21,8 @@ NUMBERS: dict[str, type] = {
     "control_scale": float,
 }  # fmt: skip
 WORDS = ("prompt", "negative_prompt", "scheduler", "compose")
+TEXTS = ("prompt", "negative_prompt")
+"""Axes whose values have commas: a bar alone parts them."""
 PLAIN = {*NUMBERS, *WORDS} - {"step", "prompt", "compose"}
 """Axes that are fields of a recipe."""
 LORA = re.compile(r"lora:(?P<name>.+)\.(?P<what>[a-z_0-9]+)")
@@ -29,13 +32,34 @@ MOST_CELLS = 10_000
 
 @dataclass(frozen=True)
 class Axis:
-    """One setting and the values that it takes."""
+    """One setting and the values that it takes.
+
+    Raises:
+        ConfigError: when there is no such setting, or a value cannot be one of it.
+
+    >>> Axis("guidance-scale", [1, 2]), Axis("prompt", "a dog").values
+    (Axis(name='guidance_scale', values=(1.0, 2.0)), ('a dog',))
+    """
 
     name: str
     """`step` (of the training run that is the only adapter, as its checkpoints have it), `prompt`, `negative_prompt`, `seed`,
     `steps`, `guidance_scale`, `scheduler`, `compose`, `strength`, `control_scale`, `width`, `height`; `lora:NAME.scale`,
     `lora:NAME.BLOCK` (a factor of one block), `lora:NAME.file` (other files in its place) or `lora:NAME.step`."""
-    values: tuple[Any, ...]
+    values: Sequence[Any]
+    """One by itself, or several; kept as a tuple."""
+
+    def __post_init__(self) -> None:
+        name = named(self.name)
+        given = (
+            [self.values]
+            if isinstance(self.values, (str, Path)) or not hasattr(self.values, "__iter__")
+            else self.values
+        )
+        values = tuple(one_of(name, value) for value in given)
+        if not values:
+            raise ConfigError(f"Axis {name!r} has no value.")
+        object.__setattr__(self, "name", name)
+        object.__setattr__(self, "values", values)
 
     def label(self, value: Any) -> str:
         """What stands beside a row or column."""
@@ -54,7 +78,7 @@ class Axis:
 
 
 def parse_axis(word: str) -> Axis:
-    """`seed=1..4`, `lora:dog.scale=0,0.5,1`, `prompt=a dog|a cat, sitting` (with a bar, commas are text).
+    """`seed=1..4`, `lora:dog.scale=0,0.5,1`, `prompt=a dog|a cat, sitting` (a bar parts texts with commas).
 
     Raises:
         ConfigError: when the setting is unknown or a value cannot be one of it.
@@ -63,52 +87,77 @@ def parse_axis(word: str) -> Axis:
     ((1, 2, 3), (0.0, 0.5))
     """
     name, equals, text = word.partition("=")
-    name = name.strip().replace("-", "_") if not name.startswith("lora:") else name.strip()
     if not equals or not text.strip():
         raise ConfigError(f"An axis is written name=value,value…; this one is {word!r}.")
-    lora = LORA.fullmatch(name)
-    if name not in (*NUMBERS, *WORDS) and not lora:
-        known = [*NUMBERS, *WORDS, "lora:NAME.scale", "lora:NAME.file"]
-        raise ConfigError(f"There is no axis {name!r}. {nearest(name, known)}")
-    parts = [p.strip() for p in text.split("|" if "|" in text else ",")]
+    name = named(name)
+    parts = [p.strip() for p in text.split("|" if "|" in text or name in TEXTS else ",")]
     if "" in parts and name != "negative_prompt":
         raise ConfigError(f"Axis {name!r} has an empty value: {text!r}.")
-    kind = NUMBERS.get(name, {"file": str, "step": int}.get(lora["what"], float) if lora else str)
-    if kind is str:
-        return Axis(name, tuple(parts))
     values: list[Any] = []
     for part in parts:
-        try:
-            found = numbers_of(part, kind)
-        except ValueError:
-            what = "a whole number" if kind is int else "a number"
-            raise ConfigError(f"Axis {name!r} has the value {part!r}, which is not {what}.") from None
-        if isinstance(found, range) and found.stop - found.start > MOST_CELLS:
+        if kind_of(name) is str or not (ends := re.fullmatch(r"(-?\d+)\.\.(-?\d+)", part)):
+            values.append(part)
+            continue
+        found = range(int(ends[1]), int(ends[2]) + 1)
+        if found.stop - found.start > MOST_CELLS:
             count = f"{found.stop - found.start:,}"
             raise ConfigError(f"Axis {name!r} has {count} values; a grid has at most {MOST_CELLS:,} pictures.")
         values += found
     if not values:
         raise ConfigError(f"Axis {name!r} has no value: {text!r}.")
-    return Axis(name, tuple(kind(v) for v in values))
+    return Axis(name, tuple(values))
+
+
+def named(given: str) -> str:
+    """The name of an axis as it is kept.
+
+    Raises:
+        ConfigError: when there is none of it.
+    """
+    name = given.strip()
+    if LORA.fullmatch(name):
+        return name
+    name = name.replace("-", "_")
+    if name not in (*NUMBERS, *WORDS):
+        known = [*NUMBERS, *WORDS, "lora:NAME.scale", "lora:NAME.file"]
+        raise ConfigError(f"There is no axis {name!r}. {nearest(name, known)}")
+    return name
+
+
+def kind_of(name: str) -> type:
+    """What the values of an axis are."""
+    lora = LORA.fullmatch(name)
+    return NUMBERS.get(name, {"file": str, "step": int}.get(lora["what"], float) if lora else str)
+
+
+def one_of(name: str, given: Any) -> Any:
+    """A value of an axis: a text, or a number from its text or from that of any library.
+
+    Raises:
+        ConfigError: when it is none.
+    """
+    kind = kind_of(name)
+    if kind is str and isinstance(given, (str, Path)):
+        return str(given)
+    try:
+        plain = given if isinstance(given, str) else float(given) if kind is float else operator.index(whole(given))
+        number = kind(plain)
+        if kind is not str and not isinstance(given, bool) and math.isfinite(number):
+            return number
+    except (TypeError, ValueError):
+        pass
+    what = {int: "a whole number", float: "a number", str: "a text"}[kind]
+    raise ConfigError(f"Axis {name!r} has the value {given!r}, which is not {what}.")
+
+
+def whole(given: Any) -> Any:
+    """A number without a part after the point as an integer."""
+    return int(given) if isinstance(given, float) and given.is_integer() else given
 
 
 def axis_from(given: Axis | str) -> Axis:
     """An axis, or its words."""
     return parse_axis(given) if isinstance(given, str) else given
-
-
-def numbers_of(text: str, kind: type) -> Sequence[float]:
-    """`7`, or `1..4`.
-
-    Raises:
-        ValueError: when it is neither.
-    """
-    if ends := re.fullmatch(r"(-?\d+)\.\.(-?\d+)", text):
-        return range(int(ends[1]), int(ends[2]) + 1)
-    number = kind(text)
-    if isinstance(number, float) and not math.isfinite(number):
-        raise ValueError(text)
-    return [number]
 
 
 Tags = Mapping[str, Sequence[LoraUse]]

@@ -9,8 +9,9 @@ from functools import lru_cache
 from pathlib import Path
 
 from visionlora.config import GenerateConfig
-from visionlora.diffusion.recipe import LoraUse, take_tags
-from visionlora.errors import AdapterFileError, ConfigError, nearest
+from visionlora.diffusion.given import named
+from visionlora.diffusion.recipe import LoraUse, Recipe, take_tags
+from visionlora.errors import AdapterFileError, ConfigError, DataError, nearest
 from visionlora.formats.container import SUFFIXES, file_hashes
 from visionlora.formats.inspection import settings_beside, weights_file
 
@@ -80,3 +81,25 @@ def hashes_in_state(files: tuple[tuple[Path, int, int], ...]) -> tuple[str, str]
     parts = [found["sha256"] for found in (first, *others)]
     whole = hashlib.sha256("".join(parts).encode()).hexdigest() if others else parts[0]
     return first.get("AutoV3", first["sha256"]), whole
+
+
+def changed_since(recipe: Recipe) -> list[str]:
+    """A line about each file of a recipe that is not here, or is no longer what it was."""
+    before = {use.path: (use.hash, use.file_hash) for use in recipe.loras}
+    for field, hash in (("init_image", recipe.init_hash), ("mask", recipe.mask_hash), ("control", recipe.control_hash)):
+        before |= {path: ("", hash)} if (path := getattr(recipe, field)) else {}
+    uses = {use.path: use for use in recipe.loras}
+    lines = []
+    for path, hashes in before.items():
+        try:
+            if path in uses:
+                use = hashed(uses[path])
+                now = use.hash, use.file_hash
+            else:
+                now = "", named(Path(path), "picture")[1]
+        except (AdapterFileError, DataError):
+            lines.append(f"{path} is not here.")
+            continue
+        if any(was and was != found for was, found in zip(hashes, now, strict=True)):
+            lines.append(f"{path} has other contents than when the picture was drawn.")
+    return lines

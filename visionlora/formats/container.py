@@ -92,8 +92,12 @@ def missing(path: Path) -> AdapterFileError:
     return AdapterFileError(f"There is no adapter file at {path}.{hint}")
 
 
-def open_file(path: Path) -> Contents:
+def open_file(path: Path, mapped: bool = False) -> Contents:
     """Every tensor and the text of the header. Tensors are copies: what later happens to the file does not reach them.
+
+    Args:
+        path: of the file.
+        mapped: leave the tensors in the file, for whole models that are read once: whatever writes into it changes them.
 
     Raises:
         AdapterFileError: when the file is missing, broken, or a pickle that holds more than tensors.
@@ -106,7 +110,8 @@ def open_file(path: Path) -> Contents:
         with safe_open(str(path), framework="pt") as file:
             metadata = {str(k): str(v) for k, v in dict(file.metadata() or {}).items()}
             # The library maps the file: writing into it would change its tensors, and cutting it end the process.
-            tensors = {name: calculable(file.get_tensor(name).clone()) for name in file.keys()}  # noqa: SIM118
+            found = {name: calculable(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
+            tensors = found if mapped else {name: t.clone() for name, t in found.items()}
             return Contents(path, tensors, metadata)
     except AdapterFileError:
         raise

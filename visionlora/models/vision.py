@@ -385,7 +385,7 @@ def read_state(opened: VisionModel, path: Path) -> str:
     if not path.is_file():
         raise ModelError(f"There is no file {path} with weights. Name a state dict (.safetensors or .pt), or `random`.")
     try:
-        tensors = open_file(path).tensors
+        tensors = open_file(path, mapped=True).tensors
     except AdapterFileError as e:
         raise ModelError(str(e)) from None
     own = opened.model.state_dict()

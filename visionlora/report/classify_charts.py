@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ import numpy as np
 
 from visionlora.data.images import printable
 from visionlora.report.curves import COLOURS, INK, SOFT
+from visionlora.report.fonts import characters, families
 from visionlora.vision.metrics import Bin, wilson
 
 if TYPE_CHECKING:
@@ -29,11 +29,6 @@ DARK = 0.5
 """Shade from which the writing in a cell is white."""
 EMPTY = "#eceef0"
 """Of rows without pictures."""
-FONTS = (
-    "DejaVu Sans", "Noto Sans CJK JP", "Noto Sans CJK SC", "Noto Sans", "Arial Unicode MS", "Microsoft YaHei",
-    "Yu Gothic", "Malgun Gothic", "PingFang SC", "Hiragino Sans", "WenQuanYi Zen Hei", "Segoe UI Symbol",
-)  # fmt: skip
-"""Tried for each character in this order, where they are installed."""
 
 
 def draw_confusion(confusion: Sequence[Sequence[int]], classes: Sequence[str]) -> bytes:
@@ -74,7 +69,7 @@ def draw_confusion(confusion: Sequence[Sequence[int]], classes: Sequence[str]) -
     picture = axes.imshow(shares[np.ix_(kept, kept)], norm=PowerNorm(0.5, 0, 1), cmap=shade)
     size = 8 if len(kept) <= COUNTED else 6.5
     for write, angle in ((axes.set_xticks, 90), (axes.set_yticks, 0)):
-        write(range(len(kept)), labels, rotation=angle, fontsize=size, family=_families(), color=INK, parse_math=False)
+        write(range(len(kept)), labels, rotation=angle, fontsize=size, family=families(), color=INK, parse_math=False)
     axes.set_xticks(np.arange(len(kept) + 1) - 0.5, minor=True)
     axes.set_yticks(np.arange(len(kept) + 1) - 0.5, minor=True)
     axes.grid(True, which="minor", color=EMPTY, linewidth=0.6)
@@ -192,27 +187,10 @@ def _label(name: str, place: int) -> str:
     'a very long n…class, part 2'
     """
     text = printable(" ".join(name.split()))
-    if not text or not set(map(ord, text)) <= _characters():
+    if not text or not set(map(ord, text)) <= characters():
         return f"#{place + 1}"
     half = LONGEST_NAME // 2
     return text if len(text) <= LONGEST_NAME else f"{text[:half].rstrip()}…{text[-half:].lstrip()}"
-
-
-@functools.cache
-def _families() -> list[str]:
-    """The fonts of `FONTS` that are installed; DejaVu Sans comes with matplotlib."""
-    from matplotlib.font_manager import fontManager
-
-    there = {entry.name for entry in fontManager.ttflist}
-    return [name for name in FONTS if name in there]
-
-
-@functools.cache
-def _characters() -> frozenset[int]:
-    """All that can be written with them."""
-    from matplotlib.font_manager import findfont, get_font
-
-    return frozenset().union(*(get_font(findfont(name)).get_charmap() for name in _families()))
 
 
 def _plain(axes: Axes) -> None:

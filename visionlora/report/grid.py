@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
-Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+from visionlora.report.fonts import Font, font_for
 
 INK = (28, 30, 33)
 SOFT = (106, 111, 118)
@@ -131,7 +131,7 @@ def _fit(picture: Image.Image, cell: int) -> Image.Image:
 
 def _wrap(text: str, size: int, width: int, lines: int) -> _Block:
     """Break text into lines no wider than ``width`` px; what does not fit into ``lines`` ends in an ellipsis."""
-    font = ImageFont.load_default(size)
+    font, text = font_for(text, size)
     broken: list[str] = []
     words = text.split()
     while words:

@@ -20,17 +20,19 @@ th{{font-weight:500;font-size:13px;padding:4px 8px;text-align:left;max-width:12e
 thead th{{position:sticky;top:0}} tbody th{{position:sticky;left:0}}
 img{{width:var(--s,128px);display:block;cursor:zoom-in}} img.small{{image-rendering:pixelated}}
 dialog{{border:0;padding:16px;max-width:92vw}} dialog img{{width:min(80vh,88vw);cursor:zoom-out}}
-dialog pre{{white-space:pre-wrap;font-size:12px;max-width:80vh}} ::backdrop{{background:#000a}}
+dialog pre{{white-space:pre-wrap;font-size:12px;max-width:80vh;user-select:all}} ::backdrop{{background:#000a}}
 label{{font-size:13px;color:#6a6f76}}
 </style></head><body><p>{caption}</p>
 <label>size <input type="range" min="48" max="512" value="128"
  oninput="document.body.style.setProperty('--s',this.value+'px')"></label>
 {sheets}
-<dialog onclick="this.close()"><img alt=""><pre></pre></dialog><script>
+<dialog><img alt=""><pre tabindex="0"></pre></dialog><script>
 const d=document.querySelector('dialog');
+d.onclick=e=>{{if(e.target===d||e.target.tagName==='IMG')d.close()}};
 document.querySelectorAll('td img').forEach(i=>{{
  const crisp=()=>{{if(i.naturalWidth<256)i.classList.add('small')}};
  i.complete?crisp():i.addEventListener('load',crisp);
+ i.onkeydown=e=>{{if(e.key==='Enter'||e.key===' '){{e.preventDefault();i.onclick()}}}};
  i.onclick=()=>{{const z=d.querySelector('img');z.src=i.src;z.className=i.className;
   d.querySelector('pre').textContent=i.title;d.showModal()}}}});
 </script></body></html>
@@ -39,18 +41,28 @@ TABLE = '<div class="scroll"><table><thead><tr><th></th>{head}</tr></thead><tbod
 
 
 def caption_of(recipe: Recipe, axes: Sequence[Axis]) -> str:
-    """The settings that no axis changes."""
+    """The settings that no axis changes, all that decide a picture."""
     moving = {a.name for a in axes}
     shown = {
-        "prompt": recipe.prompt, "model": recipe.model, "seed": recipe.seed, "steps": recipe.steps,
-        "guidance_scale": f"{recipe.guidance_scale:g}", "scheduler": recipe.scheduler,
+        "prompt": recipe.prompt, "negative_prompt": recipe.negative_prompt, "model": recipe.model, "seed": recipe.seed,
+        "steps": recipe.steps, "guidance_scale": f"{recipe.guidance_scale:g}", "scheduler": recipe.scheduler,
+        "width": recipe.width, "height": recipe.height,
+        "clip_skip": "" if recipe.clip_skip == 1 else recipe.clip_skip,
+        "init_image": Path(recipe.init_image).name,
+        "strength": f"{recipe.strength:g}" if recipe.init_image else "",
+        "mask": Path(recipe.mask).name,
+        "controlnet": Path(recipe.controlnet).name,
+        "control": Path(recipe.control).name,
+        "control_scale": f"{recipe.control_scale:g}" if recipe.controlnet else "",
         "compose": recipe.compose if len(recipe.loras) > 1 else "",
     }  # fmt: skip
     text = [f"{name.replace('_', ' ')} {value}" for name, value in shown.items() if name not in moving and value != ""]
-    uses = [
-        f"{u.name} {u.scale:g}" for u in recipe.loras if not any(m.startswith(f"lora:{u.name}.scale") for m in moving)
-    ]
-    return ", ".join([*text, *uses])
+    for use in recipe.loras:
+        own = "" if f"lora:{use.name}.scale" in moving else f" {use.scale:g}"
+        blocks = ",".join(f"{b}={f:g}" for b, f in use.blocks.items() if f"lora:{use.name}.{b}" not in moving)
+        if own or blocks:
+            text.append(use.name + own + (f"@{blocks}" if blocks else ""))
+    return ", ".join(text)
 
 
 def page_of(sheets: Sequence[Sheet], drawn: Sequence[tuple[Path, Recipe]], caption: str) -> str:
@@ -67,12 +79,13 @@ def page_of(sheets: Sequence[Sheet], drawn: Sequence[tuple[Path, Recipe]], capti
         rows = []
         for label in sheet.rows:
             cells = []
-            for _ in sheet.columns:
+            for column in sheet.columns:
                 path, recipe = next(pictures)
                 data = base64.b64encode(path.read_bytes()).decode()
+                alt = html.escape(", ".join(part for part in (label, column, recipe.prompt) if part), quote=True)
                 about = html.escape(f"{recipe.parameters()}\n\n{recipe.command()}", quote=True)
                 cells.append(
-                    f'<td><img src="data:image/png;base64,{data}" title="{about}" alt="{html.escape(recipe.prompt)}"></td>'
+                    f'<td><img src="data:image/png;base64,{data}" title="{about}" alt="{alt}" tabindex="0" role="button"></td>'
                 )
             rows.append(f"<tr><th>{html.escape(label)}</th>{''.join(cells)}</tr>")
         title = f"<h2>{html.escape(sheet.title)}</h2>" if sheet.title else ""
