@@ -14,6 +14,7 @@ import yaml
 from PIL import Image
 
 from visionlora.loaders import load_adapter
+from visionlora.training.checkpoint import STATE_FILE, read_state
 
 SMALL = ("--rank", 2, "sample_steps=2", "sample_columns=2", "learning_rate=0.01")
 
@@ -84,23 +85,35 @@ def test_bf16_and_accumulation_train(cli, tiny_model: Path, dogs: Path, tmp_path
     assert [m["images_seen"] for m in metrics] == [4, 8]
 
 
-def test_ctrl_c_keeps_the_adapter(tiny_model: Path, dogs: Path, tmp_path: Path) -> None:
+IGNORING = ("sh", "-c", "trap '' INT; exec \"$@\"", "sh")
+"""Starts a program as a script does in the background: Ctrl-C is not for it."""
+
+
+@pytest.mark.parametrize(("number", "before"), [(signal.SIGINT, ()), (signal.SIGTERM, ()), (signal.SIGTERM, IGNORING)])
+def test_an_interrupt_keeps_the_adapter(
+    tiny_model: Path, dogs: Path, tmp_path: Path, number: signal.Signals, before: tuple[str, ...]
+) -> None:
     process = subprocess.Popen(
-        [sys.executable, "-m", "visionlora", "train-sd", "--images", str(dogs), "--model", str(tiny_model), "--steps",
-         "100000", "--output", str(tmp_path / "r"), *map(str, SMALL)],
+        [*before, sys.executable, "-m", "visionlora", "train-sd", "--images", str(dogs), "--model", str(tiny_model),
+         "--steps", "100000", "--output", str(tmp_path / "r"), *map(str, SMALL)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    metrics = tmp_path / "r" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not (metrics.exists() and len(metrics.read_bytes()) > 200) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    try:
+        metrics = tmp_path / "r" / "metrics.jsonl"
+        deadline = time.monotonic() + 120
+        while not (metrics.exists() and len(metrics.read_bytes()) > 200) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130, err
     assert "Traceback" not in err
     assert "the adapter so far is in" in out and f"visionlora train-sd --resume {tmp_path / 'r'}" in out
     (kept,) = (tmp_path / "r" / "checkpoints").glob("*.safetensors")
-    assert load_adapter(kept).info["training"]["steps"] >= 1
+    steps = len(metrics.read_text().splitlines())
+    assert load_adapter(kept).info["training"]["steps"] == steps >= 1
+    assert read_state(tmp_path / "r" / "checkpoints" / STATE_FILE)["fit"]["step"] == steps
 
 
 def test_an_adapter_of_another_base_is_refused(cli, tiny_model: Path, dogs: Path, tmp_path: Path) -> None:

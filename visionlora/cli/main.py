@@ -7,7 +7,6 @@ Exit codes: 0 done, 1 failed, 2 wrong use, 130 interrupted. Errors meant for the
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from typing import Annotated, NoReturn
 
@@ -18,6 +17,7 @@ from visionlora.atomic import is_full
 from visionlora.cli import adapters, cache, classify, configs, generate, grid, inspect, overlap, plugins, train_sd
 from visionlora.cli.console import fail, file_problem
 from visionlora.errors import VisionLoRAError
+from visionlora.training.interrupts import listen
 
 INTERRUPTED = 130
 
@@ -66,7 +66,7 @@ def root(
 
 def main() -> None:
     """Runs the command line."""
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # both save what there is
+    listen()
     try:
         app()
     except VisionLoRAError as e:

@@ -6,38 +6,60 @@ import signal
 import threading
 from collections.abc import Callable
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, NoReturn
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+"""Those that ask a program to end."""
+
+
+def stop(number: int, frame: FrameType | None) -> NoReturn:
+    """A handler that makes another signal end a program as Ctrl-C does, also where Ctrl-C itself is ignored.
+
+    Raises:
+        KeyboardInterrupt: always.
+    """
+    raise KeyboardInterrupt
+
+
+def listen() -> None:
+    """Makes SIGTERM end this program as Ctrl-C does; for the main thread of a command line."""
+    signal.signal(signal.SIGTERM, stop)
 
 
 class Interrupts:
     """While it is entered, Ctrl-C waits for `check`; the second one no longer.
 
-    SIGTERM does the same where it is turned into SIGINT, as the command line does. In threads other than the main one,
-    where Python cannot listen to signals, nothing changes.
+    SIGTERM does the same where `stop` handles it, as in the command line. In threads other than the main one, where
+    Python cannot listen to signals, nothing changes.
     """
 
     def __init__(self, told: Callable[[], None] | None = None) -> None:
         """Nothing is listened to yet.
 
         Args:
-            told: called at the first Ctrl-C, to say that it was heard.
+            told: called at the first one, to say that it was heard.
         """
         self.told, self.asked = told, False
-        self._before: Any = None
+        self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Interrupts:
         if threading.current_thread() is threading.main_thread():
-            self._before = signal.getsignal(signal.SIGINT)
-            if self._before is signal.default_int_handler:  # somebody's own, or none as in the background, stays
-                signal.signal(signal.SIGINT, self._heard)
+            for number in SIGNALS:
+                before = signal.getsignal(number)
+                # Somebody's own, or none as for SIGINT in the background, stays.
+                if before is (signal.default_int_handler if number == signal.SIGINT else stop):
+                    self._before[number] = before
+                    signal.signal(number, self._heard)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, trace: TracebackType | None) -> None:
-        if signal.getsignal(signal.SIGINT) == self._heard:
-            signal.signal(signal.SIGINT, self._before)
+        while self._before:
+            number, before = self._before.popitem()
+            if signal.getsignal(number) == self._heard:
+                signal.signal(number, before)
 
     def check(self) -> None:
-        """Raises KeyboardInterrupt when there was a Ctrl-C."""
+        """Raises KeyboardInterrupt when there was a Ctrl-C or a signal like it."""
         if self.asked:
             raise KeyboardInterrupt
 

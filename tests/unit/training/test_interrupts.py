@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from visionlora.training.interrupts import Interrupts
+from visionlora.training.interrupts import Interrupts, stop
 
 
 def test_it_waits_until_it_is_asked() -> None:
@@ -23,16 +23,22 @@ def test_it_waits_until_it_is_asked() -> None:
         signal.signal(signal.SIGINT, before)
 
 
-def test_the_second_does_not_wait() -> None:
-    before = signal.getsignal(signal.SIGINT)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+@pytest.mark.parametrize(("number", "handler"), [(signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, stop)])
+def test_the_second_does_not_wait(number: signal.Signals, handler) -> None:
+    """SIGINT is ignored meanwhile where a script starts a program in the background; SIGTERM must not need it."""
+    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(number, handler)
     try:
-        with pytest.raises(KeyboardInterrupt), Interrupts():
-            signal.raise_signal(signal.SIGINT)
-            signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt), Interrupts() as interrupts:
+            signal.raise_signal(number)
+            assert interrupts.asked
+            signal.raise_signal(number)
             pytest.fail("it went on")
+        assert signal.getsignal(number) is handler
     finally:
-        signal.signal(signal.SIGINT, before)
+        for n, was in before.items():
+            signal.signal(n, was)
 
 
 @pytest.mark.parametrize("handler", [signal.SIG_IGN, lambda *_: None])
