@@ -237,7 +237,8 @@ class Fit:
     ) -> None:
         """Runs the steps that are left; `on_step` is called after each, and an exception it raises ends the run.
 
-        Ctrl-C waits for the end of a step and its `on_step`, after `on_interrupt` was called; a second one does not.
+        Ctrl-C waits for the end of a step and its `on_step`, after `on_interrupt` was called; a second one does not. In the
+        last step, too, it ends in KeyboardInterrupt: what comes after the loop may be long.
 
         Each step sees batch_size x gradient_accumulation pictures on every process; all processes draw the random numbers
         of the whole step and take their share, so the curve is the same on one process and on several. A step whose loss
@@ -272,8 +273,9 @@ class Fit:
                 on_step(Progress(self.step, loss, rate, norm, self.images_seen, speed, self.noise_scale))
             except StopTraining:
                 self.whole = True
-                return
+                break
             self.whole = True
+        interrupts.check()
 
     def advance(self, task: Task, rate: float) -> tuple[float, float]:
         """One step at this learning rate: (loss, norm of the gradient)."""

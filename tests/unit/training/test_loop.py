@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from visionlora.data.groups import Group
 from visionlora.errors import ConfigError, TrainingError
-from visionlora.training.loop import Fit, LoopConfig, Progress, new_accelerator, resolve_precision, train
+from visionlora.training.loop import Fit, LoopConfig, Progress, StopTraining, new_accelerator, resolve_precision, train
 from visionlora.training.schedules import rate_at
 
 from ...doubles import Learner
@@ -147,6 +147,30 @@ def test_ctrl_c_waits_for_the_end_of_a_step() -> None:
     with pytest.raises(ZeroDivisionError):
         fit.run(Regression(), lambda p: 1 / 0)
     assert fit.step == 6 and not fit.whole, "nobody has seen that step"
+
+
+@pytest.mark.parametrize("enough", [4, CONFIG.steps + 1])
+def test_ctrl_c_in_the_last_step_is_not_forgotten(enough: int) -> None:
+    """In the one where patience ends neither: it was said that the run stops after this step."""
+    import signal
+
+    before = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    last = min(enough, CONFIG.steps)
+
+    def on_step(progress: Progress) -> None:
+        if progress.step == last:
+            signal.raise_signal(signal.SIGINT)
+        if progress.step == enough:
+            raise StopTraining
+
+    fit = Fit(Accelerator(cpu=True), Learner(nn.Linear(1, 1, bias=False)), CONFIG)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            fit.run(Regression(), on_step)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert fit.step == last and fit.whole
 
 
 def test_groups_keep_their_ratio_to_the_schedule_and_the_penalty_counts() -> None:
