@@ -40,7 +40,7 @@ from visionlora.lora.adapter import Adapter, AdapterModule
 from visionlora.lora.config import AdapterConfig
 from visionlora.lora.overlap import overlap
 from visionlora.lora.targets import resolve
-from visionlora.mixing.mix import attach
+from visionlora.mixing.entry import attach
 from visionlora.mixing.scales import Scale
 from visionlora.models.base import open_base
 from visionlora.report.grid import draw_grid

@@ -21,7 +21,8 @@ from visionlora.diffusion.sampling import pictures_of, sampling_scheduler
 from visionlora.errors import DataError
 from visionlora.lora.adapter import Adapter
 from visionlora.mixing.batches import adapters_of, batches_of
-from visionlora.mixing.mix import Mix, attach
+from visionlora.mixing.entry import attach
+from visionlora.mixing.mix import Mix
 from visionlora.mixing.scales import Scale
 from visionlora.models.base import BaseModel
 

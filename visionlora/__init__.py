@@ -22,13 +22,13 @@ _HOMES = {
     "Prediction": "visionlora.classifier",
     "TrainSDConfig": "visionlora.config",
     "VisionLoRAError": "visionlora.errors",
-    "attach": "visionlora.mixing.mix",
+    "attach": "visionlora.mixing.entry",
     "Mix": "visionlora.mixing.mix",
     "Ramp": "visionlora.mixing.scales",
     "Scale": "visionlora.mixing.scales",
     "Window": "visionlora.mixing.scales",
     "Size": "visionlora.lora.arithmetic",
-    "detach": "visionlora.mixing.mix",
+    "detach": "visionlora.mixing.entry",
     "classify": "visionlora.pipelines.classify",
     "choose_ranks": "visionlora.lora.rank",
     "export": "visionlora.pipelines.export",
@@ -75,9 +75,9 @@ if TYPE_CHECKING:
     from visionlora.lora.packed import pack as pack
     from visionlora.lora.rank import choose_ranks as choose_ranks
     from visionlora.lora.rank import input_spectra as input_spectra
+    from visionlora.mixing.entry import attach as attach
+    from visionlora.mixing.entry import detach as detach
     from visionlora.mixing.mix import Mix as Mix
-    from visionlora.mixing.mix import attach as attach
-    from visionlora.mixing.mix import detach as detach
     from visionlora.mixing.pool import AdapterPool as AdapterPool
     from visionlora.mixing.scales import Ramp as Ramp
     from visionlora.mixing.scales import Scale as Scale

@@ -637,19 +637,9 @@ def test_show_says_what_is_no_longer_the_same(loras: Path, tiny_model: Path, dog
     shutil.copy(loras / "dog.safetensors", adapter)
     shutil.copy(dogs / "0.png", start)
     run(
-        "generate",
-        "--prompt",
-        "a dog",
-        "--model",
-        tiny_model,
-        *COMMON,
-        "--lora",
-        adapter,
-        "--init-image",
-        start,
-        "--output",
-        out,
-    )
+        "generate", "--prompt", "a dog", "--model", tiny_model, *COMMON, "--lora", adapter, "--init-image", start,
+        "--output", out,
+    )  # fmt: skip
     (picture,) = out.iterdir()
     assert "is not here" not in run("show", picture) and "other contents" not in run("show", picture)
     shutil.copy(loras / "ink.safetensors", adapter)

@@ -49,13 +49,13 @@ class Axis:
     """One by itself, or several; kept as a tuple."""
 
     def __post_init__(self) -> None:
-        name = named(self.name)
+        name = axis_name(self.name)
         given = (
             [self.values]
             if isinstance(self.values, (str, Path)) or not hasattr(self.values, "__iter__")
             else self.values
         )
-        values = tuple(one_of(name, value) for value in given)
+        values = tuple(value_of(name, value) for value in given)
         if not values:
             raise ConfigError(f"Axis {name!r} has no value.")
         object.__setattr__(self, "name", name)
@@ -89,7 +89,7 @@ def parse_axis(word: str) -> Axis:
     name, equals, text = word.partition("=")
     if not equals or not text.strip():
         raise ConfigError(f"An axis is written name=value,value…; this one is {word!r}.")
-    name = named(name)
+    name = axis_name(name)
     parts = [p.strip() for p in text.split("|" if "|" in text or name in TEXTS else ",")]
     if "" in parts and name != "negative_prompt":
         raise ConfigError(f"Axis {name!r} has an empty value: {text!r}.")
@@ -108,7 +108,7 @@ def parse_axis(word: str) -> Axis:
     return Axis(name, tuple(values))
 
 
-def named(given: str) -> str:
+def axis_name(given: str) -> str:
     """The name of an axis as it is kept.
 
     Raises:
@@ -130,7 +130,7 @@ def kind_of(name: str) -> type:
     return NUMBERS.get(name, {"file": str, "step": int}.get(lora["what"], float) if lora else str)
 
 
-def one_of(name: str, given: Any) -> Any:
+def value_of(name: str, given: Any) -> Any:
     """A value of an axis: a text, or a number from its text or from that of any library.
 
     Raises:

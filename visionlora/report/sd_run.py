@@ -161,7 +161,7 @@ def facts(
     }
 
 
-def usage(base: BaseModel, adapter: Adapter, run: Path, prompt: str, zero_terminal_snr: bool = False) -> str:
+def usage(base: BaseModel, adapter: Adapter, run: Path, prompt: str) -> str:
     """Python that draws a picture, for the model card: with diffusers where that alone draws the same.
 
     Args:
@@ -169,7 +169,6 @@ def usage(base: BaseModel, adapter: Adapter, run: Path, prompt: str, zero_termin
         adapter: of the file.
         run: its folder.
         prompt: what to draw.
-        zero_terminal_snr: whether its noise levels ended at nothing but noise.
     """
     name, source = run.resolve().name, base.id if base.id == EMBEDDED else base.source
     if why := beyond_diffusers(base, adapter, prompt):
@@ -180,7 +179,7 @@ def usage(base: BaseModel, adapter: Adapter, run: Path, prompt: str, zero_termin
         )
     pipeline = type(base.pipe).__name__
     classes, levels = pipeline, ""
-    if zero_terminal_snr:
+    if adapter.zero_terminal_snr:
         classes = f"DDPMScheduler, {pipeline}"
         levels = (
             "pipe.scheduler = DDPMScheduler.from_config(\n"
@@ -250,7 +249,7 @@ def report(
             trigger=config.token or trigger(folder),
             facts=facts(config, loop, base, folder, handle) | changed(changes),
             samples=sheet.last_samples() if sheet.columns else [],
-            usage=usage(base, written, run.path, sheet.prompts[0], config.zero_terminal_snr),
+            usage=usage(base, written, run.path, sheet.prompts[0]),
             images_note=f"{len(folder.items)} pictures; {folder.caption_source}",
             license=None,
         ),

@@ -24,7 +24,7 @@ PLAIN = Adapter({"unet.a": LORA})
 
 
 def test_the_snippet_draws_as_it_was_trained() -> None:
-    text = usage(BASE, PLAIN, Path("run"), "a dog", zero_terminal_snr=True)
+    text = usage(BASE, replace(PLAIN, info={"training": {"zero_terminal_snr": True}}), Path("run"), "a dog")
     assert "rescale_betas_zero_snr=True" in text and ast.parse(text)
     assert "from diffusers import DDPMScheduler, StableDiffusionPipeline\n" in text
     assert "rescale" not in usage(BASE, PLAIN, Path("run"), "a dog")
