@@ -50,6 +50,9 @@ def test_a_run_leaves_everything(trained: Path) -> None:
     assert sum(map(sum, metrics["confusion"])) == 9
     steps = [json.loads(line)["step"] for line in (trained / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, 17))
+    looks = [json.loads(line) for line in (trained / "validation.jsonl").read_text().splitlines()]
+    assert looks[0]["step"] == 0 and looks[-1]["step"] == 16 and len(looks) == 4
+    assert max(look["top1"] for look in looks) == metrics["contenders"]["lora"]["val_score"]
     page = (trained / "report.html").read_text()
     assert all(name in page for name in ("circle", "cross", "square", "linear probe", "full"))
     assert "http://" not in page.replace("http://www.w3.org", "") and "https://" not in page
@@ -560,6 +563,8 @@ def test_a_run_that_was_cut_off_ends_in_the_same_bytes(
     ).read_bytes()
     whole_lines, cut_lines = ((tmp_path / n / "metrics.jsonl").read_text().splitlines() for n in ("whole", "cut"))
     assert [json.loads(line)["loss"] for line in cut_lines] == [json.loads(line)["loss"] for line in whole_lines]
+    whole_looks, cut_looks = ((tmp_path / n / "validation.jsonl").read_bytes() for n in ("whole", "cut"))
+    assert cut_looks == whole_looks
     code, _, err = cli("classify", "--resume", "cut")
     assert code == 2 and "is finished" in err
 

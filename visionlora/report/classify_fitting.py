@@ -119,10 +119,20 @@ class Fitting:
             found = material.measured(logits_of(material, material.chosen_by, self.accelerator), material.chosen_by)
             value = material.selected(found), -found.loss
             self.evaluations.append((step, value[0], found.loss))
-            self.log.measured(step, validation_loss=found.loss)
+            select = material.config.select_by
+            self.log.measured(step, **{"validation_loss": found.loss, f"validation_{select}": abs(value[0])})
+            self.write_evaluations()
             latest = material.config.method == "adalora"  # pruned to its budget in the end alone
             if self.best is None or latest or value > self.best[1]:
                 self.best = (step, value, {n: t.clone() for n, t in self.handle.training_state().items()})
+
+    def write_evaluations(self) -> None:
+        """`validation.jsonl`: step, loss and what the best moment is chosen by."""
+        if (run := self.written) is not None:
+            select = self.material.config.select_by
+            run.write_jsonl(
+                "validation.jsonl", [{"step": n, "loss": loss, select: abs(s)} for n, s, loss in self.evaluations]
+            )
 
     def moments(self) -> set[int]:
         """Steps after which the validation pictures are looked at."""
@@ -197,6 +207,7 @@ class Fitting:
         """
         changed = self.log.restore(kept)
         self.evaluations = [(int(s), float(v), float(loss)) for s, v, loss in kept["evaluations"]]
+        self.write_evaluations()
         self.spent = float(kept.get("seconds", 0.0))
         best = kept["best"]
         self.best = (int(best["step"]), (float(best["value"][0]), float(best["value"][1])), dict(best["state"]))

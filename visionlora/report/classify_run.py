@@ -255,8 +255,7 @@ def warnings_of(material: Material, finished: Sequence[Finished]) -> tuple[str, 
         elif gain < PAYS:
             found.append(
                 f"{own.contender.name} does not pay on this backbone: {material.config.select_by} is {gain:+.3f} against the "
-                "linear probe, which trains the head alone (baselines/probe.safetensors). Try a higher rank, more targets "
-                "(targets=attn,mlp), a longer training, or another backbone."
+                f"linear probe, which trains the head alone (baselines/probe.safetensors). {what_to_try(material, own)}"
             )
     full = by_name.get("full")
     if full is not None and material.selected(full.metrics) - material.selected(own.metrics) > 2 * PAYS:
@@ -264,6 +263,23 @@ def warnings_of(material: Material, finished: Sequence[Finished]) -> tuple[str, 
     if len(material.looked_at) < 100:
         found.append(f"Only {len(material.looked_at)} {material.looked_at_side} pictures: the figures are uncertain.")
     return tuple(found)
+
+
+def what_to_try(material: Material, own: Finished) -> str:
+    """After a training that was in vain."""
+    config = material.config
+    if own.step > 0:
+        return "Try a higher rank, more targets (targets=attn,mlp), a longer training, or another backbone."
+    augmented = config.augment != "none" or config.flip or config.erasing or config.mixup or config.cutmix
+    without = (
+        "without augmentation (augment=none), which may change what the classes differ by (size, colour, side), then "
+        if augmented
+        else ""
+    )
+    return (
+        f"Every step made the validation pictures worse than they were at the start: try {without}at a third of the "
+        "learning_rate."
+    )
 
 
 def report(

@@ -1,13 +1,14 @@
 """What a classify run shows of its pictures."""
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor
 
-from visionlora.report.classify_run import decisions, warnings_of, wording
+from visionlora.config import ClassifyConfig
+from visionlora.report.classify_run import decisions, warnings_of, what_to_try, wording
 from visionlora.vision.material import Material
 from visionlora.vision.task import Objective
 
@@ -65,8 +66,26 @@ def test_an_adapter_is_blamed_only_where_it_could_have_been_better(probe: float,
         data=SimpleNamespace(multi_label=False), looked_at=range(100),
     )  # fmt: skip
     finished: Any = [
-        SimpleNamespace(contender=SimpleNamespace(name=name), metrics=top1)
+        SimpleNamespace(contender=SimpleNamespace(name=name), metrics=top1, step=20)
         for name, top1 in (("lora", own), ("linear-probe", probe))
     ]
     found = warnings_of(judged, finished)
     assert said in "".join(found) and len(found) == bool(said)
+
+
+@pytest.mark.parametrize(
+    ("step", "augment", "said"),
+    [
+        (20, "light", "Try a higher rank, more targets"),
+        (
+            0,
+            "light",
+            "Every step made the validation pictures worse than they were at the start: try without augmentation",
+        ),
+        (0, "none", "at the start: try at a third of the learning_rate."),
+    ],
+)
+def test_after_a_training_in_vain_the_first_thing_to_try_is_named(step: int, augment: str, said: str) -> None:
+    config = ClassifyConfig(images="pets", augment=augment, flip=False)
+    own: Any = SimpleNamespace(step=step)
+    assert said in what_to_try(cast(Any, SimpleNamespace(config=config)), own)
