@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from visionlora.lora.config import AdapterConfig
 from visionlora.lora.inject import inject
 from visionlora.models.vision import open_backbone
 from visionlora.report.listener import Listener
+from visionlora.training.loop import Fit, NotFinite
 
 
 class Ears(Listener):
@@ -24,6 +26,18 @@ class Ears(Listener):
 
     def say(self, line: str) -> None:
         self.lines.append(line)
+
+
+def not_finite_after(steps: int, rate: float) -> Callable[..., tuple[float, float]]:
+    """In place of `Fit.advance`: above this learning rate the loss is NaN after so many steps."""
+    advance = Fit.advance
+
+    def broken(self: Fit, task: Any, scheduled: float) -> tuple[float, float]:
+        if self.step >= steps and self.config.learning_rate > rate:
+            raise NotFinite("loss", math.nan, self.step + 1, scheduled)
+        return advance(self, task, scheduled)
+
+    return broken
 
 
 class Learner:

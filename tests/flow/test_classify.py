@@ -16,12 +16,14 @@ from safetensors.torch import load_file
 from visionlora.pipelines.export import export
 
 import visionlora as vl
+from visionlora.errors import TrainingError
 from visionlora.formats import native
 from visionlora.loaders import load_adapter
 from visionlora.lora.adapter import Adapter
 from visionlora.models.vision import open_backbone
+from visionlora.training.loop import Fit
 
-from ..doubles import Ears, adapter_of
+from ..doubles import Ears, adapter_of, not_finite_after
 
 SHORT = ("--epochs", 6, "--batch-size", 16, "evaluations=3")
 
@@ -567,6 +569,27 @@ def test_a_run_that_was_cut_off_ends_in_the_same_bytes(
     assert cut_looks == whole_looks
     code, _, err = cli("classify", "--resume", "cut")
     assert code == 2 and "is finished" in err
+
+
+def test_losses_that_are_not_finite_cost_the_steps_that_had_them_alone(
+    cli, shapes: Path, tiny_vit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Fit, "advance", not_finite_after(5, 0.005))
+    asked = vl.ClassifyConfig(
+        images=str(shapes),
+        model=str(tiny_vit),
+        steps=10,
+        learning_rate=0.009,
+        evaluations=1,
+        output=str(tmp_path / "run"),
+    )
+    with pytest.raises(TrainingError, match="The loss became nan at step 8") as caught:
+        vl.classify(asked)
+    assert str(caught.value).endswith(f"classify --resume {tmp_path / 'run'} --force learning_rate=0.003")
+    code, out, err = cli("classify", "--resume", "run", "--force", "learning_rate=0.003")
+    assert code == 0 and "Going on at step 7 of 10." in out, err
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["loss"] is None for line in lines] == [False] * 5 + [True] * 2 + [False] * 3
 
 
 def test_a_run_that_is_finished_already_tells_the_same(cli, shapes: Path, tiny_vit: Path) -> None:

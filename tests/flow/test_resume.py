@@ -20,10 +20,11 @@ from safetensors import safe_open
 from visionlora.pipelines.train_sd import train_sd
 
 import visionlora as vl
-from visionlora.errors import ConfigError, RunFinished, RunFolderError, VisionLoRAError
+from visionlora.errors import ConfigError, RunFinished, RunFolderError, TrainingError, VisionLoRAError
 from visionlora.report.listener import Listener
+from visionlora.training.loop import Fit
 
-from ..doubles import Ears
+from ..doubles import Ears, not_finite_after
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of diffusers' schedulers
 
@@ -125,35 +126,53 @@ def test_begun_anew_it_keeps_the_adapter_that_it_then_learns_on_from(
     assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
 
 
+ASKED_TO_END = """
+import os, signal
+from visionlora.cli.main import main
+from visionlora.report.logbook import Logbook
+
+add = Logbook.add
+
+def add_and_ask(self, progress, *more):
+    add(self, progress, *more)
+    if progress.step == 3:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+Logbook.add = add_and_ask
+main()
+"""
+
+
 def test_sigterm_saves_and_says_how_to_go_on(tiny_model: Path, dogs: Path, tmp_path: Path, whole: Path, cli) -> None:
-    words = [f"{k}={v}" for k, v in SETTINGS.items()]
-    command = [
-        sys.executable,
-        "-m",
-        "visionlora",
-        "train-sd",
-        "--images",
-        dogs,
-        "--model",
-        tiny_model,
-        "--output",
-        "cut",
-    ]
-    process = subprocess.Popen(
-        [*map(str, command), *words], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    lines, deadline = tmp_path / "cut" / "metrics.jsonl", time.monotonic() + 60
-    while process.poll() is None and time.monotonic() < deadline:
-        if lines.exists() and len(lines.read_bytes().splitlines()) > 2:
-            break
-        time.sleep(0.005)
-    process.send_signal(signal.SIGTERM)
-    out, _ = process.communicate(timeout=60)
-    if process.returncode != 0:  # a fast machine may have finished
-        assert process.returncode == 130 and "Go on with: visionlora train-sd --resume cut" in out, out
-        code, out, err = cli("train-sd", "--resume", "cut")
-        assert code == 0, err
+    words = ["train-sd", "--images", dogs, "--model", tiny_model, "--output", "cut"]
+    done = subprocess.run(
+        [sys.executable, "-c", ASKED_TO_END, *map(str, words), *(f"{k}={v}" for k, v in SETTINGS.items())],
+        cwd=tmp_path, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 130 and "Interrupted at step 3 of 12" in done.stdout, done.stdout + done.stderr
+    assert "Go on with: visionlora train-sd --resume cut" in done.stdout
+    code, out, err = cli("train-sd", "--resume", "cut")
+    assert code == 0 and "Going on at step 3 of 12." in out, err
     assert (tmp_path / "cut" / "adapter.safetensors").read_bytes() == (whole / "adapter.safetensors").read_bytes()
+
+
+def test_losses_that_are_not_finite_cost_the_steps_that_had_them_alone(
+    tiny_model: Path, dogs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Fit, "advance", not_finite_after(7, 0.005))
+    folder = tmp_path / "run"
+    asked = config(tiny_model, dogs, folder, checkpoints=1, sample_columns=0)
+    with pytest.raises(TrainingError, match="The loss became nan at step 10") as caught:
+        train_sd(asked)
+    kept = folder / "checkpoints" / "step-000009.safetensors"
+    assert f"What was learned before is in {kept}." in str(caught.value)
+    assert str(caught.value).endswith(f"visionlora train-sd --resume {folder} --force learning_rate=0.0033")
+    assert vl.load_adapter(kept).info["training"]["steps"] == 9
+    ears = Ears()
+    train_sd(resumed(folder, learning_rate=0.0033, force=True), ears)
+    assert "Going on at step 9 of 12." in ears.lines
+    losses = [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [loss is None for loss in losses] == [False] * 7 + [True] * 2 + [False] * 3
 
 
 def test_what_cannot_be_resumed(tiny_model: Path, dogs: Path, tmp_path: Path, whole: Path) -> None:

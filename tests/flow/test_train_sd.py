@@ -89,7 +89,8 @@ IGNORING = ("sh", "-c", "trap '' INT; exec \"$@\"", "sh")
 """Starts a program as a script does in the background: Ctrl-C is not for it."""
 
 
-@pytest.mark.parametrize(("number", "before"), [(signal.SIGINT, ()), (signal.SIGTERM, ()), (signal.SIGTERM, IGNORING)])
+@pytest.mark.parametrize(("number", "before"), [(signal.SIGINT, ()), (signal.SIGTERM, ()), (signal.SIGTERM, IGNORING),
+                                                (signal.SIGHUP, ())])  # fmt: skip
 def test_an_interrupt_keeps_the_adapter(
     tiny_model: Path, dogs: Path, tmp_path: Path, number: signal.Signals, before: tuple[str, ...]
 ) -> None:

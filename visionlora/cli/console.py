@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from pathlib import Path
-from typing import NoReturn
+from typing import IO, Any, NoReturn, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -46,12 +47,51 @@ def duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
 
 
+class Lasting:
+    """A stream that outlives its reader: where a pipe or terminal is gone (`| head`, a lost connection) it falls silent.
+
+    Work of hours must not end because nobody listens any longer.
+    """
+
+    def __init__(self, stream: IO[str]) -> None:
+        """Args: `stream` is written to while it can be."""
+        self.stream, self.lost = stream, False
+
+    def write(self, text: str) -> int:
+        """As a file's."""
+        if not self.lost:
+            try:
+                return self.stream.write(text)
+            except OSError:
+                self.fall_silent()
+        return len(text)
+
+    def flush(self) -> None:
+        """As a file's."""
+        if not self.lost:
+            try:
+                self.stream.flush()
+            except OSError:
+                self.fall_silent()
+
+    def fall_silent(self) -> None:
+        """What is in the stream's buffer, and what others write, goes nowhere from now on."""
+        self.lost = True
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self.stream.fileno())
+        os.close(nowhere)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
 class ConsoleListener(Listener):
     """Draws what a pipeline reports; use as a context manager."""
 
     def __init__(self, quiet: bool = False) -> None:
         """Args: `quiet` keeps standard output free for a program's answer; what is told goes to standard error."""
-        self.console = Console(highlight=False, emoji=False, soft_wrap=True, stderr=quiet)
+        stream = Lasting(sys.stderr if quiet else sys.stdout)
+        self.console = Console(highlight=False, emoji=False, soft_wrap=True, file=cast(IO[str], stream))
         self.live = self.console.is_terminal
         self.bars = Progress(
             TextColumn("{task.description}", markup=False),

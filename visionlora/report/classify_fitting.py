@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from visionlora.config import ClassifyConfig, to_yaml
+from visionlora.errors import TrainingError
 from visionlora.formats import native
 from visionlora.lora.handle import Handle
 from visionlora.report.classify_page import Contender
@@ -24,7 +25,7 @@ from visionlora.report.logbook import Logbook
 from visionlora.report.resume import Start
 from visionlora.report.runfolder import RunFolder
 from visionlora.training.learner import LayeredLearner, rates_by_depth
-from visionlora.training.loop import Fit, Progress, StopTraining
+from visionlora.training.loop import Fit, NotFinite, Progress, StopTraining
 from visionlora.training.rate import find_rate
 from visionlora.training.settings import loop_config
 from visionlora.vision.material import Material, logits_of
@@ -180,6 +181,11 @@ class Fitting:
                     f"Interrupted at step {self.fit.step} of {self.fit.config.steps}. {self.log.go_on('classify')}"
                 )
             raise
+        except NotFinite as e:
+            if self.written is None:
+                raise
+            self.checkpoint()
+            raise TrainingError(f"{e}\n{self.log.go_on_slower('classify')}") from e
         if self.enough and self.best is not None:
             self.tell.say(f"Stopped at step {self.fit.step}: no better since step {self.best[0]}.")
         self.log.end()

@@ -89,6 +89,12 @@ class Logbook:
         lost = "" if self.fit.whole else f" from step {self.kept} (the step was cut off)"
         return f"Go on{lost} with: visionlora {command} --resume {shlex.quote(str(self.start.folder))}"
 
+    def go_on_slower(self, command: str) -> str:
+        """How to go on with a run whose last steps were not finite."""
+        rate = f"learning_rate={self.config.learning_rate / 3:.2g}" if self.config.learning_rate else ""
+        folder = shlex.quote(str(self.start.folder))
+        return f"Go on from there with: visionlora {command} --resume {folder} --force {rate}".rstrip()
+
     def checkpoint(self, more: Mapping[str, Any]) -> None:
         """Writes all that the run needs to go on.
 

@@ -13,6 +13,7 @@ from typing import Any
 from visionlora.config import TrainSDConfig
 from visionlora.diffusion.task import DenoisingTask
 from visionlora.diffusion.validation import Evaluation, Validation
+from visionlora.errors import TrainingError
 from visionlora.formats import native
 from visionlora.lora.adapter import Adapter
 from visionlora.report.listener import Listener
@@ -21,7 +22,7 @@ from visionlora.report.resume import LearnedFrom, Start
 from visionlora.report.runfolder import RunFolder
 from visionlora.report.samples import SampleSheet, sample_moments
 from visionlora.training.learner import JointLearner
-from visionlora.training.loop import Fit, Progress, StopTraining
+from visionlora.training.loop import Fit, NotFinite, Progress, StopTraining
 from visionlora.training.settings import loop_config
 
 
@@ -163,6 +164,13 @@ class Fitting:
                     place = f"; the adapter so far is in {file}" if file.is_file() else ""
                 self.tell.say(f"Interrupted at step {self.fit.step} of {steps}{place}.\n{self.log.go_on('train-sd')}")
             raise
+        except NotFinite as e:
+            if not self.main:
+                raise
+            file = self.keep_adapter(self.fit.step)
+            self.checkpoint()
+            place = f" What was learned before is in {file}." if file.is_file() else ""
+            raise TrainingError(f"{e}{place}\n{self.log.go_on_slower('train-sd')}") from e
         if self.enough:
             best = min(self.evaluations, key=lambda e: e.loss)
             self.tell.say(

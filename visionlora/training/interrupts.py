@@ -8,7 +8,9 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+HANGUP: int | None = getattr(signal, "SIGHUP", None)
+"""Of a terminal that was closed or a connection that broke; Windows has none."""
+SIGNALS: tuple[int, ...] = (signal.SIGINT, signal.SIGTERM, *(() if HANGUP is None else (HANGUP,)))
 """Those that ask a program to end."""
 
 
@@ -22,14 +24,16 @@ def stop(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def listen() -> None:
-    """Makes SIGTERM end this program as Ctrl-C does; for the main thread of a command line."""
+    """Makes SIGTERM and SIGHUP end this program as Ctrl-C does; for the main thread of a command line."""
     signal.signal(signal.SIGTERM, stop)
+    if HANGUP is not None and signal.getsignal(HANGUP) != signal.SIG_IGN:  # as nohup has it
+        signal.signal(HANGUP, stop)
 
 
 class Interrupts:
     """While it is entered, Ctrl-C waits for `check`; the second one no longer.
 
-    SIGTERM does the same where `stop` handles it, as in the command line. In threads other than the main one, where
+    SIGTERM and SIGHUP do the same where `stop` handles them, as in the command line. In threads other than the main one, where
     Python cannot listen to signals, nothing changes.
     """
 

@@ -162,6 +162,7 @@ class NotFinite(TrainingError):
             "a third of it), fp16 (try --precision bf16), or a picture that is not like the others."
         )
         self.value = value
+        """NaN or infinite."""
 
 
 MOST_SKIPPED = 3
@@ -245,7 +246,7 @@ class Fit:
         or gradient is NaN or infinite changes nothing; its `Progress` has such a loss.
 
         Raises:
-            TrainingError: when three steps in a row are so; the weights are those of the last good one.
+            NotFinite: when three steps in a row are so; the weights are those of the last good one, and may be kept.
         """
         into_training(self.model)
         with Interrupts(on_interrupt) as interrupts:
@@ -261,9 +262,10 @@ class Fit:
                 self.skipped = 0
             except NotFinite as e:
                 self.skipped += 1
-                if self.skipped == MOST_SKIPPED:
-                    raise
                 self.optimizer.zero_grad()
+                if self.skipped >= MOST_SKIPPED:
+                    self.skipped, self.whole = 0, True  # kept so, the run may go on at another rate
+                    raise
                 self._count()
                 loss, norm = e.value, math.nan
             spent += time.monotonic() - start  # what `on_step` draws and writes is not training

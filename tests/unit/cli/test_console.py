@@ -1,5 +1,6 @@
 """What a run prints where there is no terminal."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,20 @@ def test_long_stages_print_now_and_then_with_the_time_left(
         for step in range(1, 6):
             listener.progress("Training", step, 5)
     assert capsys.readouterr().out.splitlines() == ["Training 3/5  eta 8 s", "Training 5/5"]
+
+
+def test_work_goes_on_when_nobody_reads_any_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    with os.fdopen(writer, "w") as pipe:
+        monkeypatch.setattr(console.sys, "stdout", pipe)
+        with ConsoleListener() as listener:
+            listener.say("heard")
+            assert os.read(reader, 100) == b"heard\n"
+            os.close(reader)
+            for step in range(3):
+                listener.say(f"step {step}")
+                listener.progress("Training", 3, 3)
+        assert listener.console.file.lost
 
 
 def test_errors_go_to_standard_error_with_their_code(capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from visionlora.training.interrupts import Interrupts, stop
+from visionlora.training.interrupts import Interrupts, listen, stop
 
 
 def test_it_waits_until_it_is_asked() -> None:
@@ -38,6 +38,18 @@ def test_the_second_does_not_wait(number: signal.Signals, handler) -> None:
         assert signal.getsignal(number) is handler
     finally:
         for n, was in before.items():
+            signal.signal(n, was)
+
+
+@pytest.mark.parametrize(("before", "after"), [(signal.SIG_DFL, stop), (signal.SIG_IGN, signal.SIG_IGN)])
+def test_a_lost_terminal_ends_a_program_but_not_under_nohup(before, after) -> None:
+    kept = {n: signal.getsignal(n) for n in (signal.SIGHUP, signal.SIGTERM)}
+    signal.signal(signal.SIGHUP, before)
+    try:
+        listen()
+        assert signal.getsignal(signal.SIGHUP) == after and signal.getsignal(signal.SIGTERM) is stop
+    finally:
+        for n, was in kept.items():
             signal.signal(n, was)
 
 
