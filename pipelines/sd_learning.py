@@ -39,7 +39,7 @@ from visionlora.lora.inject import inject
 from visionlora.models.memory import give_back
 from visionlora.report.listener import Listener, bars
 from visionlora.training.learner import JointLearner, Part
-from visionlora.training.memory import at_once, bytes_kept, free_memory
+from visionlora.training.memory import at_once, bytes_for_steps, bytes_kept, free_memory
 from visionlora.training.order import generator_at
 from visionlora.training.settings import (
     automatic_ranks,
@@ -223,8 +223,13 @@ def batch_in_memory(ready: Ready, material: Material, learning: Learning, tell: 
             return task.losses(model, torch.tensor([largest]), generator_at(config.seed, 0), slice(0, 1)).sum()
 
     kept, free = bytes_kept(model, one), free_memory(ready.accelerator.device)
+    if free is not None:
+        trained = (p for p in model.parameters() if p.requires_grad)
+        free = max(0, free - bytes_for_steps(trained, config.optimizer, config.ema_decay is not None))
     together = (config.batch_size or 1) * config.gradient_accumulation
     count = at_once(together, kept, free)
+    # Each process may have found something else, and all must go through a step alike.
+    count = int(ready.accelerator.gather(torch.tensor([count], device=ready.accelerator.device)).min())
     room = "" if free is None else f" of {free / 2**30:.1f} GiB free"
     tell.say(f"A picture keeps {kept / 2**20:.0f} MiB{room}: {count} of the {together} pictures of a step at once.")
     return dataclasses.replace(config, batch_size=count, gradient_accumulation=together // count, auto_batch=False)

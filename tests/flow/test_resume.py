@@ -22,6 +22,7 @@ from visionlora.pipelines.train_sd import train_sd
 import visionlora as vl
 from visionlora.errors import ConfigError, RunFinished, RunFolderError, TrainingError, VisionLoRAError
 from visionlora.report.listener import Listener
+from visionlora.training.checkpoint import STATE_FILE, read_state, write_state
 from visionlora.training.loop import Fit
 
 from ..doubles import Ears, not_finite_after
@@ -320,6 +321,21 @@ def test_force_changes_settings_and_pictures_and_notes_it(tiny_model: Path, dogs
     assert change["what"][-1] == "pictures: 1 added, 1 removed, 0 with other captions"
     assert f"Changed on the way | at step {change['step']}, steps: 12 → 15" in (folder / "README.md").read_text()
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 15
+
+
+def test_another_number_of_processes_is_another_batch(tiny_model: Path, dogs: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "cut"
+    with pytest.raises(Killed):
+        train_sd(config(tiny_model, dogs, folder), Killer(15))
+    state = folder / "checkpoints" / STATE_FILE
+    kept = read_state(state)
+    assert (kept["processes"], kept["images_per_step"]) == (1, 2)
+    write_state(state, {**kept, "processes": 2, "images_per_step": 4})
+    with pytest.raises(ConfigError, match=r"other batches \(pictures a step: 4 on 2 processes -> 2 on 1\)"):
+        train_sd(resumed(folder))
+    ears = Ears()
+    train_sd(resumed(folder, gradient_accumulation=2, force=True), ears)
+    assert "Going on with changes: gradient_accumulation: 1 -> 2." in ears.lines, "the batch is the same"
 
 
 def test_a_forced_change_is_kept_and_noted_once(tiny_model: Path, dogs: Path, tmp_path: Path) -> None:

@@ -109,11 +109,24 @@ class Logbook:
             "changes": self.changes,
             "settings": plain(self.config),
             "asked": dict(self.start.asked),
+            "processes": self.fit.accelerator.num_processes,
+            "images_per_step": self.fit.images_per_step,
             **self.data.state(),
             **more,
         }
         write_state(self.run.checkpoints / STATE_FILE, state)
         self.kept = self.fit.step
+
+    def another_batch(self, kept: Mapping[str, Any]) -> str:
+        """Pictures a step, where another number of processes than that of a checkpoint changes them; empty otherwise."""
+        now, images = self.fit.accelerator.num_processes, self.fit.images_per_step
+        before, had = (
+            int(kept.get("processes", now)),
+            int(kept.get("images_per_step", images)),
+        )  # older ones have neither
+        if before == now or had == images:
+            return ""
+        return f"pictures a step: {had} on {before} processes -> {images} on {now}"
 
     def restore(self, kept: Mapping[str, Any]) -> bool:
         """Goes on from a checkpoint.
@@ -130,11 +143,17 @@ class Logbook:
                 f"What this run learns from has changed since it was cut off ({other}). Restore it, go on with it by --force, "
                 "or start a new run."
             )
+        batch = self.another_batch(kept)
+        if batch and not self.start.force:
+            raise ConfigError(
+                f"With another number of processes this run would learn from other batches ({batch}). Start as many as before, "
+                "keep the pictures a step by batch_size or gradient_accumulation and --force, or go on so by --force."
+            )
         seen = kept["history"][-1]["images_seen"] if kept["history"] else 0  # older checkpoints have it here alone
         self.fit.restore({"images_seen": seen, **kept["fit"]})
         self.kept = self.fit.step
         self.changes = [dict(change) for change in kept.get("changes", ())]
-        what = [*self.start.changes, *([other] if other else [])]
+        what = [*self.start.changes, *filter(None, (other, batch))]
         if what:
             self.changes.append({"step": self.fit.step, "what": what})
             self.tell.say(f"Going on with changes: {'; '.join(what)}.")

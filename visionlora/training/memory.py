@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from visionlora.lora.packed import keeping_dense, owner_of
+from visionlora.training.optimizers import STATE_BYTES
 
 SPARE = 0.8
 """Share of the free memory that may be used; gradients on the way and the allocator's gaps take the rest."""
@@ -36,13 +38,16 @@ def bytes_kept(model: nn.Module, run: Callable[[], Tensor]) -> int:
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that can still be had on a device; None where that cannot be told."""
+    """Bytes that this process can still have on a device; None where that cannot be told.
+
+    Processes that train together on CPUs of one machine (`LOCAL_WORLD_SIZE` of torchrun) share its memory.
+    """
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     if sys.platform != "linux":
         return None
     found = [limit for limit in (available(), left_in_group()) if limit is not None]
-    return min(found, default=None)
+    return min(found) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if found else None
 
 
 def available(meminfo: Path = Path("/proc/meminfo")) -> int | None:
@@ -86,6 +91,17 @@ def text_of(path: Path) -> str:
         return path.read_text()
     except OSError:
         return ""
+
+
+def bytes_for_steps(parameters: Iterable[nn.Parameter], optimizer: str, averaged: bool) -> int:
+    """Bytes that the first step takes for good: gradients, what the optimizer remembers, and a running average.
+
+    Args:
+        parameters: what trains.
+        optimizer: its word, see `visionlora.training.optimizers`.
+        averaged: whether there is a running average.
+    """
+    return sum(p.numel() * (p.element_size() * (1 + averaged) + STATE_BYTES[optimizer]) for p in parameters)
 
 
 def at_once(together: int, per_picture: int, free: int | None) -> int:

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from visionlora.training.loop import LoopConfig
 
 Groups = list[dict[str, Any]]
+STATE_BYTES = {"adamw": 8, "adamw8bit": 2, "adafactor": 0, "prodigy": 16, "lion": 4, "schedulefree": 8, "sgd": 4}
+"""A parameter in fp32, see above."""
 MOMENTUM = 0.9
 """Of sgd."""
 

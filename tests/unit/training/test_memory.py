@@ -8,7 +8,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from visionlora.training.memory import SPARE, at_once, available, bytes_kept, free_memory, left_in_group
+from visionlora.training import memory
+from visionlora.training.loop import LoopConfig
+from visionlora.training.memory import (
+    SPARE,
+    at_once,
+    available,
+    bytes_for_steps,
+    bytes_kept,
+    free_memory,
+    left_in_group,
+)
+from visionlora.training.optimizers import build_optimizer
 
 
 def test_what_a_pass_keeps_is_counted_once_and_without_weights() -> None:
@@ -32,6 +43,31 @@ def test_the_largest_share_that_fits(together: int, per_picture: int, free: int)
 def test_free_memory_is_told_where_it_can_be() -> None:
     found = free_memory(torch.device("cpu"))
     assert found is None or found > 2**20
+
+
+def test_processes_of_one_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory.sys, "platform", "linux")
+    monkeypatch.setattr(memory, "available", lambda: 1000)
+    monkeypatch.setattr(memory, "left_in_group", lambda: None)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert free_memory(torch.device("cpu")) == 1000
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert free_memory(torch.device("cpu")) == 250
+
+
+@pytest.mark.parametrize("word", ["adamw", "adafactor", "prodigy", "lion", "schedulefree", "sgd"])
+def test_what_the_first_step_takes_for_good(word: str) -> None:
+    layer = nn.Linear(64, 64, bias=False)
+    optimizer = build_optimizer(
+        [{"params": [layer.weight], "lr": 0.1}], LoopConfig(1, 1, 1, 0.1, 0, 0.0, 1.0, 0, optimizer=word)
+    )
+    layer(torch.randn(2, 64)).sum().backward()
+    optimizer.step()
+    states = sum(t.nbytes for s in optimizer.state.values() for t in s.values() if isinstance(t, torch.Tensor))
+    weight = layer.weight.nbytes
+    found = bytes_for_steps([layer.weight], word, averaged=False)
+    assert weight + states == pytest.approx(found, rel=0.05)
+    assert bytes_for_steps([layer.weight], word, averaged=True) == found + weight
 
 
 def group(folder: Path, **files: object) -> None:
