@@ -7,17 +7,25 @@ import errno
 import os
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from visionlora.errors import ConfigError
 
 
 def replace_file(path: Path, content: bytes, previous: Path | None = None) -> None:
-    """Writes under a temporary name, flushes to disk, then renames to `path`.
+    """Writes bytes in the way of `replacing`."""
+    with replacing(path, previous) as file:
+        file.write(content)
+
+
+@contextlib.contextmanager
+def replacing(path: Path, previous: Path | None = None) -> Iterator[BinaryIO]:
+    """A file to write to, under a temporary name; in the end it is flushed to disk and renamed to `path`.
 
     Args:
         path: of the file.
-        content: of the file.
         previous: where the content before is kept, when there was some; at every moment one of the two files is whole.
 
     Raises:
@@ -26,7 +34,7 @@ def replace_file(path: Path, content: bytes, previous: Path | None = None) -> No
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         if previous is not None and path.exists():

@@ -5,16 +5,15 @@ The state before the last one is kept beside it, for a disk that loses what was 
 
 from __future__ import annotations
 
-import io
 import shlex
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import torch
 
-from visionlora.atomic import replace_file
+from visionlora.atomic import replacing
 from visionlora.errors import RunFolderError, WriteError
 
 STATE_FILE = "state.pt"
@@ -23,17 +22,43 @@ FORMAT = 1
 """Of the state; a higher one was written by a newer version."""
 
 
+class Remembering:
+    """A file whose first error is kept: torch.save makes a RuntimeError of it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        """Args: `file` is written to."""
+        self.file = file
+        self.error: OSError | None = None
+
+    def write(self, content: bytes) -> int:
+        """As a file's."""
+        try:
+            return self.file.write(content)
+        except OSError as e:
+            self.error = self.error or e
+            raise
+
+    def flush(self) -> None:
+        """As a file's."""
+        self.file.flush()
+
+
 def write_state(path: Path, state: Mapping[str, Any]) -> None:
     """Writes atomically: a run that is killed meanwhile leaves the state before. That one is kept under another name.
 
     Raises:
         WriteError: when it cannot be written; the state before is still there.
     """
-    content = io.BytesIO()
-    torch.save({"format": FORMAT, **state}, content)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, content.getvalue(), path.with_name(PREVIOUS_FILE))
+        with replacing(path, path.with_name(PREVIOUS_FILE)) as file:
+            into = Remembering(file)
+            try:
+                torch.save({"format": FORMAT, **state}, cast(BinaryIO, into))
+            except RuntimeError:
+                if into.error is not None:
+                    raise into.error from None
+                raise
     except OSError as e:
         raise WriteError(
             f"The checkpoint {path} cannot be written ({e.strerror or e}); the last one is still whole. Free some space and "
