@@ -50,6 +50,34 @@ def test_compiled_whole_and_not_traced_again_for_a_new_scale(method: str) -> Non
     assert len(traces) == 1
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["lora", "dora", "vera"])
+def test_compiled_with_checkpointed_blocks(method: str) -> None:
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8)) for _ in range(2))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for block in self.blocks:
+                x = x + checkpoint(block, x, use_reentrant=False)
+            return x
+
+    torch._dynamo.reset()
+    model, x = Checkpointed(), torch.randn(3, 8)
+    handle = inject(model, AdapterConfig(method=method, rank=2, alpha=2, targets="all"))
+    found = []
+    for compiled in (False, True):
+        run = torch.compile(model, backend="inductor") if compiled else model
+        run(x).square().sum().backward()
+        found.append([p.grad.clone() for p in handle.parameters() if p.grad is not None])
+        model.zero_grad()
+    for plain, again in zip(*found, strict=True):
+        torch.testing.assert_close(plain, again, rtol=1e-4, atol=1e-5)
+
+
 def test_copies_and_pickles_are_independent() -> None:
     model, handle, x = adapted()
     twin, back = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
@@ -111,6 +139,7 @@ def test_state_dict_keeps_the_names_of_the_base() -> None:
     torch.testing.assert_close(other(x), model(x), rtol=0, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "dora", "vera"])
 def test_autocast_trains_in_bf16_with_fp32_parameters(method: str) -> None:
     model, handle, x = adapted(method)
@@ -401,6 +430,7 @@ def test_second_derivatives_are_refused() -> None:
         torch.autograd.grad(model(x).sum(), x, create_graph=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "dora", "vera"])
 def test_attached_in_inference_mode_it_trains_later(method: str) -> None:
     _, handle, x = adapted(method)

@@ -60,7 +60,7 @@ class AdaLoRA(Method):
     def factors(self) -> list[Factors]:
         """B·(E ⊙ A)."""
         down = self.lora_A * self.lora_E.view(-1, *(1,) * (self.lora_A.dim() - 1))
-        return [(down, self.lora_B, self.factor * self.scaling)]
+        return [(down, self.lora_B, self.times(self.scaling))]
 
     def regularisation(self) -> Tensor:
         """Mean distance of A·Aᵀ and Bᵀ·B from the identity (eq. 4)."""

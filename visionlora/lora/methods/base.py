@@ -225,6 +225,10 @@ class Method(nn.Module):
         """The scale as the present code path wants it."""
         return self.scale_tensor if torch.compiler.is_compiling() else self._scale
 
+    def times(self, scaling: float) -> float | Tensor:
+        """`factor` · scaling, with no product by one: torch's compiler drops that, and misses it in checkpointed blocks."""
+        return self.factor if scaling == 1 else self.factor * scaling
+
     @property
     def trainable(self) -> bool:
         """Whether any parameter trains."""

@@ -104,9 +104,9 @@ class DoRA(Method):
         """(m/‖·‖ ⊙ B)·A, or B·(A ⊙ m/‖·‖) by columns."""
         if self.axis == "in":
             ratio = self.ratio().view(1, -1, *(1,) * (self.lora_A.dim() - 2))
-            return [(self.lora_A * ratio.to(self.lora_A.dtype), self.lora_B, self.factor * self.scaling)]
+            return [(self.lora_A * ratio.to(self.lora_A.dtype), self.lora_B, self.times(self.scaling))]
         ratio = self.ratio().view(-1, *(1,) * (self.lora_B.dim() - 1))
-        return [(self.lora_A, self.lora_B * ratio.to(self.lora_B.dtype), self.factor * self.scaling)]
+        return [(self.lora_A, self.lora_B * ratio.to(self.lora_B.dtype), self.times(self.scaling))]
 
     @torch.no_grad()
     def delta_weight(self, weight: Tensor) -> Tensor:

@@ -102,7 +102,7 @@ class LoRA(Method):
     def factors(self) -> list[Factors]:
         """s·B·A."""
         up = self.lora_B if self.correction is None else CorrectedGradient.apply(self.lora_B, self.correction)
-        return [(self.lora_A, up, self.factor * self.scaling)]
+        return [(self.lora_A, up, self.times(self.scaling))]
 
     def export(self) -> AdapterModule:
         """Both factors; a scaling other than alpha/r (rsLoRA) goes into alpha, so that every reader applies it."""
@@ -126,7 +126,7 @@ class PrincipalLoRA(LoRA):
         """B·A - B₀·A₀ = dB·(A₀+dA) + B₀·dA: exactly zero while dA and dB are."""
         down = torch.cat([self.start_A + self.lora_A, self.lora_A])
         up = torch.cat([self.lora_B, self.start_B], dim=1)
-        return [(down, up, self.factor * self.scaling)]
+        return [(down, up, self.times(self.scaling))]
 
     def export(self) -> AdapterModule:
         """A LoRA of rank 2r."""

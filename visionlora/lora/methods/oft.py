@@ -46,7 +46,7 @@ class OFT(Method):
 
     def factors(self) -> list[Factors]:
         """ΔW beside an identity."""
-        return [(*factors("diff", {"diff": self.change()}), self.factor * 1.0)]
+        return [(*factors("diff", {"diff": self.change()}), self.factor)]
 
     @torch.no_grad()
     def delta_weight(self, weight: Tensor) -> Tensor:

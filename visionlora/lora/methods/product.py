@@ -39,7 +39,7 @@ class Product(Method):
     def factors(self) -> list[Factors]:
         """Exact factors in the shape of the layer."""
         down, up = factors(self.module.kind, self.tensors(), self.site.weight.shape)
-        return [(down, up, self.factor * self.module.scaling)]
+        return [(down, up, self.times(self.module.scaling))]
 
     @torch.no_grad()
     def delta_weight(self, weight: Tensor) -> Tensor:

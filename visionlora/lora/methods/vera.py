@@ -73,7 +73,7 @@ class VeRA(Method):
         """(b ⊙ B)·(d ⊙ A)."""
         spatial = (1,) * (self.shared_A.dim() - 1)
         down = self.shared_A * self.lambda_d.view(-1, *spatial)
-        return [(down, self.shared_B * self.lambda_b.view(-1, *spatial), self.factor * 1.0)]
+        return [(down, self.shared_B * self.lambda_b.view(-1, *spatial), self.factor)]
 
     def export(self) -> AdapterModule:
         """The vectors and the seed of the shared pair."""
