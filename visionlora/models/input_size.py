@@ -46,14 +46,32 @@ def set_input_size(id: str, model: nn.Module, size: int, own: int) -> None:
                 ):
                     raise ValueError("some of its patches would lose pixels")
                 embed.set_input_size(img_size=tuple(side * size // own for side in embed.img_size))
-        with torch.no_grad():
-            model(torch.zeros(1, 3, size, size))
+        if max(sides_read(model, size), default=size) == own:
+            raise ValueError(f"it makes pictures of every size {own} px inside")
     except Exception as e:  # each library says in a kind of its own that it cannot
         text = first_line(e)
         raise ModelError(
             f"{id} does not take pictures of {size} px ({text[:200]}). Its own size is {own} px: leave image_size out, try "
             "another, such as a multiple of 32, or choose a model that takes any: most of timm's."
         ) from None
+
+
+@torch.no_grad()
+def sides_read(model: nn.Module, size: int) -> set[int]:
+    """The sides of pictures, px, that the modules within a model are given for one of `size`: CrossViT resizes it first."""
+    sides: set[int] = set()
+
+    def look(_: nn.Module, given: tuple[Any, ...]) -> None:
+        if given and isinstance(given[0], Tensor) and given[0].dim() == 4 and given[0].shape[1] == 3:
+            sides.update(given[0].shape[2:])
+
+    watches = [module.register_forward_pre_hook(look) for name, module in model.named_modules() if name]
+    try:
+        model(torch.zeros(1, 3, size, size))
+    finally:
+        for watch in watches:
+            watch.remove()
+    return sides
 
 
 def patch_embeds(model: nn.Module) -> list[Any]:

@@ -79,3 +79,15 @@ def test_what_loses_pixels_or_cannot_be_read_is_refused(tiny_vit: Path) -> None:
         open_backbone(str(tiny_vit), image_size=5)
     with pytest.raises(ModelError, match=r"cait_xxs24_224 does not take pictures of 192 px .*Its own size is 224 px"):
         open_backbone("cait_xxs24_224", "random", image_size=192)
+
+
+@pytest.mark.parametrize("size", [64, 128])
+def test_a_model_that_resizes_pictures_itself_is_refused(size: int) -> None:
+    """The second branch of CrossViT reads 64 px of pictures of 96: a size that some module reads is not enough."""
+    small = {"img_size": 96, "img_scale": (1.0, 2 / 3), "embed_dim": (12, 24), "num_heads": (1, 1), "num_classes": 0}
+    model = timm.create_model("crossvit_9_240", **small).eval()
+    with pytest.raises(
+        ModelError, match=rf"crossvit does not take .* {size} px \(it makes pictures of every size 96 px"
+    ):
+        set_input_size("crossvit", model, size, 96)
+    assert not any(m._forward_pre_hooks for m in model.modules())
