@@ -24,7 +24,7 @@ class ClassifyConfig(TrainingConfig):
     """Side of the pictures that the backbone reads, px, where it is not to be its own: larger shows more, smaller is faster."""
     table: str | None = None
     """CSV, JSON lines or parquet with a row per picture; without it the folders are the classes. A table may also be given as
-    `images`; one of parquet may then hold the pictures itself."""
+    `images`; one of parquet may then hold the pictures itself, and so may the files in a folder."""
     path_column: str | None = None
     """Of the table; guessed when not given."""
     label_column: str | None = None

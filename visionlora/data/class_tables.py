@@ -5,14 +5,14 @@ No picture is opened here; those that a parquet table holds are written to the c
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from visionlora.data.files import Listing, Names, Unusable, is_hidden, list_folder
 from visionlora.data.images import printable
-from visionlora.data.labelled import Found, Row, Wanted, cleaned, split_folders, split_of, top_of
+from visionlora.data.labelled import Found, Row, Wanted, cleaned, split_folders, split_in, split_of, top_of
 from visionlora.data.parquet import unpack
 from visionlora.data.tables import Table, read_table, text_of, truth_of
 from visionlora.data.wording import ENDINGS, Meant, count_of, first_names, quoted
@@ -35,116 +35,267 @@ OWN_PICTURE = "the picture of the row"
 def from_table(root: Path, path: Path, wanted: Wanted, *, everything: bool) -> Found:
     """What one table says of the pictures below `root`; of `everything` there, or of what it names alone."""
     table = read_table(path)
-    if not everything and wanted.path is None and table.embedded and table.guess(PATH_COLUMNS) is None:
-        return _from_rows(path, table, wanted)
     if everything:
         return from_tables(root, {"": table}, wanted, list_folder(root))
-    # A table may lie in a large folder next to the one that it is about: only what it names is listed.
-    column = _path_column(table, wanted)
+    if _holds_pictures(table, wanted.path):
+        return _from_rows(path, {table.shown: path}, wanted)
+    return from_tables(root, {"": table}, wanted, _listed(root, table, _path_column(table, wanted.path)))
+
+
+def from_shards(root: Path, names: Sequence[str], wanted: Wanted) -> Found:
+    """What parquet files of a folder say of the pictures that they hold; where one is named train, names say the splits.
+
+    Args:
+        root: the folder.
+        names: of the files, relative to it.
+        wanted: the columns that were asked for.
+    """
+    splits = {name: split_in(name) for name in names}
+    by_name = "train" in splits.values()
+    used = [name for name in names if not by_name or splits[name] is not None]
+    found = _from_rows(root, {name: root / name for name in used}, wanted, splits if by_name else {})
+    aside = sorted(set(names) - set(used))
+    if aside:
+        found.notes.append(f"left out, their names say no split, as those of others do: {first_names(aside)}")
+    return found
+
+
+def _from_rows(
+    given: Path, files: Mapping[str, Path], wanted: Wanted, splits: Mapping[str, str | None] | None = None
+) -> Found:
+    """What parquet tables say of the pictures that they hold, which are written to the cache as files.
+
+    Args:
+        given: what messages call the whole.
+        files: name for messages -> table.
+        wanted: the columns that were asked for.
+        splits: by the same names; a column of splits comes first.
+    """
+    tables: dict[str, Table] = {}
+    shown: dict[str, str] = {}
+    split_by: dict[str, str | None] = {}
+    root, problems, notes = given, [], []
+    for name, path in files.items():
+        unpacked = unpack({name: path})
+        if not unpacked.pictures:
+            problems += unpacked.problems or [f"{printable(name)} has no rows"]
+            continue
+        folder = next(iter(unpacked.pictures.values())).parent
+        root, place = folder.parent, f"{folder.name}/"
+        if place in tables:
+            notes.append(f"the same as {tables[place].shown}, used once: {printable(name)}")
+            continue
+        own = {int(row.rpartition(" ")[2]): file for row, file in unpacked.pictures.items()}
+        table = read_table(path, name)
+        rows = [(line, {**cells, OWN_PICTURE: own[line].name}) for line, cells in table.rows if line in own]
+        tables[place] = Table(table.shown, [*table.columns, OWN_PICTURE], rows, unpacked.problems)
+        shown |= {place + file.name: row for row, file in unpacked.pictures.items()}
+        split_by[place] = (splits or {}).get(name)
+    if not tables:
+        raise DataError(f"{problems[0]}.")
+    found = from_tables(root, tables, replace(wanted, path=OWN_PICTURE), Listing(pictures=sorted(shown)))
+    by_name = bool(splits) and all(row.split is None for row in found.rows)
+    found.rows = [
+        replace(row, shown=shown[row.name], split=split_by[f"{top_of(row.name)}/"] if by_name else row.split)
+        for row in found.rows
+    ]
+    if by_name:
+        found.source += ", splits from the names of the files"
+    found.skippable[:0], found.notes[:0], found.given = problems, notes, given
+    return found
+
+
+def pictures_of(path: Path, path_column: str | None = None) -> tuple[list[tuple[str, Path]], list[str]]:
+    """The pictures of a table, in the order of its rows; labels in it are passed over.
+
+    Args:
+        path: of a table that names pictures, relative to its own folder, or of a parquet table that holds them.
+        path_column: of the pictures' paths; found by its name when not given.
+
+    Returns:
+        Name for messages and file of each; and each row that gives none as one line for a person.
+    """
+    table = read_table(path)
+    if _holds_pictures(table, path_column):
+        unpacked = unpack({table.shown: path})
+        return list(unpacked.pictures.items()), unpacked.problems
+    root, column = path.parent, _path_column(table, path_column, "--path-column NAME")
+    there = _Pictures(root, _listed(root, table, column))
+    found, problems = [], list(table.problems)
+    for line, cells in table.rows:
+        where = f"{table.shown} line {line}"
+        try:
+            name = there.named(cells, column)
+        except Unusable as error:
+            problems.append(f"{where} {error}")
+            continue
+        if (picture := there.find(name)) is None:
+            problems.append(f"{where} {there.absent(name)}")
+        else:
+            found.append((printable(root / picture), root / picture))
+    return found, problems
+
+
+def _holds_pictures(table: Table, path_column: str | None) -> bool:
+    """Whether the pictures are in a table itself: it has no column of their paths."""
+    return path_column is None and bool(table.embedded) and table.guess(PATH_COLUMNS) is None
+
+
+def _listed(root: Path, table: Table, column: str) -> Listing:
+    """What lies in the folders that a table names: it may lie in a large one next to that which it is about."""
     names = [row[column].replace("\\", "/") for _, row in table.rows if isinstance(row.get(column), str)]
     tops = {PurePosixPath(_relative(root, name)).parts[:1] for name in names}
-    return from_tables(root, {"": table}, wanted, list_folder(root, {top for parts in tops for top in parts}))
-
-
-def _from_rows(path: Path, table: Table, wanted: Wanted) -> Found:
-    """What a parquet table says of the pictures that it holds, which are written to the cache as files."""
-    unpacked = unpack({table.shown: path})
-    files = {int(name.rpartition(" ")[2]): file for name, file in unpacked.pictures.items()}
-    if not files:
-        raise DataError(f"{unpacked.problems[0] if unpacked.problems else f'{table.shown} has no rows'}.")
-    rows = [(line, {**cells, OWN_PICTURE: files[line].name}) for line, cells in table.rows if line in files]
-    told = Table(table.shown, [*table.columns, OWN_PICTURE], rows, unpacked.problems)
-    root, listing = next(iter(files.values())).parent, Listing(pictures=sorted(file.name for file in files.values()))
-    return from_tables(root, {"": told}, replace(wanted, path=OWN_PICTURE), listing)
+    return list_folder(root, {top for parts in tops for top in parts})
 
 
 def from_tables(root: Path, tables: Mapping[str, Table], wanted: Wanted, listing: Listing) -> Found:
     """What tables say of the pictures of a listing; each by the place that its paths are relative to."""
     found = Found(root, multi_label=bool(wanted.labels))
-    pictures, others = Names(listing.pictures), frozenset(listing.others)
-    absent: list[tuple[str, str]] = []
-    seen: dict[str, tuple[str, Row]] = {}
-    doubles: list[str] = []
-    sources, split_sources = [], []
+    there, told = _Pictures(root, listing), _Told()
+    sources: dict[tuple[str, ...], list[str]] = {}
+    split_sources = []
     for place, table in tables.items():
-        found.skippable += table.problems
-        path_column = _path_column(table, wanted)
-        label_columns = _label_columns(table, wanted)
-        group_column = table.given(wanted.group, "group_column") if wanted.group else None
-        split_column = _split_column(table, wanted, found)
-        like = None if group_column or split_column else _like_groups(table)
-        if like is not None and like not in label_columns:
-            found.notes.append(
-                f'the column "{printable(like)}" is not used; group_column={printable(like)} keeps pictures that share its '
-                "value on one side of the split"
-            )
-        if split_column:
-            split_sources.append(f'the column "{printable(split_column)}"')
-        if wanted.labels:
-            found.classes |= dict.fromkeys(label_columns)
-        sources.append(f"{'columns' if len(label_columns) > 1 else 'column'} {quoted(label_columns)} of {table.shown}")
-        if not table.rows:
-            found.fatal.append(f"{table.shown} has no rows; add one line for each picture")
-        for line, cells in table.rows:
-            where = f"{table.shown} line {line}"
-            try:
-                labels = _labels(cells, label_columns, multi=found.multi_label)
-                if not found.multi_label:
-                    found.classes[labels[0]] = None
-                split = _split(cells, split_column) if split_column else None
-                group = cleaned(text_of(cells.get(group_column), group_column)) or None if group_column else None
-                name = _name(cells.get(path_column), path_column, root, place)
-                if name in others:
-                    raise Unusable(f"names {printable(name)}, which is no picture; {ENDINGS}")
-            except Unusable as error:
-                found.skippable.append(f"{where} {error}")
-                continue
-            if (picture := pictures.find(name)) is None:
-                absent.append((where, name))
-                continue
-            name, row = picture, Row(picture, labels, split, group)
-            if name not in seen:
-                seen[name] = where, row
-            elif row == seen[name][1]:
-                doubles.append(name)
-            else:
-                found.fatal.append(_contradiction(row, where, *seen[name]))
-    meant = Meant(listing.pictures)
-    if absent and not seen:
+        columns = _columns(table, wanted, found)
+        sources.setdefault(columns.labels, []).append(table.shown)
+        if columns.split:
+            split_sources.append(f'the column "{printable(columns.split)}"')
+        _read_rows(place, table, columns, there, told, found)
+    if told.absent and not told.rows:
         place, table = next(iter(tables.items()))
+        name = told.absent[0][1]
         raise DataError(
-            f"None of the {count_of(len(absent), 'picture')} that {table.shown} names is there; the first is "
-            f"{printable(absent[0][1])}, and paths are relative to {printable(root / place)}{_hint(meant, absent[0][1])}"
+            f"None of the {count_of(len(told.absent), 'picture')} that {table.shown} names is there; the first is "
+            f"{printable(name)}, and paths are relative to {printable(root / place)}{there.hint(name)}"
         )
-    found.skippable += [
-        f"{where} names {printable(name)}, which is not there{_hint(meant, name)}" for where, name in absent
-    ]
-    found.rows = [row for _, row in seen.values()]
-    found.source = f"labels from the {' and the '.join(sources)}"
+    found.skippable += [f"{where} {there.absent(name)}" for where, name in told.absent]
+    found.rows = [row for _, row in told.rows.values()]
+    told_by = (
+        f"{'columns' if len(names) > 1 else 'column'} {quoted(names)} of {first_names(of)}"
+        for names, of in sources.items()
+    )
+    found.source = f"labels from the {' and the '.join(told_by)}"
     if not split_sources:
         split_sources += _splits_by_folder(found)
     if split_sources:
         found.source += f", splits from {' and '.join(dict.fromkeys(split_sources))}"
-    if doubles:
-        found.notes.append(f"listed more than once, with the same label: {first_names(dict.fromkeys(doubles))}")
-    if wanted.group and (alone := [row.name for row in found.rows if row.group is None]):
+    found.notes += _notes(told, wanted, found, listing)
+    return found
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """The names of the columns that are read of a table."""
+
+    path: str
+    labels: tuple[str, ...]
+    group: str | None
+    split: str | None
+
+
+class _Pictures:
+    """The pictures of a listing, as rows of tables name them."""
+
+    def __init__(self, root: Path, listing: Listing) -> None:
+        self.root, self.others = root, frozenset(listing.others)
+        self.find = Names(listing.pictures).find
+        self.meant = Meant(listing.pictures)
+
+    def named(self, cells: Mapping[str, Any], column: str, place: str = "") -> str:
+        """The picture that a row means, as a posix path relative to the root; it may not be there.
+
+        Raises:
+            Unusable: when the cell is no path, or that of something else.
+        """
+        name = _name(cells.get(column), column, self.root, place)
+        if name in self.others:
+            raise Unusable(f"names {printable(name)}, which is no picture; {ENDINGS}")
+        return name
+
+    def absent(self, name: str) -> str:
+        """What to say of a row that names this."""
+        return f"names {printable(name)}, which is not there{self.hint(name)}"
+
+    def hint(self, name: str) -> str:
+        """Which one was probably meant; empty where none is close."""
+        close = self.meant.by(name)
+        return f"; did you mean {printable(close)}?" if close else ""
+
+
+@dataclass
+class _Told:
+    """What the rows of all tables have said."""
+
+    rows: dict[str, tuple[str, Row]] = field(default_factory=dict)
+    """By picture: where it was named first, and what it said."""
+    doubles: list[str] = field(default_factory=list)
+    absent: list[tuple[str, str]] = field(default_factory=list)
+    """Where pictures are named that are not there, and their names."""
+
+
+def _columns(table: Table, wanted: Wanted, found: Found) -> _Columns:
+    """Which columns are read of a table; adds notes on others that look like groups or splits."""
+    path, labels = _path_column(table, wanted.path), tuple(_label_columns(table, wanted))
+    group = table.given(wanted.group, "group_column") if wanted.group else None
+    split = _split_column(table, wanted, found)
+    like = None if group or split else _like_groups(table)
+    if like is not None and like not in labels:
         found.notes.append(
+            f'the column "{printable(like)}" is not used; group_column={printable(like)} keeps pictures that share its '
+            "value on one side of the split"
+        )
+    if wanted.labels:
+        found.classes |= dict.fromkeys(labels)
+    return _Columns(path, labels, group, split)
+
+
+def _read_rows(place: str, table: Table, columns: _Columns, there: _Pictures, told: _Told, found: Found) -> None:
+    """Adds what the rows of a table say, and what is wrong with them."""
+    found.skippable += table.problems
+    if not table.rows:
+        found.fatal.append(f"{table.shown} has no rows; add one line for each picture")
+    for line, cells in table.rows:
+        where = f"{table.shown} line {line}"
+        try:
+            labels = _labels(cells, columns.labels, multi=found.multi_label)
+            if not found.multi_label:
+                found.classes[labels[0]] = None
+            split = _split(cells, columns.split) if columns.split else None
+            group = cleaned(text_of(cells.get(columns.group), columns.group)) or None if columns.group else None
+            name = there.named(cells, columns.path, place)
+        except Unusable as error:
+            found.skippable.append(f"{where} {error}")
+            continue
+        if (picture := there.find(name)) is None:
+            told.absent.append((where, name))
+            continue
+        row = Row(picture, labels, split, group)
+        if picture not in told.rows:
+            told.rows[picture] = where, row
+        elif row == told.rows[picture][1]:
+            told.doubles.append(picture)
+        else:
+            found.fatal.append(_contradiction(row, where, *told.rows[picture]))
+
+
+def _notes(told: _Told, wanted: Wanted, found: Found, listing: Listing) -> Iterator[str]:
+    """What a person should know of rows that can be used, and of pictures that none names."""
+    if told.doubles:
+        yield f"listed more than once, with the same label: {first_names(dict.fromkeys(told.doubles))}"
+    if wanted.group and (alone := [row.name for row in found.rows if row.group is None]):
+        yield (
             f"{count_of(len(alone), 'picture has', 'pictures have')} no group, so that {'it' if len(alone) == 1 else 'each'} "
             f"may be on any side: {first_names(alone)}"
         )
-    unnamed = [name for name in listing.pictures if name not in seen]
-    if unnamed:
-        found.notes.append(
-            f"left out, no row names {count_of(len(unnamed), 'picture')} of the folder: {first_names(unnamed)}"
-        )
+    unnamed = [name for name in listing.pictures if name not in told.rows]
+    if unnamed and wanted.path != OWN_PICTURE:
+        yield f"left out, no row names {count_of(len(unnamed), 'picture')} of the folder: {first_names(unnamed)}"
     joined = [name for name in found.classes if ";" in name or "|" in name]
     if joined and not found.multi_label:
-        found.notes.append(
+        yield (
             f'{count_of(len(joined), "label")} such as "{printable(joined[0])}" may be several in one; each is taken as '
             "one class; for several labels a picture, make a column of 0 and 1 for each class and name them with "
             "label_columns=[A,B]"
         )
-    return found
 
 
 def _labels(cells: Mapping[str, Any], columns: Sequence[str], *, multi: bool) -> tuple[str, ...]:
@@ -176,7 +327,7 @@ def _splits_by_folder(found: Found) -> list[str]:
     """Gives rows the splits that their folders are called by, where all are; says where they come from."""
     splits = split_folders(row.name for row in found.rows)
     if splits and all("/" in row.name for row in found.rows):
-        found.rows = [Row(r.name, r.labels, splits[top_of(r.name)], r.group) for r in found.rows]
+        found.rows = [replace(row, split=splits[top_of(row.name)]) for row in found.rows]
         return [f"the folders {first_names(sorted(splits))}"]
     tops = {top_of(row.name): split_of(top_of(row.name)) for row in found.rows if "/" in row.name}
     if "train" in tops.values() and not {"val", "test"}.isdisjoint(tops.values()):
@@ -228,22 +379,17 @@ def _contradiction(row: Row, where: str, before_where: str, before: Row) -> str:
     return f"{where} {what}; keep one of the two"
 
 
-def _hint(meant: Meant, name: str) -> str:
-    close = meant.by(name)
-    return f"; did you mean {printable(close)}?" if close else ""
-
-
 # Columns.
 
 
-def _path_column(table: Table, wanted: Wanted) -> str:
-    if wanted.path is not None:
-        return table.given(wanted.path, "path_column")
+def _path_column(table: Table, given: str | None, option: str = "path_column=NAME") -> str:
+    if given is not None:
+        return table.given(given, "path_column")
     if (column := table.guess(PATH_COLUMNS)) is None:
         text = f"{table.shown} has no column of picture paths (it has {quoted(table.columns)}); "
         if table.embedded:
             text += f"for pictures in {quoted(table.embedded)}, give the table itself as --images; "
-        raise DataError(f'{text}name it with path_column=NAME, or call it "path".')
+        raise DataError(f'{text}name it with {option}, or call it "path".')
     return column
 
 

@@ -1,9 +1,9 @@
 """From a folder or a table to pictures with labels; no picture is opened here.
 
 In: class folders (`root/<class>/...`, also below `train`, `val`, `test`), a folder with a `metadata.jsonl` or
-`metadata.csv`, or a table of its own (CSV, JSONL, parquet). Out: a `LabelledData`; or one error that lists all there
-is to fix. `--skip-broken` and `--table` in the messages are options, `label_column` and so on settings of the same names
-on the command line.
+`metadata.csv`, one of parquet files that hold pictures, or a table of its own (CSV, JSONL, parquet). Out: a `LabelledData`;
+or one error that lists all there is to fix. `--skip-broken` and `--table` in the messages are options, `label_column` and so
+on settings of the same names on the command line.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
 from visionlora.data.captions import METADATA_FILES, SIDECAR_SUFFIXES
-from visionlora.data.class_tables import LABEL_COLUMNS, from_table, from_tables
+from visionlora.data.class_tables import LABEL_COLUMNS, from_shards, from_table, from_tables
 from visionlora.data.files import Listing, list_folder, suffix_of
 from visionlora.data.images import IMAGE_SUFFIXES, printable
 from visionlora.data.labelled import (
@@ -30,6 +30,7 @@ from visionlora.data.labelled import (
     splits_beside_others,
     top_of,
 )
+from visionlora.data.parquet import PARQUET
 from visionlora.data.tables import TABLE_SUFFIXES, Table, read_table
 from visionlora.data.wording import (
     ENDINGS,
@@ -122,7 +123,10 @@ def _places(path: Path, table: Path | None) -> tuple[Path, Path | None]:
 def _from_folder(root: Path, wanted: Wanted) -> Found:
     listing = list_folder(root)
     tables, unlabelled = _metadata(root, listing, wanted)
-    if tables:
+    shards = [name for name in listing.others if suffix_of(name) == PARQUET]
+    if shards and not listing.pictures:
+        found = from_shards(root, shards, wanted)
+    elif tables:
         found = from_tables(root, tables, wanted, listing)
     elif options := wanted.options():
         raise ConfigError(
@@ -264,10 +268,12 @@ def _finished(found: Found, skip_broken: bool) -> LabelledData:
             notes.append(f"every picture has the label {quoted(always)}")
     if not found.rows or fatal or (skippable and not skip_broken):
         ending = remedy(len(found.rows), fatal=bool(fatal), skippable=bool(skippable))
-        raise DataError(problem_report(found.root, fatal + skippable, ending))
+        raise DataError(problem_report(found.given or found.root, fatal + skippable, ending))
     place = {name: i for i, name in enumerate(classes)}
     items = tuple(
-        LabelledItem(found.root / row.name, tuple(sorted(place[cleaned(n)] for n in row.labels)), row.split, row.group)
+        LabelledItem(
+            found.root / row.name, tuple(sorted(place[cleaned(n)] for n in row.labels)), row.split, row.group, row.shown
+        )
         for row in sorted(found.rows, key=lambda row: row.name)
     )
     rare = [cleaned(name) for name in counts if counts[name] == 1]
@@ -277,7 +283,7 @@ def _finished(found: Found, skip_broken: bool) -> LabelledData:
             f"{first_names(sorted(rare, key=natural))}"
         )
     notes += left_out(skippable)
-    return LabelledData(found.root, tuple(classes), items, found.multi_label, tuple(notes), found.source)
+    return LabelledData(found.given or found.root, tuple(classes), items, found.multi_label, tuple(notes), found.source)
 
 
 def _name_clashes(names: Iterable[str], kind: str) -> Iterator[str]:

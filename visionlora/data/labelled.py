@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 SPLIT_NAMES: Mapping[str, str] = {
     "train": "train",
@@ -33,6 +34,8 @@ class LabelledItem:
     """train, val or test where the data says so; all items have one, or none."""
     group: str | None = None
     """What must stay on one side of a split, e.g. a patient."""
+    name: str = ""
+    """How messages call it where that is not its path: `train.parquet row 3`."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class LabelledData:
     """The pictures of a data set, sorted by path, and the names of their classes."""
 
     root: Path
+    """Their folder, or the table that holds them."""
     classes: tuple[str, ...]
     """In natural order, from all of the data: a class that is missing in one split shifts nothing."""
     items: tuple[LabelledItem, ...]
@@ -51,6 +55,8 @@ class LabelledData:
 
     def name_of(self, i: int) -> str:
         """How messages name the picture at position `i`: by its path relative to the root, where it lies there."""
+        if name := self.items[i].name:
+            return name
         path = self.items[i].path
         return (path.relative_to(self.root) if path.is_relative_to(self.root) else path).as_posix()
 
@@ -86,6 +92,8 @@ class Row:
     labels: tuple[str, ...]
     split: str | None = None
     group: str | None = None
+    shown: str = ""
+    """How messages call it, where that is not its name."""
 
 
 @dataclass
@@ -93,6 +101,9 @@ class Found:
     """What a folder or a table holds, and all that is wrong with it."""
 
     root: Path
+    """The folder that names are relative to."""
+    given: Path | None = None
+    """What a person knows it by, where that is not the root."""
     rows: list[Row] = field(default_factory=list)
     classes: dict[str, None] = field(default_factory=dict)
     """As spelled in the data, also those of which no picture can be used; an ordered set."""
@@ -117,6 +128,20 @@ def top_of(name: str) -> str:
 def split_of(name: str) -> str | None:
     """train, val or test, however it is spelled; None for other words."""
     return SPLIT_NAMES.get(name.strip().casefold())
+
+
+def split_in(name: str) -> str | None:
+    """train, val or test as the name of a file says it, or else that of its folder, by the rules of Hugging Face's data sets.
+
+    >>> [split_in(f"data/{name}.parquet") for name in ("train-00000-of-00002", "pets_Validation", "test/0000", "pets")]
+    ['train', 'val', 'test', None]
+    """
+    path = PurePosixPath(name)
+    for part in (path.stem, *reversed(path.parts[:-1])):
+        found = {split for word in re.split(r"[^a-z]+", part.casefold()) if (split := split_of(word))}
+        if len(found) == 1:
+            return found.pop()
+    return None
 
 
 def split_folders(names: Iterable[str]) -> dict[str, str] | None:

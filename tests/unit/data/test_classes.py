@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from visionlora.data.class_tables import pictures_of
 from visionlora.data.classes import natural, read_labelled
 from visionlora.data.labelled import LabelledData
 from visionlora.errors import ConfigError, DataError
@@ -27,9 +28,7 @@ def files(root: Path, *names: str) -> Path:
 
 def labelled(data: LabelledData) -> dict[str, Any]:
     """Path -> name of its class (names, where there are several)."""
-    names = {
-        item.path.relative_to(data.root).as_posix(): tuple(data.classes[c] for c in item.labels) for item in data.items
-    }
+    names = {data.name_of(i): tuple(data.classes[c] for c in item.labels) for i, item in enumerate(data.items)}
     return names if data.multi_label else {path: name for path, (name,) in names.items()}
 
 
@@ -536,7 +535,7 @@ def test_pictures_within_a_parquet_table(flat: Path) -> None:
     told = {"huggingface": json.dumps({"info": {"features": features}})}
     pyarrow.parquet.write_table(pyarrow.table(rows).replace_schema_metadata(told), path)
     data = read_labelled(path)
-    assert labelled(data) == {"00000001.png": "cat", "00000002.png": "dog"}
+    assert labelled(data) == {f"{path} row 1": "cat", f"{path} row 2": "dog"} and data.root == path
     assert [item.path.read_bytes() for item in data.items] == [b"x", b"y"] and data.items[1].split == "test"
     assert said(flat, table=path) == (
         f'{path} has no column of picture paths (it has "label", "split"); for pictures in "image", give the table itself as '
@@ -554,11 +553,101 @@ def test_rows_of_a_parquet_table_that_hold_no_picture(flat: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.table(columns), path)
     assert "labels.parquet row 2 holds no picture; remove the row" in said(path)
     pyarrow.parquet.write_table(pyarrow.table({**columns, "label": [1, 2, 3]}), path)
-    assert labelled(read_labelled(path, skip_broken=True)) == {"00000001": "1", "00000003": "3"}
+    assert problems(path) == [f"{path} row 2 holds no picture; remove the row"]
+    assert labelled(read_labelled(path, skip_broken=True)) == {f"{path} row 1": "1", f"{path} row 3": "3"}
     pyarrow.parquet.write_table(pyarrow.table({"label": [1, 2], "image": [b"", b""]}), path)
     assert "labels.parquet row 1 holds no picture" in said(path)
     pyarrow.parquet.write_table(pyarrow.table({"label": [1, 2], "box": [[1], [2]]}), path)
     assert "has no column of pictures" in said(path)
+
+
+def shard(root: Path, name: str, labels: list[str], **more: Any) -> Path:
+    """A parquet file that holds a picture, whose bytes are its own, for each label."""
+    pyarrow, parquet = (pytest.importorskip(module) for module in ("pyarrow", "pyarrow.parquet"))
+    (root / name).parent.mkdir(parents=True, exist_ok=True)
+    pictures = [{"bytes": f"{name} {i}".encode()} for i in range(len(labels))]
+    images = pyarrow.array(pictures, pyarrow.struct([("bytes", pyarrow.binary())]))
+    parquet.write_table(pyarrow.table({"image": images, "label": labels, **more}), root / name)
+    return root
+
+
+def splits_of(data: LabelledData) -> dict[str, str | None]:
+    return {data.name_of(i): item.split for i, item in enumerate(data.items)}
+
+
+def test_shards_in_a_folder_and_the_splits_that_their_names_say(tmp_path: Path) -> None:
+    root = tmp_path / "pets"
+    shard(root, "data/train-00000-of-00002.parquet", ["cat", "dog"])
+    shard(root, "data/train-00001-of-00002.parquet", ["cat", "dog"])
+    shard(root, "data/validation-00000-of-00001.parquet", ["dog"])
+    shard(root, "data/extra.parquet", ["bird"])
+    shard(root, "test/0000.parquet", ["cat"])
+    data = read_labelled(root)
+    assert data.classes == ("cat", "dog") and data.root == root
+    rows = "data/train-00000-of-00002.parquet row 1", "data/train-00001-of-00002.parquet row 2"
+    assert labelled(data)[rows[0]] == "cat" and labelled(data)[rows[1]] == "dog"
+    assert splits_of(data) == {
+        **{f"data/train-0000{i}-of-00002.parquet row {row}": "train" for i in (0, 1) for row in (1, 2)},
+        "data/validation-00000-of-00001.parquet row 1": "val",
+        "test/0000.parquet row 1": "test",
+    }
+    assert data.source == (
+        'labels from the column "label" of data/train-00000-of-00002.parquet, data/train-00001-of-00002.parquet, '
+        "data/validation-00000-of-00001.parquet, test/0000.parquet, splits from the names of the files"
+    )
+    assert data.notes[0] == "left out, their names say no split, as those of others do: data/extra.parquet"
+
+
+def test_shards_whose_names_say_no_split(tmp_path: Path) -> None:
+    root = shard(shard(tmp_path, "a.parquet", ["cat"]), "test.parquet", ["dog"])
+    assert splits_of(read_labelled(root)) == {"a.parquet row 1": None, "test.parquet row 1": None}, "none is train"
+    shard(root, "train.parquet", ["cat", "dog"], split=["train", "test"])
+    shard(root, "test.parquet", ["dog"], split=["train"])
+    (root / "copy").mkdir()
+    (root / "copy" / "train.parquet").write_bytes((root / "train.parquet").read_bytes())
+    data = read_labelled(root)
+    assert splits_of(data) == {
+        "copy/train.parquet row 1": "train", "copy/train.parquet row 2": "test", "test.parquet row 1": "train",
+    }, "a column comes first"  # fmt: skip
+    assert "the same as copy/train.parquet, used once: train.parquet" in data.notes
+
+
+def test_shards_that_hold_nothing(tmp_path: Path) -> None:
+    root = shard(tmp_path, "train.parquet", ["cat", "dog", None])
+    shard(root, "train-more.parquet", [])
+    assert problems(root) == [
+        "train-more.parquet has no rows",
+        'train.parquet line 3 has an empty "label"; write the class there, or remove the row',
+    ]
+    assert list(labelled(read_labelled(root, skip_broken=True)).values()) == ["cat", "dog"]
+    (root / "train.parquet").unlink()
+    assert said(root) == "train-more.parquet has no rows."
+
+
+# What a table names, for predictions.
+
+
+def test_the_pictures_of_a_table_in_the_order_of_its_rows(flat: Path) -> None:
+    path = table(flat, f"file,label\n2.png,cat\n{flat}/0.png,\n2.png,dog\n")
+    assert pictures_of(path) == ([(f"{flat}/{name}", flat / name) for name in ("2.png", "0.png", "2.png")], [])
+    path = table(flat, "id;picture\n1;3.png\n2;x.png\n3;../a.png\n4;labels.csv\n5;\n")
+    found, wrong = pictures_of(path, "picture")
+    assert found == [(f"{flat}/3.png", flat / "3.png")]
+    assert [line.partition(";")[0] for line in wrong] == [
+        f"{path} line 3 names x.png, which is not there",
+        f"{path} line 4 names ../a.png, which leaves {flat}",
+        f"{path} line 5 names labels.csv, which is no picture",
+        f'{path} line 6 names no picture in "picture"',
+    ]
+    with pytest.raises(DataError, match=r"has no column of picture paths .*name it with --path-column NAME"):
+        pictures_of(path)
+
+
+def test_the_pictures_that_a_table_holds(tmp_path: Path) -> None:
+    path = shard(tmp_path, "pets.parquet", ["cat", "dog"]) / "pets.parquet"
+    found, wrong = pictures_of(path)
+    assert [name for name, _ in found] == [f"{path} row 1", f"{path} row 2"] and not wrong
+    assert [file.read_bytes() for _, file in found] == [b"pets.parquet 0", b"pets.parquet 1"]
 
 
 # Several labels a picture.
