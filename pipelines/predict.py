@@ -5,22 +5,26 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from visionlora.atomic import check_new
 from visionlora.classifier import Prediction, load_classifier
-from visionlora.data.files import list_folder
-from visionlora.data.images import IMAGE_SUFFIXES, decode, printable
+from visionlora.data.class_tables import pictures_of
+from visionlora.data.files import list_folder, suffix_of
+from visionlora.data.images import IMAGE_SUFFIXES, decode_noted, printable
+from visionlora.data.parquet import PARQUET
 from visionlora.data.tables import TABLE_SUFFIXES
+from visionlora.data.wording import MAX_LINES
 from visionlora.errors import ConfigError, DataError, nearest
 from visionlora.report.listener import Listener
 from visionlora.report.runfolder import write_atomic
 
 OUTPUTS = (".csv", ".json", ".parquet")
-MOST_LISTED = 20
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,31 @@ class Predicted:
     """One picture and what was said of it."""
 
     path: Path
+    """Its file; of a picture within a table one in the cache."""
     prediction: Prediction
+    name: str = ""
+    """What the output calls it, where that is not its path: `new.parquet row 3`."""
+
+    @property
+    def shown(self) -> str:
+        """What the output calls it, safe to print."""
+        return self.name or printable(self.path)
+
+
+@dataclass
+class Given:
+    """The pictures of all places, in order, and what is in the way of others."""
+
+    pictures: list[tuple[str, Path]] = field(default_factory=list)
+    """What the output calls each, and its file."""
+    problems: list[str] = field(default_factory=list)
+    """Of pictures that cannot be read, and rows that give none, one line each."""
+
+    def told(self) -> str:
+        """The first problems, one a line."""
+        shown = "\n".join(f"- {line}" for line in self.problems[:MAX_LINES])
+        more = f"\nand {len(self.problems) - MAX_LINES} more" if len(self.problems) > MAX_LINES else ""
+        return shown + more
 
 
 def predict(
@@ -46,13 +74,14 @@ def predict(
     skip_broken: bool = False,
     overwrite: bool = False,
     all_scores: bool = False,
+    path_column: str | None = None,
     listener: Listener | None = None,
 ) -> list[Predicted]:
-    """Predicts every picture of files and folders, and writes the table whole or not at all.
+    """Predicts every picture of files, folders and tables, and writes the table whole or not at all.
 
     Args:
         adapter: a file or run folder of `visionlora classify`.
-        images: files and folders (with their subfolders), or one.
+        images: files, folders (with their subfolders) and tables (a row for each picture), or one.
         output: a .csv, .json or .parquet file; none is written without it.
         top_k: classes per picture.
         threshold: with several labels per picture, those above it apply.
@@ -64,6 +93,7 @@ def predict(
         skip_broken: leave out pictures that cannot be read, and say so, instead of stopping.
         overwrite: replace the output.
         all_scores: add the probability of every class, in CSV and parquet a column `p_CLASS` each.
+        path_column: of the pictures' paths in tables; found by its name when not given.
         listener: hears what happens.
 
     Raises:
@@ -74,80 +104,100 @@ def predict(
     if batch_size < 1:
         raise ConfigError(f"batch_size is {batch_size}; it must be at least 1.")
     tell = listener or Listener()
-    target = None if output is None else Path(output).expanduser()
-    if target is not None:
-        check_new(target, overwrite)
-        if target.suffix not in OUTPUTS:
-            raise ConfigError(
-                f"Predictions are written to {', '.join(OUTPUTS)} files. {nearest(target.suffix, OUTPUTS)}"
-            )
-        if target.suffix == ".parquet":
-            parquet()
+    target = None if output is None else writable(Path(output).expanduser(), overwrite)
     places = [images] if isinstance(images, (str, Path)) else images
-    paths = pictures_in([Path(p).expanduser() for p in places])
+    given = pictures_in([Path(p).expanduser() for p in places], path_column)
+    total = len(given.pictures) + len(given.problems)
     classifier = load_classifier(adapter, model, device, force, weights)
     tell.say(f"{classifier.backbone.why} {len(classifier.tasks[classifier.names[0]].classes)} classes.")
     found: list[Predicted] = []
-    broken: list[str] = []
-    for start in range(0, len(paths), batch_size):
-        readable, opened = [], []
-        for path in paths[start : start + batch_size]:
-            try:
-                opened.append(decode(path))
-                readable.append(path)
-            except DataError as e:
-                broken.append(str(e))
+    for start in range(0, len(given.pictures), batch_size):
+        opened = list(readable(given.pictures[start : start + batch_size], given.problems))
         if opened:
             said = classifier.predict(
-                opened, top_k=top_k, batch_size=batch_size, threshold=threshold, all_scores=all_scores
-            )
-            found += [Predicted(p, s) for p, s in zip(readable, said, strict=True)]
-        tell.progress("Predicting", min(start + batch_size, len(paths)), len(paths))
-    if broken:
-        shown = "\n".join(f"- {line}" for line in broken[:MOST_LISTED])
-        more = f"\nand {len(broken) - MOST_LISTED} more" if len(broken) > MOST_LISTED else ""
+                [picture for _, _, picture in opened], top_k=top_k, batch_size=batch_size, threshold=threshold,
+                all_scores=all_scores,
+            )  # fmt: skip
+            found += [Predicted(path, s, name) for (name, path, _), s in zip(opened, said, strict=True)]
+        tell.progress("Predicting", min(start + batch_size, len(given.pictures)), len(given.pictures))
+    if given.problems:
         if not skip_broken or not found:
             raise DataError(
-                f"{len(broken)} of {len(paths)} pictures cannot be read:\n{shown}{more}\n"
+                f"{len(given.problems)} of {total} pictures cannot be read:\n{given.told()}\n"
                 "--skip-broken leaves them out; nothing was written."
             )
-        tell.say(f"Left out, as they cannot be read:\n{shown}{more}")
+        tell.say(f"Left out, as they cannot be read:\n{given.told()}")
     if target is not None:
         write_atomic(target, table(found, top_k, target.suffix))
     return found
 
 
-def pictures_in(places: Sequence[Path]) -> list[Path]:
-    """Every picture, in the order of the places and sorted within a folder.
+def writable(target: Path, overwrite: bool) -> Path:
+    """The output, if it can be written.
 
     Raises:
-        DataError: for a place that is not there, or when there are no pictures at all.
+        ConfigError: when it exists, or is of a kind that is not written.
     """
-    found: list[Path] = []
+    check_new(target, overwrite)
+    if target.suffix not in OUTPUTS:
+        raise ConfigError(f"Predictions are written to {', '.join(OUTPUTS)} files. {nearest(target.suffix, OUTPUTS)}")
+    if target.suffix == ".parquet":
+        parquet()
+    return target
+
+
+def pictures_in(places: Sequence[Path], path_column: str | None = None) -> Given:
+    """Every picture, in the order of the places, sorted within a folder and by rows within a table.
+
+    Raises:
+        DataError: for a place that is not there, a table that cannot be read, or when there are no pictures at all.
+    """
+    given = Given()
     for place in places:
         if place.is_dir():
-            found += [place / name for name in list_folder(place).pictures]
+            listing = list_folder(place)
+            shards = [name for name in listing.others if suffix_of(name) == PARQUET]
+            if shards and not listing.pictures:
+                for name in shards:
+                    add_table(given, place / name, path_column)
+            given.pictures += [(printable(place / name), place / name) for name in listing.pictures]
         elif place.suffix.lower() in TABLE_SUFFIXES and place.is_file():
-            raise DataError(f"{printable(place)} is a table: name the pictures themselves, or folders of pictures.")
+            add_table(given, place, path_column)
         elif place.is_file():
-            found.append(place)
+            given.pictures.append((printable(place), place))
         else:
             siblings = [p.name for p in place.parent.iterdir()] if place.parent.is_dir() else []
             hint = nearest(place.name, siblings) if siblings else ""
             raise DataError(
                 f"There is nothing at {printable(place)}." + (f" {hint}" if hint.startswith("Did you mean") else "")
             )
-    if not found:
+    if not given.pictures and not given.problems:
         where = ", ".join(printable(p) for p in places) or "the list of files, which is empty"
         raise DataError(f"There are no pictures in {where} ({', '.join(IMAGE_SUFFIXES)}).")
-    return found
+    return given
+
+
+def add_table(given: Given, place: Path, path_column: str | None) -> None:
+    """Adds the pictures of a table."""
+    pictures, problems = pictures_of(place, path_column)
+    given.pictures += pictures
+    given.problems += problems
+
+
+def readable(pictures: Sequence[tuple[str, Path]], problems: list[str]) -> Iterator[tuple[str, Path, Image.Image]]:
+    """Those that can be decoded, opened; what is wrong with the others is added to the problems."""
+    for name, path in pictures:
+        try:
+            yield name, path, decode_noted(path, name).image
+        except DataError as e:
+            problems.append(str(e))
 
 
 def record(one: Predicted) -> dict[str, Any]:
     """A picture and its classes as plain values; with several labels `top` also holds likely ones that do not apply."""
     p = one.prediction
     found = {
-        "path": printable(one.path),
+        "path": one.shown,
         "label": p.label,
         "probability": p.probability if p.labels else None,
         "top": [{"label": n, "probability": v} for n, v in p.top],
@@ -159,7 +209,7 @@ def row(one: Predicted, top_k: int) -> dict[str, Any]:
     """A picture as a row of a table: the first class, further ones in columns of their own, then every class's probability."""
     p = one.prediction
     found: dict[str, Any] = {
-        "path": printable(one.path),
+        "path": one.shown,
         "label": p.label,
         "probability": p.probability if p.labels else None,
     }

@@ -89,6 +89,38 @@ def test_predictions_are_those_of_the_test(cli, trained: Path, tmp_path: Path) -
     assert all(float(r["probability"]) >= float(r["probability_2"]) >= float(r["probability_3"]) for r in rows)
 
 
+def test_predict_reads_tables_row_by_row(cli, trained: Path, shapes: Path, tmp_path: Path) -> None:
+    """Those that classify reads: paths in a column, or the pictures themselves; labels are passed over."""
+    pyarrow, parquet = (pytest.importorskip(module) for module in ("pyarrow", "pyarrow.parquet"))
+    names = ["03.png", "01.png", "03.png", "02.png"]
+    pictures = [
+        shapes / folder / name for folder, name in zip(("square", "circle", "square", "cross"), names, strict=True)
+    ]
+    labels = [one.prediction.label for one in vl.predict(trained, pictures)]
+    for picture in pictures:
+        (tmp_path / picture.name).write_bytes(picture.read_bytes())
+    (tmp_path / "new.csv").write_text("file,label\n" + "".join(f"{name},?\n" for name in names))
+    code, out, err = cli("predict", "--adapter", trained, "--images", tmp_path / "new.csv", "--json")
+    assert code == 0, err
+    assert [(one["path"], one["label"]) for one in json.loads(out)] == [
+        (f"{tmp_path}/{name}", label) for name, label in zip(names, labels, strict=True)
+    ]
+    held = tmp_path / "held"
+    held.mkdir()
+    contents = [picture.read_bytes() for picture in pictures]
+    for name, rows in (("test-0", contents[:2]), ("test-1", [b"no picture", *contents[2:]])):
+        columns = {"image": [{"bytes": content} for content in rows], "label": [0] * len(rows)}
+        parquet.write_table(pyarrow.table(columns), held / f"{name}.parquet")
+    words = ("predict", "--adapter", trained, held, "--output", tmp_path / "p.csv")
+    code, _, err = cli(*words)
+    assert code == 2 and "1 of 5 pictures cannot be read" in err and f"{held}/test-1.parquet row 1 is not" in err, err
+    code, _, err = cli(*words, "--skip-broken")
+    assert code == 0, err
+    told = [f"{held}/test-{file}.parquet row {row}" for file, row in ((0, 1), (0, 2), (1, 2), (1, 3))]
+    rows = list(csv.DictReader((tmp_path / "p.csv").read_text().splitlines()))
+    assert [(row["path"], row["label"]) for row in rows] == list(zip(told, labels, strict=True))
+
+
 def test_predict_writes_json_and_parquet_and_prints(cli, trained: Path, shapes: Path, tmp_path: Path) -> None:
     code, out, err = cli("predict", "--adapter", trained, "--images", shapes / "cross", "--json")
     assert code == 0, err

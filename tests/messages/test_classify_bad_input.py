@@ -173,7 +173,7 @@ def test_predict_explains_what_it_cannot_do(finished: Path, shapes: Path, tmp_pa
     check_refused(lambda: predict(run, []), tmp_path, "no pictures")
     check_refused(lambda: predict(run, [tmp_path / "none"]), tmp_path, "no pictures")
     check_refused(lambda: predict(run, [shapes / "cros"]), tmp_path, "There is nothing at", "Did you mean 'cross'?")
-    check_refused(lambda: predict(run, [tmp_path / "there.csv"]), tmp_path, "is a table: name the pictures themselves")
+    check_refused(lambda: predict(run, [tmp_path / "there.csv"]), tmp_path, "has no column of picture paths")
     check_refused(lambda: predict(run, [good], tmp_path / "p.txt"), tmp_path, ".csv, .json, .parquet")
     check_refused(lambda: predict(run, [good], tmp_path / "there.csv"), tmp_path, "exists already", "--overwrite")
     check_refused(

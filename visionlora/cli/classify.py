@@ -144,9 +144,11 @@ def show(result: ClassifyResult, resolved: ClassifyConfig, as_json: bool) -> Non
 
 def predict(
     adapter: Annotated[Path, typer.Option(help="Adapter file or run folder of `visionlora classify`.")],
-    files: Annotated[Optional[list[Path]], typer.Argument(help="Pictures and folders of pictures.")] = None,  # noqa: UP045
+    files: Annotated[
+        Optional[list[Path]], typer.Argument(help="Pictures, folders of pictures, and tables of them.")  # noqa: UP045
+    ] = None,
     images: Annotated[
-        Optional[list[Path]], typer.Option(help="Pictures and folders of pictures; repeat for more.")  # noqa: UP045
+        Optional[list[Path]], typer.Option(help="Likewise; repeat for more.")  # noqa: UP045
     ] = None,
     output: Annotated[Optional[Path], typer.Option(help="A .csv, .json or .parquet file.")] = None,  # noqa: UP045
     top_k: Annotated[int, typer.Option(help="Classes per picture.")] = 1,
@@ -160,6 +162,9 @@ def predict(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda …")] = "auto",
     force: Annotated[bool, typer.Option("--force", help="Accept other weights of the same architecture.")] = False,
     skip_broken: Annotated[bool, typer.Option("--skip-broken", help="Leave out pictures that cannot be read.")] = False,
+    path_column: Annotated[
+        Optional[str], typer.Option(help="Of the pictures' paths in tables, if not path, file_name, image …")  # noqa: UP045
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print all predictions for programs.")] = False,
 ) -> None:
@@ -170,7 +175,7 @@ def predict(
         found = predict(
             adapter, [*(files or []), *(images or [])], output, top_k=top_k, threshold=threshold, batch_size=batch_size,
             model=model, device=device, force=force, weights=weights, skip_broken=skip_broken, overwrite=overwrite,
-            all_scores=all_scores, listener=listener,
+            all_scores=all_scores, path_column=path_column, listener=listener,
         )  # fmt: skip
     if as_json:
         typer.echo(json.dumps([record(one) for one in found], ensure_ascii=False))
@@ -181,7 +186,7 @@ def predict(
     for one in found[:SHOWN]:
         p = one.prediction
         pairs = sorted(p.scores, key=lambda s: -s[1]) or zip(p.labels, p.probabilities, strict=True)
-        typer.echo(f"{one.path}  " + (", ".join(f"{label} {p:.3f}" for label, p in pairs) or "none"))
+        typer.echo(f"{one.shown}  " + (", ".join(f"{label} {p:.3f}" for label, p in pairs) or "none"))
     if len(found) > SHOWN:
         typer.echo(f"… and {len(found) - SHOWN} more: --output preds.csv writes all.")
 
