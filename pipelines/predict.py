@@ -83,7 +83,7 @@ def predict(
         adapter: a file or run folder of `visionlora classify`.
         images: files, folders (with their subfolders) and tables (a row for each picture), or one.
         output: a .csv, .json or .parquet file; none is written without it.
-        top_k: classes per picture.
+        top_k: classes per picture; with several labels so many are in `top`, and a table has those that apply.
         threshold: with several labels per picture, those above it apply.
         batch_size: pictures per forward pass.
         model: another place of the backbone than the adapter names.
@@ -128,7 +128,7 @@ def predict(
             )
         tell.say(f"Left out, as they cannot be read:\n{given.told()}")
     if target is not None:
-        write_atomic(target, table(found, top_k, target.suffix))
+        write_atomic(target, table(found, target.suffix))
     return found
 
 
@@ -194,37 +194,36 @@ def readable(pictures: Sequence[tuple[str, Path]], problems: list[str]) -> Itera
 
 
 def record(one: Predicted) -> dict[str, Any]:
-    """A picture and its classes as plain values; with several labels `top` also holds likely ones that do not apply."""
+    """A picture and its classes as plain values; with several labels `labels` apply, and `top` also holds likely others."""
     p = one.prediction
     found = {
         "path": one.shown,
         "label": p.label,
         "probability": p.probability if p.labels else None,
+        "labels": list(p.labels),
         "top": [{"label": n, "probability": v} for n, v in p.top],
     }
     return {**found, "scores": dict(p.scores)} if p.scores else found
 
 
-def row(one: Predicted, top_k: int) -> dict[str, Any]:
-    """A picture as a row of a table: the first class, further ones in columns of their own, then every class's probability."""
+def row(one: Predicted) -> dict[str, Any]:
+    """A picture as a row of a table: its first label, further ones in columns of their own, then every class's probability."""
     p = one.prediction
     found: dict[str, Any] = {
         "path": one.shown,
         "label": p.label,
         "probability": p.probability if p.labels else None,
     }
-    for k in range(1, max(top_k, len(p.labels))):
-        there = k < len(p.labels)
-        found[f"label_{k + 1}"] = p.labels[k] if there else None
-        found[f"probability_{k + 1}"] = p.probabilities[k] if there else None
+    for k in range(1, len(p.labels)):
+        found |= {f"label_{k + 1}": p.labels[k], f"probability_{k + 1}": p.probabilities[k]}
     return {**found, **{f"p_{name}": value for name, value in p.scores}}
 
 
-def table(found: Sequence[Predicted], top_k: int, suffix: str) -> bytes:
+def table(found: Sequence[Predicted], suffix: str) -> bytes:
     """The whole file."""
     if suffix == ".json":
         return (json.dumps([record(one) for one in found], indent=2, ensure_ascii=False) + "\n").encode()
-    rows = [row(one, top_k) for one in found]
+    rows = [row(one) for one in found]
     columns = list(dict.fromkeys(name for r in rows for name in r))
     columns.sort(key=lambda name: name.startswith("p_"))  # a later picture may have more labels
     if suffix == ".parquet":

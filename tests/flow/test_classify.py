@@ -125,7 +125,7 @@ def test_predict_writes_json_and_parquet_and_prints(cli, trained: Path, shapes: 
     code, out, err = cli("predict", "--adapter", trained, "--images", shapes / "cross", "--json")
     assert code == 0, err
     printed = json.loads(out)
-    assert len(printed) == 20 and set(printed[0]) == {"path", "label", "probability", "top"}
+    assert len(printed) == 20 and set(printed[0]) == {"path", "label", "probability", "labels", "top"}
     code, _, err = cli("predict", "--adapter", trained, shapes / "cross", "--output", tmp_path / "p.json")
     assert code == 0 and json.loads((tmp_path / "p.json").read_text()) == printed
     pyarrow = pytest.importorskip("pyarrow.parquet")

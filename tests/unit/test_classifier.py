@@ -149,10 +149,22 @@ def test_several_labels_are_those_above_one_half(tiny_vit: Path) -> None:
     nothing = task.prediction(torch.full((5,), 0.1), 1, "default")
     said = Predicted(Path("a.png"), nothing)
     assert record(said) == {
-        "path": "a.png", "label": None, "probability": None, "top": [{"label": "0", "probability": pytest.approx(0.1)}],
+        "path": "a.png", "label": None, "probability": None, "labels": [],
+        "top": [{"label": "0", "probability": pytest.approx(0.1)}],
     }  # fmt: skip
-    assert table([said], 1, ".csv") == b"path,label,probability\na.png,,\n"
+    assert table([said], ".csv") == b"path,label,probability\na.png,,\n"
     assert nothing.label is None and nothing.probability == 0.0
+
+
+def test_files_of_predictions_tell_the_labels_that_apply(tiny_vit: Path) -> None:
+    """However many were asked for: `top` alone has others, and a table has no columns that are always empty."""
+    task = load_classifier(adapter_of(tiny_vit, TASKS["digits"], 1, multi_label=True)).tasks["default"]
+    rows = torch.tensor([[0.25, 0.9, 0.5, 0.75, 0.1], [0.1] * 5])
+    said = [Predicted(Path("a.png"), task.prediction(row, 4, "default", threshold=0.5)) for row in rows]
+    assert [(record(one)["labels"], len(record(one)["top"])) for one in said] == [(["1", "3"], 4), ([], 4)]
+    lines = table(said, ".csv").decode().splitlines()
+    assert lines[0] == "path,label,probability,label_2,probability_2" and lines[2] == "a.png,,,,"
+    assert lines[1].startswith("a.png,1,0.89") and lines[1].endswith(",3,0.75")
 
 
 def test_files_arrays_and_pictures_are_the_same(tiny_vit: Path, tmp_path: Path) -> None:

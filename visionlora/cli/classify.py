@@ -151,8 +151,10 @@ def predict(
         Optional[list[Path]], typer.Option(help="Likewise; repeat for more.")  # noqa: UP045
     ] = None,
     output: Annotated[Optional[Path], typer.Option(help="A .csv, .json or .parquet file.")] = None,  # noqa: UP045
-    top_k: Annotated[int, typer.Option(help="Classes per picture.")] = 1,
-    threshold: Annotated[float, typer.Option(help="With several labels, those above it apply.")] = 0.5,
+    top_k: Annotated[int, typer.Option(help="Classes per picture; of several labels so many in JSON's top.")] = 1,
+    threshold: Annotated[
+        float, typer.Option(help="Of several labels those above it apply: JSON's labels, the label columns of tables.")
+    ] = 0.5,
     all_scores: Annotated[
         bool, typer.Option("--all-scores", help="Add every class's probability, in tables a column p_CLASS each.")
     ] = False,
