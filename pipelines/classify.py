@@ -255,7 +255,9 @@ def prepare(
     )
     data = checked.data
     groups = [item.group for item in data.items]
-    components = linked(checked.hashes, checked.thumbnails, checked.sha256, groups, config.near_duplicates)
+    components = linked(
+        checked.hashes, checked.thumbnails, checked.sha256, groups, config.near_duplicates, config.near_duplicates
+    )
     trained, chosen = learned.positions(checked.sha256)
     barred = {"val": trained, "test": trained | chosen}
     splits = split(data, components, config.val_share, config.test_share, config.seed, barred)

@@ -34,8 +34,8 @@ class ClassifyConfig(TrainingConfig):
     group_column: str | None = None
     """Pictures of one group (a patient, a place) stay on one side of the split."""
     near_duplicates: bool = True
-    """Pictures that look alike stay on one side of the split, mirrored and turned copies aside (name their `group_column`);
-    false, for pictures that all do, ties equal files alone."""
+    """Pictures that look alike, also when mirrored, stay on one side of the split, turned copies aside (name their
+    `group_column`); false, for pictures that all do, ties equal files alone."""
     split_column: str | None = None
     """Column that says train, val or test."""
     val_share: float = 0.15

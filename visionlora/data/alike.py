@@ -89,6 +89,7 @@ def linked(
     sha256: Sequence[str],
     groups: Sequence[str | None],
     near: bool = True,
+    mirrored: bool = False,
 ) -> npt.NDArray[np.int64]:
     """Numbers the pictures so that those that must stay together have the same number.
 
@@ -100,6 +101,7 @@ def linked(
         sha256: of the files.
         groups: names, None for no group.
         near: whether near duplicates count, and not files of equal bytes alone.
+        mirrored: whether those that are near duplicates when one of them is mirrored count too.
 
     Returns:
         Numbers from 0 in order of first appearance, int64 (n,).
@@ -113,15 +115,34 @@ def linked(
                 forest.join(i, first.setdefault(key, i))
     if not near:
         return forest.numbers()
+    for i, j in enumerate(_alike(hashes, thumbnails).tolist()):
+        forest.join(i, j)
+    if mirrored:
+        both = np.concatenate([thumbnails, thumbnails[:, :, ::-1]])
+        own, turned = np.split(_alike(_hashes_of(both), both), 2)
+        # What is alike as it is was found above, by better hashes.
+        like = dict(zip(turned.tolist(), range(n), strict=True))
+        for i, number in enumerate(own.tolist()):
+            forest.join(i, like.get(number, i))
+    return forest.numbers()
+
+
+def _alike(hashes: npt.NDArray[np.uint64], thumbnails: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
+    """For each picture the position of one, the same for all that near duplicates chain together."""
     # Equal thumbnails under equal hashes need no comparing: thousands of flat pictures become one.
+    n = len(hashes)
     flat = np.concatenate([hashes.astype("<u8").view(np.uint8).reshape(n, 8), thumbnails.reshape(n, 768)], axis=1)
     _, one, which = np.unique(_rows_as_bytes(flat), return_index=True, return_inverse=True)
-    for i, j in enumerate(one[which]):
-        forest.join(i, int(j))
-    alike = _near_duplicates(hashes[one], thumbnails[one])
-    for i, j in enumerate(one[alike].tolist()):
-        forest.join(int(one[i]), j)
-    return forest.numbers()
+    found: npt.NDArray[np.int64] = one[_near_duplicates(hashes[one], thumbnails[one])][which]
+    return found
+
+
+def _hashes_of(thumbnails: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint64]:
+    """Hashes like `perceptual_hash`, of thumbnails (n, 16, 16, 3) alone, so that mirrored ones can be had: 56 bits each."""
+    grey = thumbnails.reshape(-1, 8, 2, 8, 2, 3).mean(axis=(2, 4, 5), dtype=np.float32)
+    bits = np.zeros((len(grey), 8, 8), bool)
+    bits[:, :, 1:] = grey[:, :, 1:] > grey[:, :, :-1] + _MARGIN
+    return np.packbits(bits.reshape(-1, 64), axis=1).view(">u8").astype(np.uint64).reshape(-1)
 
 
 class _Forest:

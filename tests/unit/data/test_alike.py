@@ -21,11 +21,15 @@ from visionlora.data.images import decode
 ASSETS = Path(__file__).parents[3] / "assets"
 
 
-def known(images: Sequence[Image.Image], groups: Sequence[str | None] = ()) -> npt.NDArray[np.int64]:
+def known(
+    images: Sequence[Image.Image], groups: Sequence[str | None] = (), mirrored: bool = False
+) -> npt.NDArray[np.int64]:
     """The numbers of pictures no two of which are the same file."""
     hashes = np.array([perceptual_hash(image) for image in images], np.uint64)
     small = np.stack([thumbnail(image) for image in images])
-    return linked(hashes, small, [str(i) for i in range(len(images))], groups or [None] * len(images))
+    return linked(
+        hashes, small, [str(i) for i in range(len(images))], groups or [None] * len(images), mirrored=mirrored
+    )
 
 
 def test_equal_bytes_and_groups_are_chained() -> None:
@@ -87,10 +91,12 @@ def test_thousands_of_flat_pictures_take_no_time() -> None:
 def test_digits_are_not_taken_for_each_other(resample: Image.Resampling) -> None:
     digits = pytest.importorskip("sklearn.datasets").load_digits()
     grey = (digits.images * (255 / 16)).astype(np.uint8)
-    number = known([Image.fromarray(g).convert("RGB").resize((64, 64), resample) for g in grey])
-    sizes = Counter(number.tolist())
-    assert len(sizes) >= len(grey) - 5
-    assert all(len(set(digits.target[number == k])) == 1 for k, size in sizes.items() if size > 1)
+    for mirrored in (False, True):
+        images = [Image.fromarray(g).convert("RGB").resize((64, 64), resample) for g in grey]
+        number = known(images, mirrored=mirrored)
+        sizes = Counter(number.tolist())
+        assert len(sizes) >= len(grey) - 5
+        assert all(len(set(digits.target[number == k])) == 1 for k, size in sizes.items() if size > 1)
 
 
 def photo(seed: int) -> Image.Image:
@@ -119,6 +125,26 @@ def test_a_picture_saved_again_or_made_smaller_is_linked_and_no_other() -> None:
     for change in (resaved, smaller):
         number = known([*images, *map(change, images)]).tolist()
         assert number == [*range(len(images)), *range(len(images))]
+
+
+def mirror(image: Image.Image) -> Image.Image:
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+
+
+def test_a_mirrored_copy_is_linked_where_that_counts_and_no_other() -> None:
+    emoji = sorted((ASSETS / "styles" / "noto" / "heldout").glob("*.png"))[:25]
+    images = [*map(photo, range(10)), *map(decode, emoji), decode(ASSETS / "dog" / "poodle.png")]
+    copies, n = [resaved(mirror(image)) for image in images], len(images)
+    assert known([*images, *copies], mirrored=True).tolist() == [*range(n), *range(n)]
+    assert len(set(known([*images, *copies]).tolist())) > 1.5 * n
+    assert known([*images, *copies[5:]], mirrored=True).tolist() == [*range(n), *range(5, n)]
+
+
+def test_the_styles_hold_few_mirrored_copies() -> None:
+    """Icons are simple and many are symmetric: those that look alike as they are stay apart by their hashes."""
+    icons = [decode(path) for path in sorted((ASSETS / "styles" / "fluent-emoji-high-contrast").rglob("*.png"))]
+    plain, more = (len(set(known(icons, mirrored=mirrored).tolist())) for mirrored in (False, True))
+    assert plain - 2 <= more < plain, "two hearts, hatched from either side"
 
 
 def granite(seed: int, grey: int = 128) -> Image.Image:
