@@ -329,6 +329,7 @@ def test_a_run_is_called_after_its_pictures(tmp_path: Path) -> None:
     (tmp_path / "dog.v2").mkdir()
     assert TrainSDConfig(images=str(tmp_path / "dog.v2")).title == "dog.v2"
     assert TrainSDConfig(images="data/train.parquet").title == "train"
+    assert ClassifyConfig(images="data/pets.csv").title == "pets", "not pets.csv, on the card"
     assert TrainSDConfig(folders=(FolderConfig("cats"), FolderConfig("dogs"))).title == "cats"
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from visionlora.config.folders import FolderConfig, reading_rules
 from visionlora.config.training import PRECISIONS, Rule, TrainingConfig, rate_rule
@@ -140,12 +139,6 @@ class TrainSDConfig(TrainingConfig):
     def windows(self) -> int:
         """How many times the text encoder reads a caption at most."""
         return self.max_token_length // WINDOW
-
-    @property
-    def title(self) -> str:
-        """What the pictures are called: the name of their folder, of several the first."""
-        path = Path(self.folders[0].path if self.folders else self.images).expanduser().resolve()
-        return path.name if path.is_dir() else path.stem
 
     @property
     def held_caption(self) -> str | None:

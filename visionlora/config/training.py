@@ -124,6 +124,13 @@ class TrainingConfig:
         rules = [*wild.items(), *((name, rule) for name, fine, rule in self.rules() if not fine and name not in wild)]
         raise_all([f"{name} is {getattr(self, name)!r}; {rule}" for name, rule in rules])
 
+    @property
+    def title(self) -> str:
+        """What the pictures are called: the name of their folder or table, of several the first."""
+        folders = getattr(self, "folders", ())
+        path = Path(folders[0].path if folders else self.images).expanduser().resolve()
+        return path.name if path.is_dir() else path.stem
+
     def rules(self) -> list[Rule]:
         """What must hold."""
         return [

@@ -288,7 +288,6 @@ def report(
 ) -> None:  # fmt: skip
     """report.html, metrics.json, the charts, README.md and run.json."""
     own, data, config = finished[0], material.data, material.config
-    name = Path(config.images).resolve().name
     pictures = charts(run, material, own)
     bins: dict[str, tuple[Bin, ...]] = {"before": (), "after": ()}
     errors: dict[str, float | None] = {"before": None, "after": None}
@@ -303,7 +302,7 @@ def report(
     for warning in warnings:
         tell.say(f"Warning: {warning}")
     page = ClassifyReport(
-        title=name,
+        title=config.title,
         classes=data.classes,
         adapter_name="adapter.safetensors",
         contenders=tuple(f.contender for f in finished),
@@ -334,7 +333,7 @@ def report(
             **own.metrics.to_dict(),
         },
     )
-    write_card(run, material, finished, name, changes)
+    write_card(run, material, finished, changes)
     run.write_json(
         "run.json",
         {
@@ -345,7 +344,10 @@ def report(
             "seconds": round(seconds, 1),
             "noise_scale": own.history[-1].noise_scale if own.history else None,
             "changes": list(changes),
-            "splits": {side: [printable(data.items[i].path) for i in getattr(material.splits, side)] for side in SIDES},
+            "splits": {
+                side: [printable(data.items[i].name or data.items[i].path) for i in getattr(material.splits, side)]
+                for side in SIDES
+            },
         },
     )
 
@@ -400,7 +402,7 @@ def counts_of(material: Material) -> dict[str, dict[str, int]]:
 
 
 def write_card(
-    run: RunFolder, material: Material, finished: Sequence[Finished], name: str, changes: Sequence[Mapping[str, Any]]
+    run: RunFolder, material: Material, finished: Sequence[Finished], changes: Sequence[Mapping[str, Any]]
 ) -> None:
     """README.md, a model card for the Hub."""
     own, config = finished[0], material.config
@@ -439,7 +441,7 @@ def write_card(
     run.write_text(
         "README.md",
         model_card(
-            title=name, base_model=material.backbone.id, trigger=None, facts=facts, samples=(), usage=usage,
+            title=config.title, base_model=material.backbone.id, trigger=None, facts=facts, samples=(), usage=usage,
             images_note=note, license=None, tags=CLASSIFIER_TAGS,
         ),
     )  # fmt: skip

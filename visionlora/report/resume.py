@@ -249,7 +249,7 @@ def _agreed(choose: Callable[[], T]) -> T:
 
 def _choose(config: TrainingConfig, kind: str) -> tuple[Path, How, str]:
     """The folder, what happens there, and a line that says so where it was left open."""
-    fresh = Path(config.output) if config.output else default_run_folder(kind, _subject(config))
+    fresh = Path(config.output) if config.output else default_run_folder(kind, config.title)
     if config.resume is None:
         check_run_folder(fresh)
         return fresh, "new", ""
@@ -277,7 +277,7 @@ def _choose(config: TrainingConfig, kind: str) -> tuple[Path, How, str]:
                 return folder, "anew", line
             return folder, "on", f"Resuming {folder}, the last unfinished run of {_named(config)}."
     if config.output and fresh.is_dir() and any(_is_run(entry) for entry in fresh.iterdir()):
-        fresh = default_run_folder(kind, _subject(config), fresh)
+        fresh = default_run_folder(kind, config.title, fresh)
     check_run_folder(fresh)
     if config.output and fresh == place:
         return fresh, "new", f"There is no run in {fresh} yet; starting one."
@@ -291,12 +291,6 @@ def _instead(folder: Path) -> str:
         return "Name a run folder."
     start = f", or start a new one that learns on: start_from={shlex.quote(str(adapters[-1]))}" if adapters else ""
     return f"Put that file back, with the settings of the run{start}."
-
-
-def _subject(config: TrainingConfig) -> str:
-    """What a run learns, in the name of its folder."""
-    path = Path(_sources(config)[0]).resolve()
-    return path.stem if path.is_file() else path.name
 
 
 def _named(config: TrainingConfig) -> str:
