@@ -52,6 +52,28 @@ def weights_in(tensors: Mapping[str, Tensor], own: Collection[str]) -> tuple[dic
     return kept, f" Of its weights file {' and '.join(notes)}." if notes else ""
 
 
+def as_spelled_now(model: nn.Module, tensors: Mapping[str, Tensor], own: Collection[str]) -> dict[str, Tensor]:
+    """The weights of a model of transformers under its names, where a file has those of an older version.
+
+    That are the names of the Hub's files too, which transformers still writes. Weights that would have to be cut or joined
+    keep their names.
+    """
+    found = dict(tensors)
+    if all(name in own for name in found):
+        return found
+    try:
+        from transformers import PreTrainedModel
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming, rename_source_key
+    except ImportError:  # of a version that has but one spelling
+        return found
+    if not isinstance(model, PreTrainedModel):
+        return found
+    renamings = [step for step in get_model_conversion_mapping(model) if isinstance(step, WeightRenaming)]
+    now = {name: name if name in own else rename_source_key(name, renamings, [])[0] for name in found}
+    return {now[name] if now[name] in own and now[name] not in found else name: t for name, t in found.items()}
+
+
 def under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """Those whose names begin so, without it."""
     return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}

@@ -25,7 +25,7 @@ from visionlora.models.fingerprint import architecture_fingerprint, weights_fing
 from visionlora.models.heads import LAST, FlatLinear, append_head, as_logits, fits, has, heads_in, run
 from visionlora.models.input_size import set_input_size
 from visionlora.models.processors import as_preprocessing
-from visionlora.models.state_dicts import head_names, weights_in
+from visionlora.models.state_dicts import as_spelled_now, head_names, weights_in
 
 EMBEDDED = "emoji-vit"
 DEFAULT_ON_GPU = "vit_base_patch16_224.augreg2_in21k_ft_in1k"
@@ -390,6 +390,7 @@ def read_state(opened: VisionModel, path: Path) -> str:
         raise ModelError(str(e)) from None
     own = opened.model.state_dict()
     found, note = weights_in(tensors, own)
+    found = as_spelled_now(opened.model, found, own)
     heads = head_names(opened.model, opened.head)
     found = {n: t for n, t in found.items() if n in own or not n.startswith(heads)}
     check_state(opened.id, path, own, found)

@@ -9,7 +9,7 @@ from typing import ClassVar
 import pytest
 import timm
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from visionlora.errors import ModelError
@@ -231,6 +231,26 @@ def test_a_state_dict_replaces_the_weights_and_its_head_is_left_out(tmp_path: Pa
         opened = open_backbone(str(folder), weights=str(tmp_path / name))
         got = opened.model.state_dict()
         assert all(torch.equal(t, got[n]) for n, t in state.items() if not n.startswith("head."))
+
+
+def test_a_state_dict_in_the_names_of_an_older_transformers(tmp_path: Path) -> None:
+    """Those of the Hub's files, and of what transformers saves."""
+    folder = transformers_folder(tmp_path / "a")
+    state = {n: t + 1 for n, t in load_file(folder / "model.safetensors").items()}
+    older = "vit.encoder.layer.1.attention.attention.query.weight"
+    if older not in state:
+        pytest.skip("this transformers has one spelling")
+    save_file(state, tmp_path / "own.safetensors")
+    torch.save({f"module.{n}": t for n, t in state.items()}, tmp_path / "own.pt")
+    got = open_backbone(str(folder), weights=str(tmp_path / "own.safetensors")).model.state_dict()
+    own = open_backbone(str(folder)).model.state_dict()
+    assert all(torch.equal(t, own[n] + 1) for n, t in got.items() if not n.startswith("classifier."))
+    again = open_backbone(str(folder), weights=str(tmp_path / "own.pt")).model.state_dict()
+    assert all(torch.equal(t, got[n]) for n, t in again.items())
+    del state["vit.layernorm.weight"]
+    save_file(state, tmp_path / "own.safetensors")
+    with pytest.raises(ModelError, match=r"lacks 1 tensors \(first 'vit.layernorm.weight'\)"):
+        open_backbone(str(folder), weights=str(tmp_path / "own.safetensors"))
 
 
 def around(prefix: str, state: dict) -> dict:
