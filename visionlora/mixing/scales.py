@@ -16,7 +16,8 @@ WEBUI_17 = ("BASE", "IN01", "IN02", "IN04", "IN05", "IN07", "IN08", "MID", *(f"O
 WEBUI_20 = ("BASE", *(f"IN{k:02d}" for k in range(9)), "MID", *(f"OUT{k:02d}" for k in range(9)))
 WEBUI_12 = ("BASE", "IN04", "IN05", "IN07", "IN08", "MID", *(f"OUT{k:02d}" for k in range(6)))
 WEBUI = {len(names): names for names in (WEBUI_12, WEBUI_17, WEBUI_20, WEBUI_26)}
-"""Block-weight lists of A1111's extension sd-webui-lora-block-weight, 12 and 20 for SDXL; blocks that a list lacks get 0."""
+"""Block-weight lists of A1111's extension sd-webui-lora-block-weight, 12 and 20 for SDXL. Blocks that a list lacks get 0, as
+there, if none of their attention is adapted."""
 LARGEST = 3.4028234663852886e38
 """In fp32, in which scales are multiplied."""
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
@@ -215,6 +216,17 @@ def webui_block(component: str, layer: str) -> str:
     return "MID" if name.startswith("middle_block") else "BASE"
 
 
+def check_listed(length: int, layers: Iterable[tuple[str, str]]) -> None:
+    """Raises ConfigError for a list of the wrong family: one that lacks blocks of which attention is adapted."""
+    blocks = {webui_block(*layer) for layer in layers if "attentions." in layer[1]}
+    if lacking := sorted(blocks - {*WEBUI[length]}):
+        fitting = " or ".join(str(n) for n, names in WEBUI.items() if blocks <= {*names})
+        raise ConfigError(
+            f"A list of {length} block weights has no number for {', '.join(lacking)}, where this adapter has layers: those of "
+            f"12 and 20 are for SDXL, of 17 and 26 for Stable Diffusion 1.x and 2.x. Give {fitting} numbers."
+        )
+
+
 def block_factors(scale: Scale, layers: Iterable[tuple[str, str]]) -> dict[tuple[str, str], float]:
     """The factor of every layer.
 
@@ -233,6 +245,7 @@ def block_factors(scale: Scale, layers: Iterable[tuple[str, str]]) -> dict[tuple
                 "A list of block weights is for the UNet of Stable Diffusion, which this model is not: give factors by the "
                 f"beginnings of layers' names, such as {{{layers[0][1]!r}: 0.5}}."
             )
+        check_listed(len(scale.blocks), layers)
         by_name = dict(zip(WEBUI[len(scale.blocks)], scale.blocks, strict=True))
         return {layer: float(by_name.get(webui_block(*layer), 0.0)) for layer in layers}
     if not scale.blocks:

@@ -78,3 +78,20 @@ def test_block_lists_for_sdxl() -> None:
         assert block_factors(Scale(blocks=(0.5, *[1.0] * (count - 1))), [("text_encoder_2", "a.q_proj")]) == {
             ("text_encoder_2", "a.q_proj"): 0.5
         }
+
+
+def test_a_block_list_of_the_other_family_is_refused() -> None:
+    """Blocks that it lacks would get 0: of an adapter for Stable Diffusion 1.x a list of 12 leaves little."""
+    sd = [("unet", f"{name}.attentions.0.proj_in") for name in ("down_blocks.0", "mid_block", "up_blocks.3")]
+    sd += [("unet", "down_blocks.3.resnets.0.conv1"), ("text_encoder", "layers.0.fc1")]
+    with pytest.raises(
+        ConfigError, match=r"list of 12 block weights has no number for IN01, OUT09, .*Give 17 or 26 numbers"
+    ):
+        block_factors(Scale(blocks=(1.0,) * 12), sd)
+    with pytest.raises(ConfigError, match=r"list of 20 block weights has no number for OUT09, .*Give 17 or 26 numbers"):
+        block_factors(Scale(blocks=(1.0,) * 20), sd)
+    assert block_factors(Scale(blocks=(1.0,) * 17), sd) == {layer: float("resnets" not in layer[1]) for layer in sd}
+    xl = [("unet", f"{name}.attentions.0.proj_in") for name in ("down_blocks.2", "mid_block", "up_blocks.0")]
+    with pytest.raises(ConfigError, match=r"list of 17 block weights has no number for OUT00, .*Give 12 or 20 or 26"):
+        block_factors(Scale(blocks=(1.0,) * 17), xl)
+    assert set(block_factors(Scale(blocks=(1.0,) * 12), xl).values()) == {1.0}
