@@ -170,7 +170,7 @@ def opened(start: Start[ClassifyConfig], tell: Listener) -> Ready:
     fingerprints = backbone.fingerprints()
     before = None
     if first is not None:
-        check_first(first, config, backbone.id, fingerprints, tell)
+        check_first(first, config, backbone.id, fingerprints, tell, backbone.fingerprints(older=True))
         before = Before.of(first, backbone, str(config.start_from))
         config = dataclasses.replace(config, method=method_for(before.modules, config.method, str(config.start_from)))
     learned, not_known = learned_before(first, config)

@@ -94,7 +94,7 @@ def export(
     chosen = weights or (base.get("weights") if model is None else None)
     backbone = open_backbone(model or str(base.get("id", "auto")), chosen, base.get("image_size"))
     task = ClassTask.of(loaded, backbone.head).with_temperature_in_head()
-    check_fingerprints(loaded, backbone.id, backbone.fingerprints(), force)
+    check_fingerprints(loaded, backbone.id, backbone.fingerprints(), force, backbone.fingerprints(older=True))
     if to in ("timm", "transformers") and backbone.library != to:
         raise ConfigError(
             f"{backbone.id} is a model of {backbone.library}, which {to} cannot open. Export it to "

@@ -55,7 +55,12 @@ def named_base(config: TrainingConfig, first: Adapter | None) -> tuple[str, str 
 
 
 def check_first(
-    first: Adapter, config: TrainingConfig, id: str, there: Mapping[str, Mapping[str, str]], tell: Listener
+    first: Adapter,
+    config: TrainingConfig,
+    id: str,
+    there: Mapping[str, Mapping[str, str]],
+    tell: Listener,
+    older: Mapping[str, Mapping[str, str]] | None = None,
 ) -> None:
     """Checks that it was made for this model, and says which settings it decides.
 
@@ -65,14 +70,15 @@ def check_first(
         id: of the opened model.
         there: fingerprints of the opened model.
         tell: hears it.
+        older: see `check_fingerprints`.
 
     Raises:
         AdapterFileError: when it is for another architecture; other weights are said.
     """
     try:
-        check_fingerprints(first, id, there)
+        check_fingerprints(first, id, there, older=older)
     except AdapterFileError:
-        check_fingerprints(first, id, there, force=True)
+        check_fingerprints(first, id, there, force=True, older=older)
         tell.say(f"{config.start_from} was made for {first.info['base'].get('id')}, of the same architecture as {id}.")
     given = given_names(config)
     ignored = [f"{n}={getattr(config, n)}" for n in OWN_TO_IT if n in given]

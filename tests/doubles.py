@@ -74,7 +74,7 @@ def adapter_of(folder: Path, classes: tuple[str, ...], seed: int = 0, method: st
     backbone = open_backbone(str(folder))
     fingerprints = backbone.fingerprints()
     backbone.new_head(len(classes), seed)
-    config = AdapterConfig(method=method, rank=2, targets="attn.qv", train="head")
+    config = AdapterConfig(method=method, rank=2, targets="attn.qv", train=backbone.head)
     handle = inject(backbone.model, config, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -82,7 +82,7 @@ def adapter_of(folder: Path, classes: tuple[str, ...], seed: int = 0, method: st
             p.add_(0.3 * torch.randn(p.shape, generator=generator))
     about = {
         "classes": list(classes), "multi_label": False, "preprocessing": backbone.preprocessing.to_dict(),
-        "temperature": 1.5, "head": "head", **info,
+        "temperature": 1.5, "head": backbone.head, **info,
     }  # fmt: skip
     base = {"id": str(folder), "fingerprints": fingerprints}
     return Adapter(handle.modules("model"), {"base": base, "classifier": about})

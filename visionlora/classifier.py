@@ -149,7 +149,7 @@ class Classifier:
             ConfigError: when there is no such device.
         """
         self.backbone, self.device = backbone, usable_device(device)
-        self.fingerprints = backbone.fingerprints()
+        self.fingerprints, self.older = backbone.fingerprints(), backbone.fingerprints(older=True)
         self.model = backbone.model.to(self.device).eval()
         self.tasks: dict[str, ClassTask] = {}
         self.handles: dict[str, Handle | None] = {}
@@ -180,7 +180,7 @@ class Classifier:
                 raise ConfigError(f"A task named {name!r} is there already; remove it first or choose another name.")
             head = self.backbone.head
             task = ClassTask.of(loaded, head)
-            check_fingerprints(loaded, self.backbone.id, self.fingerprints, force)
+            check_fingerprints(loaded, self.backbone.id, self.fingerprints, force, self.older)
             if (loaded.info.get("base") or {}).get("image_size") != self.backbone.image_size:
                 raise AdapterFileError(
                     f"This adapter was trained on pictures of {task.preprocessing.size} px, and {self.backbone.id} is open "

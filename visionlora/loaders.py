@@ -102,7 +102,13 @@ def check_draws(adapter: Adapter, where: str | Path) -> None:
         )
 
 
-def check_fingerprints(adapter: Adapter, id: str, there: Mapping[str, Mapping[str, str]], force: bool = False) -> None:
+def check_fingerprints(
+    adapter: Adapter,
+    id: str,
+    there: Mapping[str, Mapping[str, str]],
+    force: bool = False,
+    older: Mapping[str, Mapping[str, str]] | None = None,
+) -> None:
     """Refuses an adapter that says it was made for another model.
 
     Args:
@@ -110,6 +116,7 @@ def check_fingerprints(adapter: Adapter, id: str, there: Mapping[str, Mapping[st
         id: of the model that it is to be applied to.
         there: architecture and weights fingerprint of each part of that model.
         force: accept other weights in the same architecture.
+        older: the same by other names, which a part may have had when the adapter was made.
 
     Raises:
         AdapterFileError: when an architecture differs, or the weights do and `force` is not given.
@@ -119,12 +126,14 @@ def check_fingerprints(adapter: Adapter, id: str, there: Mapping[str, Mapping[st
         given = made_for.get("fingerprints", {}).get(component)
         if given is None or component not in there:
             continue
-        if given["architecture"] != there[component]["architecture"]:
+        before = (older or {}).get(component, there[component])
+        own = before if given["architecture"] == before["architecture"] else there[component]
+        if given["architecture"] != own["architecture"]:
             raise AdapterFileError(
                 f"The adapter was made for {made_for.get('id')}, whose {component} has another "
                 f"architecture than that of {id}. Open its own base: --model {made_for.get('id')}."
             )
-        if given["weights"] != there[component]["weights"] and not force:
+        if given["weights"] != own["weights"] and not force:
             raise AdapterFileError(
                 f"The adapter was made for {made_for.get('id')}; {id} has the same architecture but "
                 "other weights. If it is a fine-tune of the same family, use --force."

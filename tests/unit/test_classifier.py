@@ -16,6 +16,7 @@ from visionlora.classifier import Classifier, load_classifier
 from visionlora.errors import AdapterFileError, ConfigError, DataError
 from visionlora.formats import native
 from visionlora.lora.adapter import Adapter
+from visionlora.models.state_dicts import renaming
 from visionlora.models.vision import open_backbone
 
 from ..doubles import adapter_of
@@ -136,6 +137,28 @@ def test_tasks_come_and_go(several: Classifier, tiny_vit: Path) -> None:
     assert [len(row) for row in several.logits(x, ["more", "pets"])] == [2, 3]
     for name, row in before.items():
         assert torch.allclose(several.logits(torch.ones(1, 3, 32, 32), name)[0], row, atol=1e-5)
+
+
+def test_an_adapter_from_before_transformers_renamed_its_vit_is_of_the_same_backbone(tmp_path: Path) -> None:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+    ViTForImageClassification(ViTConfig(image_size=32, patch_size=8, **sizes)).save_pretrained(tmp_path)
+    adapter, backbone = adapter_of(tmp_path, ("a", "b"), 1), open_backbone(str(tmp_path))
+    older = backbone.fingerprints(older=True)
+    if older == backbone.fingerprints():
+        pytest.skip("this transformers has one spelling")
+    spell = renaming(backbone.model, backward=True)
+    modules = {f"model.{spell(name.removeprefix('model.'))}": m for name, m in adapter.modules.items()}
+    assert "model.vit.encoder.layer.0.attention.attention.query" in modules
+    before = Adapter(modules, {**adapter.info, "base": {**adapter.info["base"], "fingerprints": older}})
+    x = torch.randn(2, 3, 32, 32)
+    (logits, again) = (torch.stack(load_classifier(a).logits(x)) for a in (adapter, before))
+    assert torch.equal(logits, again)
+    older["model"]["weights"] = "of another"
+    with pytest.raises(AdapterFileError, match="has the same architecture but other weights"):
+        load_classifier(Adapter(modules, {**before.info, "base": {"id": str(tmp_path), "fingerprints": older}}))
 
 
 def test_several_labels_are_those_above_one_half(tiny_vit: Path) -> None:

@@ -11,7 +11,7 @@ from visionlora.lora.adapter import Adapter
 from visionlora.lora.config import AdapterConfig
 from visionlora.lora.inject import inject
 from visionlora.models.base import BaseModel, open_base
-from visionlora.models.fingerprint import architecture_fingerprint, weights_fingerprint
+from visionlora.models.fingerprint import architecture_fingerprint, respelled, weights_fingerprint
 
 
 def random_adapter(base: BaseModel, seed: int) -> Adapter:
@@ -87,8 +87,8 @@ def test_an_adapter_of_another_transformers_is_for_the_same_text_encoder(tiny_mo
     modules = handle.modules("text_encoder")
     handle.eject()
     taken = {
-        "architecture": architecture_fingerprint(encoder, respelled=True),
-        "weights": weights_fingerprint(encoder, respelled=True),
+        "architecture": architecture_fingerprint(encoder, respelled),
+        "weights": weights_fingerprint(encoder, respelled),
     }
     adapter = Adapter(modules, {"base": {"id": base.id, "fingerprints": {"text_encoder": taken}}})
     assert taken != base.fingerprints()["text_encoder"]

@@ -18,7 +18,7 @@ import torch
 from visionlora.errors import ModelError, first_line, nearest
 from visionlora.lora.adapter import Adapter
 from visionlora.models.checkpoint_header import read_checkpoint_header
-from visionlora.models.fingerprint import architecture_fingerprint, weights_fingerprint
+from visionlora.models.fingerprint import architecture_fingerprint, respelled, weights_fingerprint
 
 EMBEDDED = "emoji-64"
 DEFAULT_ON_GPU = "stable-diffusion-v1-5/stable-diffusion-v1-5"
@@ -151,9 +151,9 @@ class BaseModel:
                 continue
             if given["architecture"] == found[name]["architecture"]:
                 continue
-            respelled = architecture_fingerprint(parts[name], respelled=True)
-            if given["architecture"] == respelled:
-                found[name] = {"architecture": respelled, "weights": weights_fingerprint(parts[name], respelled=True)}
+            other = architecture_fingerprint(parts[name], respelled)
+            if given["architecture"] == other:
+                found[name] = {"architecture": other, "weights": weights_fingerprint(parts[name], respelled)}
         return found
 
     @cached_property

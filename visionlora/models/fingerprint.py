@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
+from operator import itemgetter
 
 import torch
 from torch import nn
@@ -18,33 +20,32 @@ TEXT_MODEL = "text_model."
 """What transformers before 5.6 has before the names of all parameters of CLIP's text encoder, and later ones have not."""
 
 
-def base_tensors(module: nn.Module, respelled: bool = False) -> list[tuple[str, nn.Parameter]]:
+def respelled(name: str) -> str:
+    """A parameter of a text encoder as another transformers names it: with `TEXT_MODEL`, or without where it has it."""
+    return name.removeprefix(TEXT_MODEL) if name.startswith(TEXT_MODEL) else TEXT_MODEL + name
+
+
+def base_tensors(module: nn.Module, spell: Callable[[str], str] = str) -> list[tuple[str, nn.Parameter]]:
     """The parameters of the base, sorted by name, without any adapter's."""
-    found = base_parameters(module)
-    if respelled:
-        found = {
-            n.removeprefix(TEXT_MODEL) if n.startswith(TEXT_MODEL) else TEXT_MODEL + n: p for n, p in found.items()
-        }
-    return sorted(found.items())
+    return sorted(((spell(name), p) for name, p in base_parameters(module).items()), key=itemgetter(0))
 
 
-def architecture_fingerprint(module: nn.Module, respelled: bool = False) -> str:
+def architecture_fingerprint(module: nn.Module, spell: Callable[[str], str] = str) -> str:
     """16 hex digits over the names and shapes of all parameters; the same in every dtype.
 
     Args:
         module: the model.
-        respelled: with `TEXT_MODEL` where the names are without, and without it where they have it: a text encoder as another
-            transformers names it.
+        spell: how another version of its library names a parameter.
     """
-    lines = [f"{name} {tuple(p.shape)}" for name, p in base_tensors(module, respelled)]
+    lines = [f"{name} {tuple(p.shape)}" for name, p in base_tensors(module, spell)]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
 @torch.no_grad()
-def weights_fingerprint(module: nn.Module, respelled: bool = False) -> str:
+def weights_fingerprint(module: nn.Module, spell: Callable[[str], str] = str) -> str:
     """16 hex digits over a few values of each parameter, read as fp16: a model's fp32 and fp16 files agree."""
     digest, mappings = hashlib.sha256(), Mappings()
-    for name, p in base_tensors(module, respelled):
+    for name, p in base_tensors(module, spell):
         index = torch.linspace(0, p.numel() - 1, SAMPLES, dtype=torch.float64).long().tolist()
         values = mappings.values(p.detach(), index)
         digest.update(name.encode() + values.to(torch.float16).cpu().numpy().tobytes())

@@ -7,7 +7,7 @@ what was around the model (DataParallel, torch.compile, Lightning).
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -58,20 +58,31 @@ def as_spelled_now(model: nn.Module, tensors: Mapping[str, Tensor], own: Collect
     That are the names of the Hub's files too, which transformers still writes. Weights that would have to be cut or joined
     keep their names.
     """
-    found = dict(tensors)
-    if all(name in own for name in found):
-        return found
+    found, rename = dict(tensors), renaming(model)
+    now = {name: name if name in own else rename(name) for name in found}
+    return {now[name] if now[name] in own and now[name] not in found else name: t for name, t in found.items()}
+
+
+def renaming(model: nn.Module, backward: bool = False) -> Callable[[str], str]:
+    """From the names of an older version of transformers to those of a model, or back, by its own rules; else as they are."""
     try:
         from transformers import PreTrainedModel
         from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightRenaming, rename_source_key
+        from transformers.core_model_loading import PrefixChange, WeightRenaming
     except ImportError:  # of a version that has but one spelling
-        return found
+        return str
     if not isinstance(model, PreTrainedModel):
-        return found
-    renamings = [step for step in get_model_conversion_mapping(model) if isinstance(step, WeightRenaming)]
-    now = {name: name if name in own else rename_source_key(name, renamings, [])[0] for name in found}
-    return {now[name] if now[name] in own and now[name] not in found else name: t for name, t in found.items()}
+        return str
+    steps = [s for s in get_model_conversion_mapping(model, add_legacy=not backward) if isinstance(s, WeightRenaming)]
+    if backward:
+        steps = [step.reverse_transform() for step in reversed(steps) if not isinstance(step, PrefixChange)]
+
+    def renamed(name: str) -> str:
+        for step in steps:
+            name = step.rename_source_key(name)[0]
+        return name
+
+    return renamed
 
 
 def under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

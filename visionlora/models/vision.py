@@ -25,7 +25,7 @@ from visionlora.models.fingerprint import architecture_fingerprint, weights_fing
 from visionlora.models.heads import LAST, FlatLinear, append_head, as_logits, fits, has, heads_in, run
 from visionlora.models.input_size import set_input_size
 from visionlora.models.processors import as_preprocessing
-from visionlora.models.state_dicts import as_spelled_now, head_names, weights_in
+from visionlora.models.state_dicts import as_spelled_now, head_names, renaming, weights_in
 
 EMBEDDED = "emoji-vit"
 DEFAULT_ON_GPU = "vit_base_patch16_224.augreg2_in21k_ft_in1k"
@@ -84,15 +84,22 @@ class VisionModel:
         """Whether it is trained in full in no time."""
         return self.parameters < SMALL
 
-    def fingerprints(self) -> dict[str, dict[str, str]]:
-        """Architecture and weights fingerprint, without the head; the same for every `image_size`."""
+    def fingerprints(self, older: bool = False) -> dict[str, dict[str, str]]:
+        """Architecture and weights fingerprint, without the head; the same for every `image_size`.
+
+        Args:
+            older: as a version of transformers from before a renaming had it; where names are the same nothing.
+        """
+        if older and (self.library != "transformers" or self.at_own_size):
+            return {}
         if self.at_own_size:
             return {"model": dict(self.at_own_size)}
+        spell = renaming(self.model, backward=True) if older else str
         head = self.model.get_submodule(self.head)
         self.set_head(nn.Identity())
         found = {
-            "architecture": architecture_fingerprint(self.model),
-            "weights": weights_fingerprint(self.model),
+            "architecture": architecture_fingerprint(self.model, spell),
+            "weights": weights_fingerprint(self.model, spell),
         }
         self.set_head(head)
         return {"model": found}

@@ -1,6 +1,7 @@
 """Backbones of three libraries through one door."""
 
 import copy
+import hashlib
 import json
 from argparse import Namespace
 from pathlib import Path
@@ -251,6 +252,16 @@ def test_a_state_dict_in_the_names_of_an_older_transformers(tmp_path: Path) -> N
     save_file(state, tmp_path / "own.safetensors")
     with pytest.raises(ModelError, match=r"lacks 1 tensors \(first 'vit.layernorm.weight'\)"):
         open_backbone(str(folder), weights=str(tmp_path / "own.safetensors"))
+
+
+def test_the_fingerprint_in_the_names_of_an_older_transformers(tmp_path: Path) -> None:
+    opened = open_backbone(str(transformers_folder(tmp_path / "a")))
+    state = load_file(tmp_path / "a" / "model.safetensors")  # in these names
+    names = sorted(n for n in state if not n.startswith("classifier."))
+    lines = [f"{n} {tuple(state[n].shape)}" for n in names]
+    told = hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+    assert opened.fingerprints(older=True)["model"]["architecture"] == told
+    assert open_backbone(str(timm_folder(tmp_path / "b"))).fingerprints(older=True) == {}, "timm renames nothing"
 
 
 def around(prefix: str, state: dict) -> dict:
