@@ -85,6 +85,20 @@ def test_two_spellings_in_one_file_are_both_read(tmp_path: Path) -> None:
     assert set(adapter.modules) == {"unet.mid_block.attentions.0.proj_in", f"unet.{LAYERS[0]}"}
 
 
+def test_a_layer_of_sdxl_in_both_its_namings_is_refused_and_never_half_read(tmp_path: Path) -> None:
+    """Different layers may have either name; of one that has both, one would be lost, or count twice."""
+    a, b = torch.randn(2, 6), torch.randn(8, 2)
+    block = "down_blocks.1.attentions.0.transformer_blocks.0.attn1"
+    ours = {f"unet.{block}.to_q.lora_A.weight": a, f"unet.{block}.to_q.lora_B.weight": b}
+    for start in ("lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_", f"lora_unet_{flattened(block)}_to_"):
+        for which in "qk":
+            theirs = {f"{start}{which}.lora_down.weight": a.clone(), f"{start}{which}.lora_up.weight": b.clone()}
+            save_file({**ours, **theirs}, tmp_path / f"{which}.safetensors")
+        assert set(vl.load_adapter(tmp_path / "k.safetensors").modules) == {f"unet.{block}.to_{n}" for n in "qk"}
+        with pytest.raises(vl.VisionLoRAError, match=rf"adapts unet\.{block}\.to_q twice, once as '"):
+            vl.load_adapter(tmp_path / "q.safetensors")
+
+
 def test_bundled_embeddings_do_not_hide_the_lora(tmp_path: Path) -> None:
     """One foreign key makes diffusers load nothing."""
     kohya(tmp_path / "a.safetensors", [1.0] * 3, [4] * 3)
