@@ -97,10 +97,11 @@ def command(
 
 def found_before(run: Path) -> dict[str, Any]:
     """What a finished run has found, under the keys under which it told them."""
+    from visionlora.vision.metrics import Metrics, MultiLabelMetrics
+
     kept = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
-    beside = ("evaluated_on", "temperature", "ece_before", "ece_after", "best_step", "contenders")
-    metrics = {name: value for name, value in kept.items() if name not in beside}
-    several = "mean_average_precision" in metrics
+    several = "mean_average_precision" in kept
+    metrics = {field.name: kept[field.name] for field in dataclasses.fields(MultiLabelMetrics if several else Metrics)}
     select = read_yaml(str(run / "config.yaml")).get("select_by") or ("map" if several else "top1")
     figure = "mean_average_precision" if select == "map" else select
     return {
