@@ -88,26 +88,7 @@ class Ready:
 def prepare(start: Start[TrainSDConfig], tell: Listener) -> Ready:
     """Reads the pictures, opens the model, and checks all settings against both."""
     config, first = start.config, read_first(start)
-    folder = read_pictures(config, progress=lambda done, total: tell.progress("Checking pictures", done, total))
-    for note in folder.notes:
-        tell.say(note)
-    tell.say(folder.caption_source)
-    before, not_known = learned_before(first, config)
-    folder, apart, unseen = held_out(folder, config, before)
-    if apart and not_known:
-        tell.say(not_known)
-    if unseen:
-        tell.say(unseen)
-    if apart:
-        tell.say(f"{len(folder.items)} pictures to train on, {len(apart)} apart to see whether it learned.")
-    if any(item.mask for item in folder.items) and not any(item.mask for item in apart) and config.validation:
-        tell.say(
-            f"The masks are for the pictures to train on alone; those of {config.validation} are judged whole. val_share, "
-            "instead, keeps pictures apart with their masks."
-        )
-    if config.prior_images is not None:
-        check_class_folder(Path(config.prior_images), [config.images, *(f.path for f in config.folders)])
-
+    folder, apart = pictures_of(config, first, tell)
     model, _, named_by = named_base(config, first)
     base = open_base(model, named_by=named_by)
     config = trained_alike(config, first, base)
@@ -145,17 +126,7 @@ def prepare(start: Start[TrainSDConfig], tell: Listener) -> Ready:
     prepare_encoders(base, config, accelerator.device, accelerator.mixed_precision)
     word = new_word(config, base, folder, first)
     captions = captions_of(config, folder.items)
-    longest = [max(variants, key=len) for variants in captions]
-    cut = cut_captions(base, longest)
-    for caption, lost in cut[:SHOWN]:
-        caption, lost = (text if len(text) <= WIDTH else f"{text[:WIDTH]}…" for text in (caption, lost))
-        tell.say(f"The caption {caption!r} is longer than the model reads; it never sees: {lost}")
-    if len(cut) > SHOWN:
-        tell.say(f"So are {len(cut) - SHOWN} captions more.")
-    if cut and (longer := [n for n in TOKEN_LENGTHS if n > config.max_token_length]):
-        tell.say(
-            f"max_token_length={' or '.join(map(str, longer))} learns more of them, read as `generate` reads long prompts."
-        )
+    say_what_is_cut(base, captions, config, tell)
     return Ready(
         config,
         folder,
@@ -171,6 +142,47 @@ def prepare(start: Start[TrainSDConfig], tell: Listener) -> Ready:
         accelerator,
         first,
     )
+
+
+def pictures_of(
+    config: TrainSDConfig, first: Adapter | None, tell: Listener
+) -> tuple[ImageFolder, tuple[ImageItem, ...]]:
+    """The pictures to train on, and those apart by which it is seen whether the run learned."""
+    folder = read_pictures(config, progress=lambda done, total: tell.progress("Checking pictures", done, total))
+    for note in folder.notes:
+        tell.say(note)
+    tell.say(folder.caption_source)
+    before, not_known = learned_before(first, config)
+    folder, apart, unseen = held_out(folder, config, before)
+    if apart and not_known:
+        tell.say(not_known)
+    if unseen:
+        tell.say(unseen)
+    if apart:
+        tell.say(f"{len(folder.items)} pictures to train on, {len(apart)} apart to see whether it learned.")
+    if any(item.mask for item in folder.items) and not any(item.mask for item in apart) and config.validation:
+        tell.say(
+            f"The masks are for the pictures to train on alone; those of {config.validation} are judged whole. val_share, "
+            "instead, keeps pictures apart with their masks."
+        )
+    if config.prior_images is not None:
+        check_class_folder(Path(config.prior_images), [config.images, *(f.path for f in config.folders)])
+    return folder, apart
+
+
+def say_what_is_cut(base: BaseModel, captions: Sequence[Sequence[str]], config: TrainSDConfig, tell: Listener) -> None:
+    """Names captions that are longer than the model reads."""
+    longest = [max(variants, key=len) for variants in captions]
+    cut = cut_captions(base, longest)
+    for caption, lost in cut[:SHOWN]:
+        caption, lost = (text if len(text) <= WIDTH else f"{text[:WIDTH]}…" for text in (caption, lost))
+        tell.say(f"The caption {caption!r} is longer than the model reads; it never sees: {lost}")
+    if len(cut) > SHOWN:
+        tell.say(f"So are {len(cut) - SHOWN} captions more.")
+    if cut and (longer := [n for n in TOKEN_LENGTHS if n > config.max_token_length]):
+        tell.say(
+            f"max_token_length={' or '.join(map(str, longer))} learns more of them, read as `generate` reads long prompts."
+        )
 
 
 def one_pass(config: TrainSDConfig, items: Sequence[ImageItem]) -> int:
