@@ -291,6 +291,8 @@ def test_what_acts_beside_another_setting_alone_asks_for_it() -> None:
         "text_encoder_stop": 0.5,
         "text_encoder_learning_rate": 1e-4,
         "token_learning_rate": 0.1,
+        "token_initializer": "dog",
+        "token_vectors": 2,
         "basis_index": 1,
     }
     assert refused({"images": "a", **beside}) == [
@@ -298,6 +300,8 @@ def test_what_acts_beside_another_setting_alone_asks_for_it() -> None:
         "- text_encoder_learning_rate is 0.0001; give train_text_encoder=true too, or leave it out",
         "- text_encoder_stop is 0.5; give train_text_encoder=true too, or leave it out",
         "- token_learning_rate is 0.1; it is of a new word: give a token too, or leave it out",
+        "- token_initializer is 'dog'; it is of a new word: give a token too, or leave it out",
+        "- token_vectors is 2; it is of a new word: give a token too, or leave it out",
     ]
     needed = {"train_text_encoder": True, "token": "<dog>", "init": "orthogonal"}
     assert build(TrainSDConfig, {"images": "a", **beside, **needed}).text_encoder_stop == 0.5

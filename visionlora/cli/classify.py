@@ -23,8 +23,8 @@ SHOWN = 20
 def command(
     settings: options.Settings = None,
     images: Annotated[
-        Optional[str],
-        typer.Option(help="Folder of classes or of parquet files, or a table (CSV, JSON lines, parquet)."),  # noqa: UP045
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Folder of classes or of parquet files, or a table (CSV, JSON lines, parquet)."),
     ] = None,
     table: Annotated[Optional[str], typer.Option(help="A table with a row per picture.")] = None,  # noqa: UP045
     model: Annotated[

@@ -233,10 +233,17 @@ class TrainSDConfig(TrainingConfig):
             ),
             ("token_vectors", self.token_vectors >= 1, "it must be at least 1"),
             rate_rule("token_learning_rate", self.token_learning_rate),
-            (
-                "token_learning_rate",
-                self.token_learning_rate is None or self.token is not None,
-                "it is of a new word: give a token too, or leave it out",
+            *(
+                (
+                    name,
+                    self.token is not None or value in (None, 1),
+                    "it is of a new word: give a token too, or leave it out",
+                )
+                for name, value in (
+                    ("token_learning_rate", self.token_learning_rate),
+                    ("token_initializer", self.token_initializer),
+                    ("token_vectors", self.token_vectors),
+                )
             ),
             (
                 "min_rank",

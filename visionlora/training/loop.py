@@ -110,13 +110,30 @@ def resolve_precision(precision: str, device: torch.device) -> str:
     return {"fp32": "no"}.get(precision, precision)
 
 
+def check_launch() -> None:
+    """Raises ConfigError where accelerate was told to split the model over processes."""
+    from accelerate.utils import parse_flag_from_env
+
+    for name, word in (("DeepSpeed", "DEEPSPEED"), ("FSDP", "FSDP"), ("Megatron-LM", "MEGATRON_LM")):
+        if parse_flag_from_env(f"ACCELERATE_USE_{word}"):
+            raise ConfigError(
+                f"accelerate is set to {name} (ACCELERATE_USE_{word}), which splits the model over processes; here each holds "
+                "the frozen base whole and adapters are small. Use plain data parallelism: `accelerate config`, or `accelerate "
+                "launch --multi_gpu`. Where a base does not fit, train-sd has base_precision=nf4 and gradient_checkpointing."
+            )
+
+
 def process_state() -> Any:
     """What this process is among those of a run: an `accelerate.PartialState`.
 
     On a machine without a GPU accelerate must be told so, or several processes each take themselves for the only one.
+
+    Raises:
+        ConfigError: see `check_launch`.
     """
     from accelerate import PartialState
 
+    check_launch()
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     return PartialState(cpu=several and not torch.cuda.is_available())
 
@@ -133,7 +150,7 @@ def new_accelerator(
         parts_stop: whether some of what trains stops on the way, which several processes must expect.
 
     Raises:
-        ConfigError: see `resolve_precision`.
+        ConfigError: see `resolve_precision` and `check_launch`.
     """
     from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.state import AcceleratorState

@@ -10,7 +10,16 @@ from torch import Tensor, nn
 
 from visionlora.data.groups import Group
 from visionlora.errors import ConfigError, TrainingError
-from visionlora.training.loop import Fit, LoopConfig, Progress, StopTraining, new_accelerator, resolve_precision, train
+from visionlora.training.loop import (
+    Fit,
+    LoopConfig,
+    Progress,
+    StopTraining,
+    new_accelerator,
+    process_state,
+    resolve_precision,
+    train,
+)
 from visionlora.training.schedules import rate_at
 
 from ...doubles import Learner
@@ -112,6 +121,17 @@ def test_three_in_a_row_stop_the_run_at_the_last_good_weights() -> None:
         train(Accelerator(cpu=True), learner, Broken((5, 6, 7)), CONFIG,
               lambda _: weights.append(learner.model.weight.item()))  # fmt: skip
     assert learner.model.weight.item() == weights[4]
+
+
+@pytest.mark.parametrize(
+    ("word", "name"), [("DEEPSPEED", "DeepSpeed"), ("FSDP", "FSDP"), ("MEGATRON_LM", "Megatron-LM")]
+)
+def test_a_model_is_not_split_over_processes(word: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(f"ACCELERATE_USE_{word}", "true")
+    with pytest.raises(ConfigError, match=rf"^accelerate is set to {name} \(ACCELERATE_USE_{word}\), which splits"):
+        process_state()
+    monkeypatch.setenv(f"ACCELERATE_USE_{word}", "false")
+    assert process_state().num_processes == 1
 
 
 def test_batch_normalisation_stays_the_bases() -> None:
