@@ -617,8 +617,10 @@ def test_losses_that_are_not_finite_cost_the_steps_that_had_them_alone(
     )
     with pytest.raises(TrainingError, match="The loss became nan at step 8") as caught:
         vl.classify(asked)
-    assert str(caught.value).endswith(f"classify --resume {tmp_path / 'run'} --force learning_rate=0.003")
-    code, out, err = cli("classify", "--resume", "run", "--force", "learning_rate=0.003")
+    assert str(caught.value).endswith(
+        f"classify --resume {tmp_path / 'run'} --force learning_rate=0.003 head_learning_rate=0.00033"
+    )
+    code, out, err = cli("classify", "--resume", "run", "--force", "learning_rate=0.003", "head_learning_rate=0.00033")
     assert code == 0 and "Going on at step 7 of 10." in out, err
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["loss"] is None for line in lines] == [False] * 5 + [True] * 2 + [False] * 3

@@ -166,7 +166,7 @@ def test_losses_that_are_not_finite_cost_the_steps_that_had_them_alone(
     with pytest.raises(TrainingError, match="The loss became nan at step 10") as caught:
         train_sd(asked)
     kept = folder / "checkpoints" / "step-000009.safetensors"
-    assert f"What was learned before is in {kept}." in str(caught.value)
+    assert f"All up to the last good step is kept; the adapter so far is in {kept}." in str(caught.value)
     assert str(caught.value).endswith(f"visionlora train-sd --resume {folder} --force learning_rate=0.0033")
     assert vl.load_adapter(kept).info["training"]["steps"] == 9
     ears = Ears()

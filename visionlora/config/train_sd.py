@@ -234,15 +234,11 @@ class TrainSDConfig(TrainingConfig):
             ("token_vectors", self.token_vectors >= 1, "it must be at least 1"),
             rate_rule("token_learning_rate", self.token_learning_rate),
             *(
-                (
-                    name,
-                    self.token is not None or value in (None, 1),
-                    "it is of a new word: give a token too, or leave it out",
-                )
-                for name, value in (
-                    ("token_learning_rate", self.token_learning_rate),
-                    ("token_initializer", self.token_initializer),
-                    ("token_vectors", self.token_vectors),
+                (name, self.token is not None or not given, "it is of a new word: give a token too, or leave it out")
+                for name, given in (
+                    ("token_learning_rate", self.token_learning_rate is not None),
+                    ("token_initializer", self.token_initializer is not None),
+                    ("token_vectors", self.token_vectors > 1 and self.start_from is None),  # which may bring a word
                 )
             ),
             (

@@ -60,6 +60,8 @@ class Captions:
     """One line each: what is wrong; what to do."""
     blamed: frozenset[str]
     """Pictures without a caption whose cause is already among the problems."""
+    joined: tuple[str, ...] = ()
+    """Files of several lines that were read as one caption."""
 
 
 @dataclass
@@ -72,6 +74,7 @@ class _Findings:
     sources: dict[str, int] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     blamed: set[str] = field(default_factory=set)
+    joined: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.meant = Meant(self.pictures.exact)
@@ -102,7 +105,8 @@ def read_captions(
     for suffix in SIDECAR_SUFFIXES:
         _read_sidecars(found, suffix)
     blamed = frozenset(found.blamed - found.texts.keys())
-    return Captions(dict(sorted(found.texts.items())), found.sources, tuple(found.problems), blamed)
+    texts = dict(sorted(found.texts.items()))
+    return Captions(texts, found.sources, tuple(found.problems), blamed, tuple(found.joined))
 
 
 def caption_of_name(name: str) -> str:
@@ -220,9 +224,12 @@ def _sidecar_text(found: _Findings, file: str) -> str:
     # Whatever the file says ends up in the run folder and perhaps in a published model card.
     if not _is_inside(found.root, found.root / file):
         raise Unusable("is a link to a file outside the folder; copy the file into the folder")
-    caption = _one_line(read_text(found.root / file))
+    text = read_text(found.root / file)
+    caption = _one_line(text)
     if not caption:
         raise Unusable(f"is empty; write a caption in it, or {found.for_all} pictures")
+    if sum(bool(line.strip()) for line in text.splitlines()) > 1:
+        found.joined.append(file)
     return caption
 
 

@@ -1,4 +1,4 @@
-"""What a look at each picture of a folder has shown, kept on disk: unchanged files (same size and time) are not read again.
+"""What a look at each picture of a folder has shown, kept on disk: unchanged files (same size and times) are not read again.
 
 In: a file. Out: a `Fact`, from before or from decoding it now.
 """
@@ -24,7 +24,7 @@ from visionlora.data.files import sha256_of
 from visionlora.data.images import Decoded, decode_noted, printable
 from visionlora.data.pixels import Stamp, check_unchanged, stamp_of
 
-_VERSION = "3"  # of what is kept; a new number makes old files unused
+_VERSION = "4"  # of what is kept; a new number makes old files unused
 
 
 @dataclass(frozen=True)
@@ -113,8 +113,8 @@ def _read(path: Path) -> dict[str, Fact]:
             stamps, sizes, hashes = (file[name].tolist() for name in ("stamps", "sizes", "hashes"))
             columns = (stamps, file["sha256"], hashes, file["thumbnails"], sizes, notes, rules)
         return {
-            place: Fact((bytes_, time), sha.tobytes().hex(), value, small, (height, width), note, rule)
-            for place, (bytes_, time), sha, value, small, (height, width), note, rule in zip(
+            place: Fact((bytes_, time, changed), sha.tobytes().hex(), value, small, (height, width), note, rule)
+            for place, (bytes_, time, changed), sha, value, small, (height, width), note, rule in zip(
                 places, *columns, strict=True
             )
         }

@@ -20,7 +20,9 @@ from visionlora.data.facts import FactsOfFolder
 from visionlora.data.images import printable
 from visionlora.data.source_captions import missing_captions, texts_of
 from visionlora.data.sources import OPTION, SETTING, Looks, Source, Words, looked_at, opened
+from visionlora.data.tags import one_of
 from visionlora.data.wording import (
+    count_of,
     first_names,
     linked_folders,
     other_pictures,
@@ -30,6 +32,8 @@ from visionlora.data.wording import (
 from visionlora.errors import ConfigError, DataError
 
 _MAX_SETS = 5
+Doubles = dict[str, list[str]]
+"""The name that a picture keeps -> all that it has, in order."""
 
 
 @dataclass(frozen=True)
@@ -216,10 +220,12 @@ def _items(source: Source, looks: Looks) -> list[ImageItem]:
     """The pictures of a source that can be used; it gets notes and problems."""
     texts, captions = texts_of(source)
     kept, doubles = _without_doubles({name: fact.sha256 for name, fact in looks.facts.items()}, texts)
+    if source.unpacked is not None and source.config.prompt is None:
+        doubles = _with_captions_of_all_rows(source, doubles, texts)
     uncaptioned = [name for name in kept if name not in texts and name not in captions.blamed]
     if uncaptioned:
         source.problems.append(missing_captions(source, uncaptioned, len(kept)))
-    source.notes += doubles + linked_folders(source.listing) + other_pictures(source.listing)
+    source.notes += _used_once(doubles, texts) + linked_folders(source.listing) + other_pictures(source.listing)
     source.notes += source.masks.notes if source.masks else ()
     items = []
     for name in kept:
@@ -234,22 +240,42 @@ def _items(source: Source, looks: Looks) -> list[ImageItem]:
     return items
 
 
-def _without_doubles(hashes: dict[str, str], texts: dict[str, str]) -> tuple[list[str], list[str]]:
-    """One name for each content, the first that has a caption; and a note on each that was dropped."""
+def _without_doubles(hashes: dict[str, str], texts: dict[str, str]) -> tuple[list[str], Doubles]:
+    """One name for each content, the first that has a caption; and all names of each that has several."""
     same: dict[str, list[str]] = {}
     for name, digest in hashes.items():
         same.setdefault(digest, []).append(name)
-    kept, notes = [], []
-    for names in same.values():
-        keep = next((name for name in names if name in texts), names[0])
-        kept.append(keep)
-        if len(names) > 1:
-            note = f"the same picture, used once: {first_names(names)}"
-            if len({texts.get(name) for name in names}) > 1:
-                note += f'; it keeps the caption of {printable(keep)}, "{printable(texts[keep])}"'
-            notes.append(note)
+    first = {next((name for name in names if name in texts), names[0]): names for names in same.values()}
     order = {name: i for i, name in enumerate(hashes)}
-    return sorted(kept, key=order.__getitem__), notes
+    return sorted(first, key=order.__getitem__), {keep: names for keep, names in first.items() if len(names) > 1}
+
+
+def _with_captions_of_all_rows(source: Source, doubles: Doubles, texts: dict[str, str]) -> Doubles:
+    """Gives pictures that have a row for each of their captions any of them each time; those that are left as they were."""
+    left: Doubles = {}
+    for keep, names in doubles.items():
+        own = list(dict.fromkeys(texts[name] for name in names if name in texts))
+        if len(own) < 2 or any(sign in text for text in own for sign in "{|}"):  # one is a choice already
+            left[keep] = names
+        else:
+            texts[keep] = one_of(own)
+    if several := len(doubles) - len(left):
+        source.notes.append(
+            f"{count_of(several, 'picture')} in several rows with different captions: used once, with any of them each time"
+        )
+    return left
+
+
+def _used_once(doubles: Doubles, texts: dict[str, str]) -> list[str]:
+    """Notes on pictures that are there several times."""
+    notes = []
+    for keep, names in list(doubles.items())[:_MAX_SETS]:
+        note = f"the same picture, used once: {first_names(names)}"
+        if len({texts.get(name) for name in names}) > 1:
+            note += f'; it keeps the caption of {printable(keep)}, "{printable(texts[keep])}"'
+        notes.append(note)
+    more = len(doubles) - _MAX_SETS
+    return [*notes, f"and {count_of(more, 'picture')} more that are there several times"] if more > 0 else notes
 
 
 def _without_common(sources: Sequence[Source], found: Sequence[list[ImageItem]]) -> list[str]:

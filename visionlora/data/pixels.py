@@ -28,17 +28,21 @@ END = b"vl-rows1"
 """The last bytes of a file that says what its rows are: before them 32 bytes of SHA-256 per row, and 16 of how they were
 made."""
 
-Stamp = tuple[int, int]
-"""Size and time of the last change, ns: a file that has both unchanged is taken to be the same."""
+Stamp = tuple[int, int, int]
+"""Size, and times of the last change of content and of inode, ns: a file that has all unchanged is taken to be the same.
+
+The second time cannot be set back: another file of the same size and date (`cp -p`, `rsync -t`) is seen to be another. On
+Windows it is that of creation.
+"""
 
 
 def stamp_of(path: Path) -> Stamp:
-    """Size and time of change; of a file that is not there, what no file has."""
+    """Size and times of change; of a file that is not there, what no file has."""
     try:
         stat = path.stat()
     except OSError:
-        return -1, -1
-    return stat.st_size, stat.st_mtime_ns
+        return -1, -1, -1
+    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
 def check_unchanged(path: Path, shown: str, stamp: Stamp) -> None:

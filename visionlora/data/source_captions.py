@@ -39,6 +39,11 @@ def texts_of(source: Source) -> tuple[dict[str, str], Captions]:
     if source.config.captions == "filename":
         return _from_names(source, captions)
     source.notes += unread(source, captions)
+    if captions.joined:
+        source.notes.append(
+            f"of several lines, which make one caption: {first_names(captions.joined)}; for one of them each time write "
+            "{one|other}"
+        )
     by_folder = source.named.captions(name for name in source.pictures if name not in captions.blamed)
     if captions.sources or captions.problems or by_folder:
         lacking = sum(name not in captions.texts for name in by_folder)

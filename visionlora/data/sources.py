@@ -5,7 +5,7 @@ In: where to look. Out: a `Source` for each, and `Looks`, every picture of which
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
@@ -13,8 +13,9 @@ from visionlora.config.folders import ALPHA, FolderConfig
 from visionlora.data.facts import Fact, FactsOfFolder
 from visionlora.data.files import Listing, list_folder, sha256_of, suffix_of
 from visionlora.data.images import printable
+from visionlora.data.labelled import split_folders, split_in, splits_beside_others, top_of
 from visionlora.data.masks import Masks, find_masks, masks_of_column
-from visionlora.data.named_repeats import NamedRepeats, named_repeats
+from visionlora.data.named_repeats import NamedRepeats, named, named_repeats
 from visionlora.data.parquet import PARQUET, Unpacked, unpack
 from visionlora.data.wording import (
     ENDINGS,
@@ -105,8 +106,12 @@ def _open(source: Source, cache: Path | None, progress: Callable[[int, int], Non
     else:
         _check_folder(root)
         source.listing = listing = _without_masks(list_folder(root), root, config.masks)
+        _check_layout(root, listing)
+        if (splits := split_folders(listing.pictures) or splits_beside_others(listing.pictures)) is not None:
+            listing = source.listing = _trained_on(source, splits)
         source.pictures = {name: root / name for name in listing.pictures}
         tables = {name: root / name for name in listing.others if suffix_of(name) == PARQUET}
+        tables = _tables_trained_on(source, tables)
         if source.pictures and tables:
             source.notes.append(f"not used, as there are pictures beside it: {first_names(tables)}")
             tables = {}
@@ -130,6 +135,46 @@ def _open(source: Source, cache: Path | None, progress: Callable[[int, int], Non
     if config.masks is not None:
         source.masks = find_masks(config.masks, root, source.pictures)
     return source
+
+
+def _check_layout(root: Path, listing: Listing) -> None:
+    """Raises DataError for the folder above those that kohya's trainer takes: its class pictures are not to be learned."""
+    tops: dict[str, set[str]] = {}
+    for name in listing.pictures:
+        top, *inner = PurePosixPath(name).parts[:-1] or ("",)
+        tops.setdefault(top, set()).add(inner[0] if inner else "")
+    said = {top for top, inner in tops.items() if top in ("img", "reg") and all(map(named, inner))}
+    if said == {"img", "reg"} == tops.keys():
+        of_class = sorted(tops["reg"])[0]
+        words = named(of_class)
+        raise DataError(
+            f"{printable(root)} is laid out for kohya's trainer: learn from {printable(root / 'img')}, with its class pictures "
+            f"as prior_images={printable(root / 'reg' / of_class)} and prior_prompt='{words[1] if words else of_class}'."
+        )
+
+
+def _trained_on(source: Source, splits: Mapping[str, str]) -> Listing:
+    """What is listed without the folders of other splits, and a note on them."""
+    listing = source.listing
+    others = {top: split for top, split in sorted(splits.items()) if split != "train"}
+    counts = {top: sum(top_of(name) == top for name in listing.pictures) for top in others}
+    counted = " and ".join(f"{printable(top)} ({count})" for top, count in counts.items() if count)
+    if counted:
+        val = next((top for top, split in others.items() if split == "val"), None)
+        more = f"; validation={printable(source.root / val)} judges by it" if val is not None else ""
+        source.notes.append(f"not learned from, as the name of a split says: {counted}{more}")
+    pictures, rest = ([n for n in names if top_of(n) not in others] for names in (listing.pictures, listing.others))
+    return Listing(pictures, rest, listing.folders, listing.links, listing.problems)
+
+
+def _tables_trained_on(source: Source, tables: dict[str, Path]) -> dict[str, Path]:
+    """The parquet files without those of other splits, and a note on them; all, where none is for training."""
+    splits = {name: split_in(name) for name in tables}
+    if "train" not in splits.values() or len(set(splits.values())) == 1:
+        return tables
+    left = [name for name, split in splits.items() if split != "train"]
+    source.notes.append(f"not learned from, as others are called train: {first_names(left)}")
+    return {name: path for name, path in tables.items() if name not in left}
 
 
 def _check_folder(root: Path) -> None:

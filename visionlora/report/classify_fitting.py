@@ -182,10 +182,14 @@ class Fitting:
                 )
             raise
         except NotFinite as e:
-            if self.written is None:
+            if self.run is None:  # of a baseline
                 raise
-            self.checkpoint()
-            raise TrainingError(f"{e}\n{self.log.go_on_slower('classify')}") from e
+            if self.written is not None:
+                self.checkpoint()
+            self.accelerator.wait_for_everyone()  # a launcher ends all processes with the first
+            raise TrainingError(
+                f"{e}\nAll up to the last good step is kept.\n{self.log.go_on_slower('classify')}"
+            ) from e
         if self.enough and self.best is not None:
             self.tell.say(f"Stopped at step {self.fit.step}: no better since step {self.best[0]}.")
         self.log.end()

@@ -90,10 +90,10 @@ class Logbook:
         return f"Go on{lost} with: visionlora {command} --resume {shlex.quote(str(self.start.folder))}"
 
     def go_on_slower(self, command: str) -> str:
-        """How to go on with a run whose last steps were not finite."""
-        rate = f"learning_rate={self.config.learning_rate / 3:.2g}" if self.config.learning_rate else ""
-        folder = shlex.quote(str(self.start.folder))
-        return f"Go on from there with: visionlora {command} --resume {folder} --force {rate}".rstrip()
+        """How to go on with a run whose values became NaN or infinite: at a third of each of its learning rates."""
+        rates = {name: value for name, value in plain(self.config).items() if name.endswith("learning_rate") and value}
+        words = " ".join(f"{name}={value / 3:.2g}" for name, value in rates.items())
+        return f"{self.go_on(command)} --force {words}"
 
     def checkpoint(self, more: Mapping[str, Any]) -> None:
         """Writes all that the run needs to go on.

@@ -90,6 +90,12 @@ class Fitting:
             }
         )
 
+    def keep(self) -> str:
+        """Writes adapter and checkpoint on the way, and returns where the adapter is, to be put after other words."""
+        file = self.keep_adapter(self.fit.step)
+        self.checkpoint()
+        return f"; the adapter so far is in {file}" if file.is_file() else ""
+
     def restore(self, kept: Mapping[str, Any]) -> None:
         """Goes on from a checkpoint.
 
@@ -157,20 +163,15 @@ class Fitting:
                 self.fit.run(task, on_step, self.log.stopping)
         except KeyboardInterrupt:
             if self.log.history and self.main:
-                place = ""
-                if self.fit.whole:
-                    file = self.keep_adapter(self.fit.step)
-                    self.checkpoint()
-                    place = f"; the adapter so far is in {file}" if file.is_file() else ""
+                place = self.keep() if self.fit.whole else ""
                 self.tell.say(f"Interrupted at step {self.fit.step} of {steps}{place}.\n{self.log.go_on('train-sd')}")
             raise
         except NotFinite as e:
-            if not self.main:
-                raise
-            file = self.keep_adapter(self.fit.step)
-            self.checkpoint()
-            place = f" What was learned before is in {file}." if file.is_file() else ""
-            raise TrainingError(f"{e}{place}\n{self.log.go_on_slower('train-sd')}") from e
+            place = self.keep() if self.main else ""
+            self.accelerator.wait_for_everyone()  # a launcher ends all processes with the first
+            raise TrainingError(
+                f"{e}\nAll up to the last good step is kept{place}.\n{self.log.go_on_slower('train-sd')}"
+            ) from e
         if self.enough:
             best = min(self.evaluations, key=lambda e: e.loss)
             self.tell.say(

@@ -20,7 +20,14 @@ def stop(number: int, frame: FrameType | None) -> NoReturn:
     Raises:
         KeyboardInterrupt: always.
     """
+    _once(number)
     raise KeyboardInterrupt
+
+
+def _once(number: int) -> None:
+    """Ignores further hang-ups: kernel and shell each send one, and what is being saved must not be cut off by them."""
+    if number == HANGUP:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def listen() -> None:
@@ -68,6 +75,9 @@ class Interrupts:
             raise KeyboardInterrupt
 
     def _heard(self, number: int, frame: FrameType | None) -> None:
+        _once(number)
+        if self.asked and number == HANGUP:
+            return
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True

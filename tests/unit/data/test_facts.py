@@ -1,5 +1,6 @@
 """What is known of pictures from before."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -38,3 +39,16 @@ def test_a_broken_file_of_facts_is_none(dog: Path, tmp_path: Path) -> None:
     file.write_bytes(b"PK broken")
     assert read_image_folder(dog, cache=tmp_path / "c") == first
     assert FactsOfFolder(tmp_path / "c", dog, [dog / "0.png"]).of(dog / "0.png") is not None
+
+
+def test_another_file_of_the_same_size_and_date_is_another(dog: Path, tmp_path: Path) -> None:
+    old, new = dog / "0.png", tmp_path / "new.png"
+    Image.effect_noise((24, 16), 60).convert("RGB").save(new)
+    new.write_bytes(new.read_bytes().ljust(old.stat().st_size, b"\0"))
+    old.write_bytes(old.read_bytes().ljust(new.stat().st_size, b"\0"))
+    first = read_image_folder(dog, cache=tmp_path / "c")
+    before = old.stat()
+    os.utime(new, ns=(before.st_atime_ns, before.st_mtime_ns))
+    new.replace(old)
+    assert (old.stat().st_size, old.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    assert read_image_folder(dog, cache=tmp_path / "c").items[0].sha256 != first.items[0].sha256

@@ -524,3 +524,35 @@ def test_the_pictures_of_a_run(dog: Path) -> None:
     assert [(item.caption, item.repeats) for item in several.items] == [("x", 2)] * 2
     named = read_pictures(TrainSDConfig(images=str(dog), captions="filename"))
     assert [item.caption for item in named.items] == ["a", "b"]
+
+
+def test_other_splits_are_not_learned_from(tmp_path: Path) -> None:
+    for seed, name in enumerate(["train/a.png", "train/b.png", "validation/c.png", "test/d.png"]):
+        picture(tmp_path / name, seed)
+        (tmp_path / name).with_suffix(".txt").write_text(f"dog {seed}")
+    folder = read_image_folder(tmp_path)
+    assert [item.name for item in folder.items] == ["train/a.png", "train/b.png"]
+    assert folder.caption_source == "captions from .txt files (2)"
+    assert folder.notes == (
+        "not learned from, as the name of a split says: test (1) and validation (1); "
+        f"validation={tmp_path / 'validation'} judges by it",
+    )
+
+
+def test_the_folder_above_those_of_kohya(tmp_path: Path) -> None:
+    for seed, name in enumerate(["img/10_sks dog/a.png", "reg/1_dog/b.png"]):
+        picture(tmp_path / name, seed)
+    assert said(tmp_path) == (
+        f"{tmp_path} is laid out for kohya's trainer: learn from {tmp_path / 'img'}, with its class pictures as "
+        f"prior_images={tmp_path / 'reg' / '1_dog'} and prior_prompt='dog'."
+    )
+    assert read_image_folder(tmp_path / "img").items[0].repeats == 10
+
+
+def test_captions_of_several_lines_are_mentioned(dog: Path) -> None:
+    (dog / "a.txt").write_text("a dog\non grass\n")
+    folder = read_image_folder(dog)
+    assert folder.items[0].caption == "a dog on grass"
+    assert folder.notes == (
+        "of several lines, which make one caption: a.txt; for one of them each time write {one|other}",
+    )

@@ -349,3 +349,25 @@ def test_a_list_of_captions_is_any_of_them(tmp_path: Path) -> None:
         for item in folder.items
     ]
     assert [set(variants) for variants in seen] == [{"a dog", "one {brown|b}"}, {"only one"}]
+
+
+def test_a_row_for_each_caption_of_a_picture(tmp_path: Path) -> None:
+    several = [{"image": cell(i // 2), "text": f"dog {i}"} for i in range(4)]
+    folder = read_image_folder(write(tmp_path / "t.parquet", several), cache=tmp_path / "c")
+    check_pictures(folder, ["t.parquet row 1", "t.parquet row 3"], ["{dog 0|dog 1}", "{dog 2|dog 3}"])
+    assert folder.notes == (
+        "2 pictures in several rows with different captions: used once, with any of them each time",
+    )
+    many = [{"image": cell(i // 2), "text": "a dog"} for i in range(14)]
+    notes = read_image_folder(write(tmp_path / "u.parquet", many), cache=tmp_path / "c").notes
+    assert notes[0] == "the same picture, used once: u.parquet row 1, u.parquet row 2"
+    assert len(notes) == 6 and notes[-1] == "and 2 pictures more that are there several times"
+
+
+def test_files_of_other_splits_are_not_learned_from(tmp_path: Path) -> None:
+    for k, name in enumerate(["train-00000-of-00002", "train-00001-of-00002", "validation-00000-of-00001"]):
+        write(tmp_path / "data" / f"{name}.parquet", [{"image": cell(k), "text": name}])
+    folder = read_image_folder(tmp_path, cache=tmp_path.with_name("c"))
+    assert [item.caption for item in folder.items] == ["train-00000-of-00002", "train-00001-of-00002"]
+    left = "not learned from, as others are called train: data/validation-00000-of-00001.parquet"
+    assert folder.notes == (left,)

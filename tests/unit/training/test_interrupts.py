@@ -41,18 +41,6 @@ def test_the_second_does_not_wait(number: signal.Signals, handler) -> None:
             signal.signal(n, was)
 
 
-@pytest.mark.parametrize(("before", "after"), [(signal.SIG_DFL, stop), (signal.SIG_IGN, signal.SIG_IGN)])
-def test_a_lost_terminal_ends_a_program_but_not_under_nohup(before, after) -> None:
-    kept = {n: signal.getsignal(n) for n in (signal.SIGHUP, signal.SIGTERM)}
-    signal.signal(signal.SIGHUP, before)
-    try:
-        listen()
-        assert signal.getsignal(signal.SIGHUP) == after and signal.getsignal(signal.SIGTERM) is stop
-    finally:
-        for n, was in kept.items():
-            signal.signal(n, was)
-
-
 @pytest.mark.parametrize("handler", [signal.SIG_IGN, lambda *_: None])
 def test_somebody_elses_handler_stays(handler) -> None:
     before = signal.getsignal(signal.SIGINT)
@@ -77,3 +65,37 @@ def test_in_another_thread_it_does_nothing() -> None:
     thread.start()
     thread.join()
     assert found == ["done"]
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no SIGHUP")
+def test_hang_ups_wait_and_come_in_twos() -> None:
+    """A closed terminal ended a run unsaved; kernel and shell each send one, and the second must not cut off the saving."""
+    before = {n: signal.getsignal(n) for n in (signal.SIGHUP, signal.SIGTERM)}
+    heard = []
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        listen()
+        with pytest.raises(KeyboardInterrupt), Interrupts(lambda: heard.append("once")) as interrupts:
+            signal.raise_signal(signal.SIGHUP)
+            signal.raise_signal(signal.SIGHUP)
+            heard.append("the step ends")
+            interrupts.check()
+        signal.raise_signal(signal.SIGHUP)
+        assert heard == ["once", "the step ends"]
+    finally:
+        for n, was in before.items():
+            signal.signal(n, was)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no SIGHUP")
+def test_hang_ups_that_nohup_ignores_stay_ignored() -> None:
+    before = {n: signal.getsignal(n) for n in (signal.SIGHUP, signal.SIGTERM)}
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        listen()
+        with Interrupts() as interrupts:
+            signal.raise_signal(signal.SIGHUP)
+            assert not interrupts.asked and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        for n, was in before.items():
+            signal.signal(n, was)
