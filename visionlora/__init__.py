@@ -19,7 +19,9 @@ _HOMES = {
     "ClassifyConfig": "visionlora.config",
     "GenerateConfig": "visionlora.config",
     "Handle": "visionlora.lora.handle",
+    "Options": "visionlora.lora.combine",
     "Prediction": "visionlora.classifier",
+    "Result": "visionlora.lora.arithmetic",
     "TrainSDConfig": "visionlora.config",
     "VisionLoRAError": "visionlora.errors",
     "attach": "visionlora.mixing.entry",
@@ -28,6 +30,8 @@ _HOMES = {
     "Scale": "visionlora.mixing.scales",
     "Window": "visionlora.mixing.scales",
     "Size": "visionlora.lora.arithmetic",
+    "bake": "visionlora.pipelines.bake",
+    "convert": "visionlora.pipelines.convert",
     "detach": "visionlora.mixing.entry",
     "classify": "visionlora.pipelines.classify",
     "choose_ranks": "visionlora.lora.rank",
@@ -64,10 +68,12 @@ if TYPE_CHECKING:
     from visionlora.loaders import load_pipeline as load_pipeline
     from visionlora.loaders import save_adapter as save_adapter
     from visionlora.lora.adapter import Adapter as Adapter
+    from visionlora.lora.arithmetic import Result as Result
     from visionlora.lora.arithmetic import Size as Size
     from visionlora.lora.arithmetic import extract_adapter as extract_adapter
     from visionlora.lora.arithmetic import merge_adapters as merge_adapters
     from visionlora.lora.arithmetic import resize_adapter as resize_adapter
+    from visionlora.lora.combine import Options as Options
     from visionlora.lora.config import AdapterConfig as AdapterConfig
     from visionlora.lora.handle import Handle as Handle
     from visionlora.lora.inject import inject as inject
@@ -82,7 +88,9 @@ if TYPE_CHECKING:
     from visionlora.mixing.scales import Ramp as Ramp
     from visionlora.mixing.scales import Scale as Scale
     from visionlora.mixing.scales import Window as Window
+    from visionlora.pipelines.bake import bake as bake
     from visionlora.pipelines.classify import classify as classify
+    from visionlora.pipelines.convert import convert as convert
     from visionlora.pipelines.export import export as export
     from visionlora.pipelines.generate import generate as generate
     from visionlora.pipelines.grid import grid as grid
