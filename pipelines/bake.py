@@ -6,26 +6,30 @@ import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from visionlora.atomic import check_new
+from visionlora.config.generate import use_from
 from visionlora.errors import ModelError
 from visionlora.formats.embeddings import files_beside, write_beside
 from visionlora.formats.header import hashed, write_file
 from visionlora.loaders import apply, check_draws, follow_noise, load_adapter
+from visionlora.lora.handle import Handle
 from visionlora.lora.merge import bake as bake_handles
-from visionlora.models.base import open_base, quiet
+from visionlora.mixing.scales import Scale, block_factors, scale_in_file
+from visionlora.models.base import BaseModel, open_base, quiet
 from visionlora.models.single_file import single_file
 
 
 def bake(
-    model: str, adapters: Sequence[tuple[str | Path, float]], output: str | Path, dtype: str = "float32",
+    model: str, adapters: Sequence[tuple[Any, ...]], output: str | Path, dtype: str = "float32",
     force: bool = False, overwrite: bool = False, say: Callable[[str], None] = lambda line: None,
 ) -> Path:  # fmt: skip
     """Writes a model in which the adapters are merged for good; it needs nothing of visionlora to be used.
 
     Args:
         model: the base; `auto` takes the one that the first adapter names.
-        adapters: pairs of file and scale.
+        adapters: each (path, scale) or (path, scale, factors by block), as in `GenerateConfig.loras`.
         output: the folder to write, in diffusers' layout; or a name ending in .safetensors, for one checkpoint in the
             layout of the original Stable Diffusion 1.x code, which has no place for added words: each is in a file beside it.
         dtype: of the weights written, `float32`, `float16` or `bfloat16`; merging itself is in fp32.
@@ -42,8 +46,9 @@ def bake(
 
     output = Path(output).expanduser()
     check_new(output, overwrite)
-    loaded = [(load_adapter(path), scale) for path, scale in adapters]
-    for (path, _), (adapter, _) in zip(adapters, loaded, strict=True):
+    uses = [use_from(given) for given in adapters]
+    loaded = [(load_adapter(path), scale_in_file(path, scale, blocks)) for path, scale, blocks in uses]
+    for (path, _, _), (adapter, _) in zip(uses, loaded, strict=True):
         check_draws(adapter, path)
     words = {token: parts for adapter, _ in loaded for token, parts in adapter.embeddings.items()}
     beside = files_beside(output, words) if output.suffix == ".safetensors" else {}
@@ -60,7 +65,10 @@ def bake(
             f"(visionlora: --clip-skip {skips[-1]}; diffusers, which counts from 0: clip_skip={skips[-1] - 1})."
         )
     # All are put on before any is merged: each adapter's effect is that on the untouched base.
-    bake_handles([h for i, (a, scale) in enumerate(loaded) for h in apply(base, a, f"baked{i}", scale, force)])
+    handles = [(apply(base, a, f"baked{i}", scale.strength, force), scale) for i, (a, scale) in enumerate(loaded)]
+    for own, scale in handles:
+        scale_blocks(base, own, scale)
+    bake_handles([h for own, _ in handles for h in own])
     base.pipe.to(getattr(torch, dtype))
     if output.suffix == ".safetensors":
         write_file(output, hashed(single_file(base.pipe), {"format": "pt"}))
@@ -81,3 +89,19 @@ def bake(
             f"The model cannot be written to {output}: {e.strerror or e}. Choose another folder."
         ) from None
     return output
+
+
+def scale_blocks(base: BaseModel, handles: Sequence[Handle], scale: Scale) -> None:
+    """Sets the scale of every layer of one adapter, as it would be when drawn with.
+
+    Raises:
+        ConfigError: when a word reaches none of its layers.
+    """
+    component = {id(part): name for name, part in base.components().items()}
+    layers = [(component[id(h.model)], layer) for h in handles for layer in (*h.methods, *h.in_full)]
+    factors = block_factors(scale, layers)
+    for h in handles:
+        for layer, m in h.methods.items():
+            m.scale = scale.strength * factors[component[id(h.model)], layer]
+        for layer, changed in h.in_full.items():
+            changed.set_scale(scale.strength * factors[component[id(h.model)], layer])

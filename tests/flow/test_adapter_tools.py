@@ -178,6 +178,40 @@ def test_merge_resize_and_what_they_lose(files: Path, tmp_path: Path) -> None:
         run("merge", a, b, "-o", tmp_path / f"{method}.safetensors", "--method", method, "--energy", 0.9)
 
 
+@torch.no_grad()
+def test_factors_of_blocks_are_those_of_drawing(files: Path, tiny_model: Path, tmp_path: Path) -> None:
+    both = [f"{files / 'dog.safetensors'}:0.8@up=0.5,mid=0", f"{files / 'ink.safetensors'}:-0.3@down=2"]
+    run("merge", *both, "-o", tmp_path / "both.safetensors")
+    run("bake", tiny_model, *both, "-o", tmp_path / "model")
+    x, text = torch.randn(1, 4, 8, 8), torch.randn(1, 16, 32)
+
+    def seen(unet) -> torch.Tensor:
+        found: torch.Tensor = unet(x, torch.tensor(500), text[..., : unet.config.cross_attention_dim]).sample
+        return found
+
+    pipe = open_base(str(tiny_model)).pipe
+    plain = seen(pipe.unet)
+    scales = {"dog": vl.Scale(0.8, blocks={"up": 0.5, "mid": 0}), "ink": vl.Scale(-0.3, blocks={"down": 2})}
+    with vl.attach(pipe, {name: files / f"{name}.safetensors" for name in scales}, scales=scales):
+        wanted = seen(pipe.unet)
+    with vl.attach(pipe, {"both": tmp_path / "both.safetensors"}):
+        merged = seen(pipe.unet)
+    baked = seen(open_base(str(tmp_path / "model")).pipe.unet)
+    assert not torch.allclose(wanted, plain, atol=1e-3)
+    torch.testing.assert_close(merged, wanted, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(baked, wanted, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("words", "text"), [("start=0.5", "start is of steps"), ("sideways=1", "No adapted layer is in")]
+)
+def test_factors_that_a_file_cannot_hold_are_refused(files: Path, tmp_path: Path, words: str, text: str) -> None:
+    for verb in (["merge"], ["bake", "auto"]):
+        with pytest.raises(ConfigError, match=text):
+            run(*verb, f"{files / 'dog.safetensors'}@{words}", "-o", tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
 @pytest.mark.parametrize("to", ["visionlora", "kohya", "diffusers"])
 def test_merging_what_was_trained_here_with_a_kohya_file(tiny_model: Path, tmp_path: Path, to: str) -> None:
     """Their names of a text encoder's layers differ; half of one and half of the same in the other is the whole."""

@@ -10,7 +10,7 @@ import typer
 
 from visionlora.cli.console import ConsoleListener
 from visionlora.cli.words import FORMATS, describe, parse_size
-from visionlora.config import parse_lora
+from visionlora.config import parse_lora_use
 from visionlora.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def tell_words(adapter: Adapter, output: Path, to: str) -> None:
 
 
 def merge(
-    adapters: Annotated[list[str], typer.Argument(help="Adapters, each path[:scale].")],
+    adapters: Annotated[list[str], typer.Argument(help="Adapters, each path[:scale][@block=factor,…].")],
     output: Output,
     method: Annotated[str, typer.Option(help="sum (exact), ties, dare, knots or iso-c.")] = "sum",
     rank: Rank = None,
@@ -73,7 +73,7 @@ def merge(
         from visionlora.lora.combine import Options
         from visionlora.pipelines.merge import merge as run
 
-        pairs = [parse_lora(word) for word in adapters]
+        pairs = [parse_lora_use(word) for word in adapters]
         options, size = Options(density, seed), parse_size(rank, energy)
         result = run(pairs, output, method, size, options, to, overwrite, counting(listener, "Merging"))
     typer.echo(f"{describe(result, method)}: {output}")
@@ -122,7 +122,7 @@ def extract(
 
 def bake(
     model: Annotated[str, typer.Argument(help="The base model; auto takes the one that the first adapter names.")],
-    adapters: Annotated[list[str], typer.Argument(help="Adapters, each path[:scale].")],
+    adapters: Annotated[list[str], typer.Argument(help="Adapters, each path[:scale][@block=factor,…].")],
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder of the new model; or NAME.safetensors for one file (SD 1.x).")
     ],
@@ -135,5 +135,5 @@ def bake(
         raise ConfigError(f"dtype is {dtype!r}. {nearest(dtype, DTYPES)}")
     from visionlora.pipelines.bake import bake as run
 
-    run(model, [parse_lora(word) for word in adapters], output, dtype, force, overwrite, typer.echo)
+    run(model, [parse_lora_use(word) for word in adapters], output, dtype, force, overwrite, typer.echo)
     typer.echo(f"A model with {len(adapters)} adapters in it: {output}")

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from visionlora.errors import ConfigError, nearest
@@ -165,6 +166,20 @@ def scale_from(strength: float, words: Mapping[str, float]) -> Scale:
     elif ramp:
         steps = Ramp(ramp.get("first", 1.0), ramp.get("last", 1.0))
     return Scale(strength, blocks, steps)
+
+
+def scale_in_file(path: str | Path, strength: float, words: Mapping[str, float]) -> Scale:
+    """A scale from `name=number` words for what is written to a file, which has no steps.
+
+    Raises:
+        ConfigError: when the words are of steps, or a number is not finite.
+    """
+    if steps := [k for k in ("start", "end", "first", "last") if k in words]:
+        raise ConfigError(
+            f"{path}: {steps[0]} is of steps, which a file cannot hold: give factors of blocks alone, or draw with "
+            "`visionlora generate --lora`."
+        )
+    return scale_from(strength, words)
 
 
 def plain(value: Any) -> Any:

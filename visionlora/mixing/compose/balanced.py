@@ -35,13 +35,16 @@ def whole_norm(adapter: Adapter) -> float:
     return math.sqrt(sum((norm_of(additive(n, m, "balanced")) or 0.0) ** 2 for n, m in weights.items()))
 
 
-def scaled(adapter: Adapter, factor: float) -> Adapter:
-    """The adapter with ΔW times a factor."""
+def scaled(adapter: Adapter, factor: float | Mapping[str, float]) -> Adapter:
+    """The adapter with ΔW times a factor, or each module's times its own."""
     modules = {}
+    factors = factor if isinstance(factor, Mapping) else dict.fromkeys(adapter.modules, factor)
     for name, m in adapter.modules.items():
         if m.rank:
-            modules[name] = AdapterModule(m.kind, m.tensors, m.alpha * factor, m.options)
+            modules[name] = AdapterModule(m.kind, m.tensors, m.alpha * factors[name], m.options)
         else:
             first = next(iter(m.tensors))
-            modules[name] = AdapterModule(m.kind, {**m.tensors, first: m.tensors[first] * factor}, m.alpha, m.options)
+            modules[name] = AdapterModule(
+                m.kind, {**m.tensors, first: m.tensors[first] * factors[name]}, m.alpha, m.options
+            )
     return Adapter(modules, adapter.info, adapter.embeddings)
