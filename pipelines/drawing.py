@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -47,11 +46,6 @@ class Drawn:
     recipe: Recipe
     new: bool
     """Whether it was drawn now; otherwise it was there already."""
-
-
-def process_of() -> tuple[int, int]:
-    """Which of how many processes of a launch this is, as torchrun and `accelerate launch` say."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def draw_all(

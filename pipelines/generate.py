@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from visionlora.pipelines.drawing import Drawn, Opened, Progress, draw_all, process_of, scheduler_of
+from visionlora.pipelines.drawing import Drawn, Opened, Progress, draw_all, scheduler_of
 
 from visionlora.config import PRECISIONS, GenerateConfig
 from visionlora.diffusion.given import PICTURES, check_regions, named, shape_of, sized
@@ -19,7 +19,7 @@ from visionlora.loaders import check_base, check_draws, ends_in_noise, load_adap
 from visionlora.lora.adapter import Adapter
 from visionlora.mixing.compose import composition
 from visionlora.models.base import EMBEDDED, BaseModel, open_base, open_controlnet, quiet
-from visionlora.models.devices import usable_device
+from visionlora.models.devices import process_of, usable_device
 from visionlora.models.fingerprint import weights_fingerprint
 from visionlora.report.runfolder import check_place
 from visionlora.training.loop import resolve_precision

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from PIL import Image
-from visionlora.pipelines.drawing import Drawn, Opened, Progress, draw_all, places_of, process_of
+from visionlora.pipelines.drawing import Drawn, Opened, Progress, draw_all, places_of
 from visionlora.pipelines.generate import loaded, make_fit, opened, recipes_of, settled
 
 from visionlora.atomic import replace_file
@@ -20,6 +20,7 @@ from visionlora.diffusion.recipe import Recipe, take_tags
 from visionlora.diffusion.uses import uses_of
 from visionlora.errors import ConfigError
 from visionlora.mixing.compose import composition
+from visionlora.models.devices import process_of
 from visionlora.report.grid import draw_grid
 from visionlora.report.grid_page import caption_of, page_of
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Optional, TypeVar
@@ -69,7 +68,9 @@ def resolved(kind: type[C], given: Mapping[str, Any]) -> C:
 
 def speaks() -> bool:
     """Whether this process tells what a run has found: of several, the first."""
-    return os.environ.get("RANK", "0") == "0"
+    from visionlora.models.devices import process_of
+
+    return process_of()[0] == 0
 
 
 def finished(config: TrainingConfig) -> str | None:

@@ -43,3 +43,8 @@ def usable_device(word: str | torch.device = AUTO) -> torch.device:
     if str(device) in ("cuda", "xpu") and rank.isdigit() and int(rank) < count:
         return torch.device(device.type, int(rank))
     return device
+
+
+def process_of() -> tuple[int, int]:
+    """Which of how many processes of a launch this is, as torchrun and `accelerate launch` say."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from visionlora.cli.options import speaks
 from visionlora.errors import ConfigError
-from visionlora.models.devices import usable_device
+from visionlora.models.devices import process_of, usable_device
 
 
 def with_gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
@@ -50,3 +51,12 @@ def test_a_gpu_too_many_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with_gpus(monkeypatch, 2)
     with pytest.raises(ConfigError, match="device is 'cuda:2', but the last one is cuda:1"):
         usable_device("cuda:2")
+
+
+def test_which_process_of_a_launch_speaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert process_of() == (0, 1) and speaks()
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert process_of() == (1, 2) and not speaks()
