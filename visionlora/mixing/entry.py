@@ -45,7 +45,8 @@ def attach(
     """Puts adapters on a pipeline or a model.
 
     Args:
-        target: a pipeline of diffusers, or any module.
+        target: a pipeline of diffusers, or any module. Scales by step follow its scheduler: another pipeline of the same UNet
+            must share it too, or have the adapters attached to itself.
         adapters: {name: file or `Adapter`} gives a `Mix`, and so does one path or `Adapter` on a pipeline; on a module that one
             gives its `Handle`.
         component: of one adapter on a module, which part of it; the only one when empty.
