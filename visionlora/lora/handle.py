@@ -93,7 +93,7 @@ class InjectionReport:
 
     def __str__(self) -> str:
         if not self.base_parameters:  # of a finished adapter
-            text = f"{len(self.hits)} modules used"
+            text = f"{len(self.hits)} module{'' if len(self.hits) == 1 else 's'} used"
             text += (
                 f", {len(self.skipped)} left out ({self.skipped[0][0]}: {self.skipped[0][1]})" if self.skipped else ""
             )

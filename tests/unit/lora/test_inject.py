@@ -10,6 +10,7 @@ from torch import nn
 from visionlora.errors import AdapterFileError, ConfigError, TargetError
 from visionlora.lora.adapter import Adapter, AdapterModule
 from visionlora.lora.config import AdapterConfig
+from visionlora.lora.handle import InjectionReport
 from visionlora.lora.inject import attach, inject
 
 
@@ -186,3 +187,8 @@ def test_what_is_no_module_is_refused() -> None:
         inject(pipe, AdapterConfig(rank=1))
     with pytest.raises(ConfigError, match=r"A str is no module .*give a torch\.nn\.Module"):
         attach("model", Adapter({"net.0": factors(6, 8)}))
+
+
+@pytest.mark.parametrize(("count", "text"), [(1, "1 module used"), (2, "2 modules used")])
+def test_the_report_of_a_finished_adapter_counts_in_words(count: int, text: str) -> None:
+    assert str(InjectionReport((("0", "0"),) * count, (), 0, 0)) == text
