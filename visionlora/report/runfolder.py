@@ -21,6 +21,7 @@ from typing import Any
 from PIL import Image
 
 from visionlora.atomic import replace_file
+from visionlora.data.images import IMAGE_SUFFIXES
 from visionlora.errors import RunFolderError, WriteError
 
 RUN_FILES = ("run.json", "config.yaml", "adapter.safetensors")
@@ -103,6 +104,11 @@ def check_place(path: Path) -> None:
     try:
         if path.exists() and not path.is_dir():
             raise RunFolderError(f"The output {_shown(path)} is a file; name a folder with --output.")
+        if path.suffix.lower() in IMAGE_SUFFIXES and not path.is_dir():
+            raise RunFolderError(
+                f"The output {_shown(path)} is named like a picture, but would be a folder; name one with --output, such as "
+                f"{_shown(path.with_suffix(''))}."
+            )
         _check_above(path)
     except OSError as error:
         raise RunFolderError(str(_cannot_write(path, error))) from None

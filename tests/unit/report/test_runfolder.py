@@ -10,7 +10,14 @@ import pytest
 
 from visionlora.errors import RunFolderError
 from visionlora.report import runfolder
-from visionlora.report.runfolder import RunFolder, check_run_folder, default_run_folder, open_run_folder, write_atomic
+from visionlora.report.runfolder import (
+    RunFolder,
+    check_place,
+    check_run_folder,
+    default_run_folder,
+    open_run_folder,
+    write_atomic,
+)
 
 
 def everything(folder: Path) -> list[str]:
@@ -164,3 +171,11 @@ def test_default_folder_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     for _ in range(3):
         names.append(open_run_folder(default_run_folder("sd", "dog")).path.name)
     assert names == ["sd-dog-20250102-030405", "sd-dog-20250102-030405-2", "sd-dog-20250102-030405-3"]
+
+
+def test_a_folder_is_not_named_like_a_picture(tmp_path: Path) -> None:
+    with pytest.raises(RunFolderError, match=r"named like a picture, but would be a folder; .* such as \S*out\.$"):
+        check_place(tmp_path / "out.PNG")
+    (tmp_path / "there.png").mkdir()
+    check_place(tmp_path / "there.png")
+    assert not (tmp_path / "out.PNG").exists()
