@@ -144,7 +144,7 @@ def _check_layout(root: Path, listing: Listing) -> None:
         top, *inner = PurePosixPath(name).parts[:-1] or ("",)
         tops.setdefault(top, set()).add(inner[0] if inner else "")
     said = {top for top, inner in tops.items() if top in ("img", "reg") and all(map(named, inner))}
-    if said == {"img", "reg"} == tops.keys():
+    if said == {"img", "reg"} and tops.keys() - said <= {"log", "logs", "model"}:  # samples may lie there
         of_class = sorted(tops["reg"])[0]
         words = named(of_class)
         raise DataError(

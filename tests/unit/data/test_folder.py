@@ -540,7 +540,7 @@ def test_other_splits_are_not_learned_from(tmp_path: Path) -> None:
 
 
 def test_the_folder_above_those_of_kohya(tmp_path: Path) -> None:
-    for seed, name in enumerate(["img/10_sks dog/a.png", "reg/1_dog/b.png"]):
+    for seed, name in enumerate(["img/10_sks dog/a.png", "reg/1_dog/b.png", "model/sample/c.png"]):
         picture(tmp_path / name, seed)
     assert said(tmp_path) == (
         f"{tmp_path} is laid out for kohya's trainer: learn from {tmp_path / 'img'}, with its class pictures as "

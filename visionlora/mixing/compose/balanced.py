@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import ClassVar
@@ -47,4 +48,4 @@ def scaled(adapter: Adapter, factor: float | Mapping[str, float]) -> Adapter:
             modules[name] = AdapterModule(
                 m.kind, {**m.tensors, first: m.tensors[first] * factors[name]}, m.alpha, m.options
             )
-    return Adapter(modules, adapter.info, adapter.embeddings)
+    return dataclasses.replace(adapter, modules=modules)
