@@ -39,7 +39,6 @@ from visionlora.mixing.compose.balanced import scaled
 from visionlora.mixing.moments import Moments, check_stepped
 from visionlora.mixing.parts import parts_of, places, word_for
 from visionlora.mixing.rows import check_pictures, knows_pictures, of_prompts, repeated, rows_of, tiled
-from visionlora.mixing.saving import base_alone
 from visionlora.mixing.scales import Scale, as_scale, block_factors
 from visionlora.mixing.words import Words
 
@@ -60,8 +59,8 @@ class Member:
 class Holder:
     """Hangs on a model, so that the mix that is on it can be found; a copy of the model has none."""
 
-    def __init__(self, mix: Mix | None = None, saving: Any = None) -> None:
-        self.mix, self.saving = mix, saving
+    def __init__(self, mix: Mix | None = None) -> None:
+        self.mix = mix
 
     def __reduce__(self) -> tuple[type[Holder], tuple[()]]:
         return Holder, ()
@@ -264,7 +263,7 @@ class Mix:
         self.words.remove()
         for part in self.parts.values():
             if mix_on(part) is self:
-                vars(part).pop("_mix").saving.remove()
+                del vars(part)["_mix"]
         self._hooks, self.handles, self._in_file = [], {}, {}
 
     def _rebuild(self) -> None:
@@ -304,8 +303,7 @@ class Mix:
                 f"Adapters of an earlier vl.attach are on this {type(part).__name__} ({', '.join(there.members)}): add to that "
                 "mix (mix.add), or take it off first (mix.detach(), or vl.detach(…) of the pipeline or model)."
             )
-        if there is None:
-            vars(part)["_mix"] = Holder(self, part.register_state_dict_post_hook(base_alone))
+        vars(part)["_mix"] = Holder(self)
 
     def _check_plain_scales(self) -> None:
         """Raises ConfigError when one adapter stands for all, and a scale has more than a strength."""
