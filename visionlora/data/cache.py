@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import math
 import os
 import shutil
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
@@ -35,6 +38,25 @@ def key_of(*parts: str) -> str:
     return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
+CHECKSUM = "crc32"
+"""In the metadata of an entry; disks lose bits, and what is read wrong would be learned wrong."""
+
+
+def checksum(entry: Mapping[str, Tensor]) -> str:
+    """CRC-32 over the bytes of an entry's tensors, by name; tensors are contiguous and on the CPU."""
+    found = 0
+    for name, tensor in sorted(entry.items()):
+        found = zlib.crc32(tensor.flatten().view(torch.uint8).numpy().data, zlib.crc32(name.encode(), found))
+    return f"{found:08x}"
+
+
+def _metadata(content: bytes) -> Mapping[str, str]:
+    """What a whole safetensors file says of itself: its first 8 bytes are the length of the JSON that follows."""
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    metadata: Mapping[str, str] = header.get("__metadata__", {})
+    return metadata
+
+
 class TensorCache:
     """Named tensors per key, one small safetensors file each."""
 
@@ -45,8 +67,9 @@ class TensorCache:
         """The entry, or None when there is none or it is broken (a broken entry is computed again)."""
         try:
             # Not mapped: a process may have 65,530 mappings, and a cache holds more entries.
-            entry: dict[str, Tensor] = load((self.folder / f"{key}.safetensors").read_bytes())
-            return entry
+            content = (self.folder / f"{key}.safetensors").read_bytes()
+            entry: dict[str, Tensor] = load(content)
+            return entry if _metadata(content).get(CHECKSUM) == checksum(entry) else None
         except (FileNotFoundError, SafetensorError, OSError):
             return None
 
@@ -54,8 +77,8 @@ class TensorCache:
         """Writes an entry atomically; a cache that cannot be written is no reason to stop."""
         with contextlib.suppress(OSError):
             self.folder.mkdir(parents=True, exist_ok=True)
-            content = save({n: t.detach().cpu().contiguous() for n, t in tensors.items()})
-            replace_file(self.folder / f"{key}.safetensors", content)
+            entry = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
+            replace_file(self.folder / f"{key}.safetensors", save(entry, {CHECKSUM: checksum(entry)}))
 
     def fill(
         self,

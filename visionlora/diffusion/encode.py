@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +30,7 @@ from visionlora.diffusion.conditioning import (
 )
 from visionlora.errors import ConfigError, ModelError
 from visionlora.models.base import BaseModel
-from visionlora.models.fingerprint import weights_fingerprint
+from visionlora.models.fingerprint import settings_fingerprint, weights_fingerprint
 
 PIXELS_AT_ONCE = {"cuda": 8 * 512 * 512, "cpu": 512 * 512}
 """By device: a processor is no faster with more, and needs less memory with fewer."""
@@ -386,17 +387,32 @@ def latent_keys(
     base: BaseModel, items: Sequence[ImageItem], framings: Sequence[Framing], variants: Sequence[Variant], in_bf16: bool
 ) -> list[str]:
     """Where the cache keeps the latents of pictures."""
-    vae_id = weights_fingerprint(base.pipe.vae) + (" bf16" if in_bf16 else "")
-    made = [variant.key for variant in variants]
-    return [key_of("latents 2", vae_id, i.content, repr(f), *made) for i, f in zip(items, framings, strict=True)]
+    vae, made = base.pipe.vae, [variant.key for variant in variants]
+    vae_id = (weights_fingerprint(vae), settings_fingerprint(vae.config), f"{vae.dtype}{' bf16' if in_bf16 else ''}")
+    return [key_of("latents 3", *vae_id, i.content, repr(f), *made) for i, f in zip(items, framings, strict=True)]
 
 
 def text_keys(base: BaseModel, captions: Sequence[str], salt: str = "") -> list[str]:
-    """Where the cache keeps the embeddings of captions, by what the encoders compute in."""
-    encoders = [
-        f"{weights_fingerprint(e)} {t.model_max_length}" + ("" if e.dtype == torch.float32 else f" {e.dtype}")
-        for _, t, e in base.text_parts()
-    ]
-    layer = [] if base.clip_skip == 1 else [f"clip_skip {base.clip_skip}"]
-    layer += [] if base.windows == 1 else [f"windows {base.windows}"]
-    return [key_of("text 2", *encoders, *layer, salt, c) for c in captions]
+    """Where the cache keeps the embeddings of captions: by what the encoders compute, and in what, from which tokens.
+
+    A word that was taught later has a row of its own among thousands, which the fingerprint of the weights may pass over; the
+    rows that a caption reads are part of its key.
+    """
+    parts = base.text_parts()
+    encoders = [f"{weights_fingerprint(e)} {settings_fingerprint(e.config)} {e.dtype}" for _, _, e in parts]
+    fixed = ("text 3", *encoders, f"clip_skip {base.clip_skip}", salt)
+    read = [_tokens_of(base, t, e, captions) for _, t, e in parts]
+    return [key_of(*fixed, *own) for own in zip(*read, strict=True)]
+
+
+def _tokens_of(base: BaseModel, tokenizer: Any, encoder: Any, captions: Sequence[str]) -> list[str]:
+    """What an encoder reads of each caption: the tokens of each window, and what its table holds for them."""
+    if base.windows == 1:
+        ids = [[row] for row in ids_of(base.pipe, tokenizer, captions).tolist()] if captions else []
+    else:
+        ids = [windows_of(base.pipe, tokenizer, caption, base.windows)[0].tolist() for caption in captions]
+    table = encoder.get_input_embeddings().weight.detach()
+    used = sorted({i for windows in ids for row in windows for i in row})
+    rows = table[torch.tensor(used, dtype=torch.long, device=table.device)].float().cpu().numpy()
+    named = {i: f"{i}:{hashlib.sha256(row.tobytes()).hexdigest()[:16]}" for i, row in zip(used, rows, strict=True)}
+    return [" / ".join(" ".join(map(named.__getitem__, row)) for row in windows) for windows in ids]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from operator import itemgetter
+from typing import Any
 
 import torch
 from torch import nn
@@ -39,6 +40,23 @@ def architecture_fingerprint(module: nn.Module, spell: Callable[[str], str] = st
     """
     lines = [f"{name} {tuple(p.shape)}" for name, p in base_tensors(module, spell)]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+READ = (
+    "act_fn", "attention_dropout", "bos_token_id", "eos_token_id", "force_upcast", "hidden_act", "latents_mean",
+    "layer_norm_eps", "mid_block_add_attention", "norm_num_groups", "num_attention_heads", "pad_token_id",
+)  # fmt: skip
+"""Settings of VAEs and text encoders that change what they compute, and that names, shapes and values do not tell."""
+
+
+def settings_fingerprint(config: Any) -> str:
+    """16 hex digits over what a model's config says beside its weights; one that it does not have counts as none.
+
+    Args:
+        config: of a model of diffusers or transformers.
+    """
+    said = {name: value for name in READ if (value := getattr(config, name, None)) is not None}
+    return hashlib.sha256(repr(said).encode()).hexdigest()[:16]
 
 
 @torch.no_grad()

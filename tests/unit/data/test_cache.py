@@ -35,6 +35,18 @@ def test_a_broken_entry_is_computed_again(tmp_path: Path) -> None:
     assert torch.equal(cache.get("k")["v"], entries[0]["v"])
 
 
+def test_an_entry_of_which_the_disk_lost_a_bit_is_computed_again(tmp_path: Path) -> None:
+    cache, value = TensorCache(tmp_path), torch.arange(6.0).view(2, 3)
+    cache.put("k", {"v": value, "half": value.to(torch.bfloat16), "whole": torch.tensor(3)})
+    assert torch.equal(cache.get("k")["v"], value)
+    file = tmp_path / "k.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-2] ^= 1
+    file.write_bytes(content)
+    assert cache.get("k") is None
+    assert cache.fill(["k"], lambda part: [{"v": value}], batches=1)[1] == 1 and torch.equal(cache.get("k")["v"], value)
+
+
 def test_fill_computes_only_what_is_missing_in_bounded_batches(tmp_path: Path) -> None:
     cache, calls = TensorCache(tmp_path), []
 

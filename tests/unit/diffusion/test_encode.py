@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from visionlora.data.augment import variants
-from visionlora.data.cache import Share, TensorCache, key_of
+from visionlora.data.cache import Share, TensorCache
 from visionlora.data.folder import read_image_folder
 from visionlora.diffusion import encode
 from visionlora.diffusion.encode import (
@@ -18,11 +18,11 @@ from visionlora.diffusion.encode import (
     encode_dataset,
     encode_pictures,
     encode_text,
+    latent_keys,
     text_keys,
 )
 from visionlora.errors import ConfigError, ModelError
 from visionlora.models.base import open_base
-from visionlora.models.fingerprint import weights_fingerprint
 
 ASSETS = Path(__file__).parents[3] / "assets"
 FLIPPED = Plan(32, variants=variants(True, False, 0.0, 1))
@@ -99,15 +99,38 @@ def test_a_second_start_computes_nothing_and_another_model_everything(
     assert encode_dataset(base, folder.items, 32, cache).computed == 3, "another VAE gives other latents"
 
 
-def test_text_that_was_encoded_in_half_precision_is_kept_apart(tiny_xl: Path) -> None:
+def test_the_key_of_a_text_tells_all_that_its_embedding_follows_from(tiny_model: Path, tiny_xl: Path) -> None:
     base = open_base(str(tiny_xl))
-    exact = text_keys(base, ["a dog"])
-    parts = [
-        f"{weights_fingerprint(encoder)} {tokenizer.model_max_length}" for _, tokenizer, encoder in base.text_parts()
-    ]
-    assert exact == [key_of("text 2", *parts, "", "a dog")], "what earlier runs kept is still found"
+    exact = text_keys(base, ["a dog", "a cat"])
     base.pipe.text_encoder_2.to(torch.float16)
-    assert text_keys(base, ["a dog"]) != exact
+    assert not set(text_keys(base, ["a dog"])) & set(exact), "half precision"
+    base = open_base(str(tiny_model))
+    tokenizer, encoder = base.pipe.tokenizer, base.pipe.text_encoder
+    (plain,), (other,) = text_keys(base, ["a dog"]), text_keys(base, ["a cat"])
+    (row,) = tokenizer("dog", add_special_tokens=False).input_ids[:1]
+    encoder.get_input_embeddings().weight.data[row] += 1
+    assert text_keys(base, ["a dog", "a cat"])[0] != plain and text_keys(base, ["a cat"]) == [other], "a word"
+    encoder.get_input_embeddings().weight.data[row] -= 1
+    encoder.config.hidden_act = "gelu_new"
+    assert text_keys(base, ["a cat"]) != [other], "the activation, which no weight tells"
+    encoder.config.hidden_act = "quick_gelu"
+    before = text_keys(base, ["a cat"])
+    tokenizer.pad_token = "a</w>"
+    assert text_keys(base, ["a cat"]) != before, "Stable Diffusion 2 pads with another token than 1"
+
+
+def test_the_key_of_latents_tells_what_the_vae_computes_in(tiny_model: Path, dogs: Path) -> None:
+    base, items = open_base(str(tiny_model)), read_image_folder(dogs).items
+    plan = Plan(32)
+
+    def keys() -> set[str]:
+        return set(latent_keys(base, items, [plan.framing(i) for i in items], plan.variants, False))
+
+    exact = keys()
+    base.pipe.vae.to(torch.float16)
+    half = keys()
+    base.pipe.vae.to(torch.float32).register_to_config(norm_num_groups=2)
+    assert not exact & half and not exact & keys()
 
 
 def test_processes_share_the_work(tiny_model: Path, dogs: Path, tmp_path: Path) -> None:
