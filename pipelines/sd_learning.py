@@ -31,7 +31,7 @@ from visionlora.diffusion.settings import (
     whole_captions,
 )
 from visionlora.diffusion.task import DenoisingTask, Preservation
-from visionlora.diffusion.validation import Validation
+from visionlora.diffusion.validation import Validation, levels_in
 from visionlora.lora.adapter import Adapter, AdapterModule
 from visionlora.lora.config import AdapterConfig
 from visionlora.lora.handle import Handle
@@ -132,7 +132,14 @@ def material_of(ready: Ready, data: Encoded, kept: Encoded | None) -> Material:
     validation = None
     if kept is not None:
         own_tokens = Tokens.of(base, kept) if learns_text else None
-        validation = Validation(kept, ready.noise_scheduler, config.seed, own_tokens, config.unmasked_weight)
+        validation = Validation(
+            kept,
+            ready.noise_scheduler,
+            config.seed,
+            own_tokens,
+            config.unmasked_weight,
+            levels_in(config.timestep_range),
+        )
     class_caption = data.captions.index(config.held_caption) if config.held_caption else None
     return Material(ready, data, Tokens.of(base, data) if learns_text else None, validation, class_caption)
 

@@ -16,6 +16,7 @@ from visionlora.pipelines.further import check_first, learned_before, named_base
 
 from visionlora.config import TrainSDConfig, given_names
 from visionlora.config.train_sd import TOKEN_LENGTHS
+from visionlora.data.augment import check_masks
 from visionlora.data.folder import ImageFolder, ImageItem, read_image_folder, read_pictures
 from visionlora.data.learned import Learned
 from visionlora.data.source_captions import trigger_caption
@@ -30,6 +31,7 @@ from visionlora.diffusion.settings import (
     plan_of,
     prepare_encoders,
     validation_masks,
+    validation_plan,
 )
 from visionlora.diffusion.validation import MOST, hold_out, judges
 from visionlora.errors import ConfigError, DataError
@@ -102,7 +104,9 @@ def prepare(start: Start[TrainSDConfig], tell: Listener) -> Ready:
         tell.say(note)
     size = config.resolution or base.resolution
     base.check_resolution(size)
-    plan_of(config, base, size)
+    plan = plan_of(config, base, size)
+    for items, made in ((folder.items, plan), (apart, validation_plan(plan))):
+        check_masks(items, [made.framing(item) for item in items], made.variants)
     fingerprints = base.fingerprints()
     noise_scheduler = noise_scheduler_of(config, base)
     if first is not None:

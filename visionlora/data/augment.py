@@ -7,6 +7,7 @@ follows from the picture and the number of the variant alone.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,7 +18,9 @@ from PIL import Image, ImageEnhance
 from visionlora.data.buckets import Framing
 from visionlora.data.folder import ImageItem
 from visionlora.data.images import decode
-from visionlora.data.masks import mask_of
+from visionlora.data.masks import Box, learned_box, mask_of
+from visionlora.data.wording import first_names
+from visionlora.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ class Variant:
 
         Args:
             picture: RGB.
-            mask: of the same size, (h, w) in 0 … 1.
+            mask: of the same size, (h, w) in 0 … 1; a cut at random then has something of it.
             sha256: of its file, from which chance follows.
             framing: how it is cut.
         """
@@ -61,11 +64,12 @@ class Variant:
         (rh, rw), (h, w) = framing.resized, framing.bucket
         top, left = framing.corner
         if self.random_crop:
-            top, left = int(dice.integers(0, rh - h + 1)), int(dice.integers(0, rw - w + 1))
+            whole = (0, 0, picture.width, picture.height)
+            wanted = whole if mask is None or not mask.any() else learned_box(mask)
+            top = int(dice.integers(*places(rh, h, wanted[1] * rh / picture.height, wanted[3] * rh / picture.height)))
+            left = int(dice.integers(*places(rw, w, wanted[0] * rw / picture.width, wanted[2] * rw / picture.width)))
         # Straight from the source box to the result, so that a strip of 1 x 10000 never becomes a giant on the way.
-        box = (left * picture.width / rw, top * picture.height / rh,
-               (left + w) * picture.width / rw, (top + h) * picture.height / rh)  # fmt: skip
-        box = (*box[:2], min(box[2], picture.width), min(box[3], picture.height))
+        box = framing.source((top, left))
         part = (
             picture.crop((left, top, left + w, top + h))
             if (rh, rw) == picture.size[::-1]
@@ -81,6 +85,36 @@ class Variant:
             pixels, mask = pixels[:, ::-1], None if mask is None else mask[:, ::-1]
             left = rw - w - left
         return Made(np.ascontiguousarray(pixels), None if mask is None else np.ascontiguousarray(mask), (top, left))
+
+
+def places(length: int, part: int, start: float, end: float) -> tuple[int, int]:
+    """First place, and one past the last, of a part of a length that has something of what lies from `start` to `end`.
+
+    >>> places(10, 4, 0, 10), places(10, 4, 0, 2), places(10, 4, 8.5, 10)
+    ((0, 7), (0, 2), (5, 7))
+    """
+    return max(0, math.floor(start) - part + 1), min(length - part, math.ceil(end) - 1) + 1
+
+
+def check_masks(items: Sequence[ImageItem], framings: Sequence[Framing], variants: Sequence[Variant]) -> None:
+    """Raises DataError for pictures whose mask lies outside of what is cut from them: nothing of them would be learned."""
+    if all(variant.random_crop for variant in variants):
+        return
+    lost = [
+        item.name or str(item.path)
+        for item, framing in zip(items, framings, strict=True)
+        if item.learned is not None and not meets(item.learned, framing.source(framing.corner))
+    ]
+    if lost:
+        raise DataError(
+            f"The mask of {first_names(lost)} lies wholly outside of what is cut from the picture, so nothing of it is "
+            "learned; cut the picture around it yourself, pass buckets=true or random_crop=true, or remove it."
+        )
+
+
+def meets(one: Box, other: tuple[float, float, float, float]) -> bool:
+    """Whether two boxes (left, top, right, bottom) have something in common."""
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
 
 
 def made_of(item: ImageItem, framing: Framing, variants: Sequence[Variant]) -> list[Made]:

@@ -32,6 +32,12 @@ class Framing:
         """Original size, corner of the cut that was made and size, as SDXL is told (arXiv 2307.01952, section 2.2)."""
         return (*self.original, *corner, *self.bucket)
 
+    def source(self, corner: Size) -> tuple[float, float, float, float]:
+        """Left, top, right and bottom, in px of the picture, of the cut that has this corner in the resized picture."""
+        (height, width), (rh, rw), (h, w), (top, left) = self.original, self.resized, self.bucket, corner
+        across, down = width / rw, height / rh
+        return left * across, top * down, min((left + w) * across, width), min((top + h) * down, height)
+
     @property
     def enlarged(self) -> bool:
         """Whether the picture has fewer pixels than its bucket."""

@@ -18,6 +18,7 @@ from visionlora.data.alike import look_alikes
 from visionlora.data.cache import default_cache_folder
 from visionlora.data.facts import FactsOfFolder
 from visionlora.data.images import printable
+from visionlora.data.masks import Box
 from visionlora.data.source_captions import missing_captions, texts_of
 from visionlora.data.sources import OPTION, SETTING, Looks, Source, Words, looked_at, opened
 from visionlora.data.tags import one_of
@@ -56,6 +57,8 @@ class ImageItem:
     """How messages and run folders name it: its path in the folder, or the row of a parquet file."""
     rule: str = ""
     """How the file's numbers were read; see `images.Decoded`."""
+    learned: Box | None = field(default=None, compare=False)
+    """Where the mask is not black; None without one."""
 
     @property
     def content(self) -> str:
@@ -230,11 +233,11 @@ def _items(source: Source, looks: Looks) -> list[ImageItem]:
     items = []
     for name in kept:
         if name in texts:
-            fact, (mask, mask_sha256) = looks.facts[name], looks.masks.get(name, (None, None))
+            fact, (mask, mask_sha256, learned) = looks.facts[name], looks.masks.get(name, (None, None, None))
             repeats = source.named.of(name) or source.config.repeats
             item = ImageItem(
                 source.pictures[name], texts[name], fact.sha256, repeats, mask, mask_sha256,
-                size=fact.size, name=source.name_of(name), rule=fact.rule,
+                size=fact.size, name=source.name_of(name), rule=fact.rule, learned=learned,
             )  # fmt: skip
             items.append(item)
     return items

@@ -30,6 +30,10 @@ DARK = 32
 """Of 255 levels: a mask that is darker than this all over is not meant so; most hold 0 and 1, or numbers of classes."""
 
 
+Box = tuple[int, int, int, int]
+"""Left, top, right and bottom, px."""
+
+
 @dataclass(frozen=True)
 class Masks:
     """Where the masks of the pictures of a folder are; pictures are named as messages name them."""
@@ -44,8 +48,8 @@ class Masks:
     """Picture -> why it has no mask."""
     notes: tuple[str, ...] = ()
 
-    def check(self, name: str, picture: Decoded) -> Path:
-        """The file of a picture's mask, which has been read.
+    def check(self, name: str, picture: Decoded) -> tuple[Path, Box]:
+        """The file of a picture's mask, which has been read, and where something of it is learned.
 
         Raises:
             DataError: when there is none, it cannot be read, has another size, or is (nearly) black all over.
@@ -53,8 +57,7 @@ class Masks:
         if self.problems and name in self.problems:
             raise DataError(self.problems[name])
         if self.folder is None and not self.column:
-            self._check_alpha(name, picture)
-            return self.files[name]
+            return self.files[name], learned_box(self._checked_alpha(name, picture))
         file = self.files[name]
         shown, size = f"in the column {self.column!r}" if self.column else printable(file), picture.image.size
         mask = grey(decode_noted(file, shown=f"the mask of {name}" if self.column else None))
@@ -73,9 +76,9 @@ class Masks:
                 f"{printable(name)} has a mask that is nearly black all over, {shown}: its brightest level is {mask.max()} of "
                 "255, so hardly anything is learned; save it with 255 where to learn (often 1 is meant as white)"
             )
-        return file
+        return file, learned_box(mask)
 
-    def _check_alpha(self, name: str, picture: Decoded) -> None:
+    def _checked_alpha(self, name: str, picture: Decoded) -> npt.NDArray[np.uint8]:
         if picture.alpha is None:
             raise DataError(
                 f"{printable(name)} has no alpha channel to take a mask from; cut out what is to be learned and save it as "
@@ -86,6 +89,7 @@ class Masks:
                 f"{printable(name)} is transparent all over, so nothing of it is learned; make opaque what is to be learned, "
                 "or remove it"
             )
+        return np.asarray(picture.alpha)
 
 
 def find_masks(wanted: str, root: Path, pictures: Mapping[str, Path]) -> Masks:
@@ -178,6 +182,18 @@ def mask_of(item: ImageItem) -> npt.NDArray[np.float32] | None:
             f"{printable(item.path)} has lost its alpha channel; leave the pictures as they are while in use"
         )
     return levels.astype(np.float32) / np.float32(255)
+
+
+def learned_box(mask: npt.NDArray[np.uint8] | npt.NDArray[np.float32]) -> Box:
+    """Around what is not black, or not nearly so where there is more than that.
+
+    Args:
+        mask: levels of 0 … 255, or floats of 0 … 1, (h, w); somewhere above zero.
+    """
+    dark = DARK if np.issubdtype(mask.dtype, np.integer) else DARK / 255
+    seen = mask >= dark if mask.max() >= dark else mask > 0
+    rows, columns = np.flatnonzero(seen.any(1)), np.flatnonzero(seen.any(0))
+    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
 
 def grey(decoded: Decoded) -> npt.NDArray[np.uint8]:

@@ -14,7 +14,7 @@ from visionlora.data.facts import Fact, FactsOfFolder
 from visionlora.data.files import Listing, list_folder, sha256_of, suffix_of
 from visionlora.data.images import printable
 from visionlora.data.labelled import split_folders, split_in, splits_beside_others, top_of
-from visionlora.data.masks import Masks, find_masks, masks_of_column
+from visionlora.data.masks import Box, Masks, find_masks, masks_of_column
 from visionlora.data.named_repeats import NamedRepeats, named, named_repeats
 from visionlora.data.parquet import PARQUET, Unpacked, unpack
 from visionlora.data.wording import (
@@ -69,8 +69,8 @@ class Looks:
     """What decoding the pictures has shown, by their names."""
 
     facts: dict[str, Fact] = field(default_factory=dict)
-    masks: dict[str, tuple[Path, str]] = field(default_factory=dict)
-    """File of the mask and its hash."""
+    masks: dict[str, tuple[Path, str, Box]] = field(default_factory=dict)
+    """File of the mask, its hash, and where it is not black."""
 
 
 def opened(
@@ -210,8 +210,8 @@ def looked_at(
             if fact is None:
                 fact, decoded = known.look(path, name)
                 if source.masks is not None:
-                    mask = source.masks.check(name, decoded)
-                    looks.masks[name] = mask, fact.sha256 if mask == path else sha256_of(mask)
+                    mask, box = source.masks.check(name, decoded)
+                    looks.masks[name] = mask, fact.sha256 if mask == path else sha256_of(mask), box
         except DataError as error:
             source.problems.append(str(error))
         else:

@@ -249,13 +249,20 @@ def encode_variants(
         pixels: no more go through the VAE at once, but for those of one variant.
         in_bf16: see `encode_pictures`.
     """
-    rows = [v.pixels for variants in pictures for v in variants]
+    # A picture that fills its bucket is the same however it is cut: it is encoded once.
+    place: dict[bytes, int] = {}
+    rows: list[npt.NDArray[np.uint8]] = []
+    of_row: list[int] = []
+    for made in (v.pixels for variants in pictures for v in variants):
+        of_row.append(place.setdefault(hashlib.sha256(made.data).digest(), len(rows)))
+        if of_row[-1] == len(rows):
+            rows.append(made)
     h, w, _ = rows[0].shape
     parts = [
         encode_pictures(base, np.stack([rows[i] for i in part]), in_bf16)
         for part in cut(range(len(rows)), max(1, pixels // (h * w)))
     ]
-    mean, std = (torch.cat(each) for each in zip(*parts, strict=True))
+    mean, std = (torch.cat(each)[of_row] for each in zip(*parts, strict=True))
     count, entries = len(pictures[0]), []
     for variants, own_mean, own_std in zip(pictures, mean.split(count), std.split(count), strict=True):
         corner = torch.tensor([v.corner for v in variants], dtype=torch.int32)

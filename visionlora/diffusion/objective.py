@@ -47,8 +47,9 @@ class Objective:
         """How much the error at a signal-to-noise ratio counts, (b,).
 
         The error in what is predicted is that in the picture times SNR (noise), SNR + 1 (velocity) or 1 (picture), so one
-        weight of the error in the picture is divided by it. A ratio of zero leaves nothing to see of the picture; there the
-        noise is predicted in vain, and a weight by the picture is zero.
+        weight of the error in the picture is divided by it. A ratio of zero leaves nothing to see of the picture: there the
+        noise is predicted in vain and has no weight, while velocity and picture count whole, as no weight by the picture
+        would ever learn this level, at which drawing begins (arXiv 2305.08891, section 3.2).
         """
         if self.min_snr_gamma is not None:
             of_picture = snr.clamp(max=self.min_snr_gamma)
@@ -57,7 +58,8 @@ class Objective:
         else:
             return torch.ones_like(snr)
         unit = {"epsilon": snr, "v_prediction": snr + 1, "sample": torch.ones_like(snr)}[prediction_type]
-        return torch.where(unit > 0, of_picture / unit.clamp(min=1e-12), torch.zeros_like(unit))
+        nothing = torch.full_like(snr, 0.0 if prediction_type == "epsilon" else 1.0)
+        return torch.where(snr > 0, of_picture / unit.clamp(min=1e-12), nothing)
 
     def errors(self, predicted: Tensor, target: Tensor) -> Tensor:
         """Of each value; squares, or the pseudo-Huber loss, which is the square where an error is small."""

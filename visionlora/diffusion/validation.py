@@ -46,16 +46,30 @@ class Validation:
     """The captions as token ids, for a model whose text encoders learn too."""
     unmasked_weight: float = 0.0
     """How much what lies outside of the masks counts, as in training."""
+    levels: tuple[int, ...] = LEVELS
+    """Noise levels that are looked at, in thousandths of the model's own."""
 
     @torch.no_grad()
     def evaluate(self, unet: nn.Module, step: int) -> Evaluation:
         """The loss as the model is now."""
         training = unet.training
         unet.eval()
-        found = losses_at(unet, self.noise_scheduler, self.data, LEVELS, self.seed, self.tokens, self.unmasked_weight)
+        found = losses_at(
+            unet, self.noise_scheduler, self.data, self.levels, self.seed, self.tokens, self.unmasked_weight
+        )
         unet.train(training)
         losses = found.mean(0).tolist()
-        return Evaluation(step, sum(losses) / len(losses), dict(zip(map(str, LEVELS), losses, strict=True)))
+        return Evaluation(step, sum(losses) / len(losses), dict(zip(map(str, self.levels), losses, strict=True)))
+
+
+def levels_in(timestep_range: Sequence[int]) -> tuple[int, ...]:
+    """Those of `LEVELS` that are learned; the middle of a range that has none of them.
+
+    >>> levels_in((0, 1000)), levels_in((600, 1000)), levels_in((0, 80))
+    ((100, 300, 500, 700, 900), (700, 900), (40,))
+    """
+    low, high = timestep_range
+    return tuple(level for level in LEVELS if low <= level < high) or ((low + high) // 2,)
 
 
 def losses_at(

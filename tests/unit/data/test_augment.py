@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from visionlora.data.augment import Variant, made_of, variants
+from visionlora.data.augment import Variant, check_masks, made_of, variants
 from visionlora.data.buckets import framing
-from visionlora.data.folder import ImageItem
+from visionlora.data.folder import ImageItem, read_image_folder
 from visionlora.data.images import decode, fit
+from visionlora.errors import DataError
 
 
 @pytest.fixture
@@ -48,3 +49,30 @@ def test_chance_repeats_and_differs(item: ImageItem) -> None:
     assert np.array_equal(made[0].pixels, made[3].pixels)
     assert len({m.pixels.tobytes() for m in made}) == 3
     assert len({v.key for v in variants(True, True, 0.1, 3)}) == 6
+
+
+def test_a_cut_at_random_has_something_of_the_mask(item: ImageItem) -> None:
+    levels = np.zeros((40, 60), np.uint8)
+    levels[30:34, 50:53] = 255
+    Image.fromarray(levels).save(item.mask)
+    made = made_of(item, framing((40, 60), (16, 16)), [Variant(n, random_crop=True) for n in range(40)])
+    assert all(m.mask.any() for m in made) and {m.corner for m in made} == {(0, x) for x in (5, 6, 7, 8)}
+    levels[:] = 0
+    Image.fromarray(levels).save(item.mask)
+    assert not made_of(item, framing((40, 60), (16, 16)), [Variant(random_crop=True)])[0].mask.any()
+
+
+def test_a_mask_that_is_cut_away_is_told_of(tmp_path: Path) -> None:
+    for folder in ("dogs", "masks"):
+        (tmp_path / folder).mkdir()
+    for name, columns in (("a", slice(0, 8)), ("b", slice(28, 36))):
+        Image.new("RGB", (64, 32), "red" if name == "a" else "blue").save(tmp_path / "dogs" / f"{name}.png")
+        levels = np.full((32, 64), 3, np.uint8)  # noise of a JPEG
+        levels[:, columns] = 255
+        Image.fromarray(levels).save(tmp_path / "masks" / f"{name}.png")
+    items = read_image_folder(tmp_path / "dogs", "a", masks=str(tmp_path / "masks")).items
+    square, wide = ([framing((32, 64), size)] * 2 for size in ((32, 32), (32, 64)))
+    with pytest.raises(DataError, match=r"^The mask of a\.png lies wholly outside of what is cut .* buckets=true"):
+        check_masks(items, square, variants(True, False, 0.1, 2))
+    check_masks(items, wide, variants(True, False, 0.0, 1))
+    check_masks(items, square, variants(True, True, 0.0, 4))

@@ -182,6 +182,20 @@ def test_many_variants_of_a_picture_do_not_go_through_the_vae_at_once(
     assert parts.variants(0) == 10 and sizes[9:] == [4, 4, 2], "one that is gone is made again in the same parts"
 
 
+def test_variants_that_are_one_picture_are_encoded_once(
+    tiny_model: Path, dogs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, items, sizes = open_base(str(tiny_model)), read_image_folder(dogs).items[:1], []
+    real = encode.encode_pictures
+    monkeypatch.setattr(encode, "encode_pictures", lambda base, x, bf16: sizes.append(len(x)) or real(base, x))
+    data = encode_dataset(base, items, Plan(32, variants=variants(True, True, 0.0, 8)), TensorCache(tmp_path / "c"))
+    assert sizes == [2], "it has the size of its bucket, so all cuts are the same but for their mirror images"
+    plain = encode_dataset(base, items, FLIPPED, TensorCache(tmp_path / "c"))
+    assert data.variants(0) == 16
+    for i in range(16):
+        assert torch.equal(data.latent(0, i), plain.latent(0, i % 2))
+
+
 @pytest.mark.parametrize("family", ["tiny_model", "tiny_xl"])
 def test_a_disk_without_room_is_told_of_before_anything_is_encoded(
     family: str, request: pytest.FixtureRequest, dogs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

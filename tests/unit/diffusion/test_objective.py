@@ -119,11 +119,13 @@ def test_weighted_losses_do_not_depend_on_what_is_predicted(objective: Objective
     assert found == pytest.approx([found[0]] * 3, rel=1e-4)
 
 
-def test_no_picture_at_all_has_no_weight_but_a_velocity() -> None:
-    snr = torch.tensor([0.0])
-    assert Objective(min_snr_gamma=5).weights(snr, "epsilon").tolist() == [0.0]
-    assert Objective(min_snr_gamma=5).weights(snr, "v_prediction").tolist() == [0.0]
-    assert Objective().weights(snr, "epsilon").tolist() == [1.0]
+@pytest.mark.parametrize("objective", [Objective(min_snr_gamma=5), Objective(debiased=True)])
+def test_where_nothing_is_seen_of_the_picture_all_but_the_noise_is_learned(objective: Objective) -> None:
+    last = snr_of(zero_terminal(scheduler("v_prediction")), torch.tensor([999]))
+    assert last.tolist() == [0.0]
+    assert objective.weights(last, "epsilon").tolist() == [0.0]
+    assert objective.weights(last, "v_prediction").tolist() == objective.weights(last, "sample").tolist() == [1.0]
+    assert Objective().weights(last, "epsilon").tolist() == [1.0]
 
 
 def test_huber_is_a_square_where_errors_are_small_and_a_line_where_they_are_large() -> None:

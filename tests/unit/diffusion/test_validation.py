@@ -148,6 +148,15 @@ def test_a_run_looks_at_them_and_keeps_the_best(tiny_model: Path, pictures: Path
     assert again[0] == found[0], "before training, all runs see the same loss"
 
 
+def test_a_run_that_learns_some_noise_levels_is_judged_by_them(
+    tiny_model: Path, pictures: Path, tmp_path: Path
+) -> None:
+    _, folder = run(tiny_model, pictures, tmp_path / "run", val_share=0.2, steps=1, timestep_range=(0, 400))
+    found = [json.loads(line) for line in (folder / "validation.jsonl").read_text().splitlines()]
+    assert all(list(e["by_level"]) == ["100", "300"] for e in found) and len(found) == 2
+    assert found[0]["loss"] == pytest.approx(sum(found[0]["by_level"].values()) / 2)
+
+
 def test_patience_ends_a_run_that_gets_no_better(tiny_model: Path, pictures: Path, tmp_path: Path) -> None:
     lines, folder = run(
         tiny_model, pictures, tmp_path / "run", val_share=0.2, checkpoints=20, learning_rate=1e-20, patience=3
