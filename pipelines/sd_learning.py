@@ -105,6 +105,10 @@ def encode(ready: Ready, tell: Listener) -> Material:
                 f"{others} pictures of {where} were drawn for another caption than {config.prior_prompt!r} or by another "
                 "model: they are left aside."
             )
+    if config.zero_terminal_snr:
+        base.pipe.scheduler = (
+            ready.noise_scheduler
+        )  # samples are drawn as is learned; class pictures as the base knows it
     salt = "" if ready.word is None else ready.word.start
     data = encode_dataset(
         base, ready.folder.items, plan, None, tell.progress, captions=ready.captions, class_items=class_items, share=share,

@@ -210,6 +210,10 @@ def test_a_word_that_no_caption_has(train, tmp_path: Path) -> None:
         (["base_precision=bf16", "method=full"], "which half precision would round away"),
         (["base_precision=int8", "rank=auto"], "it measures the gradients of weights, which packed ones have not"),
         (["prior_images=dogs"], "it needs the class's caption: prior_prompt='a dog'"),
+        (
+            ["prior_prompt=a {red|blue} dog"],
+            "it is one caption for all pictures of the class: write one of {the|choices}",
+        ),
         (["token=a word"], "token is 'a word'; it must be one word, such as <dog>"),
         (["attention=sdpaa"], "Did you mean 'sdpa'?"),
     ],
@@ -232,6 +236,17 @@ def test_zero_terminal_noise_on_a_model_that_predicts_velocity(train, tiny_sd2: 
     assert drawn_with.alphas_cumprod[-1] == 0 and drawn_with.config.prediction_type == "v_prediction"
     _, further = train(f"start_from={run}", "steps=1", "sample_columns=0", model=tiny_sd2, name="further")
     assert vl.load_adapter(further).info["training"]["zero_terminal_snr"] is True
+
+
+def test_pictures_of_the_class_are_drawn_at_the_noise_levels_that_the_base_knows(
+    train, tiny_sd2: Path, tmp_path: Path
+) -> None:
+    more = ("steps=1", "sample_columns=0", "prior_prompt=a dog", "prior_count=1")
+    for name, levels in (("a", "false"), ("b", "true")):
+        own = (f"zero_terminal_snr={levels}", f"prior_images={tmp_path / name / 'class'}")
+        train(*own, *more, model=tiny_sd2, name=f"{name}-run")
+    one, two = (next((tmp_path / name / "class").iterdir()) for name in ("a", "b"))
+    assert one.name == two.name and one.read_bytes() == two.read_bytes()
 
 
 def test_a_layer_of_sdxl_that_is_not_read_does_not_stop_a_run(train, tiny_xl: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from visionlora.config.folders import FolderConfig, reading_rules
@@ -257,6 +258,11 @@ class TrainSDConfig(TrainingConfig):
                 "prior_images",
                 self.prior_images is None or bool(self.prior_prompt),
                 "it needs the class's caption: prior_prompt='a dog'",
+            ),
+            (
+                "prior_prompt",
+                re.search(r"\{[^{}]*\|[^{}]*\}", self.prior_prompt or "") is None,
+                "it is one caption for all pictures of the class: write one of {the|choices} alone",
             ),
             ("base_precision", self.base_precision in BASE_PRECISIONS, nearest(self.base_precision, BASE_PRECISIONS)),
             (

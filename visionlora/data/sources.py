@@ -5,7 +5,7 @@ In: where to look. Out: a `Source` for each, and `Looks`, every picture of which
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
@@ -88,8 +88,9 @@ def opened(
             raise ConfigError(f"folders: {printable(root)} is there twice; raise its repeats instead.")
         seen.add(root.resolve())
         label = Path(config.path).as_posix() if len(configs) > 1 else ""
+        others = [Path(other.path).expanduser() for other in configs if other is not config]
         try:
-            sources.append(_open(Source(config, words, root, label, {}, Listing()), cache, progress))
+            sources.append(_open(Source(config, words, root, label, {}, Listing()), others, cache, progress))
         except DataError as error:
             problems.append(str(error))
     if problems:
@@ -97,7 +98,10 @@ def opened(
     return sources
 
 
-def _open(source: Source, cache: Path | None, progress: Callable[[int, int], None] | None) -> Source:
+def _open(
+    source: Source, elsewhere: Sequence[Path], cache: Path | None, progress: Callable[[int, int], None] | None
+) -> Source:
+    """Lists one; what lies in another of the folders, or their masks, is left to that."""
     root, config = source.root, source.config
     if suffix_of(root.name) == PARQUET and not root.is_dir():
         if not root.exists():
@@ -105,7 +109,8 @@ def _open(source: Source, cache: Path | None, progress: Callable[[int, int], Non
         tables = {root.name: root}
     else:
         _check_folder(root)
-        source.listing = listing = _without_masks(list_folder(root), root, config.masks)
+        masks = () if config.masks in (None, ALPHA) else (Path(config.masks).expanduser(),)
+        source.listing = listing = _without(list_folder(root), root, [*masks, *elsewhere])
         _check_layout(root, listing)
         if (splits := split_folders(listing.pictures) or splits_beside_others(listing.pictures)) is not None:
             listing = source.listing = _trained_on(source, splits)
@@ -185,14 +190,18 @@ def _check_folder(root: Path) -> None:
     raise DataError(missing(root))
 
 
-def _without_masks(listing: Listing, root: Path, masks: str | None) -> Listing:
-    """The listing without a folder of masks that lies in the folder: they are no pictures to learn from."""
-    folder = Path(masks).expanduser().resolve() if masks not in (None, ALPHA) else root.resolve()
-    if folder == root.resolve() or not folder.is_relative_to(root.resolve()):
+def _without(listing: Listing, root: Path, others: Iterable[Path]) -> Listing:
+    """The listing without what lies in others: folders of masks, or folders and tables that are read by themselves."""
+    own = root.resolve()
+    inside = [path.relative_to(own).as_posix() for path in (o.resolve() for o in others) if own in path.parents]
+    if not inside:
         return listing
-    inside = folder.relative_to(root.resolve()).as_posix() + "/"
-    pictures, others = ([n for n in names if not n.startswith(inside)] for names in (listing.pictures, listing.others))
-    return Listing(pictures, others, listing.folders, listing.links, listing.problems)
+    below = tuple(f"{name}/" for name in inside)
+    pictures, rest = (
+        [name for name in names if name not in inside and not name.startswith(below)]
+        for names in (listing.pictures, listing.others)
+    )
+    return Listing(pictures, rest, listing.folders, listing.links, listing.problems)
 
 
 # What it looks like.

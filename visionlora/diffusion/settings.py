@@ -107,15 +107,12 @@ def objective_of(config: TrainSDConfig) -> Objective:
 
 
 def noise_scheduler_of(config: TrainSDConfig, base: BaseModel) -> Any:
-    """The noise levels of a run. With a terminal signal-to-noise ratio of zero the samples are drawn with them too.
+    """The noise levels of a run.
 
     Raises:
         ConfigError: when the model cannot learn at such levels.
     """
-    scheduler = base.noise_scheduler
-    if config.zero_terminal_snr:
-        scheduler = zero_terminal(scheduler)
-        base.pipe.scheduler = scheduler
+    scheduler = zero_terminal(base.noise_scheduler) if config.zero_terminal_snr else base.noise_scheduler
     check_objective(objective_of(config), scheduler)
     return scheduler
 

@@ -459,6 +459,20 @@ def test_a_picture_in_two_folders_counts_in_the_first(
     assert "and 3 more of more" in notes
 
 
+@pytest.mark.parametrize("outer_first", [True, False])
+def test_a_folder_in_another_is_read_with_its_own_settings(dog: Path, tmp_path: Path, outer_first: bool) -> None:
+    """Listed after the outer one, its pictures had neither its prompt nor its repeats."""
+    for i in range(2):
+        picture(dog / "best" / f"{i}.png", 20 + i)
+    folders = [FolderConfig(str(dog), "a dog"), FolderConfig(str(dog / "best"), "my dog", 5)]
+    folder = read_image_folders(folders if outer_first else folders[::-1])
+    found = {item.name.rpartition("dog/")[2]: (item.caption, item.repeats) for item in folder.items}
+    assert found == {
+        "a.png": ("a dog", 1), "b.png": ("a dog", 1), "best/0.png": ("my dog", 5), "best/1.png": ("my dog", 5)
+    }  # fmt: skip
+    assert not folder.notes
+
+
 def test_problems_of_several_folders_come_together(dog: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (dog / "a.txt").write_text("")
