@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+from PIL import Image, ImageFilter
 
 THUMBNAIL = 16
 """Side of a thumbnail, px."""
@@ -20,12 +20,15 @@ HASH_BITS = 3
 """Near duplicates differ in at most so many of the 64 bits of their perceptual hashes ..."""
 THUMBNAIL_DIFFERENCE = 6.0
 """... and, on average, in at most so many of 255 levels of their thumbnails: simple small pictures, such as digits,
-often share a hash. And what differs beside the mean level of each colour ..."""
-OWN_SPREAD = 0.5
+often share a hash. Colours are compared in blocks of 4 x 4 px, as JPEG keeps fewer of them than of brightness. And what
+differs beside the mean level of each colour ..."""
+OWN_SPREAD = 0.25
 """... is at most this part of the spread within either of them, plus half a level: pictures of one texture, such as granite,
 are all about grey in small, but each has grains of its own."""
 
 _MARGIN = 6  # levels; see perceptual_hash
+_TINY = 16  # px; of a picture of a shorter side the hash sees px that JPEG changes by more than the margin
+_LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601, as Pillow and JPEG have it
 _LARGE = 8 * THUMBNAIL  # px; what is averaged away above it changes no thumbnail that can be seen
 _HASHES_AT_ONCE = 1 << 20  # pairs; each takes some tens of bytes
 _THUMBNAILS_AT_ONCE = 1 << 14  # pairs; each takes some thousands of bytes
@@ -37,7 +40,7 @@ def perceptual_hash(image: Image.Image) -> int:
     """64 bits, of which few change when a picture is saved again or made a little smaller: a difference hash.
 
     A bit says whether the picture, at 9 x 8 px, gets brighter from one px to the next. It must do so by more than 6 of
-    255 levels: flat areas would else be left to noise.
+    255 levels: flat areas would else be left to noise. Tiny pictures are blurred first.
 
     Args:
         image: an RGB picture.
@@ -45,6 +48,8 @@ def perceptual_hash(image: Image.Image) -> int:
     >>> perceptual_hash(Image.new("RGB", (20, 10), "red"))
     0
     """
+    if min(image.size) < _TINY:
+        image = image.filter(ImageFilter.BoxBlur(1))
     grey = np.asarray(_small(image, 9, 8).convert("L"), dtype=np.int16)
     return int.from_bytes(np.packbits(grey[:, 1:] > grey[:, :-1] + _MARGIN).tobytes(), "big")
 
@@ -234,11 +239,15 @@ class _Small:
 
     def __init__(self, thumbnails: npt.NDArray[np.uint8]) -> None:
         n = len(thumbnails)
-        self.pixels = thumbnails.reshape(n, 768)
-        # 4 x 4 blocks: their difference is a lower bound too, at a fraction of the cost.
-        self.blocks = thumbnails.reshape(n, 4, 4, 4, 4, 3).mean(axis=(2, 4), dtype=np.float32).reshape(n, 48)
-        colours = thumbnails.reshape(n, 256, 3).astype(np.float32)
-        self.grain = (colours - colours.mean(axis=1, keepdims=True)).reshape(n, 768)
+        blocks = thumbnails.reshape(n, 4, 4, 4, 4, 3)
+        means = blocks.mean(axis=(2, 4), keepdims=True, dtype=np.float32)
+        # The brightness of each px with the colour of its block.
+        levels = (blocks @ _LUMA)[..., None] - (means @ _LUMA)[..., None] + means
+        # The difference of blocks is a lower bound too, at a fraction of the cost.
+        self.blocks = means.reshape(n, 48)
+        self.mean = means.reshape(n, 16, 3).mean(axis=1)
+        """Level of each colour, (n, 3)."""
+        self.grain = (levels.reshape(n, 256, 3) - self.mean[:, None]).reshape(n, 768)
         self.square = np.square(self.grain).mean(axis=1)
         self.most = OWN_SPREAD * np.sqrt(self.square) + 0.5
         """How much the grain of another may differ, in root mean square."""
@@ -250,10 +259,9 @@ class _Small:
         a, b = a[new], b[new]
         near = np.abs(self.blocks[a] - self.blocks[b]).mean(axis=1) <= THUMBNAIL_DIFFERENCE + 1e-3  # rounding
         a, b = a[near], b[near]
-        near = np.abs(self.pixels[a].astype(np.int16) - self.pixels[b]).mean(axis=1) <= THUMBNAIL_DIFFERENCE
-        a, b = a[near], b[near]
-        apart = np.sqrt(np.square(self.grain[a] - self.grain[b]).mean(axis=1))
-        near = apart <= np.minimum(self.most[a], self.most[b])
+        grain = (self.grain[a] - self.grain[b]).reshape(-1, 256, 3)
+        near = np.abs(grain + (self.mean[a] - self.mean[b])[:, None]).mean(axis=(1, 2)) <= THUMBNAIL_DIFFERENCE
+        near &= np.sqrt(np.square(grain).mean(axis=(1, 2))) <= np.minimum(self.most[a], self.most[b])
         forest.join_all(a[near], b[near])
 
     def candidates(

@@ -24,7 +24,7 @@ from visionlora.data.files import sha256_of
 from visionlora.data.images import Decoded, decode_noted, printable
 from visionlora.data.pixels import Stamp, check_unchanged, stamp_of
 
-_VERSION = "4"  # of what is kept; a new number makes old files unused
+_VERSION = "5"  # of what is kept; a new number makes old files unused
 
 
 @dataclass(frozen=True)
