@@ -51,7 +51,7 @@ def perceptual_hash(image: Image.Image) -> int:
     if min(image.size) < _TINY:
         image = image.filter(ImageFilter.BoxBlur(1))
     grey = np.asarray(_small(image, 9, 8).convert("L"), dtype=np.int16)
-    return int.from_bytes(np.packbits(grey[:, 1:] > grey[:, :-1] + _MARGIN).tobytes(), "big")
+    return int(_where_brighter(grey[None])[0])
 
 
 def thumbnail(image: Image.Image) -> npt.NDArray[np.uint8]:
@@ -145,8 +145,13 @@ def _alike(hashes: npt.NDArray[np.uint64], thumbnails: npt.NDArray[np.uint8]) ->
 def _hashes_of(thumbnails: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint64]:
     """Hashes like `perceptual_hash`, of thumbnails (n, 16, 16, 3) alone, so that mirrored ones can be had: 56 bits each."""
     grey = thumbnails.reshape(-1, 8, 2, 8, 2, 3).mean(axis=(2, 4, 5), dtype=np.float32)
+    return _where_brighter(grey)
+
+
+def _where_brighter(grey: npt.NDArray[np.int16 | np.float32]) -> npt.NDArray[np.uint64]:
+    """A bit for each px of (n, 8, 8 or 9) but the last of its row, set where the next one is brighter by the margin."""
     bits = np.zeros((len(grey), 8, 8), bool)
-    bits[:, :, 1:] = grey[:, :, 1:] > grey[:, :, :-1] + _MARGIN
+    bits[:, :, : grey.shape[2] - 1] = np.diff(grey, axis=2) > _MARGIN
     return np.packbits(bits.reshape(-1, 64), axis=1).view(">u8").astype(np.uint64).reshape(-1)
 
 
