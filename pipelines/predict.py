@@ -19,7 +19,7 @@ from visionlora.data.files import list_folder, suffix_of
 from visionlora.data.images import IMAGE_SUFFIXES, decode_noted, printable
 from visionlora.data.parquet import PARQUET
 from visionlora.data.tables import TABLE_SUFFIXES
-from visionlora.data.wording import MAX_LINES
+from visionlora.data.wording import MAX_LINES, beside_pictures
 from visionlora.errors import ConfigError, DataError, nearest
 from visionlora.report.listener import Listener
 from visionlora.report.runfolder import write_atomic
@@ -51,6 +51,8 @@ class Given:
     """What the output calls each, and its file."""
     problems: list[str] = field(default_factory=list)
     """Of pictures that cannot be read, and rows that give none, one line each."""
+    notes: list[str] = field(default_factory=list)
+    """On what is not read, one line each."""
 
     def told(self) -> str:
         """The first problems, one a line."""
@@ -107,6 +109,8 @@ def predict(
     target = None if output is None else writable(Path(output).expanduser(), overwrite)
     places = [images] if isinstance(images, (str, Path)) else images
     given = pictures_in([Path(p).expanduser() for p in places], path_column)
+    for note in given.notes:
+        tell.say(note)
     total = len(given.pictures) + len(given.problems)
     classifier = load_classifier(adapter, model, device, force, weights)
     tell.say(f"{classifier.backbone.why} {len(classifier.tasks[classifier.names[0]].classes)} classes.")
@@ -160,6 +164,8 @@ def pictures_in(places: Sequence[Path], path_column: str | None = None) -> Given
             if shards and not listing.pictures:
                 for name in shards:
                     add_table(given, place / name, path_column)
+            else:
+                given.notes += beside_pictures([str(place / name) for name in shards])
             given.pictures += [(printable(place / name), place / name) for name in listing.pictures]
         elif place.suffix.lower() in TABLE_SUFFIXES and place.is_file():
             add_table(given, place, path_column)

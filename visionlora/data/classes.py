@@ -34,6 +34,7 @@ from visionlora.data.parquet import PARQUET
 from visionlora.data.tables import TABLE_SUFFIXES, Table, read_table
 from visionlora.data.wording import (
     ENDINGS,
+    beside_pictures,
     count_of,
     first_names,
     left_out,
@@ -136,6 +137,8 @@ def _from_folder(root: Path, wanted: Wanted) -> Found:
     else:
         found = _from_class_folders(root, listing, unlabelled)
     found.skippable[:0] = listing.problems
+    if listing.pictures:
+        found.notes += beside_pictures(shards)
     found.notes += linked_folders(listing) + other_pictures(listing)
     return found
 

@@ -19,6 +19,7 @@ from visionlora.data.named_repeats import NamedRepeats, named, named_repeats
 from visionlora.data.parquet import PARQUET, Unpacked, unpack
 from visionlora.data.wording import (
     ENDINGS,
+    beside_pictures,
     first_names,
     missing,
     no_pictures,
@@ -117,8 +118,8 @@ def _open(
         source.pictures = {name: root / name for name in listing.pictures}
         tables = {name: root / name for name in listing.others if suffix_of(name) == PARQUET}
         tables = _tables_trained_on(source, tables)
-        if source.pictures and tables:
-            source.notes.append(f"not used, as there are pictures beside it: {first_names(tables)}")
+        if source.pictures:
+            source.notes += beside_pictures(tables)
             tables = {}
         if not source.pictures and not tables:
             empty = f"is empty; put the pictures into it ({ENDINGS}) or pass another folder."

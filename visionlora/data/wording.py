@@ -186,6 +186,12 @@ def no_pictures(root: Path, listing: Listing, empty: str) -> str:
     return f"{shown} holds no pictures: found {found}, but {ENDINGS}.{hint}"
 
 
+def beside_pictures(tables: Collection[str]) -> list[str]:
+    """A note on parquet files that hold pictures of their own, and are not read where pictures lie beside them."""
+    them = "it" if len(tables) == 1 else "them"
+    return [f"not used, as there are pictures beside {them}: {first_names(tables)}"] if tables else []
+
+
 def linked_folders(listing: Listing) -> list[str]:
     """A note on linked folders, if there are any."""
     return [f"left out, linked folders are not entered: {first_names(listing.links)}"] if listing.links else []

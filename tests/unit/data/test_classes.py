@@ -598,6 +598,14 @@ def test_shards_in_a_folder_and_the_splits_that_their_names_say(tmp_path: Path) 
     assert data.notes[0] == "left out, their names say no split, as those of others do: data/extra.parquet"
 
 
+def test_shards_beside_pictures_are_not_used(pets: Path) -> None:
+    before = read_labelled(pets)
+    shard(shard(pets, "train.parquet", ["cat"]), "cat/more.parquet", ["dog"])
+    data = read_labelled(pets)
+    assert data.items == before.items
+    assert data.notes == (*before.notes, "not used, as there are pictures beside them: cat/more.parquet, train.parquet")
+
+
 def test_shards_whose_names_say_no_split(tmp_path: Path) -> None:
     root = shard(shard(tmp_path, "a.parquet", ["cat"]), "test.parquet", ["dog"])
     assert splits_of(read_labelled(root)) == {"a.parquet row 1": None, "test.parquet row 1": None}, "none is train"
