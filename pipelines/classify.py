@@ -244,6 +244,7 @@ def prepare(
         group_column=config.group_column,
         split_column=config.split_column,
         skip_broken=config.skip_broken,
+        progress=lambda done, total: tell.progress("Unpacking pictures", done, total),
     )
     tell.say(data.source)
     checked = check_pictures(

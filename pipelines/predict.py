@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -108,7 +108,10 @@ def predict(
     tell = listener or Listener()
     target = None if output is None else writable(Path(output).expanduser(), overwrite)
     places = [images] if isinstance(images, (str, Path)) else images
-    given = pictures_in([Path(p).expanduser() for p in places], path_column)
+    given = pictures_in(
+        [Path(p).expanduser() for p in places], path_column,
+        lambda done, total: tell.progress("Unpacking pictures", done, total),
+    )  # fmt: skip
     for note in given.notes:
         tell.say(note)
     total = len(given.pictures) + len(given.problems)
@@ -150,8 +153,15 @@ def writable(target: Path, overwrite: bool) -> Path:
     return target
 
 
-def pictures_in(places: Sequence[Path], path_column: str | None = None) -> Given:
+def pictures_in(
+    places: Sequence[Path], path_column: str | None = None, progress: Callable[[int, int], None] | None = None
+) -> Given:
     """Every picture, in the order of the places, sorted within a folder and by rows within a table.
+
+    Args:
+        places: files, folders and tables.
+        path_column: of the pictures' paths in tables; found by its name when not given.
+        progress: called with (rows unpacked, rows of the file) for parquet files that hold pictures.
 
     Raises:
         DataError: for a place that is not there, a table that cannot be read, or when there are no pictures at all.
@@ -163,12 +173,12 @@ def pictures_in(places: Sequence[Path], path_column: str | None = None) -> Given
             shards = [name for name in listing.others if suffix_of(name) == PARQUET]
             if shards and not listing.pictures:
                 for name in shards:
-                    add_table(given, place / name, path_column)
+                    add_table(given, place / name, path_column, progress)
             else:
                 given.notes += beside_pictures([str(place / name) for name in shards])
             given.pictures += [(printable(place / name), place / name) for name in listing.pictures]
         elif place.suffix.lower() in TABLE_SUFFIXES and place.is_file():
-            add_table(given, place, path_column)
+            add_table(given, place, path_column, progress)
         elif place.is_file():
             given.pictures.append((printable(place), place))
         else:
@@ -183,9 +193,9 @@ def pictures_in(places: Sequence[Path], path_column: str | None = None) -> Given
     return given
 
 
-def add_table(given: Given, place: Path, path_column: str | None) -> None:
+def add_table(given: Given, place: Path, path_column: str | None, progress: Callable[[int, int], None] | None) -> None:
     """Adds the pictures of a table."""
-    pictures, problems = pictures_of(place, path_column)
+    pictures, problems = pictures_of(place, path_column, progress)
     given.pictures += pictures
     given.problems += problems
 

@@ -112,13 +112,17 @@ def test_predict_reads_tables_row_by_row(cli, trained: Path, shapes: Path, tmp_p
         columns = {"image": [{"bytes": content} for content in rows], "label": [0] * len(rows)}
         parquet.write_table(pyarrow.table(columns), held / f"{name}.parquet")
     words = ("predict", "--adapter", trained, held, "--output", tmp_path / "p.csv")
-    code, _, err = cli(*words)
+    code, out, err = cli(*words)
+    assert "Unpacking pictures 3/3" in out
     assert code == 2 and "1 of 5 pictures cannot be read" in err and f"{held}/test-1.parquet row 1 is not" in err, err
     code, _, err = cli(*words, "--skip-broken")
     assert code == 0, err
     told = [f"{held}/test-{file}.parquet row {row}" for file, row in ((0, 1), (0, 2), (1, 2), (1, 3))]
     rows = list(csv.DictReader((tmp_path / "p.csv").read_text().splitlines()))
     assert [(row["path"], row["label"]) for row in rows] == list(zip(told, labels, strict=True))
+    (held / "0.png").write_bytes(pictures[0].read_bytes())
+    code, out, err = cli(*words, "--overwrite")
+    assert code == 0 and f"not used, as there are pictures beside them: {held}/test-0.parquet, " in out, err
 
 
 def test_predict_writes_json_and_parquet_and_prints(cli, trained: Path, shapes: Path, tmp_path: Path) -> None:

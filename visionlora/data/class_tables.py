@@ -5,7 +5,7 @@ No picture is opened here; those that a parquet table holds are written to the c
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -32,28 +32,38 @@ OWN_PICTURE = "the picture of the row"
 """A column of the files to which the pictures of a parquet table were written."""
 
 
-def from_table(root: Path, path: Path, wanted: Wanted, *, everything: bool) -> Found:
+def from_table(
+    root: Path,
+    path: Path,
+    wanted: Wanted,
+    *,
+    everything: bool,
+    progress: Callable[[int, int], None] | None = None,
+) -> Found:
     """What one table says of the pictures below `root`; of `everything` there, or of what it names alone."""
     table = read_table(path)
     if everything:
         return from_tables(root, {"": table}, wanted, list_folder(root))
     if _holds_pictures(table, wanted.path):
-        return _from_rows(path, {table.shown: path}, wanted)
+        return _from_rows(path, {table.shown: path}, wanted, progress)
     return from_tables(root, {"": table}, wanted, _listed(root, table, _path_column(table, wanted.path)))
 
 
-def from_shards(root: Path, names: Sequence[str], wanted: Wanted) -> Found:
+def from_shards(
+    root: Path, names: Sequence[str], wanted: Wanted, progress: Callable[[int, int], None] | None = None
+) -> Found:
     """What parquet files of a folder say of the pictures that they hold; where one is named train, names say the splits.
 
     Args:
         root: the folder.
         names: of the files, relative to it.
         wanted: the columns that were asked for.
+        progress: see `unpack`.
     """
     splits = {name: split_in(name) for name in names}
     by_name = "train" in splits.values()
     used = [name for name in names if not by_name or splits[name] is not None]
-    found = _from_rows(root, {name: root / name for name in used}, wanted, splits if by_name else {})
+    found = _from_rows(root, {name: root / name for name in used}, wanted, progress, splits if by_name else {})
     aside = sorted(set(names) - set(used))
     if aside:
         found.notes.append(f"left out, their names say no split, as those of others do: {first_names(aside)}")
@@ -61,7 +71,11 @@ def from_shards(root: Path, names: Sequence[str], wanted: Wanted) -> Found:
 
 
 def _from_rows(
-    given: Path, files: Mapping[str, Path], wanted: Wanted, splits: Mapping[str, str | None] | None = None
+    given: Path,
+    files: Mapping[str, Path],
+    wanted: Wanted,
+    progress: Callable[[int, int], None] | None,
+    splits: Mapping[str, str | None] | None = None,
 ) -> Found:
     """What parquet tables say of the pictures that they hold, which are written to the cache as files.
 
@@ -69,6 +83,7 @@ def _from_rows(
         given: what messages call the whole.
         files: name for messages -> table.
         wanted: the columns that were asked for.
+        progress: see `unpack`.
         splits: by the same names; a column of splits comes first.
     """
     tables: dict[str, Table] = {}
@@ -76,7 +91,7 @@ def _from_rows(
     split_by: dict[str, str | None] = {}
     root, problems, notes = given, [], []
     for name, path in files.items():
-        unpacked = unpack({name: path})
+        unpacked = unpack({name: path}, progress=progress)
         if not unpacked.pictures:
             problems += unpacked.problems or [f"{printable(name)} has no rows"]
             continue
@@ -105,19 +120,22 @@ def _from_rows(
     return found
 
 
-def pictures_of(path: Path, path_column: str | None = None) -> tuple[list[tuple[str, Path]], list[str]]:
+def pictures_of(
+    path: Path, path_column: str | None = None, progress: Callable[[int, int], None] | None = None
+) -> tuple[list[tuple[str, Path]], list[str]]:
     """The pictures of a table, in the order of its rows; labels in it are passed over.
 
     Args:
         path: of a table that names pictures, relative to its own folder, or of a parquet table that holds them.
         path_column: of the pictures' paths; found by its name when not given.
+        progress: see `unpack`.
 
     Returns:
         Name for messages and file of each; and each row that gives none as one line for a person.
     """
     table = read_table(path)
     if _holds_pictures(table, path_column):
-        unpacked = unpack({table.shown: path})
+        unpacked = unpack({table.shown: path}, progress=progress)
         return list(unpacked.pictures.items()), unpacked.problems
     root, column = path.parent, _path_column(table, path_column, "--path-column NAME")
     there = _Pictures(root, _listed(root, table, column))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
 from visionlora.data.captions import METADATA_FILES, SIDECAR_SUFFIXES
@@ -59,6 +59,7 @@ def read_labelled(
     group_column: str | None = None,
     split_column: str | None = None,
     skip_broken: bool = False,
+    progress: Callable[[int, int], None] | None = None,
 ) -> LabelledData:
     """Finds the pictures of a data set and their labels.
 
@@ -72,6 +73,7 @@ def read_labelled(
         group_column: of what must stay on one side of a split.
         split_column: of train, val and test.
         skip_broken: leave out what cannot be used (and say so in the notes) instead of raising.
+        progress: called with (rows unpacked, rows of the file) for parquet files that hold pictures.
 
     Raises:
         ConfigError: for a column that is not there, or options that contradict each other.
@@ -82,9 +84,9 @@ def read_labelled(
         raise ConfigError("label_column is for one label a picture, label_columns for several; pass one of the two.")
     root, table = _places(path.expanduser(), table.expanduser() if table else None)
     if table is not None:
-        found = from_table(root, table, wanted, everything=path.expanduser().is_dir())
+        found = from_table(root, table, wanted, everything=path.expanduser().is_dir(), progress=progress)
     else:
-        found = _from_folder(root, wanted)
+        found = _from_folder(root, wanted, progress)
     return _finished(found, skip_broken)
 
 
@@ -121,12 +123,12 @@ def _places(path: Path, table: Path | None) -> tuple[Path, Path | None]:
 # Labels from folders.
 
 
-def _from_folder(root: Path, wanted: Wanted) -> Found:
+def _from_folder(root: Path, wanted: Wanted, progress: Callable[[int, int], None] | None) -> Found:
     listing = list_folder(root)
     tables, unlabelled = _metadata(root, listing, wanted)
     shards = [name for name in listing.others if suffix_of(name) == PARQUET]
     if shards and not listing.pictures:
-        found = from_shards(root, shards, wanted)
+        found = from_shards(root, shards, wanted, progress)
     elif tables:
         found = from_tables(root, tables, wanted, listing)
     elif options := wanted.options():

@@ -598,6 +598,19 @@ def test_shards_in_a_folder_and_the_splits_that_their_names_say(tmp_path: Path) 
     assert data.notes[0] == "left out, their names say no split, as those of others do: data/extra.parquet"
 
 
+def test_progress_of_shards_that_are_new(tmp_path: Path) -> None:
+    root, told = shard(shard(tmp_path, "train.parquet", ["cat", "dog"]), "test.parquet", ["dog"]), []
+    read_labelled(root, progress=lambda done, total: told.append((done, total)))
+    assert told == [(1, 1), (1, 2), (2, 2)]
+    read_labelled(root / "train.parquet", progress=lambda done, total: told.append((done, total)))
+    pictures_of(root / "train.parquet", progress=lambda done, total: told.append((done, total)))
+    assert len(told) == 3, "all is there"
+    pictures_of(
+        shard(root, "x.parquet", ["emu"]) / "x.parquet", progress=lambda done, total: told.append((done, total))
+    )
+    assert told[3:] == [(1, 1)]
+
+
 def test_shards_beside_pictures_are_not_used(pets: Path) -> None:
     before = read_labelled(pets)
     shard(shard(pets, "train.parquet", ["cat"]), "cat/more.parquet", ["dog"])
