@@ -12,7 +12,7 @@ from typing import Any
 
 from visionlora.data.files import Listing, Names, Unusable, is_hidden, list_folder
 from visionlora.data.images import printable
-from visionlora.data.labelled import Found, Row, Wanted, cleaned, split_folders, split_in, split_of, top_of
+from visionlora.data.labelled import Found, Row, Wanted, cleaned, split_folders, split_of, top_of, used_files
 from visionlora.data.parquet import unpack
 from visionlora.data.tables import Table, read_table, text_of, truth_of
 from visionlora.data.wording import ENDINGS, Meant, count_of, first_names, quoted
@@ -45,7 +45,7 @@ def from_table(
     if everything:
         return from_tables(root, {"": table}, wanted, list_folder(root))
     if _holds_pictures(table, wanted.path):
-        return _from_rows(path, {table.shown: path}, wanted, progress)
+        return _from_rows(path, {table.shown: path}, wanted, progress, {table.shown: None})
     return from_tables(root, {"": table}, wanted, _listed(root, table, _path_column(table, wanted.path)))
 
 
@@ -60,13 +60,9 @@ def from_shards(
         wanted: the columns that were asked for.
         progress: see `unpack`.
     """
-    splits = {name: split_in(name) for name in names}
-    by_name = "train" in splits.values()
-    used = [name for name in names if not by_name or splits[name] is not None]
-    found = _from_rows(root, {name: root / name for name in used}, wanted, progress, splits if by_name else {})
-    aside = sorted(set(names) - set(used))
-    if aside:
-        found.notes.append(f"left out, their names say no split, as those of others do: {first_names(aside)}")
+    splits, notes = used_files(names)
+    found = _from_rows(root, {name: root / name for name in splits}, wanted, progress, splits)
+    found.notes += notes
     return found
 
 
@@ -75,7 +71,7 @@ def _from_rows(
     files: Mapping[str, Path],
     wanted: Wanted,
     progress: Callable[[int, int], None] | None,
-    splits: Mapping[str, str | None] | None = None,
+    splits: Mapping[str, str | None],
 ) -> Found:
     """What parquet tables say of the pictures that they hold, which are written to the cache as files.
 
@@ -84,7 +80,7 @@ def _from_rows(
         files: name for messages -> table.
         wanted: the columns that were asked for.
         progress: see `unpack`.
-        splits: by the same names; a column of splits comes first.
+        splits: by the same names, all None where names say none; a column of splits comes first.
     """
     tables: dict[str, Table] = {}
     shown: dict[str, str] = {}
@@ -105,11 +101,11 @@ def _from_rows(
         rows = [(line, {**cells, OWN_PICTURE: own[line].name}) for line, cells in table.rows if line in own]
         tables[place] = Table(table.shown, [*table.columns, OWN_PICTURE], rows, unpacked.problems)
         shown |= {place + file.name: row for row, file in unpacked.pictures.items()}
-        split_by[place] = (splits or {}).get(name)
+        split_by[place] = splits[name]
     if not tables:
         raise DataError(f"{problems[0]}.")
     found = from_tables(root, tables, replace(wanted, path=OWN_PICTURE), Listing(pictures=sorted(shown)))
-    by_name = bool(splits) and all(row.split is None for row in found.rows)
+    by_name = any(splits.values()) and all(row.split is None for row in found.rows)
     found.rows = [
         replace(row, shown=shown[row.name], split=split_by[f"{top_of(row.name)}/"] if by_name else row.split)
         for row in found.rows

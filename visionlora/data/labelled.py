@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
+from visionlora.data.wording import first_names
+
 SPLIT_NAMES: Mapping[str, str] = {
     "train": "train",
     "training": "train",
@@ -142,6 +144,23 @@ def split_in(name: str) -> str | None:
         if len(found) == 1:
             return found.pop()
     return None
+
+
+def used_files(names: Iterable[str], only: str | None = None) -> tuple[dict[str, str | None], list[str]]:
+    """The files of pictures that are used, each with the split that its name says, and a note on the others, if there are any.
+
+    Where no name says train, all are used, and say no split.
+
+    Args:
+        names: of the files.
+        only: the split that is used; by default any.
+    """
+    splits = {name: split_in(name) for name in names}
+    if "train" not in splits.values():
+        return dict.fromkeys(splits), []
+    used: dict[str, str | None] = {n: split for n, split in splits.items() if split and only in (None, split)}
+    aside = [name for name in splits if name not in used]
+    return used, [f"not used, as others are called train: {first_names(aside)}"] if aside else []
 
 
 def split_folders(names: Iterable[str]) -> dict[str, str] | None:

@@ -13,7 +13,7 @@ from visionlora.config.folders import ALPHA, FolderConfig
 from visionlora.data.facts import Fact, FactsOfFolder
 from visionlora.data.files import Listing, list_folder, sha256_of, suffix_of
 from visionlora.data.images import printable
-from visionlora.data.labelled import split_folders, split_in, splits_beside_others, top_of
+from visionlora.data.labelled import split_folders, splits_beside_others, top_of, used_files
 from visionlora.data.masks import Box, Masks, find_masks, masks_of_column
 from visionlora.data.named_repeats import NamedRepeats, named, named_repeats
 from visionlora.data.parquet import PARQUET, Unpacked, unpack
@@ -117,10 +117,12 @@ def _open(
             listing = source.listing = _trained_on(source, splits)
         source.pictures = {name: root / name for name in listing.pictures}
         tables = {name: root / name for name in listing.others if suffix_of(name) == PARQUET}
-        tables = _tables_trained_on(source, tables)
         if source.pictures:
             source.notes += beside_pictures(tables)
             tables = {}
+        used, notes = used_files(tables, only="train")
+        tables = {name: tables[name] for name in used}
+        source.notes += notes
         if not source.pictures and not tables:
             empty = f"is empty; put the pictures into it ({ENDINGS}) or pass another folder."
             raise DataError(no_pictures(root, listing, empty))
@@ -171,16 +173,6 @@ def _trained_on(source: Source, splits: Mapping[str, str]) -> Listing:
         source.notes.append(f"not learned from, as the name of a split says: {counted}{more}")
     pictures, rest = ([n for n in names if top_of(n) not in others] for names in (listing.pictures, listing.others))
     return Listing(pictures, rest, listing.folders, listing.links, listing.problems)
-
-
-def _tables_trained_on(source: Source, tables: dict[str, Path]) -> dict[str, Path]:
-    """The parquet files without those of other splits, and a note on them; all, where none is for training."""
-    splits = {name: split_in(name) for name in tables}
-    if "train" not in splits.values() or len(set(splits.values())) == 1:
-        return tables
-    left = [name for name, split in splits.items() if split != "train"]
-    source.notes.append(f"not learned from, as others are called train: {first_names(left)}")
-    return {name: path for name, path in tables.items() if name not in left}
 
 
 def _check_folder(root: Path) -> None:

@@ -595,7 +595,7 @@ def test_shards_in_a_folder_and_the_splits_that_their_names_say(tmp_path: Path) 
         'labels from the column "label" of data/train-00000-of-00002.parquet, data/train-00001-of-00002.parquet, '
         "data/validation-00000-of-00001.parquet, test/0000.parquet, splits from the names of the files"
     )
-    assert data.notes[0] == "left out, their names say no split, as those of others do: data/extra.parquet"
+    assert data.notes[0] == "not used, as others are called train: data/extra.parquet"
 
 
 def test_progress_of_shards_that_are_new(tmp_path: Path) -> None:

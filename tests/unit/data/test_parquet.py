@@ -369,5 +369,5 @@ def test_files_of_other_splits_are_not_learned_from(tmp_path: Path) -> None:
         write(tmp_path / "data" / f"{name}.parquet", [{"image": cell(k), "text": name}])
     folder = read_image_folder(tmp_path, cache=tmp_path.with_name("c"))
     assert [item.caption for item in folder.items] == ["train-00000-of-00002", "train-00001-of-00002"]
-    left = "not learned from, as others are called train: data/validation-00000-of-00001.parquet"
+    left = "not used, as others are called train: data/validation-00000-of-00001.parquet"
     assert folder.notes == (left,)
