@@ -26,7 +26,7 @@ from visionlora.data.decoded import check_pictures
 from visionlora.data.learned import Learned
 from visionlora.data.splits import split
 from visionlora.data.wording import first_names
-from visionlora.errors import ConfigError, DataError
+from visionlora.errors import ConfigError, DataError, TrainingError
 from visionlora.lora.adapter import Adapter
 from visionlora.lora.config import AdapterConfig
 from visionlora.lora.further import further_config, method_for
@@ -113,12 +113,13 @@ def classify(config: ClassifyConfig, listener: Listener | None = None) -> Classi
         ready = dataclasses.replace(ready, material=fitting.material)
     finished = [fitting.finished(run.path / "adapter.safetensors")]
     handle.eject()
-    finished += baselines(ready, probe, probe_seconds, run.path / "baselines", start, tell)
+    others, missing = baselines(ready, probe, probe_seconds, run.path / "baselines", start, tell)
+    finished += others
 
     # Report
     seconds = time.monotonic() - started
     if main:
-        report(run, fitting.material, finished, seconds, tell, fitting.log.changes)
+        report(run, fitting.material, finished, seconds, tell, fitting.log.changes, missing)
     accelerator.wait_for_everyone()
     return ClassifyResult(
         run.path, run.path / "adapter.safetensors", run.path / "report.html", material.data.classes,
@@ -339,18 +340,29 @@ def measured_ranks(material: Material, adapter: AdapterConfig, tell: Listener) -
 
 def baselines(
     ready: Ready, probe: Probe, probe_seconds: float, folder: Path, start: Start[ClassifyConfig], tell: Listener
-) -> list[Finished]:
-    """What the adapter is compared with: the linear probe, and training everything, where asked for."""
+) -> tuple[list[Finished], list[str]]:
+    """What the adapter is compared with: the linear probe, and training everything, where asked for.
+
+    Returns:
+        Those that could be had, and of each other why not: what was trained before is not lost with them.
+    """
     material, accelerator = ready.material, ready.accelerator
     config, backbone = material.config, material.backbone
-    found = []
+    found: list[Finished] = []
+    missing: list[str] = []
+
+    def judge(material: Material, handle: Handle, adapter: AdapterConfig, file: str, **more: Any) -> None:
+        fitting = Fitting(material, handle, accelerator, None, tell, ready.header(adapter), start)
+        try:
+            found.append(fitting.finished(folder / file, **more))
+        except TrainingError as error:
+            missing.append(f"The baseline {adapter.method} is missing: {error}")
+        handle.eject()
+
     if "probe" in config.baselines and config.method != "linear-probe":
         alone = AdapterConfig(method="linear-probe", train=backbone.head)
         new_head(material, probe)
-        handle = inject(backbone.model, alone)
-        fitting = Fitting(material, handle, accelerator, None, tell, ready.header(alone), start)
-        found.append(fitting.finished(folder / "probe.safetensors", trained=False, before=probe_seconds))
-        handle.eject()
+        judge(material, inject(backbone.model, alone), alone, "probe.safetensors", trained=False, before=probe_seconds)
     if "full" in config.baselines and config.method != "full":
         rate = suited_rate(SMALL_FULL_RATE if backbone.small else FULL_RATE, config.optimizer)
         at_random = config.head_init == "random"
@@ -360,9 +372,6 @@ def baselines(
         )  # fmt: skip
         everything = adapter_config(config, train=backbone.head)
         new_head(material, None if at_random else probe)
-        handle = inject(backbone.model, everything)
         own = dataclasses.replace(material, config=config)
-        fitting = Fitting(own, handle, accelerator, None, tell, ready.header(everything), start)
-        found.append(fitting.finished(folder / "full.safetensors"))
-        handle.eject()
-    return found
+        judge(own, inject(backbone.model, everything), everything, "full.safetensors")
+    return found, missing

@@ -630,6 +630,23 @@ def test_losses_that_are_not_finite_cost_the_steps_that_had_them_alone(
     assert [json.loads(line)["loss"] is None for line in lines] == [False] * 5 + [True] * 2 + [False] * 3
 
 
+def test_a_baseline_that_cannot_be_trained_costs_the_run_its_figures_alone(
+    shapes: Path, tiny_vit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Fit, "advance", not_finite_after(1, 0.0009))
+    asked = vl.ClassifyConfig(
+        images=str(shapes), model=str(tiny_vit), steps=4, learning_rate=0.0005, evaluations=1,
+        baselines=("full", "probe"), output=str(tmp_path / "run"),
+    )  # fmt: skip
+    ears = Ears()
+    result = vl.classify(asked, ears)
+    assert [one.name for one in result.contenders] == ["lora", "linear-probe"]
+    why = "The baseline full is missing: The loss became nan at step 4."
+    assert any(line.startswith(f"Warning: {why}") for line in ears.lines)
+    assert why in result.report.read_text(encoding="utf-8") and result.adapter.is_file()
+    assert set(json.loads((result.folder / "metrics.json").read_text())["contenders"]) == {"lora", "linear-probe"}
+
+
 def test_a_run_that_is_finished_already_tells_the_same(cli, shapes: Path, tiny_vit: Path) -> None:
     words = ("classify", "--images", shapes, "--model", tiny_vit, "--steps", 2, "--output", "run", "--json")
     code, out, err = cli(*words)

@@ -284,9 +284,9 @@ def what_to_try(material: Material, own: Finished) -> str:
 
 def report(
     run: RunFolder, material: Material, finished: Sequence[Finished], seconds: float, tell: Listener,
-    changes: Sequence[Mapping[str, Any]] = (),
+    changes: Sequence[Mapping[str, Any]] = (), missing: Sequence[str] = (),
 ) -> None:  # fmt: skip
-    """report.html, metrics.json, the charts, README.md and run.json."""
+    """report.html, metrics.json, the charts, README.md and run.json; `missing` says which baselines are, and why."""
     own, data, config = finished[0], material.data, material.config
     pictures = charts(run, material, own)
     bins: dict[str, tuple[Bin, ...]] = {"before": (), "after": ()}
@@ -298,7 +298,7 @@ def report(
             errors[when] = expected_calibration_error(logits, labels, temperature)
         pictures["reliability"] = draw_reliability(bins["before"], bins["after"], errors["before"], errors["after"])
         run.write_bytes("reliability.png", pictures["reliability"])
-    warnings = warnings_of(material, finished)
+    warnings = (*missing, *warnings_of(material, finished))
     for warning in warnings:
         tell.say(f"Warning: {warning}")
     page = ClassifyReport(
