@@ -80,13 +80,12 @@ def command(
             from visionlora.pipelines.classify_dry_run import classify_dry_run
 
             planned = classify_dry_run(resolved, listener)
-        if options.speaks():
-            typer.echo(json.dumps(dataclasses.asdict(planned)) if as_json else "\n".join(planned.lines()))
+        options.tell(json.dumps(dataclasses.asdict(planned)) if as_json else "\n".join(planned.lines()))
         return
     if (line := options.finished(resolved)) is not None:
-        typer.echo(line, err=as_json)
+        options.tell(line, err=as_json)
         if as_json:
-            typer.echo(json.dumps({**found_before(Path(resolved.output or "")), "finished": True}))
+            options.tell(json.dumps({**found_before(Path(resolved.output or "")), "finished": True}))
         return
     with ConsoleListener(quiet=as_json) as listener:
         from visionlora.pipelines.classify import classify

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Optional, TypeVar
 import typer
 
 from visionlora.config import OPTIMIZERS, PRECISIONS, RESUME_AUTO, TrainingConfig, build, parse_words, read_yaml
+from visionlora.models.devices import process_of
 
 C = TypeVar("C", bound=TrainingConfig)
 
@@ -68,9 +69,13 @@ def resolved(kind: type[C], given: Mapping[str, Any]) -> C:
 
 def speaks() -> bool:
     """Whether this process tells what a run has found: of several, the first."""
-    from visionlora.models.devices import process_of
-
     return process_of()[0] == 0
+
+
+def tell(text: str, err: bool = False) -> None:
+    """Prints, in the process that speaks."""
+    if speaks():
+        typer.echo(text, err=err)
 
 
 def finished(config: TrainingConfig) -> str | None:

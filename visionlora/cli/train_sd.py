@@ -58,10 +58,10 @@ def command(
             from visionlora.pipelines.dry_run import dry_run as estimate
 
             found = estimate(resolved, listener)
-        typer.echo("\n".join(found.lines()))
+        options.tell("\n".join(found.lines()))
         return
     if (line := options.finished(resolved)) is not None:
-        typer.echo(line)
+        options.tell(line)
         return
     with ConsoleListener() as listener:
         from visionlora.pipelines.train_sd import train_sd

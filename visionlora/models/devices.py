@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
-
-import torch
+from typing import TYPE_CHECKING
 
 from visionlora.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
 
 AUTO = "auto"
 
@@ -18,6 +20,8 @@ def usable_device(word: str | torch.device = AUTO) -> torch.device:
     Raises:
         ConfigError: when there is no such device.
     """
+    import torch  # not above: the command line asks which process it is before anything heavy is loaded
+
     there = {
         "cpu": 1,
         "cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0,

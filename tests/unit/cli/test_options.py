@@ -1,0 +1,38 @@
+"""What the training verbs share."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from visionlora.config import ClassifyConfig, build, to_yaml
+from visionlora.vision.metrics import Metrics
+
+COMMAND = """
+import sys
+from visionlora.cli.main import app
+try:
+    app(sys.argv[1:])
+except SystemExit as e:
+    assert not e.code
+print(sorted(set(sys.modules) & {"torch", "accelerate"}))
+"""
+
+
+def test_a_run_that_is_finished_is_told_once_and_at_once(tmp_path: Path) -> None:
+    """Without torch, and by one process of several."""
+    found = {field.name: 0 for field in dataclasses.fields(Metrics)} | {"per_class": [{"name": "cat"}]}
+    (tmp_path / "config.yaml").write_text(to_yaml(build(ClassifyConfig, {"images": ".", "output": str(tmp_path)})))
+    (tmp_path / "metrics.json").write_text(json.dumps({**found, "contenders": {}}))
+    (tmp_path / "run.json").write_text("{}")
+    words = ["classify", "--images", ".", "--output", str(tmp_path), "--resume", "auto", "--json"]
+    for rank in ("0", "1"):
+        done = subprocess.run(
+            [sys.executable, "-c", COMMAND, *words], capture_output=True, text=True, env={**os.environ, "RANK": rank}
+        )
+        *told, loaded = done.stdout.splitlines()
+        assert loaded == "[]", done.stderr
+        assert [json.loads(line)["classes"] for line in told] == ([["cat"]] if rank == "0" else [])
+        assert ("nothing is left to do" in done.stderr) == (rank == "0")
