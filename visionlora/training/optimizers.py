@@ -1,13 +1,13 @@
 """One word -> an optimizer over the groups of a learner, each group with a rate of its own.
 
-word            what                                                        state a parameter
-adamw           torch's AdamW (arXiv 1711.05101)                            2 numbers
-adamw8bit       the same with 8-bit states (arXiv 2110.02861), on a GPU     2 bytes
-adafactor       second moments by row and column (arXiv 1804.04235)         hardly any
-prodigy         finds the rate (arXiv 2306.06101)                           4 numbers
-lion            the sign of a momentum (arXiv 2302.06675)                   1 number
-schedulefree    AdamW that averages instead of a schedule (arXiv 2405.15682) 2 numbers
-sgd             with momentum                                               1 number
+word            what
+adamw           torch's AdamW (arXiv 1711.05101)
+adamw8bit       the same with 8-bit states (arXiv 2110.02861), on a GPU
+adafactor       second moments by row and column (arXiv 1804.04235)
+prodigy         finds the rate (arXiv 2306.06101)
+lion            the sign of a momentum (arXiv 2302.06675)
+schedulefree    AdamW that averages instead of a schedule (arXiv 2405.15682)
+sgd             with momentum
 
 That the package of a word is installed was checked by `visionlora.config`.
 """
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 Groups = list[dict[str, Any]]
 STATE_BYTES = {"adamw": 8, "adamw8bit": 2, "adafactor": 0, "prodigy": 16, "lion": 4, "schedulefree": 8, "sgd": 4}
-"""A parameter in fp32, see above."""
+"""What each remembers of a parameter; adafactor keeps sums of rows and columns alone."""
 MOMENTUM = 0.9
 """Of sgd."""
 
