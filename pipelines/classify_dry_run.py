@@ -6,14 +6,13 @@ All is checked that the run would check. The time is measured: two steps, and on
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from visionlora.pipelines.classify import new_adapter, opened
+from visionlora.pipelines.timing import seconds_of_step, timed, with_rank
 
 from visionlora.config import ClassifyConfig
 from visionlora.data.images import printable
@@ -25,8 +24,6 @@ from visionlora.training.memory import peak_memory
 from visionlora.training.settings import adapter_config
 from visionlora.vision.material import logits_of
 
-PROBED = 2
-"""Steps that are measured, after one that is not."""
 NAMED = 8
 """Classes that are listed with their pictures."""
 
@@ -90,16 +87,13 @@ def classify_dry_run(config: ClassifyConfig, listener: Listener | None = None) -
     start = begin(config, "classify", tell)
     ready = opened(start, tell)
     config = dataclasses.replace(ready.material.config, head_init="random")
-    if config.rank == "auto":
-        config = dataclasses.replace(config, rank=adapter_config(config).rank)
-        tell.say(f"Rank auto is counted as rank {config.rank} everywhere; the budget is the same.")
+    config = with_rank(config, adapter_config(config).rank, tell)
     material = dataclasses.replace(ready.material, config=config)
     ready = dataclasses.replace(ready, material=material)
     handle, adapter = new_adapter(ready, None, None, Listener())
     fitting = Fitting(material, handle, ready.accelerator, None, tell, ready.header(adapter), start)
     fit, task, chosen_by = fitting.fit, material.task, material.chosen_by
-    fit.advance(task, 0.0)
-    step_seconds = timed(lambda: [fit.advance(task, 0.0) for _ in range(PROBED)], ready.accelerator) / PROBED
+    step_seconds = seconds_of_step(fit, task)
     some = chosen_by[: config.batch_size]
     look_seconds = timed(lambda: logits_of(material, some, ready.accelerator), ready.accelerator) / len(some)
     found = ClassifyEstimate(
@@ -128,12 +122,3 @@ def pictures_of(data: Any) -> dict[str, int]:
     """Class -> pictures that have it."""
     counts = Counter(label for item in data.items for label in item.labels)
     return {name: counts[i] for i, name in enumerate(data.classes)}
-
-
-def timed(work: Callable[[], object], accelerator: Any) -> float:
-    """Seconds that some work takes, also on a GPU."""
-    start = time.monotonic()
-    work()
-    if accelerator.device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.monotonic() - start

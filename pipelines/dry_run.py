@@ -8,13 +8,13 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from visionlora.pipelines.sd_learning import batch_in_memory, material_of, new_adapter
 from visionlora.pipelines.sd_ready import Ready, one_pass, prepare
+from visionlora.pipelines.timing import PROBED, seconds_of_step, timed, with_rank
 from visionlora.pipelines.train_sd import default_prompts
 
 from visionlora.config import TrainSDConfig
@@ -41,9 +41,6 @@ from visionlora.report.resume import begin, holding
 from visionlora.training.loop import Fit, process_state
 from visionlora.training.memory import peak_memory
 from visionlora.training.settings import loop_config
-
-PROBED = 2
-"""Steps that are measured, after one that is not."""
 
 
 @dataclass(frozen=True)
@@ -113,9 +110,7 @@ def dry_run(config: TrainSDConfig, listener: Listener | None = None) -> Estimate
     """
     tell = (listener or Listener()) if process_state().is_main_process else Listener()
     ready = prepare(begin(config, "sd", tell), tell)
-    if ready.config.rank == "auto":
-        tell.say(f"Rank auto is counted as rank {ready.adapter.rank} everywhere; the budget is the same.")
-        ready = dataclasses.replace(ready, config=dataclasses.replace(ready.config, rank=ready.adapter.rank))
+    ready = dataclasses.replace(ready, config=with_rank(ready.config, ready.adapter.rank, tell))
     config, items = ready.config, ready.folder.items
     plan = plan_of(config, ready.base, ready.size)
     framings = [plan.framing(item) for item in items]
@@ -154,14 +149,13 @@ def dry_run(config: TrainSDConfig, listener: Listener | None = None) -> Estimate
         short = dataclasses.replace(loop, steps=PROBED + 1)
         fit, task = Fit(ready.accelerator, learning.learner, short, config.ema_decay), material.task(learning.learner)
         with attention_kernel(config.attention):
-            fit.advance(task, 0.0)
-            step_seconds = timed(lambda: [fit.advance(task, 0.0) for _ in range(PROBED)], ready) / PROBED
+            step_seconds = seconds_of_step(fit, task)
         drawing = 0.0
         if config.sample_columns:
             learning.learner.model.eval()
             prompts = config.sample_prompts or default_prompts(config, ready.folder)
             one = SamplingConfig(1, config.guidance_scale or 1.0, config.seed)
-            drawing = timed(lambda: draw(ready.base, prompts, ready.size, one), ready)
+            drawing = timed(lambda: draw(ready.base, prompts, ready.size, one), ready.accelerator)
     columns = config.sample_columns + 1 if config.sample_columns else 0
     return Estimate(
         model=ready.base.id,
@@ -202,13 +196,5 @@ def class_picture_seconds(ready: Ready) -> float:
     config, base = ready.config, ready.base
     prepare_unet(base, config, ready.accelerator.device, ready.accelerator.mixed_precision)
     one = SamplingConfig(1, config.guidance_scale or 1.0, config.seed)
-    return Recipe.steps * timed(lambda: draw(base, [config.prior_prompt or ""], ready.size, one), ready)
-
-
-def timed(work: Callable[[], object], ready: Ready) -> float:
-    """Seconds that some work takes, also on a GPU."""
-    start = time.monotonic()
-    work()
-    if ready.accelerator.device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.monotonic() - start
+    step: float = timed(lambda: draw(base, [config.prior_prompt or ""], ready.size, one), ready.accelerator)
+    return Recipe.steps * step
