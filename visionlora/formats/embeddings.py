@@ -73,11 +73,13 @@ def take_embeddings(path: Path, tensors: dict[str, Tensor]) -> Embeddings:
 def files_beside(path: Path, tokens: Iterable[str]) -> dict[str, Path]:
     """Where each token goes that a file cannot hold: `dog-rex.safetensors` beside `dog.safetensors`, for `<rex>`."""
     found: dict[str, Path] = {}
+    taken: set[str] = set()  # on many disks names are the same that differ in case alone
     for token in tokens:
         stem = name = path.stem + "-" + re.sub(r"[^\w-]+", "", token)
         number = 2
-        while path.with_name(f"{name}.safetensors") in found.values():
+        while name.casefold() in taken:
             name, number = f"{stem}-{number}", number + 1
+        taken.add(name.casefold())
         found[token] = path.with_name(f"{name}.safetensors")
     return found
 
