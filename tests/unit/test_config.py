@@ -9,6 +9,7 @@ import yaml
 from visionlora.config import (
     ClassifyConfig,
     FolderConfig,
+    GenerateConfig,
     TrainSDConfig,
     budget_of,
     build,
@@ -365,14 +366,15 @@ def test_python_takes_what_the_command_line_takes(kind: type, settings: dict, ex
     assert found == expected and type(found) is type(expected)
 
 
-@pytest.mark.parametrize("kind", [TrainSDConfig, ClassifyConfig])
+@pytest.mark.parametrize("kind", [TrainSDConfig, ClassifyConfig, GenerateConfig])
 @pytest.mark.parametrize("value", [object(), {"a": object()}, [[]], b"x", 1j, True, None])
 def test_no_value_from_python_gives_a_traceback(kind: type, value: object) -> None:
-    for field in dataclasses.fields(kind):
+    first, *_ = fields = dataclasses.fields(kind)
+    for field in fields:
         try:
-            kind(**{"images": "a", field.name: value})
+            kind(**{first.name: "a", field.name: value})
         except ConfigError as e:
-            assert f"- {field.name}" in str(e) or "images" in str(e), e
+            assert f"- {field.name}" in str(e) or f"{field.name} has" in str(e) or first.name in str(e), e
 
 
 def test_wrong_types_from_python_come_in_one_message() -> None:
@@ -394,3 +396,18 @@ def test_one_picture_cannot_be_mixed(name: str) -> None:
     with pytest.raises(ConfigError, match="mixup and cutmix mix the pictures of a batch"):
         ClassifyConfig(images="pets", batch_size=1, **{name: 0.5})
     assert ClassifyConfig(images="pets", batch_size=2, **{name: 0.5})
+
+
+def test_what_a_drawing_is_constructed_with_is_of_the_right_types() -> None:
+    made = GenerateConfig("a dog", [("dog", "0.8")], steps="30", compose_options={"tau": 5}, output="out")
+    assert made.steps == 30 and made.loras == (("dog", 0.8, {}),) and made.output == Path("out")
+    assert made.prompts == ("a dog",) and made.compose_options == (("tau", 5),)
+    with pytest.raises(ConfigError) as told:
+        GenerateConfig([[]], [("dog", "much", {})], steps="many", force="perhaps", mask=1)  # type: ignore[arg-type]
+    assert str(told.value).splitlines()[1:] == [
+        "- prompts is ([],); expected a word",
+        "- loras is (('dog', 'much', {}),); expected a number",
+        "- steps is 'many'; expected a whole number",
+        "- mask is 1; expected a path",
+        "- force is 'perhaps'; expected true or false",
+    ]

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from visionlora.config.reading import parse_lora_use
+from visionlora.config.reading import parse_lora_use, take
 from visionlora.errors import ConfigError
 
 
 @dataclass(frozen=True)
 class GenerateConfig:
-    """What to draw: every prompt with every seed. One prompt, one adapter and paths may be given as plain texts."""
+    """What to draw: every prompt with every seed. One prompt, one adapter and paths may be given as plain texts.
+
+    Raises:
+        ConfigError: for values of the wrong type, all in one message.
+    """
 
     prompts: Sequence[str]
     loras: Sequence[tuple[str, float, dict[str, float]]] = ()
@@ -56,18 +60,17 @@ class GenerateConfig:
     allow_partial: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("output", "lora_folder", "init_image", "mask", "control"):
-            if (given := getattr(self, name)) is not None:
-                object.__setattr__(self, name, Path(given).expanduser())
         object.__setattr__(self, "prompts", one_or_more(self.prompts))
         object.__setattr__(self, "negative_prompt", self.negative_prompt or "")
         object.__setattr__(self, "loras", tuple(use_from(given) for given in one_or_more(self.loras)))
+        if isinstance(self.compose_options, Mapping):
+            object.__setattr__(self, "compose_options", tuple(self.compose_options.items()))
+        take(self)
 
 
 def one_or_more(given: Any) -> Sequence[Any]:
-    """A text or path alone as a list of one."""
-    found: Sequence[Any] = (given,) if isinstance(given, (str, Path)) else given
-    return found
+    """A text, path or number alone as a list of one."""
+    return (given,) if isinstance(given, (str, Path)) or not isinstance(given, Iterable) else tuple(given)
 
 
 def use_from(given: Any) -> tuple[str, float, dict[str, float]]:

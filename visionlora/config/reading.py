@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path, PurePath
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -90,7 +90,7 @@ def take(config: Any) -> None:
     problems = []
     for name, hint in get_type_hints(type(config)).items():
         given = getattr(config, name)
-        if isinstance(given, str) and str in (hint, *get_args(hint)) and get_origin(hint) is not tuple:
+        if isinstance(given, str) and str in (hint, *get_args(hint)) and get_origin(hint) not in LISTS:
             continue
         try:
             object.__setattr__(config, name, convert(given, hint))  # it is frozen
@@ -99,6 +99,10 @@ def take(config: Any) -> None:
         except ValueError as e:
             problems.append(f"{name} is {given!r}; {e}")
     raise_all(problems)
+
+
+LISTS = (tuple, Sequence)
+"""What a setting of several values is annotated with."""
 
 
 class _InsideError(ValueError):
@@ -134,8 +138,10 @@ def convert(value: Any, hint: Any) -> Any:
             except ValueError as e:
                 wanted.append(str(e).removeprefix("expected "))
         raise ValueError("expected " + " or ".join(wanted))
-    if origin is tuple:
-        kind = get_args(hint)[0]
+    if origin in LISTS:
+        kind, *more = get_args(hint)
+        if more and more != [...]:
+            return _of_kinds(value, (kind, *more))
         items = _items(value, kind)
         return _groups(items, kind) if dataclasses.is_dataclass(kind) else tuple(convert(item, kind) for item in items)
     if origin is dict:
@@ -155,6 +161,12 @@ def convert(value: Any, hint: Any) -> Any:
         raise ValueError("expected true or false")
     if hint in (int, float) and not isinstance(value, bool):
         return _number(value, hint)
+    if hint is Any:
+        return value
+    if hint is Path:
+        if isinstance(value, str):
+            return Path(value).expanduser()
+        raise ValueError("expected a path")
     if hint is str:
         if isinstance(value, str | int | float) and not isinstance(value, bool):
             return str(value)
@@ -173,6 +185,13 @@ def _items(value: Any, kind: Any) -> list[Any] | tuple[Any, ...]:
     if not isinstance(items, list | tuple):
         raise ValueError("expected a list")
     return items
+
+
+def _of_kinds(value: Any, kinds: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A list of as many members as there are kinds, each of its own."""
+    if not isinstance(value, list | tuple) or len(value) != len(kinds):
+        raise ValueError(f"expected lists of {len(kinds)}")
+    return tuple(convert(item, kind) for item, kind in zip(value, kinds, strict=True))
 
 
 _NUMBERS = {int: "a whole number", float: "a number"}
