@@ -14,7 +14,8 @@ from visionlora.lora.adapter import Adapter
 from visionlora.lora.handle import Handle
 from visionlora.lora.inject import attach as attach_one
 from visionlora.mixing.compose import Composition
-from visionlora.mixing.mix import Mix, mix_on
+from visionlora.mixing.holder import mix_on
+from visionlora.mixing.mix import Mix
 from visionlora.mixing.parts import parts_of
 
 

@@ -36,6 +36,7 @@ from visionlora.lora.overlap import PairOverlap, overlap
 from visionlora.lora.packed import Packed
 from visionlora.mixing.compose import Composition, composition
 from visionlora.mixing.compose.balanced import scaled
+from visionlora.mixing.holder import allow_saving, hold, let_go, mix_on, refuse_saving
 from visionlora.mixing.moments import Moments, check_stepped
 from visionlora.mixing.parts import parts_of, places, word_for
 from visionlora.mixing.rows import check_pictures, knows_pictures, of_prompts, repeated, rows_of, tiled
@@ -54,22 +55,6 @@ class Member:
     scale: Scale
     factors: dict[tuple[str, str], float] = field(default_factory=dict)
     """By component and layer, from the blocks of its scale."""
-
-
-class Holder:
-    """Hangs on a model, so that the mix that is on it can be found; a copy of the model has none."""
-
-    def __init__(self, mix: Mix | None = None) -> None:
-        self.mix = mix
-
-    def __reduce__(self) -> tuple[type[Holder], tuple[()]]:
-        return Holder, ()
-
-
-def mix_on(part: nn.Module) -> Mix | None:
-    """The mix whose adapters are on a model."""
-    holder: Holder | None = vars(part).get("_mix")
-    return None if holder is None else holder.mix
 
 
 class Mix:
@@ -263,7 +248,8 @@ class Mix:
         self.words.remove()
         for part in self.parts.values():
             if mix_on(part) is self:
-                del vars(part)["_mix"]
+                let_go(part)
+        allow_saving(self.target)
         self._hooks, self.handles, self._in_file = [], {}, {}
 
     def _rebuild(self) -> None:
@@ -303,7 +289,8 @@ class Mix:
                 f"Adapters of an earlier vl.attach are on this {type(part).__name__} ({', '.join(there.members)}): add to that "
                 "mix (mix.add), or take it off first (mix.detach(), or vl.detach(…) of the pipeline or model)."
             )
-        vars(part)["_mix"] = Holder(self)
+        hold(part, self)
+        refuse_saving(self.target)
 
     def _check_plain_scales(self) -> None:
         """Raises ConfigError when one adapter stands for all, and a scale has more than a strength."""

@@ -11,7 +11,8 @@ from torch import nn
 import visionlora as vl
 from visionlora.errors import ConfigError
 from visionlora.lora.adapter import Adapter, AdapterModule
-from visionlora.mixing.mix import Mix, mix_on
+from visionlora.mixing.holder import mix_on
+from visionlora.mixing.mix import Mix
 from visionlora.models.base import open_base
 
 pytestmark = pytest.mark.filterwarnings("ignore")
