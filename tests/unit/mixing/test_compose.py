@@ -12,6 +12,7 @@ import visionlora as vl
 from visionlora.lora.adapter import Adapter, AdapterModule
 from visionlora.lora.arithmetic import merge_adapters
 from visionlora.mixing.compose import COMPOSITIONS, composition
+from visionlora.mixing.compose.balanced import scaled
 from visionlora.mixing.compose.base import Composition
 from visionlora.models.base import open_base
 
@@ -295,3 +296,20 @@ def test_a_layer_in_two_spellings_is_one_layer_to_a_composition() -> None:
     one, two = (next(iter(h.adapter().delta_weights().values())) for pairs in mix.handles.values() for _, h in pairs)
     assert one.norm() > 0 and two.norm() > 0
     torch.testing.assert_close(one.t() @ two, torch.zeros(6, 6), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "tensors", "said"),
+    [
+        ("full", {"value": torch.ones(3)}, "was trained in full"),
+        ("dora", {"lora_A": torch.ones(1, 4), "lora_B": torch.ones(3, 1), "magnitude": torch.ones(3)}, "is DoRA"),
+        ("ia3", {"vector": torch.ones(3)}, r"is \(IA\)³"),
+    ],
+)
+def test_what_is_no_difference_by_itself_has_no_factor(kind: str, tensors: dict, said: str) -> None:
+    given = Adapter({"model.head": AdapterModule(kind, tensors, 1.0)})
+    with pytest.raises(vl.VisionLoRAError, match=f"model.head {said}.*cannot be scaled"):
+        scaled(given, 0.5)
+    assert scaled(given, 1.0) == given
+    shift = Adapter({"model.norm.bias": AdapterModule("shift", {"shift": torch.ones(3)}, 1.0)})
+    assert torch.equal(scaled(shift, 0.5).modules["model.norm.bias"].tensors["shift"], torch.full((3,), 0.5))

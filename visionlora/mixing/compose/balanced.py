@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from visionlora.formats.inspection import norm_of
-from visionlora.lora.adapter import Adapter, AdapterModule
+from visionlora.lora.adapter import Adapter
 from visionlora.lora.arithmetic import additive
 from visionlora.mixing.compose.base import Composition
 
@@ -37,15 +37,21 @@ def whole_norm(adapter: Adapter) -> float:
 
 
 def scaled(adapter: Adapter, factor: float | Mapping[str, float]) -> Adapter:
-    """The adapter with ΔW times a factor, or each module's times its own."""
-    modules = {}
-    factors = factor if isinstance(factor, Mapping) else dict.fromkeys(adapter.modules, factor)
+    """The adapter with ΔW times a factor, or each module's times its own.
+
+    Raises:
+        AdapterFileError: for modules whose ΔW depends on the base model, of which no factor of a tensor is one of ΔW.
+    """
+    modules = dict(adapter.modules)
+    factors = factor if isinstance(factor, Mapping) else dict.fromkeys(modules, factor)
     for name, m in adapter.modules.items():
+        if factors[name] == 1:
+            continue
+        if m.kind != "shift":
+            additive(name, m, "scaled")
         if m.rank:
-            modules[name] = AdapterModule(m.kind, m.tensors, m.alpha * factors[name], m.options)
+            modules[name] = dataclasses.replace(m, alpha=m.alpha * factors[name])
         else:
             first = next(iter(m.tensors))
-            modules[name] = AdapterModule(
-                m.kind, {**m.tensors, first: m.tensors[first] * factors[name]}, m.alpha, m.options
-            )
+            modules[name] = dataclasses.replace(m, tensors={**m.tensors, first: m.tensors[first] * factors[name]})
     return dataclasses.replace(adapter, modules=modules)
