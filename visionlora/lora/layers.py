@@ -26,13 +26,14 @@ from visionlora.errors import ConfigError
 from visionlora.lora.adapted import AdaptedLayer
 from visionlora.lora.classes import adapted_class, unmask
 from visionlora.lora.functional import wide
-from visionlora.lora.kernels import CONVOLVE, HEAVY, Geometry, convolution, low_rank_conv, low_rank_linear
+from visionlora.lora.kernels import CONVOLVE, HEAVY, Geometry, Rows, convolution, low_rank_conv, low_rank_linear
 from visionlora.lora.methods.base import Method, switched
 from visionlora.lora.together import (
     Batch,
     base_outputs,
     branches_of,
     has_gain,
+    part_factors,
     part_of,
     placed,
     shared_terms,
@@ -116,8 +117,10 @@ class AdaptedLinear(AdaptedLayer):
                 if m.row_mask is not None:
                     h = h * m.row_mask.to(h.dtype).view(len(x), *(1,) * (h.dim() - 2), -1)
                 part = F.linear(h, lora_B.to(out.dtype)) * scaling
-                rows = m.site.rows
-                total = total + (part if rows is None else F.pad(part, (rows.start, out.shape[-1] - rows.stop)))
+                total = total + along_rows(part, m.site.rows, out.shape[-1])
+            for lora_A, lora_B, _ in part_factors(m):
+                part = F.linear(F.linear(x.to(out.dtype), lora_A.to(out.dtype)), lora_B.to(out.dtype))
+                total = total + along_rows(part, m.site.rows, out.shape[-1])
         return total
 
     def batched(self, x: Tensor, weight: Tensor, bias: Tensor | None, batch: Batch) -> Tensor:
@@ -271,6 +274,11 @@ class AdaptedConv(AdaptedLayer):
                 # Not in place: under some memory formats the base's output is a view of its input's layout.
                 total = total + conv_branch(base, x.to(dtype), stack.lora_A, stack.lora_B)
             return total
+
+
+def along_rows(part: Tensor, rows: Rows, out: int) -> Tensor:
+    """The output of a part of a fused layer, (..., p), among zeros for all of it, (..., o)."""
+    return part if rows is None else F.pad(part, (rows.start, out - rows.stop))
 
 
 class HeavyByMatmul(nn.Module):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from visionlora.errors import ConfigError
 from visionlora.lora.functional import stack_factors, wide
 from visionlora.lora.kernels import Branch, Rows
-from visionlora.lora.methods.base import Method
+from visionlora.lora.methods.base import Factors, Method
 
 MOST_TIMES = 3
 """How often the pictures of a batch may follow each other: twice under classifier-free guidance, three times with a picture
@@ -90,12 +90,12 @@ def build_stack(weight: Tensor, dtype: torch.dtype, active: Iterable[Method]) ->
     out = weight.shape[0]
     with torch.no_grad():
         for m in active:
-            for lora_A, lora_B, scaling in m.factors():
+            for lora_A, lora_B, scaling in (*m.factors(), *part_factors(m)):
                 factors.append((lora_A, placed(lora_B, m.site.rows, out), float(scaling)))
             if (gain := m.gain()) is not None:
                 target = with_bias if gain.with_bias else plain
                 target.append(placed(gain.value, m.site.rows, out))
-            if (scale := m.input_gain()) is not None:
+            if (scale := whole_input_gain(m)) is not None:
                 inputs.append(scale)
         down, up = stack_factors(factors) if factors else (None, None)
 
@@ -125,14 +125,14 @@ def build_batch(weight: Tensor, dtype: torch.dtype, active: Sequence[Method], pi
 
     with torch.no_grad():
         for m, share in zip(active, shares, strict=True):
-            for lora_A, lora_B, scaling in m.factors():
+            for lora_A, lora_B, scaling in (*m.factors(), *part_factors(m)):
                 up = placed(lora_B, m.site.rows, out).flatten(1)
                 for k in share.nonzero().flatten().tolist():
                     downs[k].append(wide(lora_A))
                     ups[k].append(wide(up) * (float(scaling) * float(share[k])))
             if (gain := m.gain()) is not None:
                 add("gain_with_bias" if gain.with_bias else "gain", placed(gain.value, m.site.rows, out), share)
-            if (scale := m.input_gain()) is not None:
+            if (scale := whole_input_gain(m)) is not None:
                 add("input_gain", scale, share)
         lora_A_all = lora_B_all = None
         if rank := max(sum(len(a) for a in own) for own in downs):
@@ -186,10 +186,22 @@ def total_input_gain(active: Iterable[Method]) -> Tensor | None:
     """The sum of the input gains, differentiable."""
     parts = []
     for m in active:
-        gain = m.input_gain()
+        gain = whole_input_gain(m)
         if gain is not None:
             parts.append(gain)
     return torch.stack(parts).sum(0) if len(parts) > 1 else (parts[0] if parts else None)
+
+
+def whole_input_gain(method: Method) -> Tensor | None:
+    """The input gain of a method on a whole layer; that of one on a part is not for the other parts' input."""
+    return method.input_gain() if method.site.rows is None else None
+
+
+def part_factors(method: Method) -> list[Factors]:
+    """The input gain of a method on a part of a fused linear layer: W·diag(gain), of that part alone."""
+    if method.site.rows is None or (gain := method.input_gain()) is None:
+        return []
+    return [(torch.diag(gain), method.site.weight.to(gain.dtype), 1.0)]
 
 
 def has_gain(active: Iterable[Method]) -> bool:
@@ -218,11 +230,12 @@ def base_outputs(
 
 def branches_of(active: Iterable[Method]) -> list[Branch]:
     """Every low-rank branch, for the kernels."""
-    return [
-        Branch(lora_A, lora_B, float(scaling), m.site.rows, m.dropout if m.training else 0.0)
-        for m in active
-        for lora_A, lora_B, scaling in m.factors()
-    ]
+    found = []
+    for m in active:
+        dropout = m.dropout if m.training else 0.0
+        found += [Branch(a, b, float(scaling), m.site.rows, dropout) for a, b, scaling in m.factors()]
+        found += [Branch(a, b, float(scaling), m.site.rows) for a, b, scaling in part_factors(m)]
+    return found
 
 
 def stacked_update(additive: Iterable[Method], out: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

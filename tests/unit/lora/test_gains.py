@@ -84,3 +84,28 @@ def test_in_torchs_attention_with_gradients_as_without(kind: str, own: bool) -> 
     other = x.clone().requires_grad_()
     found, _ = attention(other, x if own else other, value if own else other, need_weights=False)
     torch.testing.assert_close(found, without, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["dora-in", "ia3-in"])
+def test_a_part_of_a_fused_layer_is_as_the_layer_by_itself(kind: str) -> None:
+    """What scales the input of q is nothing to k and v, though these read the same."""
+    torch.manual_seed(0)
+    fused = nn.ModuleDict({"attn": nn.ModuleDict({"qkv": nn.Linear(6, 12)})}).requires_grad_(False)
+    whole = fused["attn"]["qkv"]
+    apart = nn.ModuleDict({part: nn.Linear(6, 4) for part in "qkv"}).requires_grad_(False)
+    for part, rows, bias in zip(apart.values(), whole.weight.chunk(3), whole.bias.chunk(3), strict=True):
+        part.weight.copy_(rows)
+        part.bias.copy_(bias)
+    own = {"q": module(kind, apart["q"].weight, 3), "v": module(kind, apart["v"].weight, 4)}
+    names = {"fused": "model.attn.qkv.", "apart": "model."}
+    on = {where: Adapter({start + part: m for part, m in own.items()}) for where, start in names.items()}
+    x = torch.randn(2, 3, 6)
+    with torch.no_grad(), vl.attach(apart, {"a": on["apart"]}):
+        wanted = torch.cat([part(x) for part in apart.values()], dim=-1)
+    with torch.no_grad():
+        for mode in ("merged", "stacked", "batched"):
+            with vl.attach(fused, {"a": on["fused"]}, mode=mode):
+                torch.testing.assert_close(whole(x), wanted, rtol=1e-4, atol=1e-5, msg=mode)
+    attach(fused, on["fused"])
+    torch.testing.assert_close(whole(x.clone().requires_grad_()), wanted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.compile(whole, backend="eager")(x), wanted, rtol=1e-4, atol=1e-5)
