@@ -15,6 +15,7 @@ from torch import Tensor
 from visionlora.diffusion.conditioning import as_long, empty_is_zero, words_or_states
 from visionlora.diffusion.encode import encode_text, window_count
 from visionlora.diffusion.recipe import SCHEDULERS
+from visionlora.diffusion.settings import BASE_DTYPES
 from visionlora.errors import ConfigError, ModelError
 from visionlora.models.base import BaseModel
 
@@ -64,9 +65,7 @@ def pictures_of(pipe: Any, latents: Tensor) -> list[Image.Image]:
         ModelError: when it gives NaN in fp32 too, or the latents are NaN.
     """
     if not torch.isfinite(latents).all():
-        raise ModelError(
-            "The UNet gives NaN or infinite latents. Use --precision bf16 or fp32, or a lower adapter scale."
-        )
+        raise not_finite(latents.dtype)
     vae = pipe.vae
     scaled = latents.to(vae.device, vae.dtype) / vae.config.scaling_factor
     pixels = vae.decode(scaled, return_dict=False)[0]
@@ -77,6 +76,16 @@ def pictures_of(pipe: Any, latents: Tensor) -> list[Image.Image]:
         return pictures_of(pipe, latents)
     pictures: list[Image.Image] = pipe.image_processor.postprocess(pixels, output_type="pil")
     return pictures
+
+
+def not_finite(dtype: torch.dtype) -> ModelError:
+    """What is said of a UNet that gives NaN in this dtype: none but a wider one can help."""
+    word = next((word for word, known in BASE_DTYPES.items() if known == dtype), str(dtype).removeprefix("torch."))
+    advice = {torch.float16: "--precision bf16 or fp32, or ", torch.bfloat16: "--precision fp32, or "}.get(dtype, "")
+    return ModelError(
+        f"The UNet gives NaN or infinite latents in {word}. Use {advice}a lower scale of the adapters or of the guidance; "
+        "where none helps, the weights of the base or of an adapter are damaged."
+    )
 
 
 @torch.no_grad()
