@@ -45,11 +45,11 @@ _HOMES = {
     "load_adapter": "visionlora.loaders",
     "load_classifier": "visionlora.classifier",
     "load_pipeline": "visionlora.loaders",
-    "merge_adapters": "visionlora.lora.arithmetic",
+    "merge_adapters": "visionlora.loaders",
     "pack": "visionlora.lora.packed",
     "merge_together": "visionlora.lora.merge",
     "predict": "visionlora.pipelines.predict",
-    "resize_adapter": "visionlora.lora.arithmetic",
+    "resize_adapter": "visionlora.loaders",
     "save_adapter": "visionlora.loaders",
     "train_sd": "visionlora.pipelines.train_sd",
 }
@@ -66,13 +66,13 @@ if TYPE_CHECKING:
     from visionlora.formats.inspection import inspect_file as inspect_file
     from visionlora.loaders import load_adapter as load_adapter
     from visionlora.loaders import load_pipeline as load_pipeline
+    from visionlora.loaders import merge_adapters as merge_adapters
+    from visionlora.loaders import resize_adapter as resize_adapter
     from visionlora.loaders import save_adapter as save_adapter
     from visionlora.lora.adapter import Adapter as Adapter
     from visionlora.lora.arithmetic import Result as Result
     from visionlora.lora.arithmetic import Size as Size
     from visionlora.lora.arithmetic import extract_adapter as extract_adapter
-    from visionlora.lora.arithmetic import merge_adapters as merge_adapters
-    from visionlora.lora.arithmetic import resize_adapter as resize_adapter
     from visionlora.lora.combine import Options as Options
     from visionlora.lora.config import AdapterConfig as AdapterConfig
     from visionlora.lora.handle import Handle as Handle

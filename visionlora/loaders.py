@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,10 @@ from visionlora.formats import diffusers, kohya, native, peft
 from visionlora.formats.families import context_width, family_of, family_of_unet, flat_shapes
 from visionlora.formats.parts import first_not_finite
 from visionlora.formats.read import read
+from visionlora.lora import arithmetic
 from visionlora.lora.adapter import Adapter
-from visionlora.lora.arithmetic import Result, adapter_of
+from visionlora.lora.arithmetic import Progress, Result, Size
+from visionlora.lora.combine import Options
 from visionlora.lora.handle import Handle
 from visionlora.lora.inject import attach
 from visionlora.models.base import BaseModel, open_base
@@ -46,6 +48,35 @@ def load_adapter(path: str | Path, allow_partial: bool = False) -> Adapter:
         AdapterFileError: see `visionlora.formats.read.read`.
     """
     return read(Path(path).expanduser(), allow_partial)
+
+
+def adapter_of(given: Any) -> Adapter:
+    """An adapter, or that of a result or of a file.
+
+    Raises:
+        ConfigError: when it is none of these.
+        AdapterFileError: when a file cannot be read.
+    """
+    return load_adapter(given) if isinstance(given, (str, Path)) else arithmetic.adapter_of(given)
+
+
+def merge_adapters(
+    adapters: Sequence[Any], method: str = "sum", size: Size | None = None,
+    options: Options | None = None, progress: Progress | None = None,
+) -> Result:  # fmt: skip
+    """`visionlora.lora.arithmetic.merge_adapters`, of files too: each is an adapter, a result or a path, or a pair of one of
+    these and its scale.
+    """
+    opened = [
+        (adapter_of(given[0]), given[1]) if isinstance(given, (tuple, list)) and len(given) == 2 else adapter_of(given)
+        for given in adapters
+    ]
+    return arithmetic.merge_adapters(opened, method, size, options, progress)
+
+
+def resize_adapter(adapter: Adapter | Result | str | Path, size: Size, progress: Progress | None = None) -> Result:
+    """`visionlora.lora.arithmetic.resize_adapter`, of a file too."""
+    return arithmetic.resize_adapter(adapter_of(adapter), size, progress)
 
 
 def save_adapter(adapter: Adapter | Result | str | Path, path: str | Path, format: str = "visionlora") -> None:

@@ -5,9 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
+import visionlora as vl
 from visionlora.errors import AdapterFileError
 from visionlora.loaders import apply, check_base, load_adapter, load_pipeline, save_adapter
-from visionlora.lora.adapter import Adapter
+from visionlora.lora.adapter import Adapter, AdapterModule
+from visionlora.lora.arithmetic import Result
 from visionlora.lora.config import AdapterConfig
 from visionlora.lora.inject import inject
 from visionlora.models.base import BaseModel, open_base
@@ -98,3 +100,22 @@ def test_an_adapter_of_another_transformers_is_for_the_same_text_encoder(tiny_mo
     with pytest.raises(AdapterFileError, match="has the same architecture but other weights"):
         check_base(adapter, other)
     check_base(adapter, other, force=True)
+
+
+def test_files_and_results_are_adapters_too(tmp_path: Path) -> None:
+    first, second = (
+        Adapter({"unet.a": AdapterModule.lora(torch.randn(2, 4), torch.randn(3, 2), 2.0)}) for _ in range(2)
+    )
+    file = tmp_path / "a.safetensors"
+    vl.save_adapter(first, file)
+    wanted = vl.merge_adapters([(first, 1.0), (second, 1.0)])
+    for given in ([file, second], [(str(file), 1), Result(second, {})]):
+        found = vl.merge_adapters(given).adapter.delta_weights()
+        for name, delta in wanted.adapter.delta_weights().items():
+            torch.testing.assert_close(found[name], delta)
+    assert vl.resize_adapter(str(file), vl.Size(rank=1)).ranks == {"unet.a": 1}
+    vl.save_adapter(wanted, tmp_path / "b.safetensors")
+    vl.save_adapter(file, tmp_path / "c.safetensors", "kohya")
+    assert vl.inspect_file(str(tmp_path / "c.safetensors")).summary.format == "kohya"
+    with pytest.raises(vl.VisionLoRAError, match="Give a list of pairs of adapter and scale"):
+        vl.merge_adapters([(file, file)])

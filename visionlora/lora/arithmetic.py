@@ -6,9 +6,8 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib import import_module
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -121,20 +120,16 @@ def words_of(adapters: Sequence[Adapter]) -> dict[str, dict[str, Tensor]]:
 
 
 def adapter_of(given: Any) -> Adapter:
-    """An adapter, or that of a result or of a file.
+    """An adapter, or that of a result.
 
     Raises:
-        ConfigError: when it is none of these.
-        AdapterFileError: when a file cannot be read.
+        ConfigError: when it is neither.
     """
-    if isinstance(given, (str, Path)):
-        # The loaders lie above this room, so they are looked up when they are called for.
-        return cast("Adapter", import_module("visionlora.loaders").load_adapter(given))
     found = given.adapter if isinstance(given, Result) else given
     if not isinstance(found, Adapter):
         raise ConfigError(
-            f"A {type(given).__name__} is no adapter: give an Adapter, such as load_adapter(path) or handle.adapter(), what "
-            "merge_adapters and its like return, or the path of a file."
+            f"A {type(given).__name__} is no adapter: give an Adapter, such as load_adapter(path) or handle.adapter(), or what "
+            "merge_adapters and its like return."
         )
     return found
 
@@ -148,8 +143,8 @@ def merge_adapters(
     With method `sum` and no size the result is exact: the ranks of a module add up and ΔW is the weighted sum.
 
     Args:
-        adapters: pairs of adapter and scale, or adapters alone for a scale of 1, at least one; see `adapter_of` for what
-            counts as an adapter.
+        adapters: pairs of adapter and scale, or adapters alone for a scale of 1, at least one. A result counts as
+            its adapter.
         method: `sum`, `ties`, `dare`, `knots`, `iso-c` or a plug-in's; see `visionlora.lora.combine`.
         size: makes the result smaller by the best low-rank approximation, from the factors alone.
         options: of methods that drop values.
@@ -275,11 +270,11 @@ def lost(s: Tensor, rank: int, total: float | None = None) -> float:
     return math.sqrt(max(0.0, 1 - float(squares[:rank].sum()) / whole)) if whole > 0 else 0.0
 
 
-def resize_adapter(adapter: Adapter | Result | str | Path, size: Size, progress: Progress | None = None) -> Result:
+def resize_adapter(adapter: Adapter | Result, size: Size, progress: Progress | None = None) -> Result:
     """A smaller LoRA with the nearest ΔW, module by module; LoHa, LoKr and differences become LoRA on the way.
 
     Args:
-        adapter: of any kind whose ΔW does not depend on the base; or a file of one.
+        adapter: of any kind whose ΔW does not depend on the base.
         size: the rank, or the share of ‖ΔW‖² to keep.
         progress: called with (modules done, modules).
 

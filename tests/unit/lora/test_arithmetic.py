@@ -352,18 +352,10 @@ def test_scales_that_are_all_zero_are_noted() -> None:
     assert merge_adapters([(adapter(0), 0.0), (adapter(1), 0.5)]).notes == ()
 
 
-def test_files_and_results_are_adapters_too(tmp_path: Path) -> None:
-    file = tmp_path / "a.safetensors"
-    vl.save_adapter(adapter(0), file)
-    wanted = merge_adapters([(adapter(0), 1.0), (adapter(1), 1.0)])
-    for given in ([file, adapter(1)], [(str(file), 1), Result(adapter(1), {})]):
-        found = merge_adapters(given).adapter.delta_weights()
-        for name, delta in wanted.adapter.delta_weights().items():
-            torch.testing.assert_close(found[name], delta)
-    assert set(resize_adapter(file, Size(rank=1)).ranks.values()) == {1}
-    vl.save_adapter(wanted, tmp_path / "b.safetensors")
-    vl.save_adapter(file, tmp_path / "c.safetensors", "kohya")
-    assert vl.inspect_file(str(tmp_path / "c.safetensors")).summary.format == "kohya"
+def test_results_are_adapters_too() -> None:
+    wanted = merge_adapters([(adapter(0), 1.0), (adapter(1), 1.0)]).adapter.delta_weights()
+    found = merge_adapters([(adapter(0), 1), Result(adapter(1), {})]).adapter.delta_weights()
+    assert all(torch.equal(found[name], delta) for name, delta in wanted.items())
 
 
 @pytest.mark.parametrize("run", [lambda: vl.save_adapter({}, "a"), lambda: resize_adapter(3, Size(rank=1)),
