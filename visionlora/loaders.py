@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -287,7 +288,10 @@ def load_pipeline(
     scales: Mapping[str, float] | None = None,
     force: bool = False,
 ) -> Any:
-    """A `StableDiffusionPipeline` with adapters on it, each with its own scale.
+    """A `StableDiffusionPipeline` with adapters on it, each with its own scale, in fp32 on the CPU; its `to` moves and casts
+    the adapters too.
+
+    Warns where an adapter was trained with a `clip_skip`, which a pipeline is told at each call.
 
     Args:
         adapters: name -> file, run folder or `Adapter`.
@@ -304,4 +308,11 @@ def load_pipeline(
     follow_noise(base, loaded.values())
     for name, adapter in loaded.items():
         apply(base, adapter, name, (scales or {}).get(name, 1.0), force)
+        if adapter.clip_skip != 1 and not base.is_xl:  # kohya writes it for SDXL too, where it is nothing
+            warnings.warn(
+                f"{name} was trained with clip_skip {adapter.clip_skip}, and the pipeline reads the last layer unless a call "
+                f"says otherwise: pipe(…, clip_skip={adapter.clip_skip - 1}), as diffusers counts from 0. vl.generate does so "
+                "by itself.",
+                stacklevel=2,
+            )
     return base.pipe

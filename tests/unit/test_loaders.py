@@ -1,5 +1,6 @@
 """Adapter files on pipelines: by run folder, several at once, each with its scale."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -119,3 +120,11 @@ def test_files_and_results_are_adapters_too(tmp_path: Path) -> None:
     assert vl.inspect_file(str(tmp_path / "c.safetensors")).summary.format == "kohya"
     with pytest.raises(vl.VisionLoRAError, match="Give a list of pairs of adapter and scale"):
         vl.merge_adapters([(file, file)])
+
+
+def test_a_pipeline_says_what_its_calls_must_be_told(tiny_model: Path) -> None:
+    plain = random_adapter(open_base(str(tiny_model)), 0)
+    trained = replace(plain, info={**plain.info, "training": {"clip_skip": 2}})
+    with pytest.warns(UserWarning, match=r"b was trained with clip_skip 2, .*: pipe\(…, clip_skip=1\)") as told:
+        load_pipeline({"a": plain, "b": trained}, str(tiny_model))
+    assert len(told) == 1
