@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from visionlora.models.base import BaseModel
+from visionlora.models.base import BaseModel, quiet
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,23 @@ def token_ids(base: BaseModel, captions: Sequence[str]) -> list[Tensor]:
 
 
 def ids_of(pipe: Any, tokenizer: Any, texts: Sequence[str]) -> Tensor:
-    """(texts, t), cut and padded to what the encoder reads; a learned word may stand for several."""
-    whole = [pipe.maybe_convert_prompt(text, tokenizer) for text in texts]
+    """(texts, t), cut and padded to what the encoder reads."""
+    whole = [spelled_out(pipe, tokenizer, text) for text in texts]
     limit = {"padding": "max_length", "truncation": True, "max_length": tokenizer.model_max_length}
     ids: Tensor = tokenizer(whole, return_tensors="pt", **limit).input_ids
+    return ids
+
+
+def spelled_out(pipe: Any, tokenizer: Any, text: str) -> str:
+    """A text with all the tokens of its learned words, of which one may stand for several."""
+    with quiet("transformers"):  # which warns here of every long text, though none is cut
+        found: str = pipe.maybe_convert_prompt(text, tokenizer)
+    return found
+
+
+def all_ids(pipe: Any, tokenizer: Any, text: str) -> list[int]:
+    """The tokens of a text of any length, with begin and end."""
+    ids: list[int] = tokenizer(spelled_out(pipe, tokenizer, text), truncation=False, verbose=False).input_ids
     return ids
 
 
@@ -72,11 +85,11 @@ def windows_of(pipe: Any, tokenizer: Any, text: str, most: int) -> tuple[Tensor,
     begin, end and padding. The last that there may be is filled.
     """
     length = int(tokenizer.model_max_length)
-    ids = tokenizer(pipe.maybe_convert_prompt(text, tokenizer), truncation=False, verbose=False).input_ids
+    ids = all_ids(pipe, tokenizer, text)
     if len(ids) <= length:
         return ids_of(pipe, tokenizer, [text]), []
     rows: list[list[int]] = []
-    rest: list[int] = ids[1:-1]
+    rest = ids[1:-1]
     while rest and len(rows) < most:
         end = length - 2 if len(rows) == most - 1 else parting(tokenizer, rest, length - 2)
         row = [tokenizer.bos_token_id, *rest[:end], tokenizer.eos_token_id]

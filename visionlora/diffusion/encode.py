@@ -20,6 +20,7 @@ from visionlora.data.groups import Group, grouped
 from visionlora.data.images import decode
 from visionlora.diffusion.conditioning import (
     Conditioning,
+    all_ids,
     as_long,
     empty_is_zero,
     ids_of,
@@ -172,7 +173,7 @@ def cut_captions(base: BaseModel, captions: Sequence[str]) -> list[tuple[str, st
             if lost := windows_of(base.pipe, tokenizer, caption, base.windows)[1]:
                 cut.append((caption, str(tokenizer.decode(lost)).strip()))
             continue
-        ids = tokenizer(base.pipe.maybe_convert_prompt(caption, tokenizer), truncation=False, verbose=False).input_ids
+        ids = all_ids(base.pipe, tokenizer, caption)
         if len(ids) > tokenizer.model_max_length:
             cut.append((caption, str(tokenizer.decode(ids[tokenizer.model_max_length - 1 : -1])).strip()))
     return cut

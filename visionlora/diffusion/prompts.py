@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from visionlora.diffusion.conditioning import text_states, words_or_states
+from visionlora.diffusion.conditioning import all_ids, text_states, words_or_states
 from visionlora.errors import ConfigError
+from visionlora.models.base import quiet
 
 WEIGHT = re.compile(r"(?<!\\)\((?P<words>(?:\\.|[^()\\])+?):\s*(?P<weight>\d+(?:\.\d+)?|\.\d+)\s*\)")
 ESCAPED = re.compile(r"\\([()\[\]\\])")
@@ -52,9 +53,7 @@ def weighted(prompt: str) -> list[tuple[str, float]]:
 
 def too_long(pipe: Any, prompt: str) -> bool:
     """Whether the text encoder would not see the end of a prompt."""
-    whole = pipe.maybe_convert_prompt(unescaped(prompt), pipe.tokenizer)  # a learned word may stand for several
-    ids = pipe.tokenizer(whole, truncation=False, verbose=False).input_ids
-    return len(ids) > int(pipe.tokenizer.model_max_length)
+    return len(all_ids(pipe, pipe.tokenizer, unescaped(prompt))) > int(pipe.tokenizer.model_max_length)
 
 
 def in_words(pipe: Any, prompt: str) -> bool:
@@ -122,7 +121,7 @@ def prompt_arguments(pipe: Any, prompts: Sequence[str], negative: str, clip_skip
         ) if two else None
 
     distinct = list(dict.fromkeys(prompts))
-    with torch.no_grad():
+    with torch.no_grad(), quiet("transformers"):  # its tokenizers warn of texts that are read to their end here
         texts, (without, pooled_without) = [read(text) for text in distinct], read(negative)
         states = reader.pad_conditioning_tensors_to_same_length(
             [*(text for text, _ in texts), without], read("")[0] if two else None

@@ -1,6 +1,8 @@
 """Weights in prompts and prompts that are too long."""
 
+import copy
 import json
+import logging
 import sys
 from pathlib import Path
 
@@ -192,3 +194,20 @@ def test_what_does_not_fit_into_the_windows_is_named(tiny_model: Path) -> None:
     base = open_base(str(tiny_model)).reading(1, windows=2)
     ((_, lost),) = cut_captions(base, [" ".join("abcdefghijklmnopqrstuvwxyzabcd")])
     assert lost == "c d" and encode_text(base, ["a"])[0]["text"].shape[0] == 16
+
+
+def test_no_warning_of_a_prompt_that_is_read_to_its_end(pipe) -> None:
+    pytest.importorskip("compel")
+    said: list[str] = []
+    another = copy.deepcopy(pipe.tokenizer)  # each warns once
+    ears = logging.Handler()
+    ears.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    log = logging.getLogger("transformers")
+    log.addHandler(ears)
+    try:
+        read = prompt_arguments(pipe, ["a dog " * 20], "")
+        assert not [line for line in said if "longer than" in line]
+        another("a dog " * 20)
+    finally:
+        log.removeHandler(ears)
+    assert read["prompt_embeds"].shape[1] > 16 and [line for line in said if "longer than" in line]
