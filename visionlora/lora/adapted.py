@@ -30,6 +30,19 @@ class AdaptedLayer(nn.Module):
         self.originals = {n: fn(t) for n, t in self.originals.items()}
         return found
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """What torch calls to load values.
+
+        Raises:
+            ConfigError: for those of what adapters are merged into, which are written anew from its originals.
+        """
+        if lost := next((prefix + name for name in self.originals if prefix + name in state_dict), ""):
+            raise ConfigError(
+                f"Adapters are merged into {lost}, and what is loaded there would be gone with them: take them out first "
+                "(mix.detach(), handle.unmerge()), load, and put them on again."
+            )
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
     def methods(self) -> Iterator[Method]:
         """Every adapter's part on this layer."""
         return (cast(Method, m) for m in self.adapters.values())

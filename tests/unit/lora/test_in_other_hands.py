@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from visionlora.errors import ConfigError
+from visionlora.lora.adapter import Adapter, AdapterModule
 from visionlora.lora.config import AdapterConfig
 from visionlora.lora.handle import Handle
 from visionlora.lora.inject import attach, inject
@@ -585,3 +586,17 @@ def test_layers_are_called_as_torchs_are() -> None:
     x = torch.randn(2, 4, requires_grad=True)
     for name in ("dense", "norm", "act"):
         assert torch.equal(model[name](input=x), model[name](x))
+
+
+def test_values_are_not_loaded_into_what_will_be_put_back() -> None:
+    model = nn.Sequential(nn.Linear(4, 4)).requires_grad_(False)
+    plain = copy.deepcopy(model.state_dict())
+    handle = attach(model, Adapter({"model.0": AdapterModule.lora(torch.ones(1, 4), torch.ones(4, 1), 1.0)}))
+    handle.merge()
+    for there, prefix in ((model, "0."), (model[0], "")):
+        with pytest.raises(ConfigError, match=f"Adapters are merged into {prefix}weight, .* handle.unmerge"):
+            there.load_state_dict({f"{prefix}weight": torch.zeros(4, 4)}, strict=False)
+    handle.unmerge()
+    model.load_state_dict({"0.weight": torch.zeros(4, 4)}, strict=False)
+    handle.eject()
+    assert not model[0].weight.any() and torch.equal(model[0].bias, plain["0.bias"])
