@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ class Moments:
         self._timesteps: Tensor | None = None
         self._levels = torch.zeros(0)
         self._first = self._last = 0
+        self._warned = False
 
     def at(self, timestep: Any) -> tuple[int, int]:
         """(step, steps) of a timestep: its place in the scheduler's list, or by its value where there is no scheduler."""
@@ -50,7 +52,19 @@ class Moments:
                     self._first = step
                 self._last = step
                 return step - self._first, steps - self._first
+            self._warn(value)
         return min(TRAINED_TIMESTEPS - 1, max(0, TRAINED_TIMESTEPS - 1 - round(value))), TRAINED_TIMESTEPS
+
+    def _warn(self, value: float) -> None:
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"Adapters that change from step to step follow the scheduler of their {type(self.target).__name__}, which has "
+                f"no timestep {value:g}: another pipeline of the same UNet may have one of its own. Give both one scheduler "
+                "(other.scheduler = pipe.scheduler), or attach the adapters to the other; until then a timestep stands for one "
+                "of 1000 steps.",
+                stacklevel=2,
+            )
 
 
 def levels(timesteps: Tensor, asked: int) -> Tensor:

@@ -1,6 +1,7 @@
 """Steps of every scheduler, of pictures to start from, of samplings that end early and of several pipelines of one model."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import diffusers
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 import visionlora as vl
 from visionlora.errors import ConfigError
 from visionlora.lora.adapter import Adapter, AdapterModule
+from visionlora.mixing.moments import Moments
 from visionlora.models.base import open_base
 
 from .test_mix import adapter
@@ -90,3 +92,12 @@ def test_models_without_timesteps_are_told_so(how: dict) -> None:
     with pytest.raises(ConfigError, match="follow the timestep, which Sequential is not given"):
         vl.attach(model, {"a": lora, "b": lora}, **how)
     assert type(model[0]) is nn.Linear
+
+
+def test_a_pipeline_with_a_scheduler_of_its_own_is_noticed() -> None:
+    target = SimpleNamespace(scheduler=SimpleNamespace(timesteps=torch.tensor([900, 500, 100]), num_inference_steps=3))
+    moments = Moments(target)
+    assert [moments.at(t) for t in (900, 500)] == [(0, 3), (1, 3)]
+    with pytest.warns(UserWarning, match=r"SimpleNamespace, which has no timestep 749: another pipeline") as told:
+        assert moments.at(749) == moments.at(torch.tensor([749])) == (250, 1000)
+    assert len(told) == 1
