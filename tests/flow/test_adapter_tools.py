@@ -137,6 +137,9 @@ def test_inspect_a_folder(files: Path) -> None:
         and "ink word" in text
         and "broken.safetensors is not a whole safetensors file" in text
     )
+    torch.save({"unet.a": torch.ones(1)}, files / "old.bin")
+    assert f"{files / 'old.bin'}: a pickle: inspect the file itself" in run("inspect", files)
+    (files / "old.bin").unlink()
     found = {Path(s["path"]).name: s for s in json.loads(run("inspect", files, "--json"))}
     assert set(found) == {"dog.safetensors", "ink.safetensors", "broken.safetensors", "peft"}
     assert (

@@ -89,7 +89,7 @@ def table(found: list[Summary]) -> None:
     Console(width=None if Console().is_terminal else 160).print(shown)
     for s in found:
         if s.problem:
-            typer.echo(f"  {s.problem}")
+            typer.echo(f"  {s.problem}" if s.path in s.problem else f"  {s.path}: {s.problem}")
 
 
 def page(seen: Inspection, modules: bool) -> None:

@@ -16,7 +16,7 @@ import torch
 
 from visionlora.errors import AdapterFileError
 from visionlora.formats import peft
-from visionlora.formats.container import Header, file_hashes, is_pickle, read_header
+from visionlora.formats.container import SUFFIXES, Header, file_hashes, is_pickle, read_header
 from visionlora.formats.families import family_of
 from visionlora.formats.names import locate_all
 from visionlora.formats.parts import split_key
@@ -25,7 +25,6 @@ from visionlora.lora.adapter import PRODUCT_KINDS, Adapter, AdapterModule, base_
 from visionlora.lora.functional import wide
 from visionlora.lora.inject import fit, no_garbage_collection
 
-SUFFIXES = (".safetensors", ".pt", ".bin", ".ckpt")
 ROW_RANKS = ("down", "hada_w1_b", "lokr_w1_b", "lokr_w2_b", "lambda_d")
 KIND_OF_SLOT = {
     "hada_w1_a": "loha",
