@@ -7,8 +7,9 @@ from pathlib import Path
 
 from visionlora.atomic import check_new
 from visionlora.errors import ConfigError, nearest
+from visionlora.formats.container import SUFFIXES
 from visionlora.formats.embeddings import files_beside
-from visionlora.loaders import load_adapter, save_adapter
+from visionlora.loaders import check_format, load_adapter, save_adapter
 from visionlora.lora.adapter import Adapter
 
 
@@ -28,9 +29,9 @@ def convert(
 
     Raises:
         AdapterFileError: when the source cannot be read, or the format cannot hold it: what is lost, which one keeps it.
-        ConfigError: when the output exists.
+        ConfigError: when the output exists, or no program would know an adapter by its name.
     """
-    check_new(Path(output).expanduser(), overwrite)
+    check_output(output, to, overwrite)
     adapter = load_adapter(source, allow_partial)
     if component:
         if component not in adapter.components:
@@ -43,6 +44,28 @@ def convert(
         )
     save_new(adapter, output, to, overwrite)
     return adapter
+
+
+def check_output(output: str | Path, to: str, overwrite: bool) -> None:
+    """Raises what can be said of an output before there is anything to write.
+
+    Raises:
+        AdapterFileError: when there is no such format.
+        ConfigError: when other programs would not find an adapter under this name, or something is there already.
+    """
+    check_format(to)
+    path = Path(output).expanduser()
+    stem = path.with_suffix("") if path.suffix.lower() in SUFFIXES else path
+    if to != "peft" and path.suffix.lower() != ".safetensors":
+        raise ConfigError(
+            f"{output} does not end in .safetensors, by which programs know adapters: write {stem.name}.safetensors"
+            + (", or --to peft for a folder." if stem == path else ".")
+        )
+    if to == "peft" and stem != path:
+        raise ConfigError(
+            f"{output} would be a folder, as PEFT has adapters: write {stem.name}, or choose another --to."
+        )
+    check_new(path, overwrite)
 
 
 def save_new(adapter: Adapter, output: str | Path, to: str, overwrite: bool) -> None:

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor
+from visionlora.pipelines.convert import check_output
 
-from visionlora.atomic import check_new
 from visionlora.errors import AdapterFileError
 from visionlora.formats.container import open_file
 from visionlora.loaders import save_adapter
@@ -60,7 +60,7 @@ def extract(
         ModelError: when one cannot be opened.
         ConfigError: when the output exists or the size is out of range.
     """
-    check_new(Path(output).expanduser(), overwrite)
+    check_output(output, to, overwrite)
     (before, info), (after, _) = states_of(base), states_of(tuned)
     if set(before) != set(after):
         raise AdapterFileError(

@@ -7,9 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from visionlora.pipelines.convert import save_new
+from visionlora.pipelines.convert import check_output, save_new
 
-from visionlora.atomic import check_new
 from visionlora.config.generate import use_from
 from visionlora.errors import ConfigError
 from visionlora.loaders import load_adapter
@@ -44,7 +43,7 @@ def merge(
     for path, scale, _ in uses:
         if not math.isfinite(scale):
             raise ConfigError(f"The scale of {path} is {scale}; it must be a finite number, such as 0.8.")
-    check_new(Path(output).expanduser(), overwrite)
+    check_output(output, to, overwrite)
     adapters = [(in_blocks(load_adapter(path), path, blocks), scale) for path, scale, blocks in uses]
     result = merge_adapters(adapters, method, size, options, progress)
     save_new(result.adapter, output, to, overwrite)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from visionlora.pipelines.convert import save_new
+from visionlora.pipelines.convert import check_output, save_new
 
-from visionlora.atomic import check_new
 from visionlora.loaders import load_adapter
 from visionlora.lora.arithmetic import Progress, Result, Size, resize_adapter
 
@@ -21,7 +20,7 @@ def resize(
         AdapterFileError: when the source cannot be read or resized, or the result cannot be written.
         ConfigError: when the output exists or the size is out of range.
     """
-    check_new(Path(output).expanduser(), overwrite)
+    check_output(output, to, overwrite)
     result = resize_adapter(load_adapter(source), size, progress)
     save_new(result.adapter, output, to, overwrite)
     return result

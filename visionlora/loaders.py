@@ -93,8 +93,7 @@ def save_adapter(adapter: Adapter | Result | str | Path, path: str | Path, forma
         AdapterFileError: when the format is unknown or cannot hold the adapter, a value is NaN or infinite, or the path cannot
             be written.
     """
-    if format not in WRITERS:
-        raise AdapterFileError(f"There is no adapter format {format!r}. {nearest(format, WRITERS)}")
+    check_format(format)
     adapter = adapter_of(adapter)
     if (bad := first_not_finite(adapter.modules)) is not None:
         raise AdapterFileError(
@@ -102,6 +101,12 @@ def save_adapter(adapter: Adapter | Result | str | Path, path: str | Path, forma
             "was too large."
         )
     WRITERS[format](adapter, Path(path).expanduser())
+
+
+def check_format(format: str) -> None:
+    """Raises AdapterFileError when there is no such format."""
+    if format not in WRITERS:
+        raise AdapterFileError(f"There is no adapter format {format!r}. {nearest(format, WRITERS)}")
 
 
 def check_base(adapter: Adapter, base: BaseModel, force: bool = False, allow_partial: bool = False) -> None:

@@ -211,8 +211,8 @@ def test_factors_of_blocks_are_those_of_drawing(files: Path, tiny_model: Path, t
 def test_factors_that_a_file_cannot_hold_are_refused(files: Path, tmp_path: Path, words: str, text: str) -> None:
     for verb in (["merge"], ["bake", "auto"]):
         with pytest.raises(ConfigError, match=text):
-            run(*verb, f"{files / 'dog.safetensors'}@{words}", "-o", tmp_path / "x")
-    assert not (tmp_path / "x").exists()
+            run(*verb, f"{files / 'dog.safetensors'}@{words}", "-o", tmp_path / "x.safetensors")
+    assert not (tmp_path / "x.safetensors").exists()
 
 
 @pytest.mark.parametrize("to", ["visionlora", "kohya", "diffusers"])
@@ -344,12 +344,11 @@ def test_extract_from_two_vits(tmp_path: Path) -> None:
     }
     save_file(before, tmp_path / "a.safetensors")
     save_file(after, tmp_path / "b.safetensors")
-    text = run(
-        "extract", tmp_path / "a.safetensors", tmp_path / "b.safetensors", "--energy", 0.999, "-o", tmp_path / "c"
-    )
+    output = tmp_path / "c.safetensors"
+    text = run("extract", tmp_path / "a.safetensors", tmp_path / "b.safetensors", "--energy", 0.999, "-o", output)
     assert "1 modules, rank 2" in text
     torch.testing.assert_close(
-        vl.load_adapter(tmp_path / "c").delta_weights()["model.blocks.0.attn.qkv"], delta, rtol=1e-3, atol=1e-5
+        vl.load_adapter(output).delta_weights()["model.blocks.0.attn.qkv"], delta, rtol=1e-3, atol=1e-5
     )
 
 
@@ -369,6 +368,11 @@ def test_a_baked_model_keeps_no_originals_and_other_adapters_see_the_plain_base(
 REFUSALS = {
     "output exists": (["convert", "dog.safetensors", "ink.safetensors"], "ink.safetensors exists already; name another output"),
     "format": (["convert", "dog.safetensors", "x", "--to", "koya"], "There is no adapter format 'koya'. Did you mean 'kohya'?"),
+    "name": (["merge", "dog.safetensors", "-o", "dog-v1.5"], "write dog-v1.5.safetensors, or --to peft for a folder."),
+    "name of a pickle": (["convert", "dog.safetensors", "x.bin"], "x.bin does not end in .safetensors, by which programs know "
+                         "adapters: write x.safetensors."),
+    "name of a file for a folder": (["convert", "dog.safetensors", "x.safetensors", "--to", "peft"], "would be a folder, as "
+                                    "PEFT has adapters: write x, or choose another --to."),
     "no file": (["inspect", "nothing.safetensors"], "There is no adapter file at"),
     "scale": (["merge", "dog.safetensors:much", "-o", "x"], "'much' is not a number; write path or path:scale."),
     "scale that is no number": (["merge", "dog.safetensors:nan", "-o", "x"], "a scale must be a finite number, such as 0.8"),
@@ -392,7 +396,7 @@ def test_merge_refuses_scales_that_are_not_finite(tmp_path: Path) -> None:
     from visionlora.pipelines.merge import merge
 
     with pytest.raises(VisionLoRAError, match="The scale of dog is inf; it must be a finite number"):
-        merge([("dog", float("inf"))], tmp_path / "x")
+        merge([("dog", float("inf"))], tmp_path / "x.safetensors")
 
 
 def test_bake_refuses_a_classifier(tmp_path: Path) -> None:
