@@ -94,7 +94,9 @@ def windows_of(model: nn.Module) -> dict[str, Any]:
     """Of timm's first Swin, whose position biases are those of its windows: these stay, as where timm makes it anew."""
     if type(model).__module__ != "timm.models.swin_transformer":
         return {}
-    return {"window_size": tuple(stage.blocks[0].window_size for stage in cast(Any, model).layers)}
+    sizes = tuple(stage.blocks[0].window_size for stage in cast(Any, model).layers)
+    each = hasattr(model, "_ref_window_sizes")  # timm before 1.0.31 takes one for all, which small stages cut down themselves
+    return {"window_size": sizes if each else sizes[0]}
 
 
 def resample_torchvision(model: Any, size: int) -> None:

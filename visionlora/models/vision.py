@@ -206,6 +206,7 @@ def at_size(opened: VisionModel, size: int) -> VisionModel:
     known = opened.fingerprints()["model"]
     with quiet():
         set_input_size(opened.id, opened.model, size, own)
+    opened.model.requires_grad_(False)  # positions that were resampled are new parameters in timm before 1.0.31
     return replace(
         opened, why=f"{opened.why} It reads {size} px instead of its own {own}.", image_size=size, at_own_size=known,
         preprocessing=replace(opened.preprocessing, size=size),
