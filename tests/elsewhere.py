@@ -32,6 +32,8 @@ class Elsewhere(Tensor):
 
     @staticmethod
     def __new__(cls, held: Tensor, requires_grad: bool = False) -> Elsewhere:
+        if held.dtype == torch.float64:
+            raise TypeError("Cannot convert a tensor elsewhere to float64, as on the GPUs of Apple")
         made: Elsewhere = Tensor._make_wrapper_subclass(
             cls, held.size(), strides=held.stride(), storage_offset=held.storage_offset(), dtype=held.dtype,
             layout=held.layout, device=DEVICE, requires_grad=requires_grad,

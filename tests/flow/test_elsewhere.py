@@ -15,6 +15,7 @@ from visionlora.pipelines.train_sd import train_sd
 
 import visionlora as vl
 from visionlora import classifier
+from visionlora.lora.adapter import AdapterModule
 from visionlora.lora.config import METHODS
 
 from .. import elsewhere
@@ -69,6 +70,25 @@ def learned(unet: nn.Module, method: str, seed: int) -> vl.Adapter:
     return handle.adapter("unet")
 
 
+def of_other_trainers(unet: nn.Module) -> vl.Adapter:
+    """Of kinds that are read and not trained here, one after the other on the layers of the attention."""
+    dice, modules = torch.Generator().manual_seed(7), {}
+
+    def random(*shape: int) -> torch.Tensor:
+        return 0.1 * torch.randn(shape, generator=dice)
+
+    layers = [(n, m) for n, m in unet.named_modules() if isinstance(m, nn.Linear) and ".attn" in n]
+    for i, (name, layer) in enumerate(layers):
+        o, n = layer.weight.shape
+        sides = {f"hada_w{k}_{s}": random(*((o, 2) if s == "a" else (2, n))) for k in (1, 2) for s in "ab"}
+        modules[f"unet.{name}"] = (
+            AdapterModule("loha", sides, 8.0),
+            AdapterModule("lokr", {"lokr_w1": random(2, 2), "lokr_w2": random(o // 2, n // 2)}, 1.0),
+            AdapterModule("oft", {"oft_blocks": random(2, o // 2, o // 2)}, 1.0, {"constraint": 0.5}),
+        )[i % 3]
+    return vl.Adapter(modules)
+
+
 def check_same_elsewhere(unet: nn.Module, does: Callable[[nn.Module, torch.device], list[torch.Tensor]]) -> None:
     """What it gives on the CPU it gives elsewhere, with all that the model holds there."""
     found = []
@@ -110,6 +130,7 @@ def test_methods_train(unet: nn.Module, method: str) -> None:
 @pytest.mark.parametrize("mode", ["merged", "stacked", "batched"])
 def test_mixes_in_every_mode(unet: nn.Module, mode: str) -> None:
     adapters = {method: learned(unet, method, seed) for seed, method in enumerate(("lora", "dora", "vera", "ia3"))}
+    adapters["others"] = of_other_trainers(unet)
 
     @torch.no_grad()
     def mixed(model: nn.Module, place: torch.device) -> list[torch.Tensor]:

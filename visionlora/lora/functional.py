@@ -114,7 +114,7 @@ def rank_for_energy(s: Tensor, energy: float, total: float | None = None) -> int
     >>> rank_for_energy(torch.tensor([3.0, 1.0, 0.1]), 0.9)
     2
     """
-    squares = s.double().square()
+    squares = s.cpu().double().square()
     whole = float(squares.sum()) if total is None else total
     if whole <= 0:
         return 1

@@ -95,7 +95,9 @@ def windows_of(model: nn.Module) -> dict[str, Any]:
     if type(model).__module__ != "timm.models.swin_transformer":
         return {}
     sizes = tuple(stage.blocks[0].window_size for stage in cast(Any, model).layers)
-    each = hasattr(model, "_ref_window_sizes")  # timm before 1.0.31 takes one for all, which small stages cut down themselves
+    each = hasattr(
+        model, "_ref_window_sizes"
+    )  # timm before 1.0.31 takes one for all, which small stages cut down themselves
     return {"window_size": sizes if each else sizes[0]}
 
 

@@ -81,7 +81,7 @@ class GradientNoise:
         """Ends a window."""
         k, b = self.window, self.batch
         small = self.squares / k
-        large = float(torch.stack(torch._foreach_norm(self.sums)).double().square().sum()) / k**2
+        large = float(torch.stack(torch._foreach_norm(self.sums)).cpu().double().square().sum()) / k**2
         signal = (k * large - small) / (k - 1)  # arXiv 1812.06162, eq. A.2, with batches of b and k * b
         noise = (small - large) / (1 / b - 1 / (k * b))  # eq. A.3
         self.last = [*self.last, (signal, noise)][-MOST:]

@@ -90,9 +90,9 @@ class LoRA(Method):
     def freeze_down(self) -> None:
         """LoRA-FA: A does not train, and the gradient of B is corrected for it, whatever the optimizer."""
         self.lora_A.requires_grad_(False)
-        a = self.lora_A.detach().flatten(1).double()
-        inverse = torch.linalg.inv(a @ a.t() + 1e-8 * torch.eye(len(a), device=a.device)) / self.scaling**2
-        self.register_buffer("correction", inverse.float(), persistent=False)
+        a = self.lora_A.detach().cpu().flatten(1).double()  # Apple's GPUs know no fp64
+        inverse = torch.linalg.inv(a @ a.t() + 1e-8 * torch.eye(len(a))) / self.scaling**2
+        self.register_buffer("correction", inverse.float().to(self.lora_A.device), persistent=False)
 
     @property
     def rank(self) -> int:

@@ -60,15 +60,15 @@ class OFT(Method):
 
 @torch.no_grad()
 def rotated(weight: Tensor, tensors: Mapping[str, Tensor], constraint: float) -> Tensor:
-    """W', in the dtype of the weight; computed in fp64, as R is an inverse."""
-    blocks = tensors["oft_blocks"].double()
+    """W', in the dtype of the weight and on its device; computed in fp64, as R is an inverse, and there are GPUs without it."""
+    blocks = tensors["oft_blocks"].cpu().double()
     skew = blocks - blocks.transpose(-1, -2)
     bound, norm = constraint * len(weight), skew.norm()
     if 0 < bound < norm:
         skew = skew * (bound / norm)
-    unit = torch.eye(blocks.shape[-1], dtype=torch.float64, device=blocks.device)
+    unit = torch.eye(blocks.shape[-1], dtype=torch.float64)
     rotation = torch.linalg.solve(unit - skew, unit + skew, left=False)
-    out = weight.double()
+    out = weight.cpu().double()
     if blocks.dim() == 3:
         out = torch.einsum("knm,kn...->km...", rotation, out.unflatten(0, blocks.shape[:2])).flatten(0, 1)
     else:
@@ -78,5 +78,5 @@ def rotated(weight: Tensor, tensors: Mapping[str, Tensor], constraint: float) ->
             mixed = torch.einsum("kij,kj...->ki...", factor, mixed.unflatten(0, (-1, blocks.shape[-1])))
             out = mixed.flatten(0, 1).unflatten(0, (-1, apart, 2)).transpose(1, 2).flatten(0, 2)
     if "rescale" in tensors:
-        out = out * tensors["rescale"].double().view(-1, *(1,) * (weight.dim() - 1))
-    return out.to(weight.dtype)
+        out = out * tensors["rescale"].cpu().double().view(-1, *(1,) * (weight.dim() - 1))
+    return out.to(weight.dtype).to(weight.device)
