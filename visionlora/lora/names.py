@@ -1,8 +1,8 @@
 """Finds the layers of a model under the names that adapter files use: in other spellings, or flattened with underscores.
 
 transformers dropped `text_model.` and `vision_model.` from CLIP's and SigLIP's encoders in 5.6, and renamed the layers of its
-ViTs in 5.9; kohya and LyCORIS join the parts of a name with `_`. A flat name is looked up in the table of the model's own
-names, never taken apart.
+ViTs (DINOv2, DINOv3, Swin, SegFormer …) in 5.9; kohya and LyCORIS join the parts of a name with `_`. A flat name is looked
+up in the table of the model's own names, never taken apart.
 """
 
 from __future__ import annotations
@@ -14,15 +14,20 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 SPELLINGS = (
     (re.compile(r"^(?:text|vision)_model\."), ""),
     (re.compile(r"(^|\.)encoder\.layer\.(\d+)\."), r"\1layers.\2."),
-    (re.compile(r"\battention\.attention\.(q)uery\b"), r"attention.\1_proj"),
-    (re.compile(r"\battention\.attention\.(k)ey\b"), r"attention.\1_proj"),
-    (re.compile(r"\battention\.attention\.(v)alue\b"), r"attention.\1_proj"),
+    (re.compile(r"(^|\.)encoder\.block\.(\d+)\.(\d+)\."), r"\1stages.\2.blocks.\3."),
+    (re.compile(r"(^|\.)encoder\.patch_embeddings\.(\d+)\."), r"\1stages.\2.patch_embeddings."),
+    (re.compile(r"^model\.(?=(?:layer|stages)\.\d)"), ""),
+    (re.compile(r"\battention\.(?:attention|self)\.(q)uery\b"), r"attention.\1_proj"),
+    (re.compile(r"\battention\.(?:attention|self)\.(k)ey\b"), r"attention.\1_proj"),
+    (re.compile(r"\battention\.(?:attention|self)\.(v)alue\b"), r"attention.\1_proj"),
+    (re.compile(r"\battention\.self\.sr\b"), "attention.sequence_reduction.sequence_reduction"),
     (re.compile(r"\battention\.output\.dense\b"), "attention.o_proj"),
     (re.compile(r"\bintermediate\.dense\b"), "mlp.fc1"),
     (re.compile(r"(?<!attention\.)\boutput\.dense\b"), "mlp.fc2"),
+    (re.compile(r"\bmlp\.dense([12])\b"), r"mlp.fc\1"),
+    (re.compile(r"\bmlp\.weights_out\b"), "mlp.down_proj"),
 )
-
-
+"""From the older names to the newer ones."""
 TOWER = re.compile(r"(text|vision)_model[._]")
 EMBEDDINGS = {"embeddings.token_embedding": "text", "embeddings.patch_embedding": "vision"}
 """What CLIP's and SigLIP's encoders begin with."""

@@ -12,7 +12,7 @@ from visionlora.errors import TargetError
 from visionlora.lora.adapter import Adapter
 from visionlora.lora.arithmetic import merge_adapters
 from visionlora.lora.inject import attach
-from visionlora.lora.names import common_names
+from visionlora.lora.names import common_names, resolve_names
 from visionlora.lora.overlap import overlap
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -77,3 +77,48 @@ def test_a_name_without_prefix_beside_both_is_of_neither() -> None:
     files = [["layers.0.fc1"], ["text_model.layers.0.fc1"], ["vision_model.layers.0.fc1"]]
     assert common_names(files) == {}
     assert common_names(files[:2]) == {"layers.0.fc1": "text_model.layers.0.fc1"}
+
+
+RENAMED = {
+    "ViT, DeiT, BEiT": {
+        "vit.encoder.layer.1.attention.attention.query": "vit.layers.1.attention.q_proj",
+        "vit.encoder.layer.1.attention.attention.key": "vit.layers.1.attention.k_proj",
+        "vit.encoder.layer.1.attention.attention.value": "vit.layers.1.attention.v_proj",
+        "vit.encoder.layer.1.attention.output.dense": "vit.layers.1.attention.o_proj",
+        "vit.encoder.layer.1.intermediate.dense": "vit.layers.1.mlp.fc1",
+        "vit.encoder.layer.1.output.dense": "vit.layers.1.mlp.fc2",
+    },
+    "DINOv2": {
+        "dinov2.encoder.layer.1.attention.attention.query": "dinov2.encoder.layer.1.attention.q_proj",
+        "dinov2.encoder.layer.1.attention.output.dense": "dinov2.encoder.layer.1.attention.o_proj",
+        "dinov2.encoder.layer.1.mlp.fc1": "dinov2.encoder.layer.1.mlp.fc1",
+        "dinov2.encoder.layer.1.mlp.weights_out": "dinov2.encoder.layer.1.mlp.down_proj",
+    },
+    "DINOv3": {"layer.1.attention.q_proj": "model.layer.1.attention.q_proj"},
+    "Swin": {
+        "swin.encoder.layers.0.blocks.1.attention.self.query": "swin.encoder.layers.0.blocks.1.attention.q_proj",
+        "swin.encoder.layers.0.blocks.1.attention.self.key": "swin.encoder.layers.0.blocks.1.attention.k_proj",
+        "swin.encoder.layers.0.blocks.1.attention.self.value": "swin.encoder.layers.0.blocks.1.attention.v_proj",
+        "swin.encoder.layers.0.blocks.1.attention.output.dense": "swin.encoder.layers.0.blocks.1.attention.o_proj",
+        "swin.encoder.layers.0.blocks.1.intermediate.dense": "swin.encoder.layers.0.blocks.1.mlp.fc1",
+        "swin.encoder.layers.0.blocks.1.output.dense": "swin.encoder.layers.0.blocks.1.mlp.fc2",
+    },
+    "SegFormer": {
+        "segformer.encoder.patch_embeddings.2.proj": "segformer.stages.2.patch_embeddings.proj",
+        "segformer.encoder.block.0.1.attention.self.query": "segformer.stages.0.blocks.1.attention.q_proj",
+        "segformer.encoder.block.0.1.attention.self.sr": (
+            "segformer.stages.0.blocks.1.attention.sequence_reduction.sequence_reduction"
+        ),
+        "segformer.encoder.block.0.1.attention.output.dense": "segformer.stages.0.blocks.1.attention.o_proj",
+        "segformer.encoder.block.0.1.mlp.dense1": "segformer.stages.0.blocks.1.mlp.fc1",
+        "segformer.encoder.block.0.1.mlp.dense2": "segformer.stages.0.blocks.1.mlp.fc2",
+    },
+}
+"""Layers in the names before and since transformers 5.9."""
+
+
+@pytest.mark.parametrize("family", RENAMED)
+def test_layers_that_transformers_renamed_are_found_from_either_side(family: str) -> None:
+    newer = RENAMED[family]
+    older = {new: old for old, new in newer.items()}
+    assert resolve_names(newer, older) == newer and resolve_names(older, newer) == older
