@@ -20,7 +20,6 @@ from visionlora.pipelines.train_sd import default_prompts
 from visionlora.config import TrainSDConfig
 from visionlora.data.buckets import Size
 from visionlora.data.cache import TensorCache, default_cache_folder
-from visionlora.data.files import list_folder
 from visionlora.data.images import decode
 from visionlora.diffusion.encode import cache_bytes, encode_dataset, window_count
 from visionlora.diffusion.prior import class_pictures
@@ -184,10 +183,7 @@ def class_sizes(config: TrainSDConfig, base: BaseModel) -> tuple[list[Size], int
     """The sizes of the class pictures that are there, and how many have to be drawn."""
     if config.prior_images is None or config.prior_prompt is None:
         return [], 0
-    folder = Path(config.prior_images).expanduser()
-    if not folder.is_dir() or not list_folder(folder).pictures:
-        return [], config.prior_count
-    items, _ = class_pictures(folder, config.prior_prompt, config.skip_broken, base)
+    items, _ = class_pictures(Path(config.prior_images).expanduser(), config.prior_prompt, config.skip_broken, base)
     return [item.size or decode(item.path).size[::-1] for item in items], max(0, config.prior_count - len(items))
 
 

@@ -89,20 +89,22 @@ def encode(ready: Ready, tell: Listener) -> Material:
         share = Share(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone)
     class_items: tuple[ImageItem, ...] = ()
     if config.prior_images is not None and config.prior_prompt is not None:
-        where = Path(config.prior_images).expanduser()
+        where, prompt = Path(config.prior_images).expanduser(), config.prior_prompt
         prepare_unet(base, config, accelerator.device, accelerator.mixed_precision)  # it draws
-        if accelerator.is_main_process:
-            drawn = draw_missing(
-                base, where, config.prior_prompt, config.prior_count, ready.size, config.guidance_scale or 1.0, config.seed,
-                lambda done, total: tell.progress("Drawing class pictures", done, total),
-            )  # fmt: skip
-            if drawn:
-                tell.say(f"{drawn} pictures of {config.prior_prompt!r} were drawn to {where}.")
+        class_items, others = class_pictures(where, prompt, config.skip_broken, base)
         accelerator.wait_for_everyone()
-        class_items, others = class_pictures(where, config.prior_prompt, config.skip_broken, base)
+        if len(class_items) < config.prior_count:
+            if accelerator.is_main_process:
+                drawn = draw_missing(
+                    base, where, prompt, len(class_items), config.prior_count, ready.size, config.guidance_scale or 1.0,
+                    config.seed, lambda done, total: tell.progress("Drawing class pictures", done, total),
+                )  # fmt: skip
+                tell.say(f"{drawn} pictures of {prompt!r} were drawn to {where}.")
+            accelerator.wait_for_everyone()
+            class_items, others = class_pictures(where, prompt, config.skip_broken, base)
         if others:
             tell.say(
-                f"{others} pictures of {where} were drawn for another caption than {config.prior_prompt!r} or by another "
+                f"{others} pictures of {where} were drawn for another caption than {prompt!r} or by another "
                 "model: they are left aside."
             )
     if config.zero_terminal_snr:

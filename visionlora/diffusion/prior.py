@@ -18,7 +18,7 @@ DTYPES = {dtype: word for word, dtype in BASE_DTYPES.items()}
 
 
 def draw_missing(
-    base: BaseModel, folder: Path, prompt: str, count: int, size: int, guidance_scale: float, seed: int,
+    base: BaseModel, folder: Path, prompt: str, there: int, count: int, size: int, guidance_scale: float, seed: int,
     progress: Callable[[int, int], None] | None = None,
 ) -> int:  # fmt: skip
     """Fills a folder up to `count` pictures of the class, drawn by the base from the class's caption; how many were drawn.
@@ -29,6 +29,7 @@ def draw_missing(
         base: without any adapter.
         folder: made when it is not there.
         prompt: caption of the class.
+        there: pictures of the class that are there, see `class_pictures`.
         count: pictures that should be there.
         size: of a drawn picture, px.
         guidance_scale: of drawing.
@@ -36,8 +37,7 @@ def draw_missing(
         progress: called with (pictures there, pictures in all).
     """
     folder.mkdir(parents=True, exist_ok=True)
-    names = list_folder(folder).pictures
-    there, drawn = sum(is_of(folder / name, prompt, base) for name in names), 0
+    drawn = 0
     while there + drawn < count:
         recipe = Recipe(
             prompt, base.id, size, size, seed=seed, guidance_scale=guidance_scale, clip_skip=base.clip_skip,
@@ -65,11 +65,13 @@ def is_of(picture: Path, prompt: str, base: BaseModel) -> bool:
 
 
 def class_pictures(folder: Path, prompt: str, skip_broken: bool, base: BaseModel) -> tuple[tuple[ImageItem, ...], int]:
-    """The pictures of the class, all with its caption, and how many others lie there; see `is_of`.
+    """The pictures of the class, all with its caption, and how many others lie there; see `is_of`. None without a folder.
 
     Raises:
-        DataError: when nothing in the folder can be used.
+        DataError: for pictures that cannot be used.
     """
+    if not folder.is_dir() or not list_folder(folder).pictures:
+        return (), 0
     found = read_image_folder(folder, prompt, skip_broken=skip_broken).items
     own = tuple(item for item in found if is_of(item.path, prompt, base))
     return own, len(found) - len(own)

@@ -21,7 +21,10 @@ def test_a_folder_is_filled_and_what_is_there_is_kept(tiny_model: Path, tmp_path
     Image.new("RGB", (32, 32), "red").save(folder / "own.png")
 
     def fill(count: int) -> int:
-        return draw_missing(base, folder, "a dog", count, 32, 1.0, 7, lambda done, total: told.append((done, total)))
+        there = len(class_pictures(folder, "a dog", False, base)[0])
+        return draw_missing(
+            base, folder, "a dog", there, count, 32, 1.0, 7, lambda done, total: told.append((done, total))
+        )
 
     assert fill(3) == 2 and told == [(2, 3), (3, 3)]
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
@@ -36,8 +39,12 @@ def test_a_folder_is_filled_and_what_is_there_is_kept(tiny_model: Path, tmp_path
 def test_pictures_of_another_class_are_not_taken_for_this_one(tiny_model: Path, tmp_path: Path) -> None:
     """Red hearts would have been learned as dogs."""
     base = open_base(str(tiny_model))
-    assert draw_missing(base, tmp_path, "a red heart", 2, 32, 1.0, 0) == 2
-    assert draw_missing(base, tmp_path, "a dog", 2, 32, 1.0, 0) == 2
+    assert (
+        class_pictures(tmp_path, "a dog", False, base) == class_pictures(tmp_path / "no", "a", False, base) == ((), 0)
+    )
+    assert draw_missing(base, tmp_path, "a red heart", 0, 2, 32, 1.0, 0) == 2
+    assert class_pictures(tmp_path, "a dog", False, base) == ((), 2)
+    assert draw_missing(base, tmp_path, "a dog", 0, 2, 32, 1.0, 0) == 2
     items, others = class_pictures(tmp_path, "a dog", False, base)
     assert others == 2 and all(item.path.name.startswith("a-dog-") for item in items) and len(items) == 2
     elsewhere = replace(base, id="other/one")
@@ -49,7 +56,7 @@ def test_a_drawn_picture_says_how_far_its_text_was_read(tiny_model: Path, tmp_pa
     """Other pictures had the same name, and one was taken for the other."""
     base = open_base(str(tiny_model))
     for clip_skip in (1, 2):
-        assert draw_missing(base.reading(clip_skip), tmp_path / str(clip_skip), "a dog", 1, 32, 1.0, 0) == 1
+        assert draw_missing(base.reading(clip_skip), tmp_path / str(clip_skip), "a dog", 0, 1, 32, 1.0, 0) == 1
     one, two = (next((tmp_path / name).iterdir()) for name in ("1", "2"))
     assert one.name != two.name and read_recipe(two).clip_skip == 2
     (again,) = draw(base.reading(2), ["a dog"], 32, SamplingConfig(read_recipe(two).steps, 1.0, 0))
