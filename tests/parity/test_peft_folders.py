@@ -225,6 +225,25 @@ def test_pefts_lora_on_packed_attention_is_named(tmp_path: Path) -> None:
         vl.load_adapter(tmp_path / "a")
 
 
+@pytest.mark.parametrize("zero", [True, False])
+def test_pefts_lora_on_a_layer_that_is_not_called(zero: bool, tmp_path: Path) -> None:
+    """torch's attention reads the weight of `out_proj`: PEFT learns nothing there, and other factors act once it merges."""
+    torch.manual_seed(0)
+    model = Attention().eval()
+    lora = peft.LoraConfig(r=2, target_modules=["packed.out_proj"], init_lora_weights=zero)
+    theirs = peft.get_peft_model(copy.deepcopy(model), lora)
+    assert not theirs(X).requires_grad, "there is nothing to learn"
+    theirs.save_pretrained(tmp_path / "a")
+    torch.testing.assert_close(theirs(X), model(X), rtol=0, atol=0)
+    report = vl.attach(model, vl.load_adapter(tmp_path / "a")).report
+    if zero:
+        assert report.zero == ("packed.out_proj",) and not report.passed_by
+    else:
+        assert report.passed_by == ("packed.out_proj",)
+        assert str(report) == "1 module used; PEFT has no effect on 1 of them (packed.out_proj) before it merges"
+    torch.testing.assert_close(theirs.merge_and_unload()(X), model(X), rtol=1e-4, atol=1e-5)
+
+
 def test_pefts_lora_on_a_convolution_in_groups_is_named(tmp_path: Path) -> None:
     peft.get_peft_model(Attention(), peft.LoraConfig(r=3, target_modules=["grouped"])).save_pretrained(tmp_path / "a")
     with pytest.raises(vl.VisionLoRAError, match="adapts 'grouped', a convolution in groups"):

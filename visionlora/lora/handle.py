@@ -90,6 +90,8 @@ class InjectionReport:
     """Parameters of the base that train in full."""
     zero: tuple[str, ...] = ()
     """Modules of a file that change nothing: a factor of theirs is all zeros."""
+    passed_by: tuple[str, ...] = ()
+    """Others of PEFT's folders whose layers are not called, so that PEFT itself has no effect there before it merges."""
 
     def __str__(self) -> str:
         if not self.base_parameters:  # of a finished adapter
@@ -97,7 +99,10 @@ class InjectionReport:
             text += (
                 f", {len(self.skipped)} left out ({self.skipped[0][0]}: {self.skipped[0][1]})" if self.skipped else ""
             )
-            return text + (f", {len(self.zero)} change nothing" if self.zero else "")
+            text += f", {len(self.zero)} change nothing" if self.zero else ""
+            if not self.passed_by:
+                return text
+            return f"{text}; PEFT has no effect on {len(self.passed_by)} of them ({self.passed_by[0]}) before it merges"
         share = 100 * self.trained_parameters / self.base_parameters
         text = f"{len(self.hits)} layers adapted, {self.trained_parameters:,} parameters ({share:.2f} % of the base)"
         text += f", {len(self.in_full)} of them trained in full" if self.in_full else ""

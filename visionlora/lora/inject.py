@@ -34,7 +34,16 @@ from visionlora.lora.methods.base import Method, Site
 from visionlora.lora.methods.tlora import check_timed, follow_timestep
 from visionlora.lora.names import resolve_names
 from visionlora.lora.packed import packed_layers
-from visionlora.lora.targets import check_ranks, ends_on_boundary, named_patterns, owners_of, resolve, site_at
+from visionlora.lora.targets import (
+    UNCALLED,
+    check_ranks,
+    ends_on_boundary,
+    named_patterns,
+    odd_layers,
+    owners_of,
+    resolve,
+    site_at,
+)
 
 IN_PLACE = ("full", "shift")
 """Kinds that change a parameter of the base in place."""
@@ -182,6 +191,9 @@ def attach(
             handle.in_full[path] = InFull(*owner_of(model, path), m.tensors.get("value"), m.tensors.get("shift"))
     left_out = {path for path, _ in skipped}
     used = {path: m for path, m in modules.items() if path not in left_out}
+    zero = tuple(path for path, m in used.items() if m.is_zero())
+    odd = odd_layers(model, [m.site for m in methods]) if adapter.format == "peft" else {}
+    placed = zip((path for path, m in used.items() if m.kind not in IN_PLACE), methods, strict=True)
     count = sum(t.numel() for m in used.values() for t in m.tensors.values())
     handle.report = InjectionReport(
         tuple((path, "file") for path in used),
@@ -190,7 +202,8 @@ def attach(
         0,
         {path: m.rank for path, m in used.items() if m.rank},
         tuple(path for path, _ in replaced),
-        tuple(path for path, m in used.items() if m.is_zero()),
+        zero,
+        tuple(path for path, m in placed if odd.get(m.site.name) == UNCALLED and path not in zero),
     )
     return handle
 
