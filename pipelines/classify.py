@@ -139,6 +139,8 @@ class Ready:
     accelerator: Any
     fingerprints: dict[str, dict[str, str]]
     """Of the backbone."""
+    older: dict[str, dict[str, str]]
+    """The same as an older version of its library names its parameters."""
     first: Adapter | None
     """What the run learns on from."""
     before: Before | None
@@ -147,7 +149,7 @@ class Ready:
     def header(self, adapter: AdapterConfig, first: Adapter | None = None) -> Header:
         """What the file of an adapter with these settings, which learned on from `first`, says about itself."""
         return lambda material, step, temperature: header(
-            material, adapter, self.fingerprints, step, temperature, first
+            material, adapter, self.fingerprints, step, temperature, first, self.older
         )
 
 
@@ -168,16 +170,16 @@ def opened(start: Start[ClassifyConfig], tell: Listener) -> Ready:
     # Of all parameters some may never be used, such as the mask token of DINOv2.
     accelerator = new_accelerator(config.precision, config.trackers, start.folder, parts_stop=whole)
     backbone.model.to(accelerator.device)
-    fingerprints = backbone.fingerprints()
+    fingerprints, older = backbone.fingerprints(), backbone.fingerprints(older=True)
     before = None
     if first is not None:
-        check_first(first, config, backbone.id, fingerprints, tell, backbone.fingerprints(older=True))
+        check_first(first, config, backbone.id, fingerprints, tell, older)
         before = Before.of(first, backbone, str(config.start_from))
         config = dataclasses.replace(config, method=method_for(before.modules, config.method, str(config.start_from)))
     learned, not_known = learned_before(first, config)
     material = prepare(config, backbone, learned, not_known, tell)
     material = dataclasses.replace(material, config=resolved(material, before, tell))
-    return Ready(material, accelerator, fingerprints, first, before)
+    return Ready(material, accelerator, fingerprints, older, first, before)
 
 
 # ----------------------------------------------------------------------------------------------------------- settings

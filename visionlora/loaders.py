@@ -163,8 +163,12 @@ def check_fingerprints(
         given = made_for.get("fingerprints", {}).get(component)
         if given is None or component not in there:
             continue
-        before = (older or {}).get(component, there[component])
-        own = before if given["architecture"] == before["architecture"] else there[component]
+        # Either may have been named by the newer version of a library.
+        pairs = [(given, there[component])]
+        pairs += [(given, older[component])] if older and component in older else []
+        said_older = made_for.get("older_fingerprints", {})
+        pairs += [(said_older[component], there[component])] if component in said_older else []
+        given, own = next((pair for pair in pairs if pair[0]["architecture"] == pair[1]["architecture"]), pairs[0])
         if given["architecture"] != own["architecture"]:
             raise AdapterFileError(
                 f"The adapter was made for {made_for.get('id')}, whose {component} has another "

@@ -195,6 +195,9 @@ def test_a_transformers_folder_trains_and_is_exported(cli, shapes: Path, tmp_pat
     code, _, err = cli("classify", "--images", shapes, "--model", tmp_path / "base", "--steps", 3, "--output",
                        tmp_path / "run", "--rank", 2)  # fmt: skip
     assert code == 0, err
+    said, backbone = load_adapter(tmp_path / "run").info["base"], open_backbone(str(tmp_path / "base"))
+    older = backbone.fingerprints(older=True)
+    assert said.get("older_fingerprints") == (None if older == backbone.fingerprints() else older)
     code, _, err = cli("export", tmp_path / "run", "--to", "transformers", "--output", tmp_path / "out")
     assert code == 0, err
     assert json.loads((tmp_path / "out" / "config.json").read_text())["id2label"]["1"] == "cross"

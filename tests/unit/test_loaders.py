@@ -8,7 +8,7 @@ import torch
 
 import visionlora as vl
 from visionlora.errors import AdapterFileError
-from visionlora.loaders import apply, check_base, load_adapter, load_pipeline, save_adapter
+from visionlora.loaders import apply, check_base, check_fingerprints, load_adapter, load_pipeline, save_adapter
 from visionlora.lora.adapter import Adapter, AdapterModule
 from visionlora.lora.arithmetic import Result
 from visionlora.lora.config import AdapterConfig
@@ -128,3 +128,21 @@ def test_a_pipeline_says_what_its_calls_must_be_told(tiny_model: Path) -> None:
     with pytest.warns(UserWarning, match=r"b was trained with clip_skip 2, .*: pipe\(…, clip_skip=1\)") as told:
         load_pipeline({"a": plain, "b": trained}, str(tiny_model))
     assert len(told) == 1
+
+
+def test_a_model_is_the_same_whichever_side_has_the_newer_names_for_its_layers() -> None:
+    newer, older = ({"model": {"architecture": names, "weights": f"w {names}"}} for names in ("new", "old"))
+    other = {"model": {**older["model"], "weights": "other"}}
+
+    def check(there: dict, its_older: dict | None = None, **said: dict) -> None:
+        modules = {"model.fc": AdapterModule("full", {"value": torch.ones(1)}, 1.0)}
+        check_fingerprints(Adapter(modules, {"base": {"id": "vit", **said}}), "vit", there, older=its_older)
+
+    check(newer, older, fingerprints=newer, older_fingerprints=older)
+    check(newer, older, fingerprints=older)
+    check(older, older, fingerprints=newer, older_fingerprints=older)
+    for there in (other, {"model": {"architecture": "another", "weights": "w old"}}):
+        with pytest.raises(AdapterFileError, match="architecture"):
+            check(there, there, fingerprints=newer, older_fingerprints=older)
+    with pytest.raises(AdapterFileError, match="has another architecture"):
+        check(older, fingerprints=newer)

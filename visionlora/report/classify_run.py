@@ -67,11 +67,23 @@ class Finished:
 
 def header(
     material: Material, adapter: AdapterConfig, fingerprints: Mapping[str, Any], step: int, temperature: float,
-    first: Adapter | None,
+    first: Adapter | None, older: Mapping[str, Any],
 ) -> dict[str, Any]:  # fmt: skip
-    """What the adapter file says about itself: all that `predict` needs; `first` is what it learned on from."""
+    """What the adapter file says about itself: all that `predict` needs.
+
+    Args:
+        material: backbone, pictures and settings.
+        adapter: what was trained.
+        fingerprints: of the backbone.
+        step: of the best moment.
+        temperature: of its probabilities.
+        first: what it learned on from.
+        older: the fingerprints by the names of an older version of the backbone's library.
+    """
     config, backbone, data = material.config, material.backbone, material.data
     base: dict[str, Any] = {"id": backbone.id, "fingerprints": dict(fingerprints)}
+    if older and older != fingerprints:
+        base["older_fingerprints"] = dict(older)
     sha256, sides = material.checked.sha256, material.splits
     own = Learned.of(*([sha256[i] for i in side] for side in (sides.train, sides.val)))
     before = (None, None) if first is None else (config.start_from, first.info)
