@@ -7,14 +7,13 @@ tables and enlarges pictures.
 from __future__ import annotations
 
 import base64
-import hashlib
 import html
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from visionlora.data.images import printable
-from visionlora.report.curves import COLOURS, INK, SOFT
+from visionlora.report.html_page import html_page
 from visionlora.vision.metrics import AnyMetrics, Bin, Metrics
 
 PICTURES = ("curves", "confusion", "reliability", "mistakes", "overlays")
@@ -31,12 +30,7 @@ OVERLAYS = (
     "Where attention from the output to the picture is strong (warm). It shows where information comes from, not why."
 )
 
-STYLE = f""":root{{color-scheme:light dark;--ink:{INK};--soft:{SOFT};--back:#fff;--panel:#f5f6f7;--line:#e0e2e5;
---bar:{COLOURS[0]};--bar-back:#e4e8ec;--warn:#fff3e0;--warn-line:{COLOURS[1]}}}
-@media (prefers-color-scheme:dark){{:root{{--ink:#e6e8ea;--soft:#a0a6ad;--back:#16181b;--panel:#1f2226;--line:#34383d;
---bar:{COLOURS[5]};--bar-back:#32373d;--warn:#33261a}}}}
-""" + (
-    """*{box-sizing:border-box}
+STYLE = """*{box-sizing:border-box}
 body{font:16px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--back);margin:0 auto;padding:24px;max-width:1120px}
 h1{font-size:26px;line-height:1.25;margin:8px 0;overflow-wrap:anywhere} h2{font-size:19px;margin:44px 0 10px}
 p,li{max-width:46em;overflow-wrap:anywhere} .soft,figcaption{color:var(--soft);font-size:14px} .verdict{font-size:18px}
@@ -62,7 +56,6 @@ pre{font-family:ui-monospace,monospace;font-size:13px;background:var(--panel);bo
 overflow:auto;max-height:36em}
 @media print{.scroll,pre{max-height:none;overflow:visible} h2{break-after:avoid} .warn,.tile{border:1px solid}}
 """
-)
 
 SCRIPT = """
 for (const heading of document.querySelectorAll('table.sortable th')) heading.firstElementChild.onclick = () => {
@@ -77,15 +70,6 @@ for (const heading of document.querySelectorAll('table.sortable th')) heading.fi
   body.append(...[...body.rows].sort((a, b) => rising ? compare(a, b) : compare(b, a)));
 };
 for (const picture of document.querySelectorAll('.frame img')) picture.onclick = () => picture.classList.toggle('whole');
-"""
-
-PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; \
-script-src 'sha256-{digest}'">
-<title>{title}</title><style>{style}</style></head><body>
-{body}
-<script>{script}</script></body></html>
 """
 
 
@@ -154,13 +138,7 @@ def report_page(report: ClassifyReport) -> str:
         _picture(report, "overlays", "What it looks at", OVERLAYS),
         _data(report), _settings(report),
     ]  # fmt: skip
-    return PAGE.format(
-        digest=base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode(),
-        title=_text(report.title),
-        style=STYLE,
-        body="\n".join(part for part in parts if part),
-        script=SCRIPT,
-    )
+    return html_page(_text(report.title), STYLE, "\n".join(part for part in parts if part), SCRIPT)
 
 
 def verdict(report: ClassifyReport) -> str:

@@ -9,34 +9,34 @@ from pathlib import Path
 
 from visionlora.diffusion.axes import Axis, Sheet
 from visionlora.diffusion.recipe import Recipe
+from visionlora.report.html_page import html_page
 
-PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>visionlora grid</title><style>
-body{{font:15px system-ui,sans-serif;color:#1c1e21;margin:24px;background:#fff}}
-h2{{font-size:16px;margin:28px 0 8px}} p{{color:#6a6f76;margin:4px 0 12px;max-width:70em}}
-.scroll{{overflow:auto;max-height:92vh}} table{{border-collapse:collapse}} td{{padding:2px}}
-th{{font-weight:500;font-size:13px;padding:4px 8px;text-align:left;max-width:12em;background:#fff}}
-thead th{{position:sticky;top:0}} tbody th{{position:sticky;left:0}}
-img{{width:var(--s,128px);display:block;cursor:zoom-in}} img.small{{image-rendering:pixelated}}
-dialog{{border:0;padding:16px;max-width:92vw}} dialog img{{width:min(80vh,88vw);cursor:zoom-out}}
-dialog pre{{white-space:pre-wrap;font-size:12px;max-width:80vh;user-select:all}} ::backdrop{{background:#000a}}
-label{{font-size:13px;color:#6a6f76}}
-</style></head><body><p>{caption}</p>
-<label>size <input type="range" min="48" max="512" value="128"
- oninput="document.body.style.setProperty('--s',this.value+'px')"></label>
-{sheets}
-<dialog><img alt=""><pre tabindex="0"></pre></dialog><script>
-const d=document.querySelector('dialog');
-d.onclick=e=>{{if(e.target===d||e.target.tagName==='IMG')d.close()}};
-document.querySelectorAll('td img').forEach(i=>{{
- const crisp=()=>{{if(i.naturalWidth<256)i.classList.add('small')}};
- i.complete?crisp():i.addEventListener('load',crisp);
- i.onkeydown=e=>{{if(e.key==='Enter'||e.key===' '){{e.preventDefault();i.onclick()}}}};
- i.onclick=()=>{{const z=d.querySelector('img');z.src=i.src;z.className=i.className;
-  d.querySelector('pre').textContent=i.title;d.showModal()}}}});
-</script></body></html>
+STYLE = """body{font:15px system-ui,sans-serif;color:var(--ink);margin:24px;background:var(--back)}
+h2{font-size:16px;margin:28px 0 8px} p{color:var(--soft);margin:4px 0 12px;max-width:70em}
+.scroll{overflow:auto;max-height:92vh} table{border-collapse:collapse} td{padding:2px}
+th{font-weight:500;font-size:13px;padding:4px 8px;text-align:left;max-width:12em;background:var(--back)}
+thead th{position:sticky;top:0} tbody th{position:sticky;left:0}
+img{width:var(--s,128px);display:block;cursor:zoom-in} img.small{image-rendering:pixelated}
+dialog{border:0;padding:16px;max-width:92vw;color:var(--ink);background:var(--panel)}
+dialog img{width:min(80vh,88vw);cursor:zoom-out}
+dialog pre{white-space:pre-wrap;font-size:12px;max-width:80vh;user-select:all} ::backdrop{background:#000a}
+label{font-size:13px;color:var(--soft)}
 """
+SCRIPT = """
+const d=document.querySelector('dialog');
+document.querySelector('input').oninput=e=>document.body.style.setProperty('--s',e.target.value+'px');
+d.onclick=e=>{if(e.target===d||e.target.tagName==='IMG')d.close()};
+document.querySelectorAll('td img').forEach(i=>{
+ const crisp=()=>{if(i.naturalWidth<256)i.classList.add('small')};
+ i.complete?crisp():i.addEventListener('load',crisp);
+ i.onkeydown=e=>{if(e.key==='Enter'||e.key===' '){e.preventDefault();i.onclick()}};
+ i.onclick=()=>{const z=d.querySelector('img');z.src=i.src;z.className=i.className;
+  d.querySelector('pre').textContent=i.title;d.showModal()}});
+"""
+BODY = """<p>{caption}</p>
+<label>size <input type="range" min="48" max="512" value="128"></label>
+{sheets}
+<dialog><img alt=""><pre tabindex="0"></pre></dialog>"""
 TABLE = '<div class="scroll"><table><thead><tr><th></th>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
 
 
@@ -90,4 +90,5 @@ def page_of(sheets: Sequence[Sheet], drawn: Sequence[tuple[Path, Recipe]], capti
             rows.append(f"<tr><th>{html.escape(label)}</th>{''.join(cells)}</tr>")
         title = f"<h2>{html.escape(sheet.title)}</h2>" if sheet.title else ""
         blocks.append(title + TABLE.format(head=head, rows="".join(rows)))
-    return PAGE.format(caption=html.escape(caption), sheets="\n".join(blocks))
+    body = BODY.format(caption=html.escape(caption), sheets="\n".join(blocks))
+    return html_page("visionlora grid", STYLE, body, SCRIPT)
