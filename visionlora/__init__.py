@@ -20,8 +20,10 @@ _HOMES = {
     "GenerateConfig": "visionlora.config",
     "Handle": "visionlora.lora.handle",
     "Options": "visionlora.lora.combine",
+    "PairOverlap": "visionlora.lora.overlap",
     "Prediction": "visionlora.classifier",
     "Result": "visionlora.lora.arithmetic",
+    "Shown": "visionlora.pipelines.show",
     "TrainSDConfig": "visionlora.config",
     "VisionLoRAError": "visionlora.errors",
     "attach": "visionlora.mixing.entry",
@@ -46,11 +48,13 @@ _HOMES = {
     "load_classifier": "visionlora.classifier",
     "load_pipeline": "visionlora.loaders",
     "merge_adapters": "visionlora.loaders",
+    "overlap": "visionlora.pipelines.overlap",
     "pack": "visionlora.lora.packed",
     "merge_together": "visionlora.lora.merge",
     "predict": "visionlora.pipelines.predict",
     "resize_adapter": "visionlora.loaders",
     "save_adapter": "visionlora.loaders",
+    "show": "visionlora.pipelines.show",
     "train_sd": "visionlora.pipelines.train_sd",
 }
 
@@ -78,6 +82,7 @@ if TYPE_CHECKING:
     from visionlora.lora.handle import Handle as Handle
     from visionlora.lora.inject import inject as inject
     from visionlora.lora.merge import merge_together as merge_together
+    from visionlora.lora.overlap import PairOverlap as PairOverlap
     from visionlora.lora.packed import pack as pack
     from visionlora.lora.rank import choose_ranks as choose_ranks
     from visionlora.lora.rank import input_spectra as input_spectra
@@ -94,7 +99,10 @@ if TYPE_CHECKING:
     from visionlora.pipelines.export import export as export
     from visionlora.pipelines.generate import generate as generate
     from visionlora.pipelines.grid import grid as grid
+    from visionlora.pipelines.overlap import overlap as overlap
     from visionlora.pipelines.predict import predict as predict
+    from visionlora.pipelines.show import Shown as Shown
+    from visionlora.pipelines.show import show as show
     from visionlora.pipelines.train_sd import train_sd as train_sd
 
 __all__ = [*sorted(_HOMES), "__version__"]

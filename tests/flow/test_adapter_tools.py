@@ -405,6 +405,18 @@ def test_bake_refuses_a_classifier(tmp_path: Path) -> None:
         CliRunner().invoke(app, ["bake", "auto", str(classifier), "-o", str(tmp_path / "x")], catch_exceptions=False)
 
 
+def test_overlap_from_python_is_that_of_the_command(files: Path, tmp_path: Path) -> None:
+    paths = [files / "dog.safetensors", files / "ink.safetensors"]
+    told = json.loads(run("overlap", *paths, "--json"))
+    (pair,) = vl.overlap(paths, tmp_path / "o.png")
+    assert told == [json.loads(json.dumps(pair.to_dict()))] and (pair.first, pair.second) == ("dog", "ink")
+    assert (tmp_path / "o.png").exists()
+    assert vl.overlap({"dog": str(paths[0]), "ink": vl.load_adapter(paths[1])}) == [pair]
+    for given, said in (([vl.load_adapter(paths[0])], "has no name of its own"), (paths[0], "give at least two")):
+        with pytest.raises(ConfigError, match=said):
+            vl.overlap(given)
+
+
 def test_overlap_names_the_file_that_cannot_be_compared(files: Path) -> None:
     classifier = Path(__file__).parents[2] / "assets" / "adapters" / "style-classifier"
     with pytest.raises(VisionLoRAError, match=r"style-classifier: model\.head\.bias was trained in full"):

@@ -642,8 +642,11 @@ def test_show_says_what_is_no_longer_the_same(loras: Path, tiny_model: Path, dog
     )  # fmt: skip
     (picture,) = out.iterdir()
     assert "is not here" not in run("show", picture) and "other contents" not in run("show", picture)
+    shown = vl.show(str(picture))
+    assert run("show", picture) == f"{shown}\n" and not shown.changed
+    assert shown.command == read_recipe(picture).command() and str(shown).endswith(shown.command)
     shutil.copy(loras / "ink.safetensors", adapter)
     start.unlink()
     told = run("show", picture)
     assert f"{adapter} has other contents than when the picture was drawn. The command draws another picture" in told
-    assert f"{start} is not here." in told
+    assert f"{start} is not here." in told and f"{start} is not here." in vl.show(picture).changed

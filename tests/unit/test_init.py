@@ -19,8 +19,8 @@ def test_type_checkers_see_every_name() -> None:
     (block,) = (node for node in tree.body if isinstance(node, ast.If))
     seen = {(node.module, alias.name) for node in block.body for alias in node.names}
     assert seen == {(home, name) for name, home in visionlora._HOMES.items()}
-    pipelines = {"bake", "classify", "convert", "export", "generate", "grid", "predict", "train_sd"}
-    assert pipelines | {"Options", "Result"} <= {name for _, name in seen}
+    pipelines = {"bake", "classify", "convert", "export", "generate", "grid", "overlap", "predict", "show", "train_sd"}
+    assert pipelines | {"Options", "PairOverlap", "Result", "Shown"} <= {name for _, name in seen}
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:

@@ -171,16 +171,12 @@ def show(
 
     Files of it that are not here, or have changed since, are named.
     """
-    from visionlora.diffusion.recipe import read_recipe
-    from visionlora.diffusion.uses import changed_since
+    from visionlora.pipelines.show import show as run
 
-    recipe = read_recipe(picture)
+    shown = run(picture)
     if as_json:
-        typer.echo(json.dumps(asdict(recipe), indent=2))
+        typer.echo(json.dumps(asdict(shown.recipe), indent=2))
         return
-    typer.echo(recipe.parameters())
-    if recipe.batch_size > 1:
-        typer.echo(f"\nDrawn in a batch of {recipe.batch_size}; alone, as by this command, values may round otherwise.")
-    typer.echo(f"\n{recipe.command()}")
-    for line in changed_since(recipe):
+    typer.echo(str(shown))
+    for line in shown.changed:
         typer.echo(f"{line} The command draws another picture, or none.", err=True)
