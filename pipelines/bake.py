@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import json
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,7 +10,8 @@ from typing import Any
 
 from visionlora.atomic import check_new
 from visionlora.config.generate import use_from
-from visionlora.errors import ModelError
+from visionlora.data.wording import first_names
+from visionlora.errors import ConfigError, ModelError
 from visionlora.formats.embeddings import files_beside, write_beside
 from visionlora.formats.header import hashed, write_file
 from visionlora.loaders import apply, check_draws, follow_noise, load_adapter
@@ -19,6 +20,10 @@ from visionlora.lora.merge import bake as bake_handles
 from visionlora.mixing.scales import Scale, block_factors, scale_in_file
 from visionlora.models.base import BaseModel, open_base, quiet
 from visionlora.models.single_file import single_file
+
+INDEX = "model_index.json"
+BESIDE = ("README.md", ".gitattributes")
+"""What lies beside the parts of a model in diffusers' layout."""
 
 
 def bake(
@@ -46,6 +51,8 @@ def bake(
 
     output = Path(output).expanduser()
     check_new(output, overwrite)
+    if output.is_dir():
+        check_model_alone(output)
     uses = [use_from(given) for given in adapters]
     loaded = [(load_adapter(path), scale_in_file(path, scale, blocks)) for path, scale, blocks in uses]
     for (path, _, _), (adapter, _) in zip(uses, loaded, strict=True):
@@ -81,14 +88,28 @@ def bake(
         with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as temporary:
             with quiet("diffusers", "transformers"):
                 base.pipe.save_pretrained(Path(temporary) / "model")
-            if output.exists():
-                shutil.rmtree(output)
+            if overwrite and output.exists():
+                output.rename(Path(temporary) / "before")
             (Path(temporary) / "model").rename(output)
     except OSError as e:
         raise ModelError(
             f"The model cannot be written to {output}: {e.strerror or e}. Choose another folder."
         ) from None
     return output
+
+
+def check_model_alone(folder: Path) -> None:
+    """Raises ConfigError for a folder that cannot be replaced by a model: it holds something else, which would be lost."""
+    try:
+        parts = set(json.loads((folder / INDEX).read_text(encoding="utf-8"))) if (folder / INDEX).is_file() else set()
+    except (ValueError, OSError):
+        parts = set()
+    there = sorted(path.name for path in folder.iterdir())
+    if others := [name for name in there if name not in {INDEX, *parts, *BESIDE}]:
+        raise ConfigError(
+            f"{folder} holds more than a model ({first_names(others)}), which would be lost: name another output, or empty it "
+            "yourself."
+        )
 
 
 def scale_blocks(base: BaseModel, handles: Sequence[Handle], scale: Scale) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from visionlora.atomic import check_picture
 from visionlora.errors import AdapterFileError, ConfigError
 from visionlora.loaders import adapter_of
 from visionlora.lora import overlap as factors
@@ -16,7 +17,7 @@ from visionlora.lora.overlap import PairOverlap
 
 def overlap(
     adapters: Iterable[str | Path] | Mapping[str, Any], picture: str | Path | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], None] | None = None, overwrite: bool = False,
 ) -> list[PairOverlap]:  # fmt: skip
     """What adapters of one base model share, and how to compose them; see `visionlora.lora.overlap`.
 
@@ -24,11 +25,14 @@ def overlap(
         adapters: two or more files or run folders; or by name, where adapters and results in memory may be too.
         picture: a PNG to draw a heat map by block to.
         progress: called with (pairs done, pairs).
+        overwrite: replace a picture that is there.
 
     Raises:
-        ConfigError: when there are fewer than two, or one is no adapter.
+        ConfigError: when there are fewer than two, one is no adapter, or the picture cannot be written there.
         AdapterFileError: when a file cannot be read, or ΔW of a layer depends on the base.
     """
+    if picture is not None:
+        check_picture(Path(picture).expanduser(), overwrite)
     given = adapters if isinstance(adapters, Mapping) else by_name(adapters)
     named = {name: adapter_of(place) for name, place in given.items()}
     for name, adapter in named.items():

@@ -113,6 +113,15 @@ def let_go() -> None:
         os.close(_held.popitem()[1])
 
 
+def check_picture(path: Path, overwrite: bool = False) -> None:
+    """Raises ConfigError when a PNG cannot be written there, before the work: by its name, or as something is there already."""
+    if path.suffix.lower() != ".png":
+        raise ConfigError(
+            f"{path} does not end in .png, which is what is drawn: write {path.with_suffix('.png').name}."
+        )
+    check_new(path, overwrite)
+
+
 def check_new(path: Path, overwrite: bool = False) -> None:
     """Raises ConfigError when something is there already and is not to be replaced."""
     if path.exists() and not overwrite:

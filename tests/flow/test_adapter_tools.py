@@ -324,6 +324,41 @@ def test_bake_and_extract(files: Path, tiny_model: Path, tmp_path: Path) -> None
     torch.testing.assert_close(drawn(fresh.pipe.unet), drawn(baked.pipe.unet), rtol=1e-3, atol=1e-4)
 
 
+def test_baking_takes_the_place_of_a_model_alone(files: Path, tiny_model: Path, tmp_path: Path) -> None:
+    """--overwrite deleted whatever folder it was pointed at."""
+    work = tmp_path / "work"
+    (work / "sub").mkdir(parents=True)
+    (work / "thesis.txt").write_text("x")
+    words = ["bake", "auto", str(files / "dog.safetensors"), "-o"]
+    with pytest.raises(ConfigError, match=r"holds more than a model \(sub, thesis\.txt\), which would be lost"):
+        CliRunner().invoke(app, [*words, str(work), "--overwrite"], catch_exceptions=False)
+    assert (work / "thesis.txt").read_text() == "x"
+    run(*words, tmp_path / "model")
+    before = (tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
+    run("bake", "auto", f"{files / 'dog.safetensors'}:0.5", "-o", tmp_path / "model", "--overwrite")
+    assert (tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() != before
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name.startswith(".")) == []
+    (tmp_path / "model" / "notes.md").write_text("mine")
+    with pytest.raises(ConfigError, match=r"holds more than a model \(notes\.md\)"):
+        CliRunner().invoke(app, [*words, str(tmp_path / "model"), "--overwrite"], catch_exceptions=False)
+
+
+@pytest.mark.parametrize("verb", ["inspect", "overlap"])
+def test_pictures_take_the_place_of_nothing(files: Path, tmp_path: Path, verb: str) -> None:
+    words = [verb, str(files / "dog.safetensors"), *([str(files / "ink.safetensors")] if verb == "overlap" else [])]
+    before = (files / "dog.safetensors").read_bytes()
+    with pytest.raises(ConfigError, match=r"does not end in \.png, which is what is drawn: write dog\.png"):
+        CliRunner().invoke(app, [*words, "--picture", str(files / "dog.safetensors")], catch_exceptions=False)
+    assert (files / "dog.safetensors").read_bytes() == before
+    (tmp_path / "a.png").write_bytes(b"mine")
+    with pytest.raises(
+        ConfigError, match=r"a\.png exists already; name another output, or replace it with --overwrite"
+    ):
+        CliRunner().invoke(app, [*words, "--picture", str(tmp_path / "a.png")], catch_exceptions=False)
+    run(*words, "--picture", tmp_path / "a.png", "--overwrite")
+    assert (tmp_path / "a.png").stat().st_size > 5000
+
+
 def test_a_baked_model_draws_at_the_noise_levels_of_its_adapters(files: Path, tiny_sd2: Path, tmp_path: Path) -> None:
     adapter = vl.load_adapter(files / "dog.safetensors")
     info = {"base": {"id": str(tiny_sd2)}, "training": {"zero_terminal_snr": True, "clip_skip": 2}}

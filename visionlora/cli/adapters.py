@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from visionlora.cli.console import ConsoleListener
+from visionlora.cli.options import Overwrite
 from visionlora.cli.words import FORMATS, describe, parse_size
 from visionlora.config import parse_lora_use
 from visionlora.errors import ConfigError, nearest
@@ -20,7 +21,6 @@ Output = Annotated[Path, typer.Option("--output", "-o", help="What to write: a f
 To = Annotated[str, typer.Option("--to", help=f"Format: {FORMATS}.")]
 Rank = Annotated[Optional[int], typer.Option(help="Rank of every module.")]  # noqa: UP045
 Energy = Annotated[Optional[float], typer.Option(help="Share of ‖ΔW‖² to keep, module by module, such as 0.95.")]  # noqa: UP045
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
 DTYPES = ("float32", "float16", "bfloat16")
 
 

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
+from visionlora.atomic import check_picture
+from visionlora.cli.options import Overwrite
 from visionlora.errors import AdapterFileError, ConfigError
 
 if TYPE_CHECKING:
@@ -22,6 +24,7 @@ def command(
     picture: Annotated[
         Optional[Path], typer.Option(help="Draw ‖ΔW‖ by block to this PNG.")  # noqa: UP045
     ] = None,
+    overwrite: Overwrite = False,
     modules: Annotated[bool, typer.Option("--modules", help="List every adapted layer.")] = False,
 ) -> None:
     """Show format, base, method, ranks, norms, trigger words, hashes and health: `visionlora inspect dog.safetensors`."""
@@ -44,6 +47,8 @@ def command(
         found = [summarise(p) for p in paths]
         typer.echo(json.dumps([asdict(s) for s in found], indent=2)) if as_json else table(found)
         return
+    if picture is not None:
+        check_picture(picture, overwrite)
     base = None
     if model is not None:
         import torch

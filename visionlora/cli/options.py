@@ -17,6 +17,7 @@ Settings = Annotated[
     Optional[list[str]],  # noqa: UP045
     typer.Argument(help="Any setting as key=value, for instance warmup_steps=50."),
 ]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
 Output = Annotated[Optional[str], typer.Option(help="Run folder to create.")]  # noqa: UP045
 Steps = Annotated[Optional[int], typer.Option(help="Optimizer steps.")]  # noqa: UP045
 Epochs = Annotated[Optional[float], typer.Option(help="Passes over the training pictures, instead of steps.")]  # noqa: UP045

@@ -9,11 +9,13 @@ from typing import Annotated, Optional
 import typer
 
 from visionlora.cli.console import ConsoleListener
+from visionlora.cli.options import Overwrite
 
 
 def command(
     adapters: Annotated[list[Path], typer.Argument(help="Two or more adapters of one base model.")],
     picture: Annotated[Optional[Path], typer.Option(help="Draw a heat map by block to this PNG.")] = None,  # noqa: UP045
+    overwrite: Overwrite = False,
     as_json: Annotated[bool, typer.Option("--json", help="For programs, with every layer.")] = False,
 ) -> None:
     """Show what adapters share, pair by pair, and how to compose them: `visionlora overlap dog.safetensors ink.safetensors`."""
@@ -21,7 +23,7 @@ def command(
         from visionlora.pipelines.overlap import overlap
 
         progress = None if as_json else lambda done, total: listener.progress("Comparing", done, total)
-        pairs = overlap(adapters, picture, progress)
+        pairs = overlap(adapters, picture, progress, overwrite)
     if as_json:
         typer.echo(json.dumps([p.to_dict() for p in pairs], indent=1))
         return
