@@ -70,6 +70,7 @@ class _Findings:
     pictures: Names
     others: frozenset[str]
     for_all: str
+    left: frozenset[str]
     texts: dict[str, str] = field(default_factory=dict)
     sources: dict[str, int] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
@@ -88,22 +89,27 @@ class _Findings:
 
 
 def read_captions(
-    root: Path, pictures: Iterable[str], others: Iterable[str], for_all: str = "pass --prompt for all"
-) -> Captions:
-    """Captions of `pictures`, each from the first place that has one.
+    root: Path, pictures: Iterable[str], others: Iterable[str], for_all: str = "pass --prompt for all",
+    left: Iterable[str] = (),
+) -> Captions:  # fmt: skip
+    """Captions of `pictures`, each from the first place that has one; the last are metadata files beside the folder.
 
     Args:
-        root: the folder; nothing outside it is read.
+        root: the folder; but for what metadata files beside it say of its pictures, nothing outside it is read.
         pictures: posix paths relative to `root`.
         others: all other files of the folder, likewise.
         for_all: how to give all pictures one caption, for messages.
+        left: pictures of the folder that are not wanted, and may be named all the same.
     """
-    found = _Findings(root, Names(pictures), frozenset(others), for_all)
+    found = _Findings(root, Names(pictures), frozenset(others), for_all, frozenset(left))
     for name in METADATA_FILES:
         for file in sorted(f for f in found.others if PurePosixPath(f).name == name):
             _read_metadata(found, file)
     for suffix in SIDECAR_SUFFIXES:
         _read_sidecars(found, suffix)
+    for name in METADATA_FILES:
+        if len(found.texts) < len(found.pictures.exact):
+            _read_above(found, name)
     blamed = frozenset(found.blamed - found.texts.keys())
     texts = dict(sorted(found.texts.items()))
     return Captions(texts, found.sources, tuple(found.problems), blamed, tuple(found.joined))
@@ -128,9 +134,7 @@ def _read_metadata(found: _Findings, file: str) -> None:
     found.sources[file] = 0
     lines: dict[str, int] = {}
     try:
-        text = read_text(found.root / file)
-        is_csv = file.endswith(".csv")
-        for line, row, wrong in _csv_rows(text) if is_csv else ((*numbered, "") for numbered in numbered_lines(text)):
+        for line, row, wrong in _rows(found.root / file):
             try:
                 _take_row(found, file, line, _parse(row) if isinstance(row, str) else row, lines, wrong)
             except Unusable as error:
@@ -139,7 +143,43 @@ def _read_metadata(found: _Findings, file: str) -> None:
         found.problems.append(f"{printable(file)} {error}")
 
 
-def _take_row(found: _Findings, file: str, line: int, row: dict[str, Any], lines: dict[str, int], wrong: str) -> None:
+def _read_above(found: _Findings, file: str) -> None:
+    """What a metadata file beside the folder says of its pictures: data sets of Hugging Face may have one for all splits."""
+    root = found.root.resolve()
+    lines: dict[str, int] = {}
+    inside, shown = f"{root.name}/", f"../{file}"
+    try:
+        for line, row, wrong in _rows(root.parent / file) if (root.parent / file).is_file() else ():
+            try:
+                cells = _parse(row) if isinstance(row, str) else row
+                name = str(cells.get("file_name") or "").strip().replace("\\", "/").removeprefix("./")
+                if not name.startswith(inside) or found.pictures.find(name.removeprefix(inside)) in (
+                    None,
+                    *found.texts,
+                ):
+                    continue
+                found.sources.setdefault(shown, 0)
+                _take_row(found, shown, line, {**cells, "file_name": name.removeprefix(inside)}, lines, wrong, "")
+            except Unusable as error:
+                if lines and max(lines.values()) == line:  # of a row that is not about this folder others may care
+                    found.problems.append(f"{shown} line {line} {error}")
+    except Unusable:
+        return
+
+
+def _rows(path: Path) -> Iterator[tuple[int, str | dict[str, Any], str]]:
+    """Of each row of a metadata file the number of its line, itself, and why its caption cannot be used."""
+    text = read_text(path)
+    if path.suffix == ".csv":
+        yield from _csv_rows(text)
+    else:
+        yield from ((number, line, "") for number, line in numbered_lines(text))
+
+
+def _take_row(
+    found: _Findings, file: str, line: int, row: dict[str, Any], lines: dict[str, int], wrong: str,
+    folder: str | None = None,
+) -> None:  # fmt: skip
     """Puts the caption of one row into `found`.
 
     Args:
@@ -149,11 +189,14 @@ def _take_row(found: _Findings, file: str, line: int, row: dict[str, Any], lines
         row: its cells.
         lines: of the pictures that this file has named so far.
         wrong: why its caption cannot be used; empty where it can.
+        folder: that its names are relative to, that of the file when not given.
     """
     name = row.get("file_name")
     if not isinstance(name, str) or not name.strip():
         raise Unusable(f'names no picture (it has {quoted(row)}); add a "file_name"')
-    picture = _picture_of(found, PurePosixPath(file).parent, name.strip())
+    picture = _picture_of(found, PurePosixPath(file).parent if folder is None else PurePosixPath(folder), name.strip())
+    if picture is None:
+        return
     if picture in lines:
         raise Unusable(f"captions {printable(name)} again, after line {lines[picture]}; keep one of the two")
     lines[picture] = line
@@ -170,8 +213,8 @@ def _take_row(found: _Findings, file: str, line: int, row: dict[str, Any], lines
     found.take(picture, _one_line(row[key]), file)
 
 
-def _picture_of(found: _Findings, folder: PurePosixPath, name: str) -> str:
-    """The picture that a row of a metadata file in `folder` means."""
+def _picture_of(found: _Findings, folder: PurePosixPath, name: str) -> str | None:
+    """The picture that a row of a metadata file in `folder` means; None for one that is not wanted."""
     shown = printable(name)
     path = PurePosixPath(name.replace("\\", "/"))  # as Windows programs write it
     if path.is_absolute() or PureWindowsPath(name).anchor or ".." in path.parts:
@@ -180,6 +223,8 @@ def _picture_of(found: _Findings, folder: PurePosixPath, name: str) -> str:
         if (picture := found.pictures.find(named)) is not None:
             return picture
     wanted = (folder / path).as_posix()
+    if wanted in found.left:
+        return None
     if wanted in found.others:
         raise Unusable(f"names {shown}, which is no picture; {ENDINGS}")
     meant = found.meant.by(wanted)

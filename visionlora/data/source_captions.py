@@ -32,7 +32,7 @@ def texts_of(source: Source) -> tuple[dict[str, str], Captions]:
         if not unpacked.captions:
             captions = Captions({}, {}, (), frozenset())
     else:
-        captions = read_captions(source.root, source.pictures, source.listing.others, words.for_all)
+        captions = read_captions(source.root, source.pictures, source.listing.others, words.for_all, source.left)
     if prompt is not None:
         source.caption_source = _prompt_source(words.prompt, prompt, captions)
         return dict.fromkeys(source.pictures, prompt.strip()), captions

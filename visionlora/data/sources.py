@@ -52,6 +52,8 @@ class Source:
     pictures: dict[str, Path]
     """Names within the folder -> files, in order."""
     listing: Listing
+    left: frozenset[str] = frozenset()
+    """Pictures that lie there and are not among them: those of other splits, or of other folders."""
     unpacked: Unpacked | None = None
     masks: Masks | None = None
     named: NamedRepeats = field(default_factory=lambda: named_repeats(()))
@@ -111,11 +113,15 @@ def _open(
     else:
         _check_folder(root)
         masks = () if config.masks in (None, ALPHA) else (Path(config.masks).expanduser(),)
-        source.listing = listing = _without(list_folder(root), root, [*masks, *elsewhere])
+        whole = list_folder(root)
+        source.listing = listing = _without(whole, root, [*masks, *elsewhere])
         _check_layout(root, listing)
-        if (splits := split_folders(listing.pictures) or splits_beside_others(listing.pictures)) is not None:
-            listing = source.listing = _trained_on(source, splits)
+        shared = _shared_folder(listing.pictures)
+        inner = [name.removeprefix(shared) for name in listing.pictures]
+        if (splits := split_folders(inner) or splits_beside_others(inner)) is not None:
+            listing = source.listing = _trained_on(source, splits, shared)
         source.pictures = {name: root / name for name in listing.pictures}
+        source.left = frozenset(whole.pictures) - source.pictures.keys()
         tables = {name: root / name for name in listing.others if suffix_of(name) == PARQUET}
         if source.pictures:
             source.notes += beside_pictures(tables)
@@ -152,7 +158,7 @@ def _check_layout(root: Path, listing: Listing) -> None:
         top, *inner = PurePosixPath(name).parts[:-1] or ("",)
         tops.setdefault(top, set()).add(inner[0] if inner else "")
     said = {top for top, inner in tops.items() if top in ("img", "reg") and all(map(named, inner))}
-    if said == {"img", "reg"} and tops.keys() - said <= {"log", "logs", "model"}:  # samples may lie there
+    if said == {"img", "reg"}:
         of_class = sorted(tops["reg"])[0]
         words = named(of_class)
         raise DataError(
@@ -161,17 +167,30 @@ def _check_layout(root: Path, listing: Listing) -> None:
         )
 
 
-def _trained_on(source: Source, splits: Mapping[str, str]) -> Listing:
-    """What is listed without the folders of other splits, and a note on them."""
+def _shared_folder(pictures: Sequence[str]) -> str:
+    """The folder in which all others lie, and no picture, such as `images/` of YOLO's layout; empty where there is none."""
+    tops = {top_of(name) for name in pictures}
+    return f"{tops.pop()}/" if len(tops) == 1 and all(name.count("/") > 1 for name in pictures) else ""
+
+
+def _trained_on(source: Source, splits: Mapping[str, str], within: str) -> Listing:
+    """What is listed without the folders of other splits, and a note on them.
+
+    Args:
+        source: of the pictures.
+        splits: folder -> split.
+        within: the folder that these lie in, with a slash; empty for the source's own.
+    """
     listing = source.listing
-    others = {top: split for top, split in sorted(splits.items()) if split != "train"}
-    counts = {top: sum(top_of(name) == top for name in listing.pictures) for top in others}
+    others = {within + top: split for top, split in sorted(splits.items()) if split != "train"}
+    counts = {top: sum(name.startswith(f"{top}/") for name in listing.pictures) for top in others}
     counted = " and ".join(f"{printable(top)} ({count})" for top, count in counts.items() if count)
     if counted:
         val = next((top for top, split in others.items() if split == "val"), None)
         more = f"; validation={printable(source.root / val)} judges by it" if val is not None else ""
         source.notes.append(f"not learned from, as the name of a split says: {counted}{more}")
-    pictures, rest = ([n for n in names if top_of(n) not in others] for names in (listing.pictures, listing.others))
+    below = tuple(f"{top}/" for top in others)
+    pictures, rest = ([n for n in names if not n.startswith(below)] for names in (listing.pictures, listing.others))
     return Listing(pictures, rest, listing.folders, listing.links, listing.problems)
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 
 import numpy as np
@@ -553,8 +554,58 @@ def test_other_splits_are_not_learned_from(tmp_path: Path) -> None:
     )
 
 
+def test_other_splits_in_a_folder_of_pictures(tmp_path: Path) -> None:
+    for seed, name in enumerate(["images/train/a.png", "images/train/b.png", "images/val/c.png"]):
+        picture(tmp_path / name, seed)
+    folder = read_image_folder(tmp_path, "a dog")
+    assert [item.name for item in folder.items] == ["images/train/a.png", "images/train/b.png"]
+    (note,) = folder.notes
+    assert "images/val (1)" in note and f"validation={tmp_path / 'images' / 'val'}" in note
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_one_file_of_captions_for_all_splits(tmp_path: Path, kind: str) -> None:
+    """As Hugging Face's data sets have it: the rows of the other split were pictures that are not there."""
+    names = ["train/a.png", "train/b.png", "val/c.png", "val/d.png"]
+    for seed, name in enumerate(names):
+        picture(tmp_path / name, seed)
+    rows = [json.dumps({"file_name": name, "text": f"dog {name[-5]}"}) for name in names]
+    if kind == "csv":
+        rows = ["file_name,text", *(f"{name},dog {name[-5]}" for name in names)]
+    (tmp_path / f"metadata.{kind}").write_text("\n".join(rows))
+    folder = read_image_folder(tmp_path)
+    assert [(item.name, item.caption) for item in folder.items] == [("train/a.png", "dog a"), ("train/b.png", "dog b")]
+    apart = read_image_folder(tmp_path / "val")
+    assert [item.caption for item in apart.items] == ["dog c", "dog d"]
+    assert apart.caption_source == f"captions from ../metadata.{kind} (2)"
+    (tmp_path / "val" / "d.txt").write_text("its own")
+    assert [item.caption for item in read_image_folder(tmp_path / "val").items] == ["dog c", "its own"]
+
+
+def test_what_a_file_beside_the_folder_says_wrongly_of_its_pictures(tmp_path: Path) -> None:
+    picture(tmp_path / "val" / "c.png", 1)
+    (tmp_path / "metadata.jsonl").write_text(
+        'nonsense\n{"file_name": "x/y.png"}\n{"file_name": "val/c.png", "text": ""}'
+    )
+    assert '../metadata.jsonl line 3 has an empty "text" for c.png' in said(tmp_path / "val")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "valley/c.png", "text": "a"}')
+    assert read_image_folder(tmp_path / "val").items[0].caption == "sks val"
+
+
+def test_captions_of_a_folder_in_another_that_is_read_by_itself(dog: Path) -> None:
+    picture(dog / "best" / "x.png", 20)
+    rows = [
+        {"file_name": "a.png", "text": "one"},
+        {"file_name": "b.png", "text": "two"},
+        {"file_name": "best/x.png", "text": "x"},
+    ]
+    (dog / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    folder = read_image_folders([FolderConfig(str(dog)), FolderConfig(str(dog / "best"), repeats=3)])
+    assert [(item.caption, item.repeats) for item in folder.items] == [("one", 1), ("two", 1), ("x", 3)]
+
+
 def test_the_folder_above_those_of_kohya(tmp_path: Path) -> None:
-    for seed, name in enumerate(["img/10_sks dog/a.png", "reg/1_dog/b.png", "model/sample/c.png"]):
+    for seed, name in enumerate(["img/10_sks dog/a.png", "reg/1_dog/b.png", "model/sample/c.png", "preview.png"]):
         picture(tmp_path / name, seed)
     assert said(tmp_path) == (
         f"{tmp_path} is laid out for kohya's trainer: learn from {tmp_path / 'img'}, with its class pictures as "
