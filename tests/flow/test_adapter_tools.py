@@ -43,6 +43,13 @@ def run(*words: object) -> str:
     return result.output
 
 
+def test_an_output_in_an_encoding_that_has_not_every_sign(files: Path, cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Windows writes into files and pipes: the sign of a norm ended the command in a traceback."""
+    monkeypatch.setenv("PYTHONIOENCODING", "cp1252")
+    code, out, err = cli("inspect", files / "dog.safetensors")
+    assert code == 0 and not err and "method   lora" in out and "??W?" in out
+
+
 def test_inspect_one_file(files: Path, tmp_path: Path) -> None:
     text = run("inspect", files / "dog.safetensors", "--picture", tmp_path / "norms.png", "--modules")
     for line in (

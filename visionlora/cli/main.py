@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 failed, 2 wrong use, 130 interrupted. Errors meant for the
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from typing import Annotated, NoReturn
@@ -67,6 +68,10 @@ def root(
 def main() -> None:
     """Runs the command line."""
     listen()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(
+            errors="replace"
+        )  # Windows writes files and pipes in an encoding that has not every sign
     try:
         app()
     except VisionLoRAError as e:

@@ -23,18 +23,18 @@ FORMAT = 1
 
 
 class Remembering:
-    """A file whose first error is kept: torch.save makes a RuntimeError of it."""
+    """A file whose first error is kept, also Ctrl-C: torch.save makes a RuntimeError of it."""
 
     def __init__(self, file: BinaryIO) -> None:
         """Args: `file` is written to."""
         self.file = file
-        self.error: OSError | None = None
+        self.error: BaseException | None = None
 
     def write(self, content: bytes) -> int:
         """As a file's."""
         try:
             return self.file.write(content)
-        except OSError as e:
+        except BaseException as e:
             self.error = self.error or e
             raise
 

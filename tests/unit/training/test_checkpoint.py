@@ -1,6 +1,8 @@
 """Checkpoints are streamed to their file, whole or not at all."""
 
+import contextlib
 import errno
+import io
 from pathlib import Path
 from typing import Any
 
@@ -61,3 +63,23 @@ def test_a_full_disk_leaves_the_state_before(tmp_path: Path) -> None:
         signal.signal(signal.SIGXFSZ, before)
     assert read_state(tmp_path / "state.pt")["step"] == 1
     assert atomic.is_full(OSError(errno.EFBIG, "")) and [p.name for p in tmp_path.iterdir()] == ["state.pt"]
+
+
+def test_ctrl_c_while_a_state_is_written_is_ctrl_c(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch made a RuntimeError of it, which was a traceback."""
+    write_state(tmp_path / "state.pt", {"step": 1})
+
+    class Interrupted(io.BytesIO):
+        def write(self, content: bytes) -> int:
+            if self.tell() > 1000:
+                raise KeyboardInterrupt
+            return super().write(content)
+
+    @contextlib.contextmanager
+    def replacing(path: Path, previous: Path | None = None):
+        yield Interrupted()
+
+    monkeypatch.setattr("visionlora.training.checkpoint.replacing", replacing)
+    with pytest.raises(KeyboardInterrupt):
+        write_state(tmp_path / "state.pt", {"step": 2, "values": [torch.zeros(1000) for _ in range(9)]})
+    assert read_state(tmp_path / "state.pt")["step"] == 1
