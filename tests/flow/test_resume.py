@@ -176,6 +176,25 @@ def test_losses_that_are_not_finite_cost_the_steps_that_had_them_alone(
     assert [loss is None for loss in losses] == [False] * 7 + [True] * 2 + [False] * 3
 
 
+def test_weights_that_a_step_has_ruined_do_not_take_the_place_of_good_ones(
+    tiny_model: Path, dogs: Path, tmp_path: Path
+) -> None:
+    """They were kept as those of the last good step, and no rate was low enough to go on."""
+    folder = tmp_path / "run"
+    asked = config(tiny_model, dogs, folder, checkpoints=12, sample_columns=0, learning_rate=1000.0, warmup_steps=0)
+    with pytest.raises(TrainingError, match=r"The gradient became (inf|nan) at step \d") as caught:
+        train_sd(asked)
+    assert "have ruined the weights. What was learned up to step 0 is kept;" in str(caught.value)
+    assert (
+        not list((folder / "checkpoints").glob("step-*.safetensors")) and not (folder / "adapter.safetensors").exists()
+    )
+    ears = Ears()
+    train_sd(resumed(folder, learning_rate=0.001, force=True), ears)
+    assert "Going on at step 0 of 12." in ears.lines
+    losses = [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert len(losses) == 12 and None not in losses
+
+
 def test_what_cannot_be_resumed(tiny_model: Path, dogs: Path, tmp_path: Path, whole: Path) -> None:
     with pytest.raises(RunFolderError, match=r"is finished; .* Start a new one, .*: start_from="):
         train_sd(resumed(whole))

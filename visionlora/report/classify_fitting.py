@@ -161,11 +161,12 @@ class Fitting:
             self.checkpoint()
 
         def on_step(progress: Progress) -> None:
-            if progress.step in moments:
+            sound = not self.fit.skipped  # else the step before may have ruined the weights
+            if progress.step in moments and sound:
                 self.evaluate(progress.step)
             score = abs(self.evaluations[-1][1])  # a loss counts negative
             self.log.add(progress, f"Training {self.material.config.method}", f"{select} {score:.3f}")
-            if progress.step in moments:
+            if progress.step in moments and sound:
                 self.checkpoint()
             if self.enough:
                 raise StopTraining
@@ -184,12 +185,11 @@ class Fitting:
         except NotFinite as e:
             if self.run is None:  # of a baseline
                 raise
-            if self.written is not None:
+            sound = self.log.is_sound(self.fit.first_loss(self.material.task))
+            if sound and self.written is not None:
                 self.checkpoint()
             self.accelerator.wait_for_everyone()  # a launcher ends all processes with the first
-            raise TrainingError(
-                f"{e}\nAll up to the last good step is kept.\n{self.log.go_on_slower('classify')}"
-            ) from e
+            raise TrainingError(f"{e}\n{self.log.not_finite('classify', '' if sound else None)}") from e
         if self.enough and self.best is not None:
             self.tell.say(f"Stopped at step {self.fit.step}: no better since step {self.best[0]}.")
         self.log.end()

@@ -15,12 +15,14 @@ from visionlora.report.listener import Listener
 from visionlora.report.resume import LearnedFrom, Start, plain
 from visionlora.report.runfolder import RunFolder
 from visionlora.report.trackers import Trackers
-from visionlora.training.checkpoint import STATE_FILE, write_state
-from visionlora.training.loop import Fit, Progress, recent_loss
+from visionlora.training.checkpoint import STATE_FILE, go_back, read_state, write_state
+from visionlora.training.loop import MOST_SKIPPED, Fit, Progress, recent_loss
 from visionlora.training.noise import noise_lines
 
 TRACKED = ("loss", "learning_rate", "grad_norm", "images_per_second", "noise_scale")
 """What trackers are told of a step; what is not known is left out."""
+RUINED = 100
+"""So many times the loss that a run began with is no state to learn on from."""
 
 
 @dataclass
@@ -94,6 +96,32 @@ class Logbook:
         rates = {name: value for name, value in plain(self.config).items() if name.endswith("learning_rate") and value}
         words = " ".join(f"{name}={value / 3:.2g}" for name, value in rates.items())
         return f"{self.go_on(command)} --force {words}"
+
+    def is_sound(self, loss: float) -> bool:
+        """Whether weights with this loss on the run's first pictures can be learned on from.
+
+        Else the last step that seemed good has ruined them, and they give values that are not finite at any rate.
+        """
+        before = next((p.loss for p in self.history if math.isfinite(p.loss)), math.inf)
+        return loss <= RUINED * before
+
+    def not_finite(self, command: str, kept: str | None) -> str:
+        """What is left after values that were not finite, and how to go on.
+
+        Args:
+            command: of the run.
+            kept: put after what was kept of the last good step; None where that step had ruined the weights.
+        """
+        if kept is not None:
+            return f"All up to the last good step is kept{kept}.\n{self.go_on_slower(command)}"
+        path = None if self.run is None else self.run.checkpoints / STATE_FILE
+        if path is not None and self.kept > self.fit.step - MOST_SKIPPED:  # written after the step that ruined them
+            go_back(path)
+            self.kept = int(read_state(path)["fit"]["step"])
+        return (
+            "The steps before were too large already and have ruined the weights. What was learned up to step "
+            f"{self.kept} is kept; should the run end so again at once, start a new one.\n{self.go_on_slower(command)}"
+        )
 
     def checkpoint(self, more: Mapping[str, Any]) -> None:
         """Writes all that the run needs to go on.

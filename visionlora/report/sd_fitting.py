@@ -145,15 +145,16 @@ class Fitting:
             self.checkpoint()
 
         def on_step(progress: Progress) -> None:
-            if progress.step in saved:
+            sound = not self.fit.skipped  # else the step before may have ruined the weights
+            if progress.step in saved and sound:
                 self.evaluate(progress.step)
             self.log.add(progress, "Training", f"{progress.images_per_second:.1f} images/s")
-            if progress.step in kept and self.main:
+            if progress.step in kept and self.main and sound:
                 self.keep_adapter(progress.step)
             if progress.step in drawn and self.main:
                 with self.fit.averaged():
                     self.sheet.draw_column(f"step {progress.step}", scale=1.0)
-            if progress.step in drawn | saved:
+            if progress.step in drawn | saved and sound:
                 self.checkpoint()
             if self.enough:
                 raise StopTraining
@@ -167,11 +168,10 @@ class Fitting:
                 self.tell.say(f"Interrupted at step {self.fit.step} of {steps}{place}.\n{self.log.go_on('train-sd')}")
             raise
         except NotFinite as e:
-            place = self.keep() if self.main else ""
+            sound = self.log.is_sound(self.fit.first_loss(task))
+            place = self.keep() if sound and self.main else ""
             self.accelerator.wait_for_everyone()  # a launcher ends all processes with the first
-            raise TrainingError(
-                f"{e}\nAll up to the last good step is kept{place}.\n{self.log.go_on_slower('train-sd')}"
-            ) from e
+            raise TrainingError(f"{e}\n{self.log.not_finite('train-sd', place if sound else None)}") from e
         if self.enough:
             best = min(self.evaluations, key=lambda e: e.loss)
             self.tell.say(

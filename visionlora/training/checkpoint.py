@@ -66,6 +66,13 @@ def write_state(path: Path, state: Mapping[str, Any]) -> None:
         ) from None
 
 
+def go_back(path: Path) -> None:
+    """The state before the last takes the place of the last, where there is one."""
+    previous = path.with_name(PREVIOUS_FILE)
+    if previous.is_file():
+        previous.replace(path)
+
+
 def read_state(path: Path, say: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
     """A state that `write_state` wrote, on the CPU; where it cannot be read, the one before.
 

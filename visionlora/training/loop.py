@@ -307,19 +307,8 @@ class Fit:
             group["lr"] = rate * peak
         total = torch.zeros((), device=accelerator.device)
         for share in range(shares):
-            first = (accelerator.process_index * shares + share) * micro
-            # Of dropout and the like, which take the global generator.
-            torch.manual_seed(generator_at(config.seed, images_seen + first, "dropout").initial_seed())
-            last_share = share == shares - 1
-            with accelerator.no_sync(self.model) if not last_share else accelerator.autocast():
-                with accelerator.autocast():
-                    losses = task.losses(
-                        self.model, index, generator_at(config.seed, images_seen), slice(first, first + micro)
-                    )
-                loss = losses.mean() / shares
-                penalty = self.learner.regularisation()
-                accelerator.backward(loss if penalty is None else loss + penalty / shares)
-            total += loss.detach().float()
+            with accelerator.no_sync(self.model) if share < shares - 1 else nullcontext():
+                total += self._backward(task, index, images_seen, share)
         mean = float(accelerator.reduce(total, "mean"))
         if not math.isfinite(mean):
             raise NotFinite("loss", mean, self.step + 1, rate)
@@ -338,6 +327,37 @@ class Fit:
         if self.ema is not None:
             self.ema.update(self.trained)
         return mean, float(norm)
+
+    def _backward(self, task: Task, index: Tensor, images_seen: int, share: int) -> Tensor:
+        """Adds the gradients of one share of a step's pictures on this process; its part of the loss, in fp32."""
+        config, accelerator = self.config, self.accelerator
+        micro, shares = config.batch_size, config.gradient_accumulation
+        first = (accelerator.process_index * shares + share) * micro
+        # Of dropout and the like, which take the global generator.
+        torch.manual_seed(generator_at(config.seed, images_seen + first, "dropout").initial_seed())
+        with accelerator.autocast():
+            losses = task.losses(self.model, index, generator_at(config.seed, images_seen), slice(first, first + micro))
+        loss = losses.mean() / shares
+        penalty = self.learner.regularisation()
+        accelerator.backward(loss if penalty is None else loss + penalty / shares)
+        return loss.detach().float()
+
+    def first_loss(self, task: Task) -> float:
+        """The mean loss of the run's first pictures with the weights as they are; NaN where the norm of a gradient is not finite.
+
+        Of as many steps as may be lost in a row: weights that are ruined still give some pictures a finite gradient.
+        """
+        accelerator, config = self.accelerator, self.config
+        turn, total = config.batch_size * accelerator.num_processes, torch.zeros((), device=accelerator.device)
+        for images_seen in range(0, MOST_SKIPPED * turn, turn):
+            self.optimizer.zero_grad()
+            index = positions_at(config.seed, images_seen, self.images_per_step, turn, task.groups)
+            total += self._backward(task, index, images_seen, 0) * config.gradient_accumulation / MOST_SKIPPED
+            gradients = [p.grad for p in self.trained if p.grad is not None]
+            if accelerator.scaler is None and not math.isfinite(float(torch.nn.utils.get_total_norm(gradients))):
+                total += math.nan
+        self.optimizer.zero_grad()
+        return float(accelerator.reduce(total, "mean"))
 
     def _count(self) -> None:
         """One step more is done."""
