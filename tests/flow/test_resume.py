@@ -250,7 +250,7 @@ def test_cut_off_before_the_first_step(tiny_model: Path, dogs: Path, tmp_path: P
 
 
 def test_cut_off_after_it_had_stopped_by_itself(tiny_model: Path, dogs: Path, tmp_path: Path) -> None:
-    settings = {"learning_rate": 100.0, "patience": 2, "steps": 12, "checkpoints": 12}
+    settings = {"learning_rate": 3.0, "patience": 2, "steps": 12, "checkpoints": 12}
     runs = [tmp_path / "whole", tmp_path / "cut"]
     train_sd(config(tiny_model, dogs, runs[0], **settings))
 

@@ -343,7 +343,7 @@ class Fit:
         return loss.detach().float()
 
     def first_loss(self, task: Task) -> float:
-        """The mean loss of the run's first pictures with the weights as they are; NaN where the norm of a gradient is not finite.
+        """The mean loss of the run's first pictures with the weights as they are; NaN where a gradient's norm is not finite.
 
         Of as many steps as may be lost in a row: weights that are ruined still give some pictures a finite gradient.
         """
