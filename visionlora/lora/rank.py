@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from visionlora.errors import ConfigError, TargetError, TrainingError
 from visionlora.lora.config import AdapterConfig
 from visionlora.lora.methods.base import Site
-from visionlora.lora.targets import resolve
+from visionlora.lora.targets import named_patterns, resolve
 
 WIDEST = 4
 """No layer gets more than this many times the mean rank."""
@@ -138,6 +138,7 @@ def choose_ranks(
     if batches < 2:
         raise ConfigError(f"Automatic ranks need at least 2 calibration batches; {batches} were given.")
     sites = resolve(model, config).sites
+    config = named_patterns(config, sites)
     halves = gradient_halves(model, sites, loss_of, batches)
     width = {s.name: s.weight.shape[0] + s.weight[0].numel() for s in sites}
     energies: dict[str, Tensor] = {}
@@ -154,7 +155,8 @@ def choose_ranks(
         )
     chosen = replace(
         config,
-        rank_pattern={**config.rank_pattern, **kept},
+        rank_pattern=kept,
+        alpha_pattern={name: alpha for name, alpha in config.alpha_pattern.items() if name in kept},
         exclude=(*config.exclude_list, *(just(name, ranks) for name, rank in ranks.items() if not rank)),
     )
     parameters = sum(rank * width[name] for name, rank in ranks.items())

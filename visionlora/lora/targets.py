@@ -332,7 +332,7 @@ def by_name(setting: str, pattern: Mapping[str, V], hits: Sequence[Site]) -> dic
         test = matcher(word, roles)
         reached = [s.name for s in hits if test(s)]
         if not reached:
-            hint = nearest(word, [*ROLES, *GROUPS, *names])
+            hint = nearest(word, {*ROLES, *GROUPS, *names} - {word})
             raise TargetError(f"{setting} names {word!r}, which is none of the adapted layers. {hint}")
         found = dict.fromkeys(reached, pattern[word]) | found
     return found

@@ -1,5 +1,7 @@
 """Automatic ranks: the budget goes where the gradient is, and noise gets nothing."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -98,6 +100,25 @@ def test_ranks_by_target_words() -> None:
     assert {n: m.scaling for n, m in handle.methods.items()} == {"attn.q": 4.0, "attn.v": 2.0, "mlp.fc1": 1.0}
 
 
+def test_patterns_of_layers_that_get_no_rank() -> None:
+    """By role, as a user gives them: what was chosen is for the layers that are left."""
+    torch.manual_seed(0)
+    model, x = nn.ModuleDict({f"to_{part}": nn.Linear(8, 8) for part in "qkv"}), torch.randn(16, 8)
+
+    def loss_of(batch: int) -> Tensor:
+        return model["to_v"](x).square().sum() + 0.0 * (model["to_q"](x) + model["to_k"](x)).sum()
+
+    config = AdapterConfig(
+        rank=2, targets="attn", rank_pattern={"attn.q": 1, "attn.v": 2}, alpha_pattern={"attn.k": 8.0, "attn.v": 6.0}
+    )
+    choice = choose_ranks(model, config, loss_of, batches=2)
+    handle = inject(model, choice.config)
+    assert list(handle.methods) == ["to_v"]
+    with pytest.raises(TargetError, match="rank_pattern names 'attn.q', which is none of the adapted layers") as caught:
+        inject(model, AdapterConfig(rank=2, targets="attn.v", rank_pattern={"attn.q": 1}), name="other")
+    assert "Did you mean 'attn.q'" not in str(caught.value)
+
+
 def test_refusals() -> None:
     model, config, loss_of = problem(1)
     with pytest.raises(TargetError, match="Layer 'fine' has no part in the loss"):
@@ -129,8 +150,6 @@ def test_input_spectra_are_the_principal_directions(layer: str) -> None:
     spectra = input_spectra(model, config, lambda i: model(batches[i]), batches=3)
     _, _, v = torch.linalg.svd(rows, full_matrices=False)
     assert ((spectra["0"] * v[:2]).sum(1).abs() > 0.999).all()
-    from dataclasses import replace
-
     handle = inject(model, replace(config, spectra=spectra))
     torch.testing.assert_close(handle.methods["0"].lora_A.flatten(1), spectra["0"], rtol=0, atol=0)
 
