@@ -594,7 +594,7 @@ def test_killed_at_random_moments(tiny_model: Path, dogs: Path, tmp_path: Path, 
 
 def test_chosen_ranks_are_kept(tiny_model: Path, dogs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Measured again, on another batch or device, they may be others, and the state would fit no more."""
-    settings = {"rank": "auto", "rank_budget": "2"}
+    settings = {"rank": "auto", "rank_budget": "2", "alpha": 4.0}
     expected = train_sd(config(tiny_model, dogs, tmp_path / "uncut", **settings)).folder
     with pytest.raises(Killed):
         train_sd(config(tiny_model, dogs, tmp_path / "cut", **settings), Killer(30))

@@ -61,7 +61,8 @@ class TrainingConfig:
     rank_budget: str = "8"
     """For rank auto: a mean rank (8), a number of parameters (300k, 1.5M) or a file size (2MB)."""
     alpha: float | None = None
-    """Scaling numerator; equal to the rank when not given."""
+    """Scaling numerator; equal to the rank when not given. With rank auto it is over the mean rank of `rank_budget`, or 8,
+    in every layer."""
     targets: str = "attn"
     """What to adapt: roles, names or re:regex, separated by commas."""
     learning_rate: float | None = None

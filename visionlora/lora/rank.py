@@ -11,6 +11,7 @@ Letters in shapes: o out, i in (of a convolution: of one group, times the kernel
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -39,7 +40,7 @@ class RankChoice:
     parameters: int
     """Of the adapter that follows."""
     config: AdapterConfig
-    """The configuration with `rank_pattern` and `exclude` filled in."""
+    """The configuration with `rank_pattern` and `exclude` filled in, and with the scalings that it had."""
 
     def by_block(self) -> dict[str, float]:
         """Mean rank of each block, in the model's order: the data of a bar chart."""
@@ -156,11 +157,24 @@ def choose_ranks(
     chosen = replace(
         config,
         rank_pattern=kept,
-        alpha_pattern={name: alpha for name, alpha in config.alpha_pattern.items() if name in kept},
+        alpha_pattern=same_scalings(config, kept),
         exclude=(*config.exclude_list, *(just(name, ranks) for name, rank in ranks.items() if not rank)),
     )
     parameters = sum(rank * width[name] for name, rank in ranks.items())
     return RankChoice(ranks, {n: float(e.sum()) for n, e in energies.items()}, parameters, chosen)
+
+
+def same_scalings(config: AdapterConfig, ranks: dict[str, int]) -> dict[str, float]:
+    """Alphas with which layers of these ranks have the scalings of the configuration, where it gives an alpha.
+
+    One alpha for all would scale a layer down because it needs more than others.
+
+    >>> same_scalings(AdapterConfig(rank=4, alpha=8.0), {"a": 1, "b": 16}), same_scalings(AdapterConfig(rank=4), {"a": 1})
+    ({'a': 2.0, 'b': 32.0}, {})
+    """
+    by = math.sqrt if config.method == "rslora" else float
+    given = [name for name in ranks if config.alpha is not None or name in config.alpha_pattern]
+    return {name: config.scaling_of(name) * by(ranks[name]) for name in given}
 
 
 def just(name: str, names: Iterable[str]) -> str:

@@ -100,7 +100,8 @@ def suited(config: C, suggested: Mapping[str, Any]) -> tuple[C, tuple[str, ...]]
 
 def ranks_state(adapter: AdapterConfig) -> dict[str, Any]:
     """The ranks that were chosen, for a checkpoint: measured again, on another batch or device, they may be others."""
-    return {"ranks": {"rank_pattern": dict(adapter.rank_pattern), "exclude": list(adapter.exclude_list)}}
+    patterns = {"rank_pattern": dict(adapter.rank_pattern), "alpha_pattern": dict(adapter.alpha_pattern)}
+    return {"ranks": {**patterns, "exclude": list(adapter.exclude_list)}}
 
 
 def with_kept_ranks(adapter: AdapterConfig, state: Mapping[str, Any] | None) -> AdapterConfig | None:
@@ -108,7 +109,10 @@ def with_kept_ranks(adapter: AdapterConfig, state: Mapping[str, Any] | None) -> 
     if state is None or "ranks" not in state:  # a new run, or an older checkpoint
         return None
     kept = state["ranks"]
-    return dataclasses.replace(adapter, rank_pattern=dict(kept["rank_pattern"]), exclude=tuple(kept["exclude"]))
+    alphas = dict(kept.get("alpha_pattern", {}))  # older ones had one alpha for all
+    return dataclasses.replace(
+        adapter, rank_pattern=dict(kept["rank_pattern"]), alpha_pattern=alphas, exclude=tuple(kept["exclude"])
+    )
 
 
 def automatic_ranks(

@@ -40,6 +40,17 @@ def test_the_layer_that_must_change_gets_the_rank_of_the_change(wanted: int) -> 
     assert handle.report.trained_parameters == choice.parameters
 
 
+@pytest.mark.parametrize(("method", "wanted"), [("lora", 8 / 3), ("rslora", 8 / 3**0.5), ("dora", 8 / 3)])
+def test_alpha_that_is_given_keeps_its_scaling_at_every_rank(method: str, wanted: float) -> None:
+    """One alpha for all ranks would scale down what was found to need most."""
+    model, config, loss_of = problem(5)
+    given = replace(config, method=method, alpha=8.0, alpha_pattern={"fine": 2.0})
+    choice = choose_ranks(model, given, loss_of, batches=16)
+    assert choice.ranks["needed"] > 3 > choice.ranks["fine"] > 0
+    scalings = {n: m.scaling for n, m in inject(model, choice.config).methods.items()}
+    assert scalings == pytest.approx({"needed": wanted, "fine": wanted / 4})
+
+
 def test_the_model_is_left_as_it_was() -> None:
     model, config, loss_of = problem(2)
     model["fine"].requires_grad_(True)
@@ -113,8 +124,8 @@ def test_patterns_of_layers_that_get_no_rank() -> None:
     )
     choice = choose_ranks(model, config, loss_of, batches=2)
     handle = inject(model, choice.config)
-    assert list(handle.methods) == ["to_v"]
-    with pytest.raises(TargetError, match="rank_pattern names 'attn.q', which is none of the adapted layers") as caught:
+    assert {n: m.scaling for n, m in handle.methods.items()} == {"to_v": 3.0}
+    with pytest.raises(TargetError, match=r"rank_pattern names .* which is none of the adapted layers") as caught:
         inject(model, AdapterConfig(rank=2, targets="attn.v", rank_pattern={"attn.q": 1}), name="other")
     assert "Did you mean 'attn.q'" not in str(caught.value)
 
