@@ -216,6 +216,7 @@ def input_spectra(
         {module name: (r, features)} with orthonormal rows, strongest first.
     """
     sites = resolve(model, config).sites
+    config = named_patterns(config, sites)
     covariance: dict[tuple[int, str], Tensor] = {}
 
     def watch(layer: nn.Module, part: str, input: str, at: int) -> Callable[..., None]:

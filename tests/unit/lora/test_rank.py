@@ -165,6 +165,15 @@ def test_input_spectra_are_the_principal_directions(layer: str) -> None:
     torch.testing.assert_close(handle.methods["0"].lora_A.flatten(1), spectra["0"], rtol=0, atol=0)
 
 
+def test_input_spectra_have_the_ranks_of_a_pattern_by_role() -> None:
+    torch.manual_seed(0)
+    model, x = nn.ModuleDict({f"to_{part}": nn.Linear(8, 8) for part in "qv"}), torch.randn(32, 8)
+    config = AdapterConfig(rank=2, targets="attn.q,attn.v", init="eva", rank_pattern={"attn.v": 5})
+    spectra = input_spectra(model, config, lambda i: (model["to_q"](x), model["to_v"](x)), batches=1)
+    handle = inject(model, replace(config, spectra=spectra))
+    assert {n: m.rank for n, m in handle.methods.items()} == {"to_q": 2, "to_v": 5}
+
+
 def test_adapters_of_different_numbers_start_at_right_angles() -> None:
     rows = []
     for index in range(3):
