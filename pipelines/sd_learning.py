@@ -36,6 +36,7 @@ from visionlora.lora.adapter import Adapter, AdapterModule
 from visionlora.lora.config import AdapterConfig
 from visionlora.lora.handle import Handle
 from visionlora.lora.inject import inject
+from visionlora.lora.rank import at_rank
 from visionlora.models.memory import give_back
 from visionlora.report.listener import Listener, bars
 from visionlora.training.learner import JointLearner, Part
@@ -43,6 +44,7 @@ from visionlora.training.memory import at_once, bytes_for_steps, bytes_kept, fre
 from visionlora.training.order import generator_at
 from visionlora.training.settings import (
     automatic_ranks,
+    text_share,
     with_kept_ranks,
 )
 
@@ -181,6 +183,8 @@ class Learning:
     word: LearnedWord | None
     config: AdapterConfig
     """Of the UNet, with the ranks that were chosen."""
+    text_rank: int
+    """Of the text encoders, where they are not learned on from others."""
 
     def export(self) -> Adapter:
         """As it is now, for a file."""
@@ -195,12 +199,15 @@ def new_adapter(ready: Ready, material: Material, tell: Listener, state: Mapping
     config, base, adapter, accelerator = ready.config, ready.base, ready.adapter, ready.accelerator
     give_back()  # what encoding took, before the UNet is there
     prepare_unet(base, config, accelerator.device, accelerator.mixed_precision)
-    if config.rank == "auto" and (kept := with_kept_ranks(adapter, state)) is not None:
-        adapter = kept
+    components, text_rank = base.components(), adapter.rank
+    if config.rank == "auto" and state is not None and (kept := with_kept_ranks(adapter, state)) is not None:
+        adapter, text_rank = kept, state["ranks"].get("text_rank") or text_rank
     elif config.rank == "auto":
+        texts = {name: (components[name], own) for name, own in ready.text_adapters.items()}
+        text_rank, taken = text_share(config, (base.pipe.unet, adapter), texts)
         choice = automatic_ranks(
             base.pipe.unet, adapter, material.task(None), config,
-            lambda done, total: tell.progress("Measuring layers", done, total), accelerator.autocast,
+            lambda done, total: tell.progress("Measuring layers", done, total), accelerator.autocast, taken,
         )  # fmt: skip
         tell.say("Mean rank by block:\n" + bars(choice.by_block()))
         adapter = choice.config
@@ -212,8 +219,10 @@ def new_adapter(ready: Ready, material: Material, tell: Listener, state: Mapping
     handle = inject(base.pipe.unet, adapter, seed=config.seed, start_from=modules("unet"))
     tell.say(f"Adapter: {handle.report}.")
     rate = config.learning_rate or 1.0
-    parts, others, components = [Part("unet", handle)], {}, base.components()
+    parts, others = [Part("unet", handle)], {}
     for name, own in ready.text_adapters.items():
+        if config.rank == "auto":
+            own = at_rank(own, text_rank)
         others[name] = inject(components[name], own, seed=config.seed, start_from=modules(name))
         tell.say(f"Adapter of {name}: {others[name].report}.")
         factor = (config.text_encoder_learning_rate or rate / 2) / rate
@@ -221,7 +230,7 @@ def new_adapter(ready: Ready, material: Material, tell: Listener, state: Mapping
     if ready.word is not None:
         parts.append(Part("token", ready.word, (config.token_learning_rate or 5 * rate) / rate))
     model = base.pipe.unet if material.tokens is None else Denoiser(base, ready.word)
-    return Learning(JointLearner(model, parts), handle, others, ready.word, adapter)
+    return Learning(JointLearner(model, parts), handle, others, ready.word, adapter, text_rank)
 
 
 def batch_in_memory(ready: Ready, material: Material, learning: Learning, tell: Listener) -> TrainSDConfig:

@@ -37,5 +37,5 @@ def with_rank(config: C, rank: int, tell: Listener) -> C:
     """The settings with this rank everywhere where they say auto: measuring the layers takes as long as many steps."""
     if config.rank != "auto":
         return config
-    tell.say(f"Rank auto is counted as rank {rank} everywhere; the budget is the same.")
+    tell.say(f"Rank auto is counted as rank {rank} everywhere.")
     return dataclasses.replace(config, rank=rank)

@@ -94,7 +94,7 @@ def train_sd(config: TrainSDConfig, listener: Listener | None = None) -> RunResu
         learned_from(ready.folder, ready.apart, base_digest(ready.fingerprints)),
         start,
         material.validation,
-        ranks_state(learning.config),
+        ranks_state(learning.config, learning.text_rank),
     )
     if start.state is not None:
         fitting.restore(start.state)

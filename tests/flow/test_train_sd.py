@@ -172,6 +172,25 @@ def test_every_method_trains_saves_and_loads(cli, tiny_model: Path, dogs: Path, 
     assert len(list((tmp_path / "pictures").glob("*.png"))) == 1
 
 
+@pytest.mark.parametrize("init", ["kaiming", "pissa"])
+def test_the_budget_of_rank_auto_is_for_the_text_encoder_too(
+    cli, tiny_model: Path, dogs: Path, tmp_path: Path, init: str
+) -> None:
+    code, _, err = cli("train-sd", "--images", dogs, "--model", tiny_model, "--rank", "auto", "rank_budget=0.02MB",
+                         "--steps", 1, "--output", tmp_path / "run", "sample_columns=0", "train_text_encoder=true",
+                         f"init={init}", "alpha=4")  # fmt: skip
+    assert code == 0, err
+    adapter = load_adapter(tmp_path / "run")
+    held = sum(t.numel() for m in adapter.modules.values() for t in m.tensors.values())
+    assert adapter.components == ["text_encoder", "unet"]
+    assert 0.8 * 0.02 * 2**18 < held <= 0.02 * 2**18
+    assert {m.scaling for m in adapter.modules.values()} == {0.5}
+    code, _, err = cli("train-sd", "--images", dogs, "--model", tiny_model, "--rank", "auto",
+                         "--steps", 1, "--output", tmp_path / "none", "sample_columns=0", "train_text_encoder=true",
+                         "rank_budget=0.1k")  # fmt: skip
+    assert code == 2 and "rank_budget is '0.1k', and the text encoders alone take 256 of it at rank 1" in err
+
+
 def test_rank_auto_measures_and_says_what_it_chose(cli, tiny_model: Path, dogs: Path, tmp_path: Path) -> None:
     code, out, err = cli("train-sd", "--images", dogs, "--model", tiny_model, "--rank", "auto", "rank_budget=2",
                          "--steps", 2, "--output", tmp_path / "run", "sample_steps=2", "sample_columns=1")  # fmt: skip

@@ -192,7 +192,7 @@ def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("8", ("rank", 8)), ("300k", ("parameters", 300_000)), ("2 MB", ("parameters", 524_288)), ("0", None), ("1.5", None),
+    [("8", ("rank", 8)), ("300k", ("parameters", 300_000)), ("2 MB", ("numbers", 524_288)), ("0", None), ("1.5", None),
      ("much", None)],
 )  # fmt: skip
 def test_budgets(text: str, expected: tuple[str, int] | None) -> None:

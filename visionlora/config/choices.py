@@ -44,6 +44,8 @@ PISSA_METHODS = ("lora", "rslora", "lora+")
 """Methods that init pissa can start: both factors are its."""
 WITHOUT_INIT = ("adalora", "vera", "ia3", "full", "linear-probe")
 """Methods that have a start of their own."""
+WITHOUT_RANKS = ("vera", "ia3", "full", "linear-probe")
+"""Methods whose parameters are not those of ranks that rank auto could spread."""
 TRACKERS = ("tensorboard", "trackio", "wandb")
 
 

@@ -16,6 +16,7 @@ from visionlora.config.choices import (
     SCHEDULES,
     TRACKERS,
     WITHOUT_INIT,
+    WITHOUT_RANKS,
     optimizer_problem,
     tracker_problem,
 )
@@ -59,7 +60,8 @@ class TrainingConfig:
     rank: int | Literal["auto"] = 8
     """Rank of each ΔW; auto measures on the pictures which layers need it and spends `rank_budget` there."""
     rank_budget: str = "8"
-    """For rank auto: a mean rank (8), a number of parameters (300k, 1.5M) or a file size (2MB)."""
+    """For rank auto: a mean rank (8), a number of parameters that train (300k, 1.5M) or a size of the file (2MB, without its
+    header). Text encoders that train have their part of it, a classifier's head has not."""
     alpha: float | None = None
     """Scaling numerator; equal to the rank when not given. With rank auto it is over the mean rank of `rank_budget`, or 8,
     in every layer."""
@@ -144,6 +146,11 @@ class TrainingConfig:
                 "give epochs or steps, not both (steps=none leaves out those of a config file)",
             ),
             ("rank", self.rank == "auto" or self.rank >= 1, "it must be at least 1, or auto"),
+            (
+                "rank",
+                self.rank != "auto" or self.method not in WITHOUT_RANKS,
+                f"method {self.method} has no ranks that could be spread: leave rank=auto out",
+            ),
             (
                 "rank_budget",
                 budget_of(self.rank_budget) is not None,
@@ -279,13 +286,14 @@ def _finite(value: Any) -> bool:
 
 
 def budget_of(text: str) -> tuple[str, int] | None:
-    """`8` -> ("rank", 8), `300k` or `1.5M` -> ("parameters", …), `2MB` -> ("parameters", …, fp32); None if it is neither.
+    """`8` -> ("rank", 8), `300k` or `1.5M` -> ("parameters", …), `2MB` -> ("numbers", …) of fp32; None if it is neither.
 
     >>> budget_of("8"), budget_of("1.5M"), budget_of("2MB"), budget_of("many")
-    (('rank', 8), ('parameters', 1500000), ('parameters', 524288), None)
+    (('rank', 8), ('parameters', 1500000), ('numbers', 524288), None)
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(k|M|MB)?", text.strip())
     if found is None or float(found[1]) <= 0 or (found[2] is None and not float(found[1]).is_integer()):
         return None
     per_unit = {None: 1, "k": 1000, "M": 1_000_000, "MB": 2**20 // 4}[found[2]]
-    return ("rank" if found[2] is None else "parameters"), int(float(found[1]) * per_unit)
+    kind = {None: "rank", "MB": "numbers"}.get(found[2], "parameters")
+    return kind, int(float(found[1]) * per_unit)

@@ -20,8 +20,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from visionlora.config.choices import WITHOUT_RANKS
 from visionlora.errors import ConfigError, TargetError, TrainingError
 from visionlora.lora.config import AdapterConfig
+from visionlora.lora.inject import method_class
 from visionlora.lora.methods.base import Site
 from visionlora.lora.targets import named_patterns, resolve
 
@@ -38,7 +40,7 @@ class RankChoice:
     energies: dict[str, float]
     """Energy of all triplets that were in reach, by module name."""
     parameters: int
-    """Of the adapter that follows."""
+    """That train in its layers."""
     config: AdapterConfig
     """The configuration with `rank_pattern` and `exclude` filled in, and with the scalings that it had."""
 
@@ -122,6 +124,7 @@ def choose_ranks(
     loss_of: Callable[[int], Tensor],
     batches: int = 16,
     budget: int | None = None,
+    stored: bool = False,
 ) -> RankChoice:
     """Spreads the parameters that a uniform `config.rank` would take over the layers that need them.
 
@@ -131,23 +134,26 @@ def choose_ranks(
         loss_of: from a batch number to the training loss of that batch, as a scalar.
         batches: 2 or more; each is a forward and a backward pass.
         budget: parameters to spend; by default what `config.rank` everywhere would take.
+        stored: let the budget be of the numbers in the file, which has both factors of init pissa twice, and of LoRA-FA A too.
 
     Raises:
-        ConfigError: when there are too few batches.
+        ConfigError: when there are too few batches, or the method has no ranks.
         TrainingError: when a loss is NaN or infinite.
     """
     if batches < 2:
         raise ConfigError(f"Automatic ranks need at least 2 calibration batches; {batches} were given.")
+    if config.method in WITHOUT_RANKS or not method_class(config.method).bounded_rank:
+        raise ConfigError(f"Method {config.method!r} has no ranks that could be spread over the layers.")
     sites = resolve(model, config).sites
     config = named_patterns(config, sites)
     halves = gradient_halves(model, sites, loss_of, batches)
-    width = {s.name: s.weight.shape[0] + s.weight[0].numel() for s in sites}
     energies: dict[str, Tensor] = {}
     for s in sites:
         room = min(WIDEST * config.rank, s.weight.shape[0], s.weight[0].numel())
         energies[s.name] = triplet_energies(*halves[s.name], room)
-    budget = config.rank * sum(width.values()) if budget is None else budget
-    ranks = spend(energies, width, budget)
+    cost, by_name = method_class(config.method).numbers, {s.name: s for s in sites}
+    budget = sum(cost(s, config.rank, config, stored) for s in sites) if budget is None else budget
+    ranks = spend(energies, lambda name, rank: cost(by_name[name], rank, config, stored), budget)
     kept = {name: rank for name, rank in ranks.items() if rank}
     if not kept:
         raise ConfigError(
@@ -160,7 +166,7 @@ def choose_ranks(
         alpha_pattern=same_scalings(config, kept),
         exclude=(*config.exclude_list, *(just(name, ranks) for name, rank in ranks.items() if not rank)),
     )
-    parameters = sum(rank * width[name] for name, rank in ranks.items())
+    parameters = sum(cost(by_name[name], rank, config) for name, rank in kept.items())
     return RankChoice(ranks, {n: float(e.sum()) for n, e in energies.items()}, parameters, chosen)
 
 
@@ -177,6 +183,16 @@ def same_scalings(config: AdapterConfig, ranks: dict[str, int]) -> dict[str, flo
     return {name: config.scaling_of(name) * by(ranks[name]) for name in given}
 
 
+def at_rank(config: AdapterConfig, rank: int) -> AdapterConfig:
+    """The configuration with another rank everywhere and the same scaling, where it gives an alpha; without patterns.
+
+    >>> at_rank(AdapterConfig(rank=8, alpha=16.0), 2).scaling, at_rank(AdapterConfig(rank=8), 2).alpha
+    (2.0, None)
+    """
+    by = math.sqrt if config.method == "rslora" else float
+    return replace(config, rank=rank, alpha=None if config.alpha is None else config.scaling * by(rank))
+
+
 def just(name: str, names: Iterable[str]) -> str:
     """What excludes the layer of this name and no other: the name, where no other ends with it.
 
@@ -186,18 +202,38 @@ def just(name: str, names: Iterable[str]) -> str:
     return f"re:{re.escape(name)}" if any(n.endswith(f".{name}") for n in names) else name
 
 
-def spend(energies: dict[str, Tensor], width: dict[str, int], budget: int) -> dict[str, int]:
+def spend(energies: dict[str, Tensor], cost: Callable[[str, int], int], budget: int) -> dict[str, int]:
     """Buys triplets by energy per parameter until the budget is spent; what has no energy is not bought.
 
-    >>> spend({"a": torch.tensor([9.0, 4.0]), "b": torch.tensor([5.0, 0.0])}, {"a": 10, "b": 10}, 20)
+    Args:
+        energies: of the triplets of each layer, the largest first.
+        cost: from a layer and a rank of 1 or more to the parameters that it takes; a layer without rank takes none.
+        budget: in parameters.
+
+    >>> spend({"a": torch.tensor([9.0, 4.0]), "b": torch.tensor([5.0, 0.0])}, lambda name, rank: 10 * rank, 20)
     {'a': 1, 'b': 1}
     """
-    offers = [(-float(e) / width[name], name) for name, values in energies.items() for e in values if e > 0]
+
+    def price(name: str, have: int) -> int:
+        return cost(name, have + 1) - (cost(name, have) if have else 0)
+
+    offers = [
+        (-float(e) / max(1, price(name, have)), name)
+        for name, values in energies.items()
+        for have, e in enumerate(values)
+        if e > 0
+    ]
     ranks, spent = dict.fromkeys(energies, 0), 0
     for _, name in sorted(offers, key=lambda offer: offer[0]):
-        if spent + width[name] <= budget:
-            ranks[name], spent = ranks[name] + 1, spent + width[name]
+        if spent + (more := price(name, ranks[name])) <= budget:
+            ranks[name], spent = ranks[name] + 1, spent + more
     return ranks
+
+
+def numbers_at(model: nn.Module, config: AdapterConfig, rank: int, stored: bool = False) -> int:
+    """What the adapter would take with this rank everywhere; see `Method.numbers`."""
+    cost = method_class(config.method).numbers
+    return sum(cost(site, rank, config, stored) for site in resolve(model, config).sites)
 
 
 def input_spectra(

@@ -10,8 +10,9 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from visionlora.config import OPTIMIZERS, TrainingConfig, budget_of
+from visionlora.errors import ConfigError
 from visionlora.lora.config import AdapterConfig
-from visionlora.lora.rank import RankChoice, choose_ranks
+from visionlora.lora.rank import RankChoice, choose_ranks, numbers_at
 from visionlora.training.loop import LoopConfig, Task
 from visionlora.training.order import generator_at, positions_at
 
@@ -98,10 +99,15 @@ def suited(config: C, suggested: Mapping[str, Any]) -> tuple[C, tuple[str, ...]]
     return chosen, (", ".join(parts) + ".",)
 
 
-def ranks_state(adapter: AdapterConfig) -> dict[str, Any]:
-    """The ranks that were chosen, for a checkpoint: measured again, on another batch or device, they may be others."""
+def ranks_state(adapter: AdapterConfig, text_rank: int | None = None) -> dict[str, Any]:
+    """The ranks that were chosen, for a checkpoint: measured again, on another batch or device, they may be others.
+
+    Args:
+        adapter: with ranks by layer.
+        text_rank: of text encoders, where a model has them.
+    """
     patterns = {"rank_pattern": dict(adapter.rank_pattern), "alpha_pattern": dict(adapter.alpha_pattern)}
-    return {"ranks": {**patterns, "exclude": list(adapter.exclude_list)}}
+    return {"ranks": {**patterns, "exclude": list(adapter.exclude_list), "text_rank": text_rank}}
 
 
 def with_kept_ranks(adapter: AdapterConfig, state: Mapping[str, Any] | None) -> AdapterConfig | None:
@@ -122,6 +128,7 @@ def automatic_ranks(
     config: TrainingConfig,
     on_batch: Callable[[int, int], None],
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    taken: int = 0,
 ) -> RankChoice:
     """Ranks by layer, measured on the training pictures before the first step.
 
@@ -132,6 +139,7 @@ def automatic_ranks(
         config: the budget, batch and seed.
         on_batch: called with (batches done, batches in all).
         autocast: what the model runs under, where its weights need it.
+        taken: of a budget that is no mean rank, by other parts of the model.
     """
     kind, amount = budget_of(config.rank_budget) or ("rank", 8)
     batch = config.batch_size or 1
@@ -143,4 +151,39 @@ def automatic_ranks(
         with autocast():
             return task.losses(model, index, generator, slice(0, batch)).mean()
 
-    return choose_ranks(model, adapter, loss_of, CALIBRATION_BATCHES, amount if kind == "parameters" else None)
+    budget = None if kind == "rank" else amount - taken
+    return choose_ranks(model, adapter, loss_of, CALIBRATION_BATCHES, budget, stored=kind == "numbers")
+
+
+def text_share(
+    config: TrainingConfig, unet: tuple[nn.Module, AdapterConfig], texts: Mapping[str, tuple[nn.Module, AdapterConfig]]
+) -> tuple[int, int]:
+    """The rank that text encoders have within a budget that is no mean rank, and how much of it they take.
+
+    They are not measured: their rank is what the budget would give to all layers alike, at most that of their configuration.
+
+    Args:
+        config: of the run.
+        unet: the model and its adapter.
+        texts: the same of text encoders, by name.
+
+    Raises:
+        ConfigError: when nothing is left for the UNet.
+    """
+    kind, amount = budget_of(config.rank_budget) or ("rank", 8)
+    stored = kind == "numbers"
+
+    def took(rank: int, *parts: tuple[nn.Module, AdapterConfig]) -> int:
+        return sum(numbers_at(model, own, rank, stored) for model, own in parts)
+
+    most = unet[1].rank
+    if kind == "rank" or not texts:
+        return most, 0
+    rank = next((r for r in range(most, 1, -1) if took(r, unet, *texts.values()) <= amount), 1)
+    taken = took(rank, *texts.values())
+    if taken >= amount:
+        raise ConfigError(
+            f"rank_budget is {config.rank_budget!r}, and the text encoders alone take {taken:,} of it at rank 1: raise "
+            "it, or leave train_text_encoder out."
+        )
+    return rank, taken

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from visionlora.config import ClassifyConfig
 from visionlora.errors import ConfigError, TargetError, TrainingError
 from visionlora.lora.config import AdapterConfig
 from visionlora.lora.inject import inject
@@ -51,6 +52,38 @@ def test_alpha_that_is_given_keeps_its_scaling_at_every_rank(method: str, wanted
     assert scalings == pytest.approx({"needed": wanted, "fine": wanted / 4})
 
 
+@pytest.mark.parametrize("budget", [None, 150])
+@pytest.mark.parametrize("method", ["lora", "lora-fa", "dora", "adalora", "lora+", "pissa"])
+def test_the_budget_is_kept_as_the_method_trains(method: str, budget: int | None) -> None:
+    model, config, loss_of = problem(5)
+    given = replace(config, **({"init": "pissa"} if method == "pissa" else {"method": method}))
+    everywhere = inject(model, given)
+    most = budget or everywhere.report.trained_parameters
+    everywhere.eject()
+    choice = choose_ranks(model, given, loss_of, batches=16, budget=budget)
+    assert inject(model, choice.config).report.trained_parameters == choice.parameters <= most
+    assert choice.parameters > 0.6 * most
+
+
+@pytest.mark.parametrize("method", ["lora", "lora-fa", "dora", "pissa"])
+def test_a_budget_of_the_file_counts_what_it_holds(method: str) -> None:
+    model, config, loss_of = problem(5)
+    given = replace(config, **({"init": "pissa"} if method == "pissa" else {"method": method}))
+    choice = choose_ranks(model, given, loss_of, batches=16, budget=150, stored=True)
+    handle = inject(model, choice.config)
+    held = sum(t.numel() for m in handle.adapter().modules.values() for t in m.tensors.values())
+    assert 100 < held <= 150 and choice.parameters == handle.report.trained_parameters
+
+
+@pytest.mark.parametrize("method", ["ia3", "vera", "full", "linear-probe"])
+def test_methods_without_ranks_to_spread(method: str) -> None:
+    model, config, loss_of = problem(1)
+    with pytest.raises(ConfigError, match=f"Method '{method}' has no ranks"):
+        choose_ranks(model, replace(config, method=method, train="fine"), loss_of)
+    with pytest.raises(ConfigError, match=f"rank is 'auto'; method {method} has no ranks"):
+        ClassifyConfig(images="x", rank="auto", method=method)
+
+
 def test_the_model_is_left_as_it_was() -> None:
     model, config, loss_of = problem(2)
     model["fine"].requires_grad_(True)
@@ -71,8 +104,11 @@ def test_what_the_halves_disagree_on_counts_for_nothing() -> None:
 
 def test_spending_never_exceeds_the_budget() -> None:
     energies = {"a": torch.tensor([9.0, 8.0, 1.0]), "b": torch.tensor([7.0, 0.0])}
-    assert spend(energies, {"a": 10, "b": 4}, 14) == {"a": 1, "b": 1}
-    assert spend(energies, {"a": 10, "b": 4}, 3) == {"a": 0, "b": 0}
+    cost = {"a": 10, "b": 4}
+    assert spend(energies, lambda name, rank: rank * cost[name], 14) == {"a": 1, "b": 1}
+    assert spend(energies, lambda name, rank: rank * cost[name], 3) == {"a": 0, "b": 0}
+    assert spend(energies, lambda name, rank: 5 + rank * cost[name], 33) == {"a": 1, "b": 1}
+    assert spend(energies, lambda name, rank: 0 if rank < 3 else cost[name], 0) == {"a": 2, "b": 1}
 
 
 def two_of_one_name() -> nn.Module:

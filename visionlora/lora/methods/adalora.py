@@ -43,14 +43,26 @@ class AdaLoRA(Method):
     @classmethod
     def new(cls, site: Site, config: AdapterConfig, generator: torch.Generator) -> AdaLoRA:
         """A and B normal with deviation 0.02, E zero. The rank of the config is the target; it starts 1.5 times as wide."""
-        weight = site.weight
-        rank = min(round(config.rank_of(site.name) * config.initial_rank_factor), min(len(weight), weight[0].numel()))
+        weight, rank = site.weight, cls.wider(site, config.rank_of(site.name), config)
         down = torch.empty(rank, *weight.shape[1:]).normal_(std=START_STD, generator=generator)
         up = torch.empty(len(weight), rank).normal_(std=START_STD, generator=generator)
         up = up.view(len(weight), rank, *(1,) * (weight.dim() - 2))
         start = torch.zeros(rank)
         device = weight.device
         return cls(site, down.to(device), up.to(device), start.to(device), config.alpha_of(site.name), config.dropout)
+
+    @classmethod
+    def wider(cls, site: Site, rank: int, config: AdapterConfig) -> int:
+        """The rank with which a site starts that is to end with this one."""
+        return min(round(rank * config.initial_rank_factor), min(len(site.weight), site.weight[0].numel()))
+
+    @classmethod
+    def numbers(cls, site: Site, rank: int, config: AdapterConfig, stored: bool = False) -> int:
+        """It trains as wide as it starts; the file has what pruning leaves, of all layers together the ranks in the config."""
+        if stored:
+            return super().numbers(site, rank, config, stored)
+        start = cls.wider(site, rank, config)
+        return super().numbers(site, start, config) + start
 
     @property
     def scaling(self) -> float:

@@ -135,6 +135,11 @@ class Method(nn.Module):
         """From what a file says about this site."""
         raise NotImplementedError(f"{cls.__name__} cannot be read from a file")
 
+    @classmethod
+    def numbers(cls, site: Site, rank: int, config: AdapterConfig, stored: bool = False) -> int:
+        """How many numbers of this rank, 1 or more, train on a site; with `stored` how many its file holds."""
+        return rank * (len(site.weight) + site.weight[0].numel())
+
     def learn_on(self, config: AdapterConfig) -> None:
         """From here on it trains, as one made anew would."""
         self.dropout = float(config.dropout)

@@ -50,6 +50,11 @@ class DoRA(Method):
         return cls(site, down.to(weight.device), up.to(weight.device), None, alpha, scaling, config.dropout)
 
     @classmethod
+    def numbers(cls, site: Site, rank: int, config: AdapterConfig, stored: bool = False) -> int:
+        """With the magnitudes."""
+        return super().numbers(site, rank, config, stored) + len(site.weight)
+
+    @classmethod
     def load(cls, site: Site, module: AdapterModule) -> DoRA:
         """Frozen."""
         device, (down, up) = site.weight.device, module.lora_factors(site.weight.shape)

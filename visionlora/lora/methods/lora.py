@@ -74,6 +74,14 @@ class LoRA(Method):
         return made
 
     @classmethod
+    def numbers(cls, site: Site, rank: int, config: AdapterConfig, stored: bool = False) -> int:
+        """Of LoRA-FA, B alone trains; the file of init pissa has both factors twice."""
+        if config.method == "lora-fa" and not stored:
+            return rank * len(site.weight)
+        twice = stored and config.init == "pissa"
+        return super().numbers(site, 2 * rank if twice else rank, config, stored)
+
+    @classmethod
     def load(cls, site: Site, module: AdapterModule) -> LoRA:
         """Frozen."""
         device, (down, up) = site.weight.device, module.lora_factors()
