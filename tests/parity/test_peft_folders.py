@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import visionlora as vl
@@ -298,6 +299,64 @@ def test_an_adalora_that_was_pruned(alpha: int, tmp_path: Path) -> None:
     with torch.no_grad():
         assert (theirs(X) - net()(X)).abs().max() > 1e-3
         torch.testing.assert_close(model(X), theirs(X), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("format", ["visionlora", "kohya", "diffusers"])
+def test_an_adalora_on_convolutions_as_a_file_for_diffusers(format: str, tiny_model: Path, tmp_path: Path) -> None:
+    """PEFT keeps inputs and kernel in one there; the names of a UNet tell the kernel."""
+    from diffusers import StableDiffusionPipeline
+
+    layers = ["to_q", "to_k", "conv1", "conv_shortcut", "conv_out", "downsamplers.0.conv"]
+    unet = StableDiffusionPipeline.from_pretrained(tiny_model, safety_checker=None).unet
+    config = peft.AdaLoraConfig(init_r=3, target_r=2, lora_alpha=5, total_step=9, target_modules=layers)
+    wrapped = peft.get_peft_model(unet, config).eval()
+    shake(wrapped)
+    wrapped.save_pretrained(tmp_path / "a")
+    x = torch.randn(1, 4, 8, 8), torch.tensor([7]), torch.randn(1, 5, 16)
+    vl.save_adapter(vl.load_adapter(tmp_path / "a"), tmp_path / "a.safetensors", format)
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_model, safety_checker=None)
+    with torch.no_grad():
+        expected, plain = wrapped(*x).sample, pipe.unet(*x).sample
+        pipe.load_lora_weights(tmp_path, weight_name="a.safetensors")
+        torch.testing.assert_close(pipe.unet(*x).sample, expected, rtol=1e-4, atol=1e-4)
+    assert (plain - expected).abs().max() > 1e-2
+
+
+def test_an_adalora_on_convolutions_of_other_models(tmp_path: Path) -> None:
+    wrapped = peft.get_peft_model(
+        net(), peft.AdaLoraConfig(init_r=3, target_r=2, lora_alpha=5, total_step=9, target_modules=["conv1", "fc1"])
+    ).eval()
+    shake(wrapped)
+    wrapped.save_pretrained(tmp_path / "a")
+    adapter = vl.load_adapter(tmp_path / "a")
+    vl.save_adapter(adapter, tmp_path / "own.safetensors")
+    merged = vl.merge_adapters([tmp_path / "own.safetensors"]).adapter
+    for given in (adapter, vl.load_adapter(tmp_path / "own.safetensors"), merged):
+        with pytest.raises(
+            vl.VisionLoRAError, match=r"adapter of conv1 .* tell the kernel\. visionlora's own format keeps"
+        ):
+            vl.save_adapter(given, tmp_path / "b", "peft")
+    model = net()
+    vl.attach(model, merged)
+    with torch.no_grad():
+        torch.testing.assert_close(model(X), wrapped(X), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("context", "shape"), [(768, (3, 8, 1, 1)), (1024, (3, 8)), (40, (3, 8))])
+def test_an_adalora_on_projections_of_known_families(context: int, shape: tuple[int, ...], tmp_path: Path) -> None:
+    """Convolutions in Stable Diffusion 1.x, linear layers in 2.x."""
+
+    def pair(layer: str, width: int) -> dict[str, torch.Tensor]:
+        start = f"base_model.model.mid_block.attentions.0.{layer}.lora_"
+        return {start + "A": torch.ones(3, width), start + "B": torch.ones(8, 3), start + "E": torch.ones(3, 1)}
+
+    tensors = pair("proj_in", 8) | pair("transformer_blocks.0.attn2.to_k", context)
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    about = {"peft_type": "ADALORA", "lora_alpha": 3, "auto_mapping": {"base_model_class": "UNet2DConditionModel"}}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(about))
+    modules = vl.load_adapter(tmp_path).modules
+    assert modules["unet.mid_block.attentions.0.proj_in"].shape() == (8, *shape[1:])
+    assert modules["unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k"].shape() == (8, context)
 
 
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora"])

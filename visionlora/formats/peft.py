@@ -24,11 +24,13 @@ from torch import Tensor
 from visionlora.atomic import replace_file
 from visionlora.errors import AdapterFileError
 from visionlora.formats.container import Contents, open_file
+from visionlora.formats.families import family_of
 from visionlora.formats.header import drawing_metadata, in_order, info_in, unshared
 from visionlora.formats.names import in_transformers, with_text_model
 from visionlora.formats.parts import check_finite, check_used, split_key, take_modules
 from visionlora.formats.whole import whole_layers
 from visionlora.lora.adapter import Adapter, AdapterModule
+from visionlora.lora.arithmetic import weight_shape
 from visionlora.lora.handle import TEXT_ENCODERS
 from visionlora.lora.targets import UNCALLED
 
@@ -38,6 +40,9 @@ VARIANTS = {"use_bdlora": "BD-LoRA", "kasa_config": "KaSA", "monteclora_config":
 """Kinds of LoRA that hold something else, by the entry of the config that says so."""
 COMPONENT_OF = {"UNet2DConditionModel": "unet", **TEXT_ENCODERS}
 """Parts of a pipeline by the class that a config names (`auto_mapping.base_model_class`)."""
+CONVOLUTION = re.compile(r"(?<!pw)conv[^.]*$")
+"""What convolutions are called in all models; ConvNeXt's `pwconv1` is linear."""
+FLAT = "its file has the inputs and the kernel of the convolution in one, and does not tell the kernel"
 CHANGING_THE_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
 """Starts (`init_lora_weights`) for which PEFT takes the first B·A off the base weights, or replaces them, on every load."""
 
@@ -129,6 +134,11 @@ def read(
     if component is not None:
         modules = {f"{component}.{with_text_model(component, n.partition('.')[2])}": m for n, m in modules.items()}
     info: dict[str, Any] = {**info_in(contents.metadata), "method": kind.lower()}
+    if kind == "ADALORA":
+        modules = with_kernels(modules)
+        flat = [n for n, m in modules.items() if len(m.shape() or ()) == 2 and CONVOLUTION.search(n)]
+        if flat:
+            info["odd_layers"] = {n.partition(".")[2]: FLAT for n in flat}
     if base := config.get("base_model_name_or_path"):
         info["base"] = {"id": base}
     return Adapter(modules, info, format="peft", metadata=contents.metadata, unused=tuple(unused))
@@ -190,6 +200,23 @@ def divided_by_start(tensors: Mapping[str, Tensor], start: float) -> dict[str, T
         found[key] = tensor
         if slot == "diagonal" and start:
             found[layer + ".ranknum"] = torch.tensor(start)
+    return found
+
+
+def with_kernels(modules: Mapping[str, AdapterModule]) -> dict[str, AdapterModule]:
+    """PEFT's AdaLoRA has inputs and kernel in one; in Stable Diffusion's UNets the names of the layers tell the kernel."""
+    family = family_of({n: m.flat_shape for n, m in modules.items()})
+    found = {}
+    for name, m in modules.items():
+        shape = weight_shape(name, [m])
+        if (
+            shape is not None
+            and family is not None
+            and family.name == "sd1"
+            and name.endswith((".proj_in", ".proj_out"))
+        ):
+            shape = *shape[:2], 1, 1
+        found[name] = m if shape is None else m.fitted(shape)
     return found
 
 

@@ -222,14 +222,17 @@ def matching(name: str, present: Sequence[tuple[AdapterModule, float]]) -> list[
 def weight_shape(name: str, modules: Sequence[AdapterModule]) -> tuple[int, ...] | None:
     """The shape of a base weight, as far as modules for it tell, or its name in Stable Diffusion's UNets.
 
-    The files of LoHa and factored LoKr have the inputs and the kernel of a convolution in one.
+    The files of LoHa, factored LoKr and PEFT's AdaLoRA have the inputs and the kernel of a convolution in one.
     """
-    if (told := next((s for m in modules if (s := m.shape()) is not None), None)) is not None:
-        return told
+    told = sorted((s for m in modules if (s := m.shape()) is not None), key=len, reverse=True)
+    if told and len(told[0]) > 2:
+        return told[0]
     flat = next((f for m in modules if (f := m.flat_shape()) is not None), None)
-    if flat is None or flat[1] % 9 or not CONVOLUTIONS.search(name):
-        return None
-    return flat[0], flat[1] // 9, 3, 3
+    if flat is not None and name.startswith("unet.") and name.endswith(".conv_shortcut"):
+        return *flat, 1, 1
+    if flat is not None and not flat[1] % 9 and CONVOLUTIONS.search(name):
+        return flat[0], flat[1] // 9, 3, 3
+    return told[0] if told else None
 
 
 def merged_info(adapters: Sequence[tuple[Adapter, float]], method: str) -> dict[str, Any]:
