@@ -19,6 +19,7 @@ from visionlora.errors import ModelError, first_line, nearest
 from visionlora.lora.adapter import Adapter
 from visionlora.models.checkpoint_header import read_checkpoint_header
 from visionlora.models.fingerprint import architecture_fingerprint, respelled, weights_fingerprint
+from visionlora.models.parts import VARIANT, has_all_weights, read_part, read_parts
 
 EMBEDDED = "emoji-64"
 DEFAULT_ON_GPU = "stable-diffusion-v1-5/stable-diffusion-v1-5"
@@ -32,8 +33,8 @@ OTHERS = {
     "StableVideo": "Stable Video Diffusion", "AnimateDiff": "AnimateDiff", "StableAudio": "Stable Audio",
 }  # fmt: skip
 """Families that visionlora does not open, by what the names of their pipelines begin with."""
-NO_WEIGHTS = "no file named"
-"""In diffusers' and transformers' words for a folder without weights of the names that they look for."""
+NOT_OURS: dict[str, Any] = {"safety_checker": None, "feature_extractor": None}
+"""Parts of a folder that are left out."""
 SINGLE_FILE_SUFFIXES = (".safetensors", ".ckpt")
 
 
@@ -268,8 +269,11 @@ def load_folder(source: str, dtype: torch.dtype) -> tuple[Any, str | None]:
         with quiet("diffusers", "transformers"):
             from diffusers import DiffusionPipeline
 
-            check_index(source, DiffusionPipeline.load_config(source))
-            pipe, variant = with_variant(source)
+            index = DiffusionPipeline.load_config(source)
+            check_index(source, index)
+            folder, variant = with_variant(source, index)
+            parts = read_parts(source, folder, index, variant)
+            pipe = DiffusionPipeline.from_pretrained(str(folder), **NOT_OURS, **parts)
             return pipe.to(dtype), variant
     except ModelError:
         raise
@@ -280,22 +284,16 @@ def load_folder(source: str, dtype: torch.dtype) -> tuple[Any, str | None]:
         ) from None
 
 
-def with_variant(source: str) -> tuple[Any, str | None]:
-    """A pipeline, of its fp16 files where there are no others, and which they are."""
+def with_variant(source: str, index: Mapping[str, Any]) -> tuple[Path, str | None]:
+    """The folder of a model, and the variant of its files: fp16 where a part has no plain ones."""
     from diffusers import DiffusionPipeline
 
-    def load(**more: str) -> Any:
-        return DiffusionPipeline.from_pretrained(source, safety_checker=None, feature_extractor=None, **more)
-
-    try:
-        return load(), None
-    except OSError as e:
-        if NO_WEIGHTS not in str(e).lower():
-            raise
-        try:
-            return load(variant="fp16"), "fp16"
-        except Exception:  # the first error says what is missing
-            raise e from None
+    if (folder := Path(source)).is_dir():
+        return folder, None if has_all_weights(folder, index) else VARIANT
+    folder = Path(DiffusionPipeline.download(source, **NOT_OURS))
+    if has_all_weights(folder, index):
+        return folder, None
+    return Path(DiffusionPipeline.download(source, variant=VARIANT, **NOT_OURS)), VARIANT
 
 
 def check_index(source: str, index: Mapping[str, Any]) -> None:
@@ -350,7 +348,10 @@ def open_controlnet(source: str, base: BaseModel) -> Any:
         with quiet("diffusers"):
             from diffusers import ControlNetModel
 
-            net = ControlNetModel.from_pretrained(source, torch_dtype=base.pipe.unet.dtype)
+            what = f"The ControlNet {source} cannot be opened: its weights"
+            net: Any = read_part(what, "diffusers", ControlNetModel, source, torch_dtype=base.pipe.unet.dtype)
+    except ModelError:
+        raise
     except Exception as e:
         text = first_line(e)
         raise ModelError(

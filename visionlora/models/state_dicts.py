@@ -26,6 +26,8 @@ PRETRAINING = re.compile(r"(^|\.)(decoder[a-z_]*|mask_token)(\.|$)")
 """What masked pretraining (MAE) needs and a classifier has not."""
 HEADS = re.compile(r"(dino_|ibot_)?(head|fc|classifier)[a-z_]*\.")
 """What may stand beside `backbone.`."""
+FIRST = 3
+"""Names that a message lists."""
 
 
 def weights_in(tensors: Mapping[str, Tensor], own: Collection[str]) -> tuple[dict[str, Tensor], str]:
@@ -110,3 +112,27 @@ def head_names(model: Any, head: str) -> tuple[str, ...]:
     aside = [top for top in dict.fromkeys(tops) if top in own and not list(own[top].parameters())]
     aside += [n for n, m in own.items() if isinstance(m, nn.Identity) and n.split(".")[0] in TRANSFORMERS_HEADS]
     return tuple(f"{n}." for n in (head, *aside))
+
+
+def differences(missing: Collection[str], extra: Collection[str], wrong: Mapping[str, tuple[str, str]]) -> str:
+    """How the tensors of a file differ from a model's, as the end of a sentence.
+
+    Args:
+        missing: names that the file lacks.
+        extra: names that the model has not.
+        wrong: by name the shape in the file and in the model.
+
+    >>> differences(["a"], ["b", "c"], {"d": ("(3,)", "(4,)")})
+    "lacks 1 tensor (first 'a'); has 2 that the model has not (first 'b', 'c'); has 'd' of shape (3,) where the model has (4,)"
+    """
+    parts = [f"lacks {len(missing)} tensor{'s' * (len(missing) > 1)} {first(missing)}"] if missing else []
+    parts += [f"has {len(extra)} that the model has not {first(extra)}"] if extra else []
+    if wrong:
+        name = min(wrong)
+        parts.append(f"has {name!r} of shape {wrong[name][0]} where the model has {wrong[name][1]}")
+    return "; ".join(parts)
+
+
+def first(names: Collection[str]) -> str:
+    """A few of the names in brackets."""
+    return f"(first {', '.join(map(repr, sorted(names)[:FIRST]))})"

@@ -25,7 +25,7 @@ from visionlora.models.fingerprint import architecture_fingerprint, weights_fing
 from visionlora.models.heads import LAST, FlatLinear, append_head, as_logits, fits, has, heads_in, run
 from visionlora.models.input_size import set_input_size
 from visionlora.models.processors import as_preprocessing
-from visionlora.models.state_dicts import as_spelled_now, head_names, renaming, weights_in
+from visionlora.models.state_dicts import as_spelled_now, differences, head_names, renaming, weights_in
 
 EMBEDDED = "emoji-vit"
 DEFAULT_ON_GPU = "vit_base_patch16_224.augreg2_in21k_ft_in1k"
@@ -408,15 +408,12 @@ def read_state(opened: VisionModel, path: Path) -> str:
 
 def check_state(id: str, path: Path, own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
     """Raises ModelError for names or shapes that are not the model's."""
-    missing, extra = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
-    wrong = [n for n in own.keys() & given.keys() if own[n].shape != given[n].shape]
-    if not (missing or extra or wrong):
-        return
-    parts = [f"lacks {len(missing)} tensors (first {missing[0]!r})"] if missing else []
-    parts += [f"has {len(extra)} that the model has not (first {extra[0]!r})"] if extra else []
-    parts += (
-        [f"has {wrong[0]!r} of shape {tuple(given[wrong[0]].shape)} where the model has {tuple(own[wrong[0]].shape)}"]
-        if wrong
-        else []
-    )
-    raise ModelError(f"The weights in {path} are not those of {id}: the file {'; '.join(parts)}. Check --model.")
+    missing, extra = own.keys() - given.keys(), given.keys() - own.keys()
+    wrong = {
+        n: (str(tuple(given[n].shape)), str(tuple(own[n].shape)))
+        for n in own.keys() & given.keys()
+        if own[n].shape != given[n].shape
+    }
+    if missing or extra or wrong:
+        said = differences(missing, extra, wrong)
+        raise ModelError(f"The weights in {path} are not those of {id}: the file {said}. Check --model.")

@@ -250,7 +250,7 @@ def test_a_state_dict_in_the_names_of_an_older_transformers(tmp_path: Path) -> N
     assert all(torch.equal(t, got[n]) for n, t in again.items())
     del state["vit.layernorm.weight"]
     save_file(state, tmp_path / "own.safetensors")
-    with pytest.raises(ModelError, match=r"lacks 1 tensors \(first 'vit.layernorm.weight'\)"):
+    with pytest.raises(ModelError, match=r"lacks 1 tensor \(first 'vit.layernorm.weight'\)"):
         open_backbone(str(folder), weights=str(tmp_path / "own.safetensors"))
 
 

@@ -1,0 +1,117 @@
+"""Folders whose weights, files or tokenizers are not those of their configuration, and folders in every layout that are."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from visionlora.errors import ModelError
+from visionlora.models.base import open_base, open_controlnet
+
+WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+
+
+def rewritten(model: Path, folder: Path, part: str, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> str:
+    """A copy of a model whose part has other tensors; the folder's name."""
+    shutil.copytree(model, folder)
+    file = folder / part / f"{WEIGHTS[part]}.safetensors"
+    save_file(change(load_file(file)), file, {"format": "pt"})
+    return str(folder)
+
+
+def renamed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"foo.{name}": t for name, t in tensors.items()}
+
+
+def without_one(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    lost = next(n for n in sorted(tensors) if n.endswith("weight") and tensors[n].dim() > 1)
+    return {n: t for n, t in tensors.items() if n != lost}
+
+
+def shorter(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    cut = next(n for n in sorted(tensors) if n.endswith("weight") and tensors[n].dim() > 1)
+    return {**tensors, cut: tensors[cut][:-1].clone()}
+
+
+@pytest.mark.parametrize("part", WEIGHTS)
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (renamed, r"lacks \d+ tensors \(first '.+', '.+', '.+'\); has \d+ that the model has not \(first 'foo\."),
+        (without_one, r"lacks 1 tensor \(first '.*weight'\)"),
+        (shorter, r"has '.*weight' of .*shape.* where the model has \("),
+    ],
+)
+def test_weights_of_another_model_are_refused(
+    tiny_model: Path, tmp_path: Path, part: str, change: Callable[..., dict[str, Tensor]], said: str
+) -> None:
+    """The libraries fill what is missing with random values, and say so to a log alone."""
+    with pytest.raises(
+        ModelError, match=rf"cannot be opened: the weights of its {part} are not those .*{said}"
+    ) as caught:
+        open_base(rewritten(tiny_model, tmp_path / "m", part, change))
+    assert "\n" not in str(caught.value)
+
+
+def test_the_projection_of_sdxl_belongs_to_its_text_encoder(tiny_xl: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_xl, tmp_path / "m")
+    file = tmp_path / "m" / "text_encoder_2" / "model.safetensors"
+    save_file({n: t for n, t in load_file(file).items() if "text_projection" not in n}, file, {"format": "pt"})
+    with pytest.raises(ModelError, match=r"of its text_encoder_2 .* lacks 1 tensor \(first 'text_projection.weight'\)"):
+        open_base(str(tmp_path / "m"))
+
+
+def test_a_controlnet_of_other_weights_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    from diffusers import ControlNetModel
+
+    base = open_base(str(tiny_model))
+    net = ControlNetModel.from_unet(base.pipe.unet, conditioning_embedding_out_channels=(8, 8))
+    net.save_pretrained(tmp_path / "net")
+    file = tmp_path / "net" / "diffusion_pytorch_model.safetensors"
+    save_file(renamed(load_file(file)), file, {"format": "pt"})
+    with pytest.raises(
+        ModelError, match=r"The ControlNet .* cannot be opened: its weights are not those .*lacks \d+ tensors"
+    ):
+        open_controlnet(str(tmp_path / "net"), base)
+
+
+def same(a: str | Path, b: str | Path) -> bool:
+    """Whether two folders open as the same model."""
+    one, two = (open_base(str(x)) for x in (a, b))
+    parts = zip((*one.components().values(), one.pipe.vae), (*two.components().values(), two.pipe.vae), strict=True)
+    return all(
+        torch.equal(t, other.state_dict()[n]) for part, other in parts for n, t in part.state_dict().items()
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", ["shards", "bin", "older", "older bin"])
+def test_every_layout_of_a_folder_opens(
+    layout: str, tiny_model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "m"
+    shutil.copytree(tiny_model, folder)
+    base = open_base(str(tiny_model))
+    if layout == "shards":
+        for name, part in {**base.components(), "vae": base.pipe.vae}.items():
+            shutil.rmtree(folder / name)
+            part.save_pretrained(folder / name, max_shard_size="20KB")
+        assert len(list(folder.rglob("*-of-*"))) > 3
+    else:
+        for part, name in WEIGHTS.items():
+            file = folder / part / f"{name}.safetensors"
+            tensors = load_file(file)
+            if part == "text_encoder" and "older" in layout:
+                tensors = {f"text_model.{n.removeprefix('text_model.')}": t for n, t in tensors.items()}
+                tensors["text_model.embeddings.position_ids"] = torch.arange(16)[None]
+            file.unlink()
+            if "bin" in layout:
+                torch.save(tensors, file.with_name("pytorch_model.bin" if part == "text_encoder" else f"{name}.bin"))
+            else:
+                save_file(tensors, file, {"format": "pt"})
+    capfd.readouterr()
+    assert same(folder, tiny_model)
+    assert "error" not in "".join(capfd.readouterr()).lower()
