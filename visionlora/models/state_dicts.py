@@ -7,7 +7,7 @@ what was around the model (DataParallel, torch.compile, Lightning).
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -103,12 +103,16 @@ def without_prefixes(tensors: dict[str, Tensor], own: Collection[str]) -> dict[s
     return tensors
 
 
+def classifiers(model: Any) -> tuple[str, ...]:
+    """What timm calls the heads of a model; empty for other libraries."""
+    given = dict(getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
+    return (given,) if isinstance(given, str) else tuple(given)
+
+
 def head_names(model: Any, head: str) -> tuple[str, ...]:
     """What the names of a library's heads begin with: the one that was replaced, and those that stand aside."""
-    given = dict(getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
-    names: Iterable[str] = (given,) if isinstance(given, str) else given
     own = dict(model.named_modules())
-    tops = (n.split(".")[0] for n in names)
+    tops = (n.split(".")[0] for n in classifiers(model))
     aside = [top for top in dict.fromkeys(tops) if top in own and not list(own[top].parameters())]
     aside += [n for n, m in own.items() if isinstance(m, nn.Identity) and n.split(".")[0] in TRANSFORMERS_HEADS]
     return tuple(f"{n}." for n in (head, *aside))

@@ -24,8 +24,9 @@ from visionlora.models.class_token import shorten
 from visionlora.models.fingerprint import architecture_fingerprint, weights_fingerprint
 from visionlora.models.heads import LAST, FlatLinear, append_head, as_logits, fits, has, heads_in, run
 from visionlora.models.input_size import set_input_size
+from visionlora.models.loading import check_loaded, loaded, misfit, told_by_timm
 from visionlora.models.processors import as_preprocessing
-from visionlora.models.state_dicts import as_spelled_now, differences, head_names, renaming, weights_in
+from visionlora.models.state_dicts import as_spelled_now, classifiers, differences, head_names, renaming, weights_in
 
 EMBEDDED = "emoji-vit"
 DEFAULT_ON_GPU = "vit_base_patch16_224.augreg2_in21k_ft_in1k"
@@ -278,16 +279,23 @@ def cannot_be_had(name: str, error: Exception) -> ModelError:
     )
 
 
+def its_weights(id: str) -> str:
+    """Begins what is said of weights that do not fit."""
+    return f"The backbone {id} cannot be opened: its weights"
+
+
 def from_timm(id: str, name: str, weights: str | None) -> VisionModel:
     """A model of timm."""
     import timm
 
     def create(**more: Any) -> Any:
         try:
-            with quiet():
-                return timm.create_model(name, pretrained=weights is None, **more)
+            with quiet(), told_by_timm() as told:
+                model: Any = timm.create_model(name, pretrained=weights is None, **more)
         except Exception as e:
-            raise cannot_be_had(id, e) from None
+            raise misfit(its_weights(id), e) or cannot_be_had(id, e) from None
+        check_loaded(its_weights(id), model, told, tuple(f"{n}." for n in classifiers(model)))
+        return model
 
     model = create(num_classes=0)
     head = dict(model.pretrained_cfg).get("classifier")
@@ -314,7 +322,8 @@ def from_transformers(id: str, weights: str | None) -> VisionModel:
             if (kind := config.model_type) in NO_PICTURES:
                 raise ModelError(f"{id} is a {kind}, which {NO_PICTURES[kind]}.")
             if weights is None:
-                model = AutoModelForImageClassification.from_pretrained(id)
+                model, info = loaded(its_weights(id), "transformers", AutoModelForImageClassification, id)
+                check_loaded(its_weights(id), model, info, tuple(f"{name.split('.')[0]}." for name in heads_in(model)))
             else:
                 model = AutoModelForImageClassification.from_config(config)
             try:
