@@ -19,7 +19,7 @@ from visionlora.errors import ModelError, first_line, nearest
 from visionlora.lora.adapter import Adapter
 from visionlora.models.checkpoint_header import read_checkpoint_header
 from visionlora.models.fingerprint import architecture_fingerprint, respelled, weights_fingerprint
-from visionlora.models.parts import VARIANT, has_all_weights, read_part, read_parts
+from visionlora.models.parts import VARIANT, check_tokenizers, check_words, has_all_weights, read_part, read_parts
 
 EMBEDDED = "emoji-64"
 DEFAULT_ON_GPU = "stable-diffusion-v1-5/stable-diffusion-v1-5"
@@ -272,6 +272,7 @@ def load_folder(source: str, dtype: torch.dtype) -> tuple[Any, str | None]:
             index = DiffusionPipeline.load_config(source)
             check_index(source, index)
             folder, variant = with_variant(source, index)
+            check_tokenizers(source, folder, index)
             parts = read_parts(source, folder, index, variant)
             pipe = DiffusionPipeline.from_pretrained(str(folder), **NOT_OURS, **parts)
             return pipe.to(dtype), variant
@@ -398,6 +399,8 @@ def _opened(id: str, source: str, why: str, pipe: Any, variant: str | None = Non
     pipe = as_text_to_image(pipe)
     pipe.set_progress_bar_config(disable=True)
     base = BaseModel(id, source, why, pipe, variant=variant)
+    for name, tokenizer, encoder in base.text_parts():
+        check_words(id, name.replace("text_encoder", "tokenizer"), tokenizer, encoder)
     for part in (pipe.vae, *base.components().values()):
         part.requires_grad_(False).eval()
     return base

@@ -1,15 +1,16 @@
-"""Reads the parts of a diffusers folder that have weights, one by one."""
+"""Reads the parts of a diffusers folder that have weights, one by one, and tells what the folder lacks."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from visionlora.errors import ModelError
 from visionlora.models.loading import check_loaded, loaded
 
 WEIGHTS = {"diffusers": ("diffusion_pytorch_model",), "transformers": ("model", "pytorch_model")}
@@ -18,6 +19,9 @@ PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 """With weights, of what visionlora opens."""
 VARIANT = "fp16"
 """Whose files are taken where there are no plain ones."""
+AGAIN = "Copy or download the folder again."
+VOCABULARIES = ("tokenizer.json", "vocab.txt", "spiece.model", "tokenizer.model")
+"""Files that hold all words of a tokenizer."""
 
 
 def kinds_in(index: Mapping[str, Any]) -> dict[str, tuple[str, type[nn.Module]]]:
@@ -89,3 +93,54 @@ def has_weights(folder: Path, library: str, variant: str | None) -> bool:
 def has_all_weights(folder: Path, index: Mapping[str, Any]) -> bool:
     """Whether each part has plain files of weights."""
     return all(has_weights(folder / part, library, None) for part, (library, _) in kinds_in(index).items())
+
+
+def check_tokenizers(id: str, folder: Path, index: Mapping[str, Any]) -> None:
+    """Raises ModelError where a tokenizer has no words in its folder: transformers makes an empty one without a word.
+
+    Args:
+        id: as the user named the model.
+        folder: of diffusers.
+        index: what its model_index.json says.
+    """
+    for part in ("tokenizer", "tokenizer_2"):
+        if (index.get(part) or [None])[0] != "transformers":
+            continue
+        if not (own := folder / part).is_dir():
+            raise ModelError(
+                f"The model {id} cannot be opened: its {part} is missing: there is no folder {own}. {AGAIN}"
+            )
+        there = {file.name for file in own.iterdir()}
+        if not there & set(VOCABULARIES) and not {"vocab.json", "merges.txt"} <= there:
+            raise ModelError(
+                f"The model {id} cannot be opened: its {part} has no vocabulary: {own} has neither tokenizer.json nor "
+                f"vocab.json with merges.txt{listed(there)}. {AGAIN}"
+            )
+
+
+def listed(names: Collection[str]) -> str:
+    """What is there instead, in brackets."""
+    return f" (there: {', '.join(sorted(names))})" if names else ""
+
+
+def check_words(id: str, part: str, tokenizer: Any, encoder: Any) -> None:
+    """Raises ModelError for a tokenizer that makes the same of every text, or does not know where texts end.
+
+    Args:
+        id: as the user named the model.
+        part: name of the tokenizer.
+        tokenizer: of transformers.
+        encoder: the text encoder that reads its tokens.
+    """
+    own = Path(str(tokenizer.name_or_path)) / "tokenizer_config.json"
+    most = int(encoder.config.max_position_embeddings)
+    if tokenizer.model_max_length > most:
+        raise ModelError(
+            f"The model {id} cannot be opened: its {part} does not say how long a text may be (model_max_length is "
+            f"{tokenizer.model_max_length:.9g}, its text encoder reads {most}): {own} is missing or another's. {AGAIN}"
+        )
+    if set(tokenizer("a", add_special_tokens=False).input_ids) <= set(tokenizer.all_special_ids):
+        raise ModelError(
+            f"The model {id} cannot be opened: its {part} knows no letters, so that all prompts would be the same to it: the "
+            f"vocabulary in {own.parent} ({len(tokenizer)} tokens) is not whole. {AGAIN}"
+        )

@@ -115,3 +115,49 @@ def test_every_layout_of_a_folder_opens(
     capfd.readouterr()
     assert same(folder, tiny_model)
     assert "error" not in "".join(capfd.readouterr()).lower()
+
+
+def remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+VOCABULARY = ("tokenizer.json", "vocab.json")
+
+
+@pytest.mark.parametrize("part", ["tokenizer", "tokenizer_2"])
+@pytest.mark.parametrize(
+    ("gone", "said"),
+    [
+        ((".",), r"its {} is missing: there is no folder .*m/{}\. Copy"),
+        (VOCABULARY, r"its {} has no vocabulary: .*m/{} has neither tokenizer\.json nor vocab\.json with merges\.txt"),
+        (("tokenizer.json", "merges.txt"), r"its {} has no vocabulary: .* has neither tokenizer\.json nor vocab\.json with"),
+        (("tokenizer_config.json",), r"its {} does not say how long a text may be .*reads 16\).*tokenizer_config"),
+    ],
+)  # fmt: skip
+def test_a_tokenizer_without_its_files_is_refused(
+    tiny_xl: Path, tmp_path: Path, part: str, gone: tuple[str, ...], said: str
+) -> None:
+    """transformers makes an empty one, to which all prompts are the same."""
+    shutil.copytree(tiny_xl, tmp_path / "m")
+    for name in gone:
+        remove(tmp_path / "m" / part / name)
+    with pytest.raises(ModelError, match="cannot be opened: " + said.format(part, part)):
+        open_base(str(tmp_path / "m"))
+
+
+def test_a_tokenizer_that_knows_no_letters_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    import json
+
+    shutil.copytree(tiny_model, tmp_path / "m")
+    for name, inside in (("tokenizer.json", ("model", "vocab")), ("vocab.json", ())):
+        if not (file := tmp_path / "m" / "tokenizer" / name).exists():
+            continue
+        whole = json.loads(file.read_text())
+        vocabulary = whole
+        for key in inside:
+            vocabulary = vocabulary[key]
+        for word in [w for w in vocabulary if not w.startswith("<|")]:
+            del vocabulary[word]
+        file.write_text(json.dumps(whole))
+    with pytest.raises(ModelError, match=r"its tokenizer knows no letters, so that all prompts .*\(2 tokens\)"):
+        open_base(str(tmp_path / "m"))
