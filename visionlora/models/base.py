@@ -19,7 +19,7 @@ from visionlora.errors import ModelError, first_line, nearest
 from visionlora.lora.adapter import Adapter
 from visionlora.models.checkpoint_header import read_checkpoint_header
 from visionlora.models.fingerprint import architecture_fingerprint, respelled, weights_fingerprint
-from visionlora.models.parts import VARIANT, check_tokenizers, check_words, has_all_weights, read_part, read_parts
+from visionlora.models.parts import AGAIN, VARIANT, check_files, check_words, has_all_weights, read_part, read_parts
 
 EMBEDDED = "emoji-64"
 DEFAULT_ON_GPU = "stable-diffusion-v1-5/stable-diffusion-v1-5"
@@ -272,7 +272,7 @@ def load_folder(source: str, dtype: torch.dtype) -> tuple[Any, str | None]:
             index = DiffusionPipeline.load_config(source)
             check_index(source, index)
             folder, variant = with_variant(source, index)
-            check_tokenizers(source, folder, index)
+            check_files(source, folder, index)
             parts = read_parts(source, folder, index, variant)
             pipe = DiffusionPipeline.from_pretrained(str(folder), **NOT_OURS, **parts)
             return pipe.to(dtype), variant
@@ -280,9 +280,8 @@ def load_folder(source: str, dtype: torch.dtype) -> tuple[Any, str | None]:
         raise
     except Exception as e:  # the Hub client and diffusers raise many kinds; the user needs one sentence
         text = first_line(e)
-        raise ModelError(
-            f"The model {source} cannot be opened: {text} Check the name and the connection, or use --model {EMBEDDED}."
-        ) from None
+        hint = AGAIN if Path(source).is_dir() else f"Check the name and the connection, or use --model {EMBEDDED}."
+        raise ModelError(f"The model {source} cannot be opened: {text} {hint}") from None
 
 
 def with_variant(source: str, index: Mapping[str, Any]) -> tuple[Path, str | None]:
@@ -369,11 +368,14 @@ def open_controlnet(source: str, base: BaseModel) -> Any:
 
 @contextlib.contextmanager
 def quiet(*libraries: str) -> Iterator[None]:
-    """Keeps progress bars and advice of `diffusers` and `transformers` out of our output, and everyone's warnings."""
+    """Keeps progress bars and advice of `diffusers` and `transformers` out of our output, and everyone's warnings.
+
+    What they log as an error they raise too, or go on without: another file will do.
+    """
     logs = [import_module(f"{name}.utils").logging for name in libraries]
     levels = [log.get_verbosity() for log in logs]
     for log in logs:
-        log.set_verbosity(logging.ERROR)
+        log.set_verbosity(logging.CRITICAL)
         log.disable_progress_bar()
     try:
         with warnings.catch_warnings():

@@ -17,6 +17,8 @@ WEIGHTS = {"diffusers": ("diffusion_pytorch_model",), "transformers": ("model", 
 """What the files of weights of a library are called, up to the first dot; those of shards have more, their index has not."""
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 """With weights, of what visionlora opens."""
+TOKENIZERS = ("tokenizer", "tokenizer_2")
+SCHEDULER = "scheduler"
 VARIANT = "fp16"
 """Whose files are taken where there are no plain ones."""
 AGAIN = "Copy or download the folder again."
@@ -48,7 +50,7 @@ def read_parts(id: str, folder: Path, index: Mapping[str, Any], variant: str | N
     """
     found = {}
     for part, (library, kind) in kinds_in(index).items():
-        own = variant if variant is not None and has_weights(folder / part, library, variant) else None
+        own = variant if variant is not None and has_weights(names_in(folder / part), library, variant) else None
         found[part] = read_part(
             f"The model {id} cannot be opened: the weights of its {part}", library, kind, folder / part, own
         )
@@ -76,51 +78,69 @@ def read_part(
     return model
 
 
-def has_weights(folder: Path, library: str, variant: str | None) -> bool:
-    """Whether there are files of weights that the library looks for.
+def names_in(folder: Path) -> set[str]:
+    """Of the files in a folder; none where there is no folder."""
+    return {file.name for file in folder.iterdir()} if folder.is_dir() else set()
+
+
+def has_weights(names: Collection[str], library: str, variant: str | None) -> bool:
+    """Whether there are weights that the library looks for.
 
     Args:
-        folder: of one part.
+        names: of the files in the folder of a part.
         library: diffusers or transformers.
         variant: of the files; None for the plain ones.
     """
     more = "" if variant is None else rf"\.{variant}"
-    names = "|".join(WEIGHTS[library])
-    ours = re.compile(rf"({names})({more}\.(safetensors|bin)|\.(safetensors|bin)\.index{more}\.json)")
-    return folder.is_dir() and any(ours.fullmatch(file.name) for file in folder.iterdir())
+    stems = "|".join(WEIGHTS[library])
+    ours = re.compile(rf"({stems})({more}\.(safetensors|bin)|\.(safetensors|bin)\.index{more}\.json)")
+    return any(ours.fullmatch(name) for name in names)
 
 
 def has_all_weights(folder: Path, index: Mapping[str, Any]) -> bool:
     """Whether each part has plain files of weights."""
-    return all(has_weights(folder / part, library, None) for part, (library, _) in kinds_in(index).items())
+    return all(has_weights(names_in(folder / part), library, None) for part, (library, _) in kinds_in(index).items())
 
 
-def check_tokenizers(id: str, folder: Path, index: Mapping[str, Any]) -> None:
-    """Raises ModelError where a tokenizer has no words in its folder: transformers makes an empty one without a word.
+def check_files(id: str, folder: Path, index: Mapping[str, Any]) -> None:
+    """Raises ModelError where a part lacks a file, naming it; the libraries would go on without some of them.
 
     Args:
         id: as the user named the model.
         folder: of diffusers.
         index: what its model_index.json says.
     """
-    for part in ("tokenizer", "tokenizer_2"):
-        if (index.get(part) or [None])[0] != "transformers":
+    for part in (*PARTS, *TOKENIZERS, SCHEDULER):
+        library = (index.get(part) or [None])[0]
+        if library not in WEIGHTS:
             continue
-        if not (own := folder / part).is_dir():
-            raise ModelError(
-                f"The model {id} cannot be opened: its {part} is missing: there is no folder {own}. {AGAIN}"
-            )
-        there = {file.name for file in own.iterdir()}
-        if not there & set(VOCABULARIES) and not {"vocab.json", "merges.txt"} <= there:
-            raise ModelError(
-                f"The model {id} cannot be opened: its {part} has no vocabulary: {own} has neither tokenizer.json nor "
-                f"vocab.json with merges.txt{listed(there)}. {AGAIN}"
-            )
+        own = folder / part
+        start, there = f"The model {id} cannot be opened: its {part}", sorted(names_in(own))
+        if not own.is_dir():
+            raise ModelError(f"{start} is missing: there is no folder {own}. {AGAIN}")
+        if (lack := lacking(part, str(library), there)) is not None:
+            instead = f" (there: {', '.join(there)})" if there else ""
+            raise ModelError(f"{start} has no {lack[0]}: {own} has {lack[1]}{instead}. {AGAIN}")
 
 
-def listed(names: Collection[str]) -> str:
-    """What is there instead, in brackets."""
-    return f" (there: {', '.join(sorted(names))})" if names else ""
+def lacking(part: str, library: str, there: Collection[str]) -> tuple[str, str] | None:
+    """What a part has not, and by which files that is told; None for a whole one.
+
+    Args:
+        part: its name.
+        library: diffusers or transformers.
+        there: the files in its folder.
+    """
+    if part in TOKENIZERS:
+        whole = {"vocab.json", "merges.txt"} <= set(there) or not set(VOCABULARIES).isdisjoint(there)
+        return None if whole else ("vocabulary", "neither tokenizer.json nor vocab.json with merges.txt")
+    config = "scheduler_config.json" if part == SCHEDULER else "config.json"
+    if config not in there:
+        return "configuration", f"no {config}"
+    if part == SCHEDULER or any(has_weights(there, library, variant) for variant in (None, VARIANT)):
+        return None
+    plain = f"{WEIGHTS[library][0]}.safetensors"
+    return "weights", f"no {plain}, nor such weights as .{VARIANT} or .bin, nor an index of their parts"
 
 
 def check_words(id: str, part: str, tokenizer: Any, encoder: Any) -> None:

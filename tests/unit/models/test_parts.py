@@ -117,6 +117,59 @@ def test_every_layout_of_a_folder_opens(
     assert "error" not in "".join(capfd.readouterr()).lower()
 
 
+@pytest.mark.parametrize("layout", ["bin", "fp16", "fp16 bin"])
+def test_the_libraries_keep_their_errors_when_another_file_will_do(
+    layout: str, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import logging
+
+    from diffusers import DiffusionPipeline
+
+    pipe = DiffusionPipeline.from_pretrained(tiny_model, safety_checker=None)
+    more = {"variant": "fp16"} if "fp16" in layout else {}
+    pipe.save_pretrained(tmp_path / "m", safe_serialization="bin" not in layout, **more)
+    said: list[str] = []
+    monkeypatch.setattr(logging.Logger, "handle", lambda _, record: said.append(record.getMessage()))
+    assert open_base(str(tmp_path / "m")).variant == more.get("variant")
+    assert said == []
+
+
+@pytest.mark.parametrize(
+    ("gone", "said"),
+    [
+        ("unet", r"its unet is missing: there is no folder .*m/unet\."),
+        ("scheduler", r"its scheduler is missing: there is no folder .*m/scheduler\."),
+        ("unet/config.json", r"its unet has no configuration: .*m/unet has no config\.json \(there: diffusion_pytorch_model"),
+        ("text_encoder/config.json", r"its text_encoder has no configuration: .*m/text_encoder has no config\.json"),
+        ("scheduler/scheduler_config.json", r"its scheduler has no configuration: .* has no scheduler_config\.json\."),
+        ("vae/diffusion_pytorch_model.safetensors", r"its vae has no weights: .* has no diffusion_pytorch_model\.safetensors, "
+         r"nor such weights as \.fp16 or \.bin, nor an index of their parts \(there: config\.json\)\."),
+        ("text_encoder/model.safetensors", r"its text_encoder has no weights: .*m/text_encoder has no model\.safetensors, nor"),
+    ],
+)  # fmt: skip
+def test_a_folder_without_a_file_says_which(tiny_model: Path, tmp_path: Path, gone: str, said: str) -> None:
+    shutil.copytree(tiny_model, tmp_path / "m")
+    remove(tmp_path / "m" / gone)
+    with pytest.raises(ModelError, match=f"m cannot be opened: {said}"):
+        open_base(str(tmp_path / "m"))
+
+
+def test_shards_without_their_index_or_with_one_too_few(tiny_model: Path, tmp_path: Path) -> None:
+    unet = open_base(str(tiny_model)).pipe.unet
+    shutil.copytree(tiny_model, tmp_path / "m")
+    shutil.rmtree(folder := tmp_path / "m" / "unet")
+    unet.save_pretrained(folder, max_shard_size="60KB")
+    shard = sorted(folder.glob("*-of-*"))[1]
+    shard.rename(tmp_path / "kept")
+    with pytest.raises(ModelError, match=rf"unet/{shard.name}") as caught:
+        open_base(str(tmp_path / "m"))
+    assert "connection" not in str(caught.value)
+    (tmp_path / "kept").rename(shard)
+    next(folder.glob("*.index.json")).unlink()
+    with pytest.raises(ModelError, match=r"its unet has no weights: .* nor an index of their parts \(there: .*-of-"):
+        open_base(str(tmp_path / "m"))
+
+
 def remove(path: Path) -> None:
     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
