@@ -22,7 +22,7 @@ from visionlora.atomic import check_new, replace_file
 from visionlora.classifier import COMPONENT, ClassTask
 from visionlora.errors import ConfigError, nearest
 from visionlora.formats import peft
-from visionlora.loaders import check_fingerprints, load_adapter
+from visionlora.loaders import check_classifies, check_fingerprints, load_adapter
 from visionlora.lora.adapter import Adapter, AdapterModule
 from visionlora.lora.inject import attach
 from visionlora.lora.merge import bake
@@ -90,6 +90,7 @@ def export(
         there, needed = ("folder", "file") if path.is_dir() else ("file", "folder")
         raise ConfigError(f"{path} is a {there}, and {to} is written to a {needed}: name another output.")
     loaded = load_adapter(adapter)
+    check_classifies(loaded, adapter)
     base = loaded.info.get("base", {})
     chosen = weights or (base.get("weights") if model is None else None)
     backbone = open_backbone(model or str(base.get("id", "auto")), chosen, base.get("image_size"))

@@ -13,7 +13,7 @@ from visionlora.config import TrainingConfig, TrainSDConfig, given_names
 from visionlora.data.learned import Learned
 from visionlora.errors import AdapterFileError
 from visionlora.formats import native
-from visionlora.loaders import check_draws, check_fingerprints, load_adapter
+from visionlora.loaders import check_draws, check_fingerprints, check_sees, load_adapter
 from visionlora.lora.adapter import Adapter
 from visionlora.report.listener import Listener
 from visionlora.report.resume import Start
@@ -29,7 +29,7 @@ def read_first(start: Start[Any]) -> Adapter | None:
     """The adapter that the run learns on from; a run that goes on reads its own copy.
 
     Raises:
-        AdapterFileError: when it cannot be read, or is a classifier and the run is none.
+        AdapterFileError: when it cannot be read, or is of the other trainer.
     """
     if start.config.start_from is None:
         return None
@@ -37,6 +37,8 @@ def read_first(start: Start[Any]) -> Adapter | None:
     first = load_adapter(own if start.state is not None and own.is_file() else start.config.start_from)
     if isinstance(start.config, TrainSDConfig):
         check_draws(first, start.config.start_from)
+    else:
+        check_sees(first, start.config.start_from)
     return first
 
 

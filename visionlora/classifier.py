@@ -30,7 +30,7 @@ from torch import Tensor
 from visionlora.data.images import as_seen, decode
 from visionlora.data.preprocess import Preprocessing
 from visionlora.errors import AdapterFileError, ConfigError, DataError, nearest
-from visionlora.loaders import check_fingerprints, load_adapter
+from visionlora.loaders import check_classifies, check_fingerprints, load_adapter
 from visionlora.lora.adapter import Adapter
 from visionlora.lora.handle import Handle
 from visionlora.lora.inject import attach
@@ -89,17 +89,12 @@ class ClassTask:
 
     @classmethod
     def of(cls, adapter: Adapter, head: str) -> ClassTask:
-        """From the header and the tensors of an adapter.
+        """From the header and the tensors of a classifier's adapter.
 
         Raises:
-            AdapterFileError: when it is no classifier's.
+            AdapterFileError: when its head is missing or has other classes.
         """
-        info = adapter.info.get("classifier")
-        if not info:
-            raise AdapterFileError(
-                "This adapter has no classes: it was not made by `visionlora classify`. Style adapters are for "
-                "`visionlora generate`."
-            )
+        info = adapter.info["classifier"]
         names = [f"{COMPONENT}.{head}.{n}" for n in ("weight", "bias")]
         if any(n not in adapter.modules for n in names):
             raise AdapterFileError(f"This adapter has no head: {names[0]!r} is missing. Train it again.")
@@ -175,6 +170,7 @@ class Classifier:
             TargetError: when a module does not fit.
         """
         loaded = adapter if isinstance(adapter, Adapter) else load_adapter(adapter)
+        check_classifies(loaded, f"The adapter {name!r}" if isinstance(adapter, Adapter) else adapter)
         with self._alone:
             if name in self.tasks:
                 raise ConfigError(f"A task named {name!r} is there already; remove it first or choose another name.")
@@ -399,6 +395,9 @@ def load_classifier(
     loaded = {n: a if isinstance(a, Adapter) else load_adapter(a) for n, a in several.items()}
     if not loaded:
         raise ConfigError("No adapter was given.")
+    for name, adapter in loaded.items():
+        given = several[name]
+        check_classifies(adapter, f"The adapter {name!r}" if isinstance(given, Adapter) else given)
     base = next(iter(loaded.values())).info.get("base", {})
     chosen = model or base.get("id")
     if chosen is None:

@@ -14,6 +14,7 @@ from visionlora.diffusion.objective import zero_terminal
 from visionlora.errors import AdapterFileError, nearest
 from visionlora.formats import diffusers, kohya, native, peft
 from visionlora.formats.families import context_width, family_of, family_of_unet, flat_shapes
+from visionlora.formats.header import PIPELINE_PARTS
 from visionlora.formats.parts import first_not_finite
 from visionlora.formats.read import read
 from visionlora.lora import arithmetic
@@ -136,6 +137,24 @@ def check_draws(adapter: Adapter, where: str | Path) -> None:
         raise AdapterFileError(
             f"{where} is a classifier of {count} classes, made by `visionlora classify`, and changes no pictures: it is for "
             f"`visionlora predict --adapter {shlex.quote(str(where))}`. Name a style or subject adapter."
+        )
+
+
+def check_sees(adapter: Adapter, where: str | Path) -> None:
+    """Raises AdapterFileError when an adapter is for what draws, which no vision transformer has."""
+    if drawing := [component for component in adapter.components if component in PIPELINE_PARTS]:
+        raise AdapterFileError(
+            f"{where} is an adapter for Stable Diffusion (it changes its {' and '.join(drawing)}), not for a vision "
+            "transformer: draw with it, `visionlora generate --lora`, and name a run of `visionlora classify` here."
+        )
+
+
+def check_classifies(adapter: Adapter, where: str | Path) -> None:
+    """Raises AdapterFileError when an adapter is no classifier, so that nothing can be predicted with it."""
+    check_sees(adapter, where)
+    if not adapter.info.get("classifier"):
+        raise AdapterFileError(
+            f"{where} has no classes: it was not made by `visionlora classify`. Name a run of it, or its adapter.safetensors."
         )
 
 

@@ -206,6 +206,12 @@ def test_pictures_cannot_be_learned_on_from_a_classifier(dogs: Path, tmp_path: P
         train_sd(build(TrainSDConfig, settings))
 
 
+def test_classes_cannot_be_learned_on_from_a_style(shapes: Path, tmp_path: Path) -> None:
+    style = Path(__file__).parents[2] / "assets" / "adapters" / "fxemoji"
+    with pytest.raises(AdapterFileError, match="fxemoji is an adapter for Stable Diffusion"):
+        run(shapes, tmp_path / "on", start_from=str(style))
+
+
 def test_pictures_kept_apart_from_a_style_were_not_learned(tiny_model: Path, dogs: Path, tmp_path: Path) -> None:
     small = {"steps": 2, "rank": 2, "batch_size": 2, "sample_columns": 0, "learning_rate": 0.01}
 

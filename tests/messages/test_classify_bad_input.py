@@ -202,6 +202,10 @@ def test_a_wrong_or_missing_backbone_is_refused(finished: Path, shapes: Path, tm
 def test_export_explains_what_it_cannot_do(finished: Path, tmp_path: Path) -> None:
     run = finished / "run"
     check_refused(lambda: export(run, tmp_path / "m", "onx"), tmp_path, "Did you mean 'onnx'?")
+    style = Path(__file__).parents[2] / "assets" / "adapters" / "fxemoji"
+    check_refused(
+        lambda: export(style, tmp_path / "m", "timm"), tmp_path, f"{style} is an adapter for Stable Diffusion"
+    )
     check_refused(
         lambda: export(run, tmp_path / "m", "transformers"), tmp_path, "is a model of timm", "Export it to timm"
     )

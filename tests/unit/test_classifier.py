@@ -21,6 +21,7 @@ from visionlora.models.vision import open_backbone
 
 from ..doubles import adapter_of
 
+STYLE = Path(__file__).parents[2] / "assets" / "adapters" / "fxemoji"
 TASKS = {"pets": ("cat", "dog", "fish"), "digits": ("0", "1", "2", "3", "4"), "yes": ("no", "yes")}
 
 
@@ -243,7 +244,10 @@ def test_wrong_use_is_explained(several: Classifier, tiny_vit: Path) -> None:
 def test_adapters_that_are_no_classifiers_or_of_another_backbone_are_refused(tiny_vit: Path) -> None:
     adapter = adapter_of(tiny_vit, TASKS["pets"], 0)
     style = Adapter(adapter.modules, {"base": adapter.info["base"]})
-    check_says(AdapterFileError, "has no classes", lambda: load_classifier(style))
+    check_says(AdapterFileError, "The adapter 'style' has no classes", lambda: load_classifier({"style": style}))
+    drawing = f"{STYLE} is an adapter for Stable Diffusion"
+    check_says(AdapterFileError, drawing, lambda: load_classifier({"style": STYLE}))
+    check_says(AdapterFileError, drawing, lambda: load_classifier(adapter).add("style", STYLE))
     headless = Adapter({n: m for n, m in adapter.modules.items() if "head" not in n}, adapter.info)
     check_says(AdapterFileError, "has no head", lambda: load_classifier(headless))
     short = Adapter(adapter.modules, {**adapter.info, "classifier": {**adapter.info["classifier"], "classes": ["a"]}})
