@@ -40,6 +40,7 @@ CASES = {
     "rank too large": ({"rank": 500}, ["Rank 500 is larger than layer", "choose a rank of at most 16"]),
     "alpha": ({"alpha": -1}, ["alpha is -1.0; it must be positive"]),
     "targets": ({"targets": "atn.q"}, ["Target 'atn.q' reaches no layer", "Did you mean 'attn.q'?"]),
+    "linear probe": ({"method": "linear-probe"}, ["method is 'linear-probe'; ", "for `visionlora classify`"]),
     "precision": ({"precision": "fp8"}, ["precision is 'fp8'; Allowed: auto, bf16, fp16, fp32."]),
     "fp16 on a cpu": ({"precision": "fp16"}, ["precision is 'fp16', but training runs on the CPU"]),
     "resolution": ({"resolution": 33}, ["A resolution of 33 px does not fit", "Use 32 or 40 (native: 32)"]),

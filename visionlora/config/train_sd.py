@@ -155,6 +155,11 @@ class TrainSDConfig(TrainingConfig):
             ("images", not (self.images and self.folders), "folders are given too: leave one of them out"),
             *((name, False, "folders are given: write it into each of them that needs it") for name in beside),
             *reading_rules(self.prompt, self.captions, self.masks),
+            (
+                "method",
+                self.method != "linear-probe",
+                "it trains the head of a classifier, so it is for `visionlora classify`: take lora",
+            ),
             ("unmasked_weight", 0 <= self.unmasked_weight <= 1, "it must be between 0 and 1"),
             (
                 "unmasked_weight",
