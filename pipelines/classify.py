@@ -19,6 +19,7 @@ from visionlora.pipelines.head import Before, linear_probe, new_head
 
 from visionlora.classifier import ClassTask
 from visionlora.config import ClassifyConfig
+from visionlora.config.choices import WHOLE
 from visionlora.data.alike import linked
 from visionlora.data.cache import default_cache_folder
 from visionlora.data.classes import read_labelled
@@ -45,6 +46,7 @@ from visionlora.training.settings import (
     adapter_config,
     automatic_ranks,
     in_steps,
+    left_aside,
     ranks_state,
     suited,
     suited_rate,
@@ -156,6 +158,8 @@ class Ready:
 def opened(start: Start[ClassifyConfig], tell: Listener) -> Ready:
     """Opens the backbone, reads and splits the pictures, and checks all settings against both."""
     config, first = start.config, read_first(start)
+    for note in left_aside(config):
+        tell.say(note)
     model, weights, named_by = named_base(config, first)
     if config.image_size is None and first is not None:
         config = dataclasses.replace(config, image_size=(first.info.get("base") or {}).get("image_size"))
@@ -201,7 +205,7 @@ def resolved(material: Material, before: Before | None, tell: Listener) -> Class
         config = dataclasses.replace(config, head_init="probe" if before is None or new else "adapter")
     if config.targets == "auto":
         config = dataclasses.replace(config, targets=suited_targets(material.backbone.model))
-        if config.targets == "all" and before is None and config.method not in ("full", "linear-probe"):
+        if config.targets == "all" and before is None and config.method not in WHOLE:
             tell.say(f"Targets: all, as no attention is known of {material.backbone.id}; attn.qv where there is.")
     suits: dict[str, Any] = {"epochs": 30.0 if small else 10.0, "batch_size": 32}
     suits["save_memory"] = not small

@@ -21,7 +21,7 @@ from visionlora.report.listener import Listener
 from visionlora.report.resume import begin, holding
 from visionlora.training.loop import process_state
 from visionlora.training.memory import peak_memory
-from visionlora.training.settings import adapter_config
+from visionlora.training.settings import adapter_config, targets_of
 from visionlora.vision.material import logits_of
 
 NAMED = 8
@@ -64,9 +64,10 @@ class ClassifyEstimate:
         named = ", ".join(f"{printable(name)} {n}" for name, n in list(self.classes.items())[:NAMED])
         more = f", and {len(self.classes) - NAMED} more" if len(self.classes) > NAMED else ""
         passes = self.steps * self.pictures_per_step / self.train
+        layers = f"{self.layers} layers, " if self.layers else ""
         return [
             f"Model       {self.model}, pictures of {self.size} px",
-            f"Targets     {self.targets}: {self.layers} layers, {self.trained_parameters:,} parameters train",
+            f"Targets     {self.targets}: {layers}{self.trained_parameters:,} parameters train",
             f"Pictures    {self.train} to train on, {self.val} to choose by, {self.test} to test on",
             f"Classes     {len(self.classes)}, with pictures: {named}{more}",
             f"Steps       {self.steps} of {self.pictures_per_step} pictures, {passes:.1f} times over those to train on",
@@ -87,7 +88,7 @@ def classify_dry_run(config: ClassifyConfig, listener: Listener | None = None) -
     start = begin(config, "classify", tell)
     ready = opened(start, tell)
     config = dataclasses.replace(ready.material.config, head_init="random")
-    config = with_rank(config, adapter_config(config).rank, tell)
+    config = with_rank(config, adapter_config(config, train=ready.material.backbone.head).rank, tell)
     material = dataclasses.replace(ready.material, config=config)
     ready = dataclasses.replace(ready, material=material)
     handle, adapter = new_adapter(ready, None, None, Listener())
@@ -99,7 +100,7 @@ def classify_dry_run(config: ClassifyConfig, listener: Listener | None = None) -
     found = ClassifyEstimate(
         model=ready.material.backbone.id,
         size=material.backbone.preprocessing.size,
-        targets=config.targets if ready.first is None else f"those of {config.start_from}",
+        targets=targets_of(config),
         layers=len(handle.report.hits),
         trained_parameters=handle.report.trained_parameters,
         classes=pictures_of(material.data),

@@ -39,7 +39,7 @@ from visionlora.report.listener import Listener
 from visionlora.report.resume import begin, holding
 from visionlora.training.loop import Fit, process_state
 from visionlora.training.memory import peak_memory
-from visionlora.training.settings import loop_config
+from visionlora.training.settings import loop_config, targets_of
 
 
 @dataclass(frozen=True)
@@ -85,9 +85,10 @@ class Estimate:
         """For a person."""
         of_class = f", {self.class_seconds:.0f} s to draw class pictures" if self.class_seconds else ""
         sizes = ", ".join(f"{w}x{h}: {n}" for (h, w), n in sorted(self.sizes.items(), key=lambda s: -s[1]))
+        layers = f"{self.layers} layers, " if self.layers else ""
         return [
             f"Model       {self.model}",
-            f"Targets     {self.targets}: {self.layers} layers, {self.trained_parameters:,} parameters train",
+            f"Targets     {self.targets}: {layers}{self.trained_parameters:,} parameters train",
             f"Pictures    {sum(self.sizes.values())}, width x height in px: {sizes}",
             f"Steps       {self.steps} of {self.pictures_per_step} pictures, {self.epochs:.1f} times over all pictures",
             f"Time        {self.seconds / 60:.1f} minutes: {self.step_seconds:.2f} s a step, "
@@ -158,7 +159,7 @@ def dry_run(config: TrainSDConfig, listener: Listener | None = None) -> Estimate
     columns = config.sample_columns + 1 if config.sample_columns else 0
     return Estimate(
         model=ready.base.id,
-        targets=config.targets if ready.first is None else f"those of {config.start_from}",
+        targets=targets_of(config),
         layers=len(learning.handle.report.hits) + sum(len(h.report.hits) for h in learning.others.values()),
         trained_parameters=sum(p.numel() for p in fit.trained),
         sizes=sizes,

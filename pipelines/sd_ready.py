@@ -47,6 +47,7 @@ from visionlora.training.loop import new_accelerator
 from visionlora.training.settings import (
     adapter_config,
     in_steps,
+    left_aside,
     suited,
     text_adapter_config,
 )
@@ -90,6 +91,8 @@ class Ready:
 def prepare(start: Start[TrainSDConfig], tell: Listener) -> Ready:
     """Reads the pictures, opens the model, and checks all settings against both."""
     config, first = start.config, read_first(start)
+    for note in left_aside(config):
+        tell.say(note)
     folder, apart = pictures_of(config, first, tell)
     model, _, named_by = named_base(config, first)
     base = open_base(model, named_by=named_by)

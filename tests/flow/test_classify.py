@@ -13,9 +13,11 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from visionlora.pipelines.classify_dry_run import classify_dry_run
 from visionlora.pipelines.export import export
 
 import visionlora as vl
+from visionlora.config import ClassifyConfig, build
 from visionlora.errors import TrainingError
 from visionlora.formats import native
 from visionlora.loaders import load_adapter
@@ -459,6 +461,15 @@ def test_a_dry_run_says_what_the_run_would_do_and_writes_nothing(
     assert code == 0 and found["looks"] == 11 and found["step_seconds"] > 0 < found["peak_bytes"], err
     code, _, err = cli(*words, "--dry-run", "--targets", "atn")
     assert code == 2 and "Target 'atn' reaches no layer" in err
+
+
+@pytest.mark.parametrize(("method", "what"), [("full", "every parameter"), ("linear-probe", "the head alone")])
+def test_a_dry_run_of_a_method_without_layers(shapes: Path, tiny_vit: Path, method: str, what: str) -> None:
+    given = {"images": str(shapes), "model": str(tiny_vit), "steps": 1, "method": method, "targets": "attn.q"}
+    ears = Ears()
+    found = classify_dry_run(build(ClassifyConfig, given), ears)
+    assert found.lines()[1].startswith(f"Targets     {what}: {found.trained_parameters:,} parameters train")
+    assert ears.lines[0] == f"Method {method} trains {what}, so this is left aside: targets=attn.q."
 
 
 def test_a_run_whose_heat_maps_cannot_be_drawn_is_finished_all_the_same(

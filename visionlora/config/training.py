@@ -56,7 +56,7 @@ class TrainingConfig:
     epochs: float | None = None
     """Passes over the training pictures, each as often as it repeats, instead of `steps`."""
     method: str = "lora"
-    """lora, rslora, lora+, lora-fa, tlora, dora, adalora, vera, ia3, or full as a baseline."""
+    """lora, rslora, lora+, lora-fa, tlora, dora, adalora, vera, ia3, or full as a baseline; of classify also linear-probe."""
     rank: int | Literal["auto"] = 8
     """Rank of each ΔW; auto measures on the pictures which layers need it and spends `rank_budget` there."""
     rank_budget: str = "8"

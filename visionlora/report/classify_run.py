@@ -14,6 +14,7 @@ from torch import Tensor
 
 from visionlora import __version__
 from visionlora.config import to_yaml
+from visionlora.config.choices import WHOLE
 from visionlora.data.images import printable
 from visionlora.data.learned import Learned, history
 from visionlora.lora.adapter import Adapter
@@ -429,7 +430,7 @@ def write_card(
         + (" …" if len(material.data.classes) > 20 else ""),
         "Pictures": ", ".join(f"{len(getattr(material.splits, side))} {side}" for side in SIDES),
         "Method": f"{config.method}, rank {config.rank}, targets {config.targets}"
-        if config.method not in ("full", "linear-probe")
+        if config.method not in WHOLE
         else config.method,
         "Trained parameters": f"{own.contender.trained_parameters:,} and the head",
         **({} if config.start_from is None else {"Learned on from": Path(config.start_from).name}),

@@ -10,6 +10,7 @@ from typing import Any
 
 from visionlora import __version__
 from visionlora.config import TrainSDConfig
+from visionlora.config.choices import WHOLE
 from visionlora.data.folder import ImageFolder, ImageItem
 from visionlora.data.learned import Learned, history
 from visionlora.diffusion.encode import Encoded
@@ -148,7 +149,9 @@ def facts(
     return {
         "Base model": base.id,
         "Pictures": str(len(folder.items)),
-        "Method": f"{config.method}, {ranks_of(config, handle)}, alpha {adapter.effective_alpha:g}, "
+        "Method": config.method
+        if config.method in WHOLE
+        else f"{config.method}, {ranks_of(config, handle)}, alpha {adapter.effective_alpha:g}, "
         f"targets {f'of {before}' if before else config.targets}",
         "Trained parameters": f"{handle.report.trained_parameters:,}",
         "Steps": f"{loop.steps} of {pictures_per_step(loop)} pictures",

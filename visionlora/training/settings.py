@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from visionlora.config import OPTIMIZERS, TrainingConfig, budget_of
+from visionlora.config.choices import WHOLE
 from visionlora.errors import ConfigError
 from visionlora.lora.config import AdapterConfig
 from visionlora.lora.rank import RankChoice, choose_ranks, numbers_at
@@ -19,6 +20,21 @@ from visionlora.training.order import generator_at, positions_at
 C = TypeVar("C", bound=TrainingConfig)
 CALIBRATION_BATCHES = 16
 """Batches on which rank auto measures the layers."""
+
+
+def targets_of(config: TrainingConfig) -> str:
+    """What trains, in words: the targets, those of the file that the run learns on from, or all that a method trains."""
+    return WHOLE.get(config.method) or (f"those of {config.start_from}" if config.start_from else config.targets)
+
+
+def left_aside(config: TrainingConfig) -> tuple[str, ...]:
+    """A line about settings of layers that were given to a method without any, to tell before the run."""
+    usual = {f.name: f.default for f in dataclasses.fields(config)}
+    of_layers = {name: getattr(config, name) for name in ("targets", "rank", "alpha", "dropout")}
+    given = [f"{name}={value}" for name, value in of_layers.items() if value != usual[name]]
+    if config.method not in WHOLE or not given:
+        return ()
+    return (f"Method {config.method} trains {WHOLE[config.method]}, so this is left aside: {', '.join(given)}.",)
 
 
 def adapter_config(config: TrainingConfig, **more: Any) -> AdapterConfig:
