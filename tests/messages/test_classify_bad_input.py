@@ -199,6 +199,11 @@ def test_a_wrong_or_missing_backbone_is_refused(finished: Path, shapes: Path, tm
         (finished / "moved").rename(moved)
 
 
+def test_a_file_is_no_backbone(classify, tiny_vit: Path, tmp_path: Path) -> None:
+    file = tiny_vit / "model.safetensors"
+    check_refused(lambda: classify(model=str(file)), tmp_path, f"{file} is a file", "--weights", "start_from=")
+
+
 def test_export_explains_what_it_cannot_do(finished: Path, tmp_path: Path) -> None:
     run = finished / "run"
     check_refused(lambda: export(run, tmp_path / "m", "onx"), tmp_path, "Did you mean 'onnx'?")

@@ -20,6 +20,8 @@ from visionlora.lora.inject import no_garbage_collection
 
 FOLDER_FILES = ("adapter.safetensors", "pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
 """What a folder that is not PEFT's may hold: a run of ours, or what diffusers' scripts save."""
+EMBEDDING = "embedding"
+"""The format of names that are of no adapter's layers."""
 CHECKPOINT = ("model.diffusion_model.", "cond_stage_model.", "first_stage_model.", "conditioner.embedders.")
 
 
@@ -91,7 +93,7 @@ def format_of(keys: Iterable[str]) -> str:
         return "diffusers (training scripts)"
     if has(r"\.lora_[ABE]\b"):
         return "diffusers" if has(r"^(unet|text_encoder(_2)?)\.") else "peft"
-    return "lycoris" if lycoris or "lora" in text else "embedding"
+    return "lycoris" if lycoris or "lora" in text else EMBEDDING
 
 
 # --------------------------------------------------------------------------------------------------------------- scale

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 
 from visionlora.errors import ModelError, first_line, nearest
+from visionlora.formats.read import FOLDER_FILES
 from visionlora.lora.adapter import Adapter
-from visionlora.models.checkpoint_header import read_checkpoint_header
+from visionlora.models.checkpoint_header import ADAPTER, read_checkpoint_header
 from visionlora.models.fingerprint import architecture_fingerprint, respelled, weights_fingerprint
 from visionlora.models.parts import AGAIN, VARIANT, check_files, check_words, has_all_weights, read_part, read_parts
 
@@ -35,6 +36,12 @@ OTHERS = {
 """Families that visionlora does not open, by what the names of their pipelines begin with."""
 NOT_OURS: dict[str, Any] = {"safety_checker": None, "feature_extractor": None}
 """Parts of a folder that are left out."""
+NO_WEIGHTS = "no file named"
+"""In diffusers' and transformers' words for a folder without weights of the names that they look for."""
+INDEX = "model_index.json"
+"""Is in every diffusers folder."""
+MOST_NAMED = 10
+"""Models that a message names."""
 SINGLE_FILE_SUFFIXES = (".safetensors", ".ckpt")
 
 
@@ -247,7 +254,9 @@ def open_base(model: str = "auto", dtype: torch.dtype = torch.float32, named_by:
         pipe, said = load_single_file(path, dtype)
         return _opened(str(path), str(path), why + said, pipe)
     if path.is_dir():
-        if not (path / "model_index.json").is_file():
+        if not (path / INDEX).is_file():
+            if any((path / name).is_file() for name in FOLDER_FILES):
+                raise ModelError(f"{path} {ADAPTER}")
             raise ModelError(
                 f"{path} is not a diffusers model: it has no model_index.json. "
                 "Name the folder that holds model_index.json, unet, vae and text_encoder."
@@ -256,11 +265,26 @@ def open_base(model: str = "auto", dtype: torch.dtype = torch.float32, named_by:
     if chosen.count("/") == 1 and not chosen.startswith((".", "/", "~")):
         return _opened(chosen, chosen, why, *load_folder(chosen, dtype))
     named = f", which {named_by} names" if named_by else ""
-    siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    hint = nearest(path.name, [*models_beside(path), EMBEDDED], MOST_NAMED)
     raise ModelError(
-        f"There is no model at {chosen}{named}. {nearest(path.name, [*siblings, EMBEDDED])} Give a diffusers folder, "
+        f"There is no model at {chosen}{named}. {hint} Give a diffusers folder, "
         f"a .safetensors checkpoint, a Hub id such as {DEFAULT_ON_GPU}, or {EMBEDDED}."
     )
+
+
+def models_beside(path: Path) -> list[str]:
+    """The names of folders and checkpoints in the folder of a path that may be opened."""
+
+    def is_model(entry: Path) -> bool:
+        if entry.is_dir():
+            return (entry / INDEX).is_file()
+        with contextlib.suppress(Exception):  # a broken file, of which there are many kinds, is none
+            return entry.suffix.lower() in SINGLE_FILE_SUFFIXES and read_checkpoint_header(entry).other is None
+        return False
+
+    with contextlib.suppress(OSError):
+        return [entry.name for entry in path.parent.iterdir() if is_model(entry)]
+    return []
 
 
 def load_folder(source: str, dtype: torch.dtype) -> tuple[Any, str | None]:
@@ -320,6 +344,8 @@ def load_single_file(path: Path, dtype: torch.dtype) -> tuple[Any, str]:
     """
     try:
         header = read_checkpoint_header(path)
+        if header.other is not None:
+            raise ModelError(f"{path} {header.other}")
         with quiet("diffusers", "transformers"):
             from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
@@ -329,6 +355,8 @@ def load_single_file(path: Path, dtype: torch.dtype) -> tuple[Any, str]:
                 pipe = StableDiffusionPipeline.from_single_file(str(path), safety_checker=None)
             pipe.scheduler = header.scheduler(pipe.scheduler)
             return pipe.to(dtype), header.words
+    except ModelError:
+        raise
     except Exception as e:
         text = first_line(e)
         raise ModelError(f"The checkpoint {path} cannot be opened: {text}") from None

@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import pickletools
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from visionlora.formats.read import CHECKPOINT, EMBEDDING, format_of
+
+PARTS = {
+    "UNet": ("down_blocks.", "input_blocks."),
+    "VAE": ("decoder.",),
+    "text encoder": ("text_model.", "embeddings.token_"),
+}
+"""What the names of a part's tensors begin with where nothing stands before them, as in diffusers' folders."""
+ADAPTER = "is an adapter, not a base model: draw with it by --lora, learn on from it by start_from=."
+"""What a model is not, as a sentence that continues a name."""
 SECOND_ENCODER = "conditioner.embedders.1."
 """Begins the names of SDXL's second text encoder."""
 V_PREDICTION, ZERO_SNR = "v_pred", "ztsnr"
@@ -27,6 +37,8 @@ class CheckpointHeader:
     """epsilon or v_prediction; None when it says nothing."""
     zero_snr: bool
     """Whether the last noise level is nothing but noise, for a model that predicts the velocity."""
+    other: str | None = None
+    """What it is where it is surely no whole model, and what to do with it: a sentence that continues its name."""
 
     @classmethod
     def of(cls, names: Iterable[str], metadata: Mapping[str, Any]) -> CheckpointHeader:
@@ -36,7 +48,7 @@ class CheckpointHeader:
         prediction = "v_prediction" if V_PREDICTION in known else said
         return cls(
             any(name.startswith(SECOND_ENCODER) for name in known), prediction,
-            prediction == "v_prediction" and ZERO_SNR in known,
+            prediction == "v_prediction" and ZERO_SNR in known, other_kind(known, metadata),
         )  # fmt: skip
 
     @property
@@ -57,6 +69,18 @@ class CheckpointHeader:
         if self.prediction_type is None:
             return given
         return type(given).from_config({**given.config, "prediction_type": self.prediction_type})
+
+
+def other_kind(names: Collection[str], metadata: Mapping[str, Any]) -> str | None:
+    """`CheckpointHeader.other`, by the names of the tensors."""
+    if any(name.startswith(CHECKPOINT) for name in names):
+        return None
+    if "visionlora" in metadata or format_of(names) != EMBEDDING:
+        return ADAPTER
+    part = next((part for part, starts in PARTS.items() if any(name.startswith(starts) for name in names)), None)
+    return part and (
+        f"is a {part} alone: name the folder of the whole model, which holds model_index.json, unet, vae and text_encoder."
+    )
 
 
 def read_checkpoint_header(path: Path) -> CheckpointHeader:

@@ -227,6 +227,11 @@ def named(chosen: str, weights: str | None) -> VisionModel:
         return from_torchvision(chosen, weights)
     if (path := Path(chosen).expanduser()).is_dir():
         return from_folder(path, weights)
+    if path.is_file():
+        raise ModelError(
+            f"{path} is a file, which does not say what backbone it is of. Give the weights of one with --weights, a finished "
+            "adapter with start_from=, and with --model a timm name, a folder, torchvision/NAME or a Hub id."
+        )
     return from_name(chosen, weights)
 
 

@@ -1,6 +1,7 @@
 """Choosing and opening base models, and every refusal."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from visionlora.lora.inject import inject
 from visionlora.models.base import DEFAULT_ON_GPU, choose, fetch_default, open_base
 from visionlora.models.checkpoint_header import read_checkpoint_header
 from visionlora.models.fingerprint import architecture_fingerprint, weights_fingerprint
+
+STYLE = Path(__file__).parents[3] / "assets" / "adapters" / "fxemoji"
 
 
 def test_a_folder_opens_frozen(tiny_model: Path) -> None:
@@ -46,10 +49,19 @@ def test_resolution_must_fit_the_grid(tiny_model: Path) -> None:
 
 def test_refusals(tmp_path: Path, tiny_model: Path) -> None:
     (tmp_path / "empty").mkdir()
+    shutil.copytree(STYLE, tmp_path / "run")
+    (tmp_path / "own").symlink_to(tiny_model)
+    unet = tiny_model / "unet" / "diffusion_pytorch_model.safetensors"
     (tmp_path / "notes.txt").write_text("")
     for given, words in (
         (tmp_path / "emty", "There is no model at"),
-        (tmp_path / "emty", "Did you mean 'empty'?"),
+        (tmp_path / "emty", "Allowed: emoji-64, own. Give"),
+        (tmp_path / "ow", "Did you mean 'own'?"),
+        (tmp_path / "run", "is an adapter, not a base model"),
+        (tmp_path / "run" / "adapter.safetensors", "is an adapter, not a base model"),
+        (unet, "is a UNet alone: name the folder of the whole model"),
+        (tiny_model / "vae" / unet.name, "is a VAE alone: name"),
+        (tiny_model / "text_encoder" / "model.safetensors", "is a text encoder alone: name"),
         (tmp_path / "empty", "is not a diffusers model: it has no model_index.json"),
         (tmp_path / "notes.txt", "is not a model: a single file ends in .safetensors or .ckpt"),
     ):
