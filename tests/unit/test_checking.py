@@ -52,7 +52,7 @@ def test_all_problems_come_at_once_with_their_lines(tmp_path: Path) -> None:
 
 def test_a_setting_that_is_given_twice(tmp_path: Path) -> None:
     assert problems("rank: 4\nsteps: 10\nrank: 8\n", tmp_path) == [
-        "line 3: rank is given twice, first in line 1; the last one counts."
+        "line 3: rank is given twice, first in line 1; leave one of them out."
     ]
 
 

@@ -130,6 +130,21 @@ def test_yaml_of_a_config_gives_it_back() -> None:
     assert build(TrainSDConfig, yaml.safe_load(to_yaml(config))) == config
 
 
+def test_a_setting_that_a_file_gives_twice_is_refused(tmp_path: Path) -> None:
+    """The last one counted, in silence."""
+    (tmp_path / "c.yaml").write_text("batch_size: 4\nsteps: 10\nbatch-size: 8\n")
+    with pytest.raises(
+        ConfigError, match=r"c\.yaml, line 3: batch_size is given twice, first in line 1; leave one of them"
+    ):
+        read_yaml(str(tmp_path / "c.yaml"))
+
+
+def test_an_unknown_key_near_none_names_a_few() -> None:
+    with pytest.raises(ConfigError, match=r"zzz is not a setting. Allowed: alpha, .* and \d+ more\.") as caught:
+        build(TrainSDConfig, {"zzz": 1, "images": "x"})
+    assert len(str(caught.value)) < 300
+
+
 def test_words_are_read_as_yaml() -> None:
     words = ["steps=5", "flip=true", "prompt=a = b", "betas=[0.9, 0.95]", "rank=auto"]
     assert parse_words(words, TrainSDConfig) == {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Optional, TypeVar
@@ -9,6 +10,9 @@ from typing import Annotated, Any, Optional, TypeVar
 import typer
 
 from visionlora.config import OPTIMIZERS, PRECISIONS, RESUME_AUTO, TrainingConfig, build, parse_words, read_yaml
+from visionlora.config.checking import COMMANDS, commands_for, unknown
+from visionlora.config.reading import MOST_NAMED
+from visionlora.errors import ConfigError
 from visionlora.models.devices import process_of
 
 C = TypeVar("C", bound=TrainingConfig)
@@ -58,7 +62,7 @@ def resolved(kind: type[C], given: Mapping[str, Any]) -> C:
         ConfigError: for what cannot be used.
     """
     flags = {k: v for k, v in given.items() if k not in ("settings", "config") and v is not None}
-    files = [read_yaml(name) for name in given.get("config") or []]
+    files = [settings_for(kind, name) for name in given.get("config") or []]
     words = parse_words(given.get("settings") or [], kind)
     layers = [*files, words, flags]
     resume, output = (next((str(x[k]) for x in reversed(layers) if x.get(k)), "") for k in ("resume", "output"))
@@ -66,6 +70,24 @@ def resolved(kind: type[C], given: Mapping[str, Any]) -> C:
         auto = resume == RESUME_AUTO
         layers.insert(0, pictures_of(output if auto else resume, may_be_new=auto))
     return build(kind, *layers)
+
+
+def settings_for(kind: type[TrainingConfig], name: str) -> dict[str, Any]:
+    """The settings of a config file for a command.
+
+    Raises:
+        ConfigError: when it cannot be read, or is for another command.
+    """
+    settings = read_yaml(name)
+    commands = commands_for(settings)
+    if all(COMMANDS[command] is not kind for command in commands):
+        own = next(command for command, configured in COMMANDS.items() if configured is kind)
+        foreign = ", ".join(unknown(own, settings)[:MOST_NAMED])
+        raise ConfigError(
+            f"{name} is for `visionlora {commands[0]}`, and {own} has no {foreign}. Use it so: visionlora {commands[0]} "
+            f"--images FOLDER --config {shlex.quote(name)}"
+        )
+    return settings
 
 
 def speaks() -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from visionlora.config.classify import ClassifyConfig
-from visionlora.config.reading import SettingsError, build, config_text
+from visionlora.config.reading import SettingsError, build, config_text, lines_of
 from visionlora.config.train_sd import TrainSDConfig
 from visionlora.config.training import TrainingConfig
 from visionlora.errors import ConfigError
@@ -82,13 +82,8 @@ def check_file(name: str, more: MoreRules | None = None) -> Checked:
     if not isinstance(settings, dict) or not isinstance(node, yaml.MappingNode):
         kind = type(settings).__name__
         return Checked((), (Problem(None, f"it must hold `key: value` lines; it holds a {kind}."),))
-    lines: dict[str, int] = {}
-    problems = []
-    for key, _ in node.value:
-        word, line = str(key.value).replace("-", "_"), key.start_mark.line + 1
-        if word in lines:
-            problems.append(Problem(line, f"{word} is given twice, first in line {lines[word]}; the last one counts."))
-        lines[word] = line
+    lines, twice = lines_of(node)
+    problems = [Problem(line, text) for line, text in twice]
     settings = {str(k).replace("-", "_"): v for k, v in settings.items()}
     commands = commands_for(settings)
     found = [problems_of(COMMANDS[command], settings, more) for command in commands]

@@ -21,6 +21,10 @@ from visionlora.errors import ConfigError, nearest
 T = TypeVar("T")
 
 
+MOST_NAMED = 12
+"""Settings that a message names where none is near what was given."""
+
+
 class SettingsError(ConfigError):
     """Settings that cannot be used."""
 
@@ -50,7 +54,7 @@ def build(cls: type[T], *layers: Mapping[str, Any]) -> T:
         for key, value in layer.items():
             name = str(key).replace("-", "_")
             if name not in hints:
-                problems.append(f"{key} is not a setting. {nearest(name, hints)}")
+                problems.append(f"{key} is not a setting. {nearest(name, hints, MOST_NAMED)}")
                 continue
             try:
                 values[name] = convert(value, hints[name])
@@ -267,11 +271,11 @@ def read_yaml(name: str) -> dict[str, Any]:
     """The settings of a config file, given by path or by the name of an installed recipe.
 
     Raises:
-        ConfigError: when there is no such file or recipe, or it is not a YAML mapping.
+        ConfigError: when there is no such file or recipe, it is not a YAML mapping, or gives a setting twice.
     """
     text = config_text(name)
     try:
-        settings = yaml.safe_load(text)
+        node, settings = yaml.compose(text, Loader=yaml.SafeLoader), yaml.safe_load(text)
     except (yaml.YAMLError, ValueError) as e:  # the latter for dates that do not exist
         where = getattr(e, "problem_mark", None)
         raise ConfigError(
@@ -281,7 +285,25 @@ def read_yaml(name: str) -> dict[str, Any]:
         return {}
     if not isinstance(settings, dict):
         raise ConfigError(f"{name} must hold `key: value` lines; it holds a {type(settings).__name__}.")
+    if twice := lines_of(node)[1]:
+        raise ConfigError("\n".join(f"{name}, line {line}: {problem}" for line, problem in twice))
     return {str(k): v for k, v in settings.items()}
+
+
+def lines_of(mapping: Any) -> tuple[dict[str, int], list[tuple[int, str]]]:
+    """The line of each setting, counted from 1, and a problem with its line for each that is given twice.
+
+    Args:
+        mapping: the composed YAML of a config file.
+    """
+    lines: dict[str, int] = {}
+    twice = []
+    for key, _ in mapping.value:
+        word, line = str(key.value).replace("-", "_"), key.start_mark.line + 1
+        if word in lines:
+            twice.append((line, f"{word} is given twice, first in line {lines[word]}; leave one of them out."))
+        lines[word] = line
+    return lines, twice
 
 
 def parse_words(words: Iterable[str], kind: type) -> dict[str, Any]:

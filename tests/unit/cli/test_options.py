@@ -3,11 +3,16 @@
 import dataclasses
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
-from visionlora.config import ClassifyConfig, build, to_yaml
+import pytest
+
+from visionlora.cli.options import resolved
+from visionlora.config import ClassifyConfig, TrainSDConfig, build, to_yaml
+from visionlora.errors import ConfigError
 from visionlora.vision.metrics import Metrics
 
 COMMAND = """
@@ -36,3 +41,22 @@ def test_a_run_that_is_finished_is_told_once_and_at_once(tmp_path: Path) -> None
         assert loaded == "[]", done.stderr
         assert [json.loads(line)["classes"] for line in told] == ([["cat"]] if rank == "0" else [])
         assert ("nothing is left to do" in done.stderr) == (rank == "0")
+
+
+def test_a_config_of_another_command_is_said_to_be_one(tmp_path: Path) -> None:
+    (tmp_path / "my own.yaml").write_text("sample_prompts: [dog]\nrank: 4\n")
+    for kind, name, words in (
+        (
+            TrainSDConfig,
+            "emoji_vit_classes",
+            "emoji_vit_classes is for `visionlora classify`, and train-sd has no augment",
+        ),
+        (
+            ClassifyConfig,
+            str(tmp_path / "my own.yaml"),
+            "is for `visionlora train-sd`, and classify has no sample_prompts",
+        ),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            resolved(kind, {"config": [name], "images": "."})
+        assert words in str(caught.value) and str(caught.value).endswith(f"--config {shlex.quote(name)}")
