@@ -23,6 +23,7 @@ from PIL import Image
 from visionlora.atomic import replace_file
 from visionlora.data.images import IMAGE_SUFFIXES
 from visionlora.errors import RunFolderError, WriteError
+from visionlora.formats.container import SUFFIXES
 
 RUN_FILES = ("run.json", "config.yaml", "adapter.safetensors")
 """Any of these marks a folder as the folder of a run."""
@@ -104,11 +105,7 @@ def check_place(path: Path) -> None:
     try:
         if path.exists() and not path.is_dir():
             raise RunFolderError(f"The output {_shown(path)} is a file; name a folder with --output.")
-        if path.suffix.lower() in IMAGE_SUFFIXES and not path.is_dir():
-            raise RunFolderError(
-                f"The output {_shown(path)} is named like a picture, but would be a folder; name one with --output, such as "
-                f"{_shown(path.with_suffix(''))}."
-            )
+        _check_name(path)
         _check_above(path)
     except OSError as error:
         raise RunFolderError(str(_cannot_write(path, error))) from None
@@ -166,7 +163,18 @@ def _check(path: Path) -> None:
             f"The output {_shown(path)} is a file, and a run needs a folder of its own. "
             f"Try --output {_shown(_free(path))}."
         )
+    _check_name(path)
     _check_above(path)
+
+
+def _check_name(path: Path) -> None:
+    """A folder that is not there yet must not be named like a file."""
+    kinds = {**dict.fromkeys(IMAGE_SUFFIXES, "a picture"), **dict.fromkeys(SUFFIXES, "a file of weights")}
+    if (kind := kinds.get(path.suffix.lower())) is not None and not path.is_dir():
+        raise RunFolderError(
+            f"The output {_shown(path)} is named like {kind}, but would be a folder; name one with --output, such as "
+            f"{_shown(path.with_suffix(''))}."
+        )
 
 
 def _check_above(path: Path) -> None:

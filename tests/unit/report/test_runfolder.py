@@ -173,9 +173,16 @@ def test_default_folder_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert names == ["sd-dog-20250102-030405", "sd-dog-20250102-030405-2", "sd-dog-20250102-030405-3"]
 
 
-def test_a_folder_is_not_named_like_a_picture(tmp_path: Path) -> None:
-    with pytest.raises(RunFolderError, match=r"named like a picture, but would be a folder; .* such as \S*out\.$"):
-        check_place(tmp_path / "out.PNG")
-    (tmp_path / "there.png").mkdir()
-    check_place(tmp_path / "there.png")
-    assert not (tmp_path / "out.PNG").exists()
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("out.PNG", "a picture"), ("out.safetensors", "a file of weights"), ("out.pt", "a file of weights")],
+)
+def test_a_folder_is_not_named_like_a_file(tmp_path: Path, name: str, kind: str) -> None:
+    for check in (check_place, check_run_folder, open_run_folder):
+        with pytest.raises(RunFolderError, match=rf"named like {kind}, but would be a folder; .* such as \S*out\.$"):
+            check(tmp_path / name)
+    assert not (tmp_path / name).exists()
+    (tmp_path / name).mkdir()
+    check_place(tmp_path / name)
+    assert open_run_folder(tmp_path / name).path.is_dir()
+    assert open_run_folder(tmp_path / "v1.5").path.is_dir()
