@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import shlex
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from visionlora.config import TrainingConfig, config_text, read_yaml, recipe_names
+from visionlora import plugins
+from visionlora.config import TrainingConfig, TrainSDConfig, config_text, read_yaml, recipe_names
 from visionlora.config.checking import COMMANDS, check_file, commands_for
+from visionlora.config.choices import EMBEDDED_SD
+from visionlora.config.folders import ALPHA
 from visionlora.errors import ConfigError, nearest
-from visionlora.lora.config import known
+from visionlora.lora.config import known, words
+from visionlora.lora.families import GROUPS, ROLES, fused_names, role_names
+
+NEAR = 0.84
+"""How like the name of a role a target must be to be taken for a slip: atn.q is, attn.to_q is not."""
+
+OF_WEIGHTS = ("weights", "start_from")
+"""Settings that name files of weights."""
 
 
 def list_configs() -> None:
@@ -45,7 +56,7 @@ def check(
     wrong = False
     for name in files:
         try:
-            found = check_file(name, unknown_words)
+            found = check_file(name, lambda c: [*unknown_words(c), *unlikely_targets(c), *missing_places(c)])
         except ConfigError as e:
             typer.echo(str(e))
             wrong = True
@@ -70,3 +81,57 @@ def unknown_words(config: TrainingConfig) -> list[str]:
         for what, word in (("method", config.method), ("init", config.init))
         if word not in known(what)
     ]
+
+
+def unlikely_targets(config: TrainingConfig) -> list[str]:
+    """Targets that are nearly the name of a role; only a model knows whether it has layers of these names."""
+    known_targets = [*ROLES, *GROUPS, *plugins.names("visionlora.targets")]
+    layers = [part for name in (*role_names(), *fused_names()) for part in (name, name.rpartition(".")[2])]
+    near = [
+        (word, close[0])
+        for word in words(config.targets)
+        if not word.startswith("re:")
+        and word not in layers
+        and word.rstrip("0123456789") not in known_targets  # attn1, conv3: names of layers, or of what holds them
+        and (close := get_close_matches(word, known_targets, n=1, cutoff=NEAR))
+    ]
+    return [f"targets is {config.targets!r}; there is no role {word!r}. Did you mean {role!r}?" for word, role in near]
+
+
+def missing_places(config: TrainingConfig) -> list[str]:
+    """Folders, files and models that are not there, and words that are nearly one that is known, each with its setting."""
+    found = []
+    folders = getattr(config, "folders", ())
+    places = {
+        **({} if folders else {"images": config.images}),
+        **{f"folders[{i}].path": folder.path for i, folder in enumerate(folders)},
+        **{name: getattr(config, name, None) for name in ("validation", "table", *OF_WEIGHTS)},
+    }
+    masks = {"masks": getattr(config, "masks", None), **{f"folders[{i}].masks": f.masks for i, f in enumerate(folders)}}
+    for name, mask in masks.items():
+        if mask and mask != ALPHA and not is_there(mask) and get_close_matches(mask, [ALPHA]):
+            found.append(f"{name} is {mask!r}; it is neither {ALPHA} nor a folder. Did you mean {ALPHA!r}?")
+        elif mask and "/" in mask:  # else it may be a column
+            places[name] = mask
+    model = config.model
+    if model.startswith((".", "/", "~")) or model.count("/") > 1:
+        places["model"] = model
+    elif (
+        isinstance(config, TrainSDConfig)  # timm has many models by name
+        and "/" not in model  # else it is of the Hub
+        and not (model in ("auto", EMBEDDED_SD) or is_there(model))
+    ):
+        found.append(f"model is {model!r}; there is no such folder. {nearest(model, [EMBEDDED_SD])}")
+    for name, place in places.items():
+        if place and not is_there(place) and (name, place) != ("weights", "random"):
+            from visionlora.data.wording import missing
+
+            suffix = Path(place).suffix.lower()
+            kind = ("file", (suffix, ".safetensors") if name in OF_WEIGHTS else (suffix,)) if suffix else ("folder",)
+            found.append(f"{name} is {place!r}; {missing(Path(place).expanduser(), *kind)}")
+    return found
+
+
+def is_there(place: str) -> bool:
+    """Whether a path leads anywhere."""
+    return Path(place).expanduser().exists()

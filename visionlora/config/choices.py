@@ -46,6 +46,8 @@ WITHOUT_INIT = ("adalora", "vera", "ia3", "full", "linear-probe")
 """Methods that have a start of their own."""
 WITHOUT_RANKS = ("vera", "ia3", "full", "linear-probe")
 """Methods whose parameters are not those of ranks that rank auto could spread."""
+EMBEDDED_SD = "emoji-64"
+"""The Stable Diffusion that comes with visionlora."""
 WHOLE = {"full": "every parameter", "linear-probe": "the head alone"}
 """What trains by the methods that adapt no layers."""
 TRACKERS = ("tensorboard", "trackio", "wandb")

@@ -11,6 +11,19 @@ from functools import lru_cache
 
 from visionlora import plugins
 
+MINGLED = "attn.mingled"
+"""The role of a layer that holds q, k and v in a way in which they cannot be told apart: groups with q and v take all of it."""
+ROLES = ("attn.q", "attn.k", "attn.v", "attn.out", MINGLED, "mlp.in", "mlp.out", "proj", "conv", "time")
+GROUPS: dict[str, tuple[str, ...]] = {
+    "attn": ("attn.q", "attn.k", "attn.v", "attn.out", MINGLED),
+    "attn.qv": ("attn.q", "attn.v", MINGLED),
+    "attn.qkv": ("attn.q", "attn.k", "attn.v", MINGLED),
+    "mlp": ("mlp.in", "mlp.out"),
+    "linear": ("attn.q", "attn.k", "attn.v", "attn.out", MINGLED, "mlp.in", "mlp.out"),
+    "all": ROLES,
+    "auto": ("attn.q", "attn.v", MINGLED),
+}
+
 
 @dataclass(frozen=True)
 class Family:

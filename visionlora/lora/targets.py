@@ -22,23 +22,21 @@ from visionlora import plugins
 from visionlora.errors import TargetError, nearest
 from visionlora.lora.classes import forward_of_its_own
 from visionlora.lora.config import AdapterConfig
-from visionlora.lora.families import fused_names, lookup, mingled, patch_embeddings, role_names, weight_users
+from visionlora.lora.families import (
+    GROUPS,
+    MINGLED,
+    ROLES,
+    fused_names,
+    lookup,
+    mingled,
+    patch_embeddings,
+    role_names,
+    weight_users,
+)
 from visionlora.lora.methods.base import Site
 
 V = TypeVar("V")
 
-MINGLED = "attn.mingled"
-"""The role of a layer that holds q, k and v in a way in which they cannot be told apart: groups with q and v take all of it."""
-ROLES = ("attn.q", "attn.k", "attn.v", "attn.out", MINGLED, "mlp.in", "mlp.out", "proj", "conv", "time")
-GROUPS: dict[str, tuple[str, ...]] = {
-    "attn": ("attn.q", "attn.k", "attn.v", "attn.out", MINGLED),
-    "attn.qv": ("attn.q", "attn.v", MINGLED),
-    "attn.qkv": ("attn.q", "attn.k", "attn.v", MINGLED),
-    "mlp": ("mlp.in", "mlp.out"),
-    "linear": ("attn.q", "attn.k", "attn.v", "attn.out", MINGLED, "mlp.in", "mlp.out"),
-    "all": ROLES,
-    "auto": ("attn.q", "attn.v", MINGLED),
-}
 EVERYTHING = ("all", "auto")
 """Groups that take every layer of a model without attention."""
 UNBOUNDED = ("vera", "ia3")

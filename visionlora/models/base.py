@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from visionlora.config.choices import EMBEDDED_SD
 from visionlora.errors import ModelError, first_line, nearest
 from visionlora.formats.read import FOLDER_FILES
 from visionlora.lora.adapter import Adapter
@@ -22,7 +23,7 @@ from visionlora.models.checkpoint_header import ADAPTER, read_checkpoint_header
 from visionlora.models.fingerprint import architecture_fingerprint, respelled, weights_fingerprint
 from visionlora.models.parts import AGAIN, VARIANT, check_files, check_words, has_all_weights, read_part, read_parts
 
-EMBEDDED = "emoji-64"
+EMBEDDED = EMBEDDED_SD
 DEFAULT_ON_GPU = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 SMALL_UNET = 50_000_000
 """Parameters below which a UNet learns at ten times the usual rate, takes larger batches, and has memory to spare."""
@@ -36,8 +37,6 @@ OTHERS = {
 """Families that visionlora does not open, by what the names of their pipelines begin with."""
 NOT_OURS: dict[str, Any] = {"safety_checker": None, "feature_extractor": None}
 """Parts of a folder that are left out."""
-NO_WEIGHTS = "no file named"
-"""In diffusers' and transformers' words for a folder without weights of the names that they look for."""
 INDEX = "model_index.json"
 """Is in every diffusers folder."""
 MOST_NAMED = 10

@@ -8,8 +8,9 @@ from torch import nn
 
 from visionlora.errors import TargetError
 from visionlora.lora.config import AdapterConfig
+from visionlora.lora.families import GROUPS, ROLES
 from visionlora.lora.inject import inject
-from visionlora.lora.targets import GROUPS, ROLES, Resolution, resolve, suited_targets
+from visionlora.lora.targets import Resolution, resolve, suited_targets
 
 
 def found(model: nn.Module, *targets: str, rank: int = 1, exclude: tuple[str, ...] = ()) -> Resolution:
