@@ -13,7 +13,7 @@ from typing import Any
 from PIL import Image
 
 from visionlora.atomic import check_new
-from visionlora.classifier import Prediction, load_classifier
+from visionlora.classifier import Prediction, check_asked, load_classifier
 from visionlora.data.class_tables import pictures_of
 from visionlora.data.files import list_folder, suffix_of
 from visionlora.data.images import IMAGE_SUFFIXES, decode_noted, printable
@@ -103,8 +103,7 @@ def predict(
         ConfigError: when a setting is out of range, the output exists or there is no such device.
         AdapterFileError, ModelError: see `visionlora.classifier.load_classifier`.
     """
-    if batch_size < 1:
-        raise ConfigError(f"batch_size is {batch_size}; it must be at least 1.")
+    check_asked(top_k, batch_size, threshold)
     tell = listener or Listener()
     target = None if output is None else writable(Path(output).expanduser(), overwrite)
     places = [images] if isinstance(images, (str, Path)) else images

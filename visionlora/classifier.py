@@ -337,10 +337,7 @@ class Classifier:
         given: list[Any] = [images] if isinstance(images, (str, Path, Image.Image, np.ndarray)) else list(images)
         if not given:
             raise DataError("There are no pictures to predict.")
-        if top_k < 1 or batch_size < 1:
-            raise ConfigError(f"top_k is {top_k} and batch_size {batch_size}; both must be at least 1.")
-        if not 0 <= threshold < 1:
-            raise ConfigError(f"threshold is {threshold:g}; it must be at least 0 and below 1.")
+        check_asked(top_k, batch_size, threshold)
         names = self.names_of(tasks, len(given))
         found: list[Prediction] = []
         for start in range(0, len(given), batch_size):
@@ -355,6 +352,15 @@ class Classifier:
         """One picture as its task wants it, (1, 3, h, w)."""
         preprocessing = self.tasks[name].preprocessing
         return preprocessing.batch(preprocessing.stored(opened(picture))[None])
+
+
+def check_asked(top_k: int, batch_size: int, threshold: float) -> None:
+    """Raises ConfigError when one of what is asked of `Classifier.predict` is out of range."""
+    for name, value in (("top_k", top_k), ("batch_size", batch_size)):
+        if value < 1:
+            raise ConfigError(f"{name} is {value}; it must be at least 1.")
+    if not 0 <= threshold < 1:
+        raise ConfigError(f"threshold is {threshold:g}; it must be at least 0 and below 1.")
 
 
 def opened(picture: Picture) -> Image.Image:

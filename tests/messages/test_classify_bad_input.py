@@ -187,6 +187,14 @@ def test_predict_explains_what_it_cannot_do(finished: Path, shapes: Path, tmp_pa
     assert len(left) == 1 and (tmp_path / "p.csv").exists()
 
 
+@pytest.mark.parametrize(("name", "value"), [("top_k", 0), ("batch_size", 0), ("threshold", 2.0)])
+def test_predict_looks_at_what_is_asked_before_anything_is_opened(name: str, value: float, tmp_path: Path) -> None:
+    asked = {name: value}
+    check_refused(
+        lambda: predict(tmp_path / "no", [tmp_path / "no.png"], **asked), tmp_path, f"{name} is {value:g}; it"
+    )
+
+
 def test_a_wrong_or_missing_backbone_is_refused(finished: Path, shapes: Path, tmp_path: Path) -> None:
     good = shapes / "cross" / "00.png"
     check_refused(lambda: predict(finished / "run", [good], model="emoji-vit"), tmp_path, "another architecture")
