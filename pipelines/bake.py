@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from visionlora.atomic import check_new
+from visionlora.config.choices import dtype_name
 from visionlora.config.generate import use_from
 from visionlora.data.wording import first_names
 from visionlora.errors import ConfigError, ModelError
@@ -37,7 +38,7 @@ def bake(
         adapters: each (path, scale) or (path, scale, factors by block), as in `GenerateConfig.loras`.
         output: the folder to write, in diffusers' layout; or a name ending in .safetensors, for one checkpoint in the
             layout of the original Stable Diffusion 1.x code, which has no place for added words: each is in a file beside it.
-        dtype: of the weights written, `float32`, `float16` or `bfloat16`; merging itself is in fp32.
+        dtype: of the weights written, `float32`, `float16` or `bfloat16`, or `fp32`, `fp16`, `bf16`; merging itself is in fp32.
         force: accept a fine-tune of the adapters' base.
         overwrite: replace what is there.
         say: called with what the model cannot say of itself.
@@ -49,6 +50,7 @@ def bake(
     """
     import torch
 
+    dtype_name(dtype)
     output = Path(output).expanduser()
     check_new(output, overwrite)
     if output.is_dir():
@@ -76,7 +78,8 @@ def bake(
     for own, scale in handles:
         scale_blocks(base, own, scale)
     bake_handles([h for own, _ in handles for h in own])
-    base.pipe.to(getattr(torch, dtype))
+    with quiet("diffusers"):  # it warns of modules to keep in fp32 where there are none
+        base.pipe.to(getattr(torch, dtype_name(dtype)))
     if output.suffix == ".safetensors":
         write_file(output, hashed(single_file(base.pipe), {"format": "pt"}))
         write_beside(output, words)

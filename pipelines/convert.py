@@ -9,18 +9,19 @@ from visionlora.atomic import check_new
 from visionlora.errors import ConfigError, nearest
 from visionlora.formats.container import SUFFIXES
 from visionlora.formats.embeddings import files_beside
-from visionlora.loaders import check_format, load_adapter, save_adapter
+from visionlora.loaders import adapter_of, check_format, load_adapter, save_adapter
 from visionlora.lora.adapter import Adapter
+from visionlora.lora.arithmetic import Result
 
 
 def convert(
-    source: str | Path, output: str | Path, to: str = "visionlora", component: str = "", allow_partial: bool = False,
-    overwrite: bool = False,
+    source: str | Path | Adapter | Result, output: str | Path, to: str = "visionlora", component: str = "",
+    allow_partial: bool = False, overwrite: bool = False,
 ) -> Adapter:  # fmt: skip
     """Reads an adapter of any format and writes it in another.
 
     Args:
-        source: a file or folder.
+        source: a file or folder; or an adapter or result in memory.
         output: the file to write, or for `peft` the folder.
         to: see `visionlora.loaders.save_adapter`.
         component: write this part alone (`unet`, `text_encoder`), as PEFT's folders hold one.
@@ -32,10 +33,11 @@ def convert(
         ConfigError: when the output exists, or no program would know an adapter by its name.
     """
     check_output(output, to, overwrite)
-    adapter = load_adapter(source, allow_partial)
+    adapter = load_adapter(source, allow_partial) if isinstance(source, (str, Path)) else adapter_of(source)
     if component:
         if component not in adapter.components:
-            raise ConfigError(f"{source} has no part {component!r}. {nearest(component, adapter.components)}")
+            where = source if isinstance(source, (str, Path)) else "The adapter"
+            raise ConfigError(f"{where} has no part {component!r}. {nearest(component, adapter.components)}")
         own = {token: {c: v for c, v in parts.items() if c == component} for token, parts in adapter.embeddings.items()}
         adapter = replace(
             adapter,

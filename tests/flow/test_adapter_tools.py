@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 from dataclasses import replace
 from pathlib import Path
 
@@ -314,6 +315,29 @@ def drawn(unet: torch.nn.Module) -> torch.Tensor:
     ).sample
 
 
+def test_convert_takes_adapters_in_memory(files: Path, tmp_path: Path) -> None:
+    adapter = vl.load_adapter(files / "dog.safetensors")
+    vl.convert(adapter, tmp_path / "one.safetensors", "kohya")
+    vl.convert(vl.resize_adapter(adapter, vl.Size(rank=1)), tmp_path / "two.safetensors", component="unet")
+    found = [vl.load_adapter(tmp_path / name) for name in ("one.safetensors", "two.safetensors")]
+    assert all(one.modules.keys() <= adapter.modules.keys() and one.modules for one in found)
+    with pytest.raises(VisionLoRAError, match=r"The adapter has no part 'unte'\. Did you mean 'unet'"):
+        vl.convert(adapter, tmp_path / "no.safetensors", component="unte")
+    with pytest.raises(VisionLoRAError, match="int"):
+        vl.convert(3, tmp_path / "no.safetensors")
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "float16"])
+def test_a_model_is_baked_in_either_word_for_its_precision_and_in_silence(
+    files: Path, tmp_path: Path, dtype: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
+    vl.bake("auto", [(str(files / "dog.safetensors"), 1.0)], tmp_path / "baked", dtype)
+    kept = load_file(tmp_path / "baked" / "unet" / "diffusion_pytorch_model.safetensors")
+    assert {t.dtype for t in kept.values()} == {torch.float16}
+    assert [record.getMessage() for record in caplog.records] == []
+
+
 def test_bake_and_extract(files: Path, tiny_model: Path, tmp_path: Path) -> None:
     run("bake", "auto", f"{files / 'dog.safetensors'}:0.7", files / "ink.safetensors", "-o", tmp_path / "baked")
     base = open_base(str(tiny_model))
@@ -421,6 +445,7 @@ REFUSALS = {
     "picture of several": (["inspect", ".", "--picture", "x"], "--picture is for one adapter, and several are given"),
     "layers of several": (["inspect", "dog.safetensors", "ink.safetensors", "--modules"], "--modules is for one adapter"),
     "dtype": (["bake", "auto", "dog.safetensors", "-o", "x", "--dtype", "float61"], "Did you mean 'float16'?"),
+    "dtype as a precision": (["bake", "auto", "dog.safetensors", "-o", "x", "--dtype", "fp61"], "Did you mean 'fp16'?"),
 }  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from visionlora.cli.console import ConsoleListener
 from visionlora.cli.options import Overwrite
 from visionlora.cli.words import FORMATS, describe, parse_size
 from visionlora.config import parse_lora_use
-from visionlora.errors import ConfigError, nearest
+from visionlora.config.choices import dtype_name
 
 if TYPE_CHECKING:
     from visionlora.lora.adapter import Adapter
@@ -21,7 +21,6 @@ Output = Annotated[Path, typer.Option("--output", "-o", help="What to write: a f
 To = Annotated[str, typer.Option("--to", help=f"Format: {FORMATS}.")]
 Rank = Annotated[Optional[int], typer.Option(help="Rank of every module.")]  # noqa: UP045
 Energy = Annotated[Optional[float], typer.Option(help="Share of ‖ΔW‖² to keep, module by module, such as 0.95.")]  # noqa: UP045
-DTYPES = ("float32", "float16", "bfloat16")
 
 
 def counting(listener: ConsoleListener, what: str) -> Callable[[int, int], None]:
@@ -126,13 +125,12 @@ def bake(
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder of the new model; or NAME.safetensors for one file (SD 1.x).")
     ],
-    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
+    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16, or as torch calls them.")] = "float32",
     force: Annotated[bool, typer.Option("--force", help="Accept a fine-tune of the adapters' base.")] = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Write a full model with adapters in its weights: `visionlora bake auto dog.safetensors -o dog-model`."""
-    if dtype not in DTYPES:
-        raise ConfigError(f"dtype is {dtype!r}. {nearest(dtype, DTYPES)}")
+    dtype_name(dtype)  # before torch is loaded
     from visionlora.pipelines.bake import bake as run
 
     run(model, [parse_lora_use(word) for word in adapters], output, dtype, force, overwrite, typer.echo)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import dataclass
 
+from visionlora.errors import ConfigError, nearest
+
 SCHEDULES = ("cosine", "constant", "linear", "cosine-restarts", "polynomial")
 
 
@@ -46,6 +48,8 @@ WITHOUT_INIT = ("adalora", "vera", "ia3", "full", "linear-probe")
 """Methods that have a start of their own."""
 WITHOUT_RANKS = ("vera", "ia3", "full", "linear-probe")
 """Methods whose parameters are not those of ranks that rank auto could spread."""
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+"""Precisions, and what torch calls them."""
 EMBEDDED_SD = "emoji-64"
 """The Stable Diffusion that comes with visionlora."""
 WHOLE = {"full": "every parameter", "linear-probe": "the head alone"}
@@ -77,3 +81,18 @@ def tracker_problem(words: tuple[str, ...]) -> str | None:
     if not missing:
         return None
     return f"{' and '.join(missing)} must be installed first: pip install 'visionlora[tracking]'"
+
+
+def dtype_name(word: str) -> str:
+    """What torch calls a dtype that is written as torch does, or as a precision.
+
+    Raises:
+        ConfigError: when it is neither.
+
+    >>> dtype_name("fp16"), dtype_name("bfloat16")
+    ('float16', 'bfloat16')
+    """
+    found = DTYPES.get(word, word)
+    if found not in DTYPES.values():
+        raise ConfigError(f"dtype is {word!r}. {nearest(word, [*DTYPES, *DTYPES.values()])}")
+    return found

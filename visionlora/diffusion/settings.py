@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from visionlora.config import TrainSDConfig
+from visionlora.config.choices import DTYPES
 from visionlora.config.folders import ALPHA
 from visionlora.data.augment import variants
 from visionlora.data.buckets import check_step
@@ -117,7 +118,7 @@ def noise_scheduler_of(config: TrainSDConfig, base: BaseModel) -> Any:
     return scheduler
 
 
-BASE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+BASE_DTYPES: dict[str, torch.dtype] = {word: getattr(torch, name) for word, name in DTYPES.items()}
 COMPUTED_IN = {"no": "fp32", "bf16": "bf16", "fp16": "fp16"}
 
 
