@@ -339,7 +339,7 @@ REFUSALS = {
     "output in a file": (
         ("--prompt", "a", "--model", "none", "--output", "{loras}/dog.safetensors/x"), "dog.safetensors is a file. Choose an",
     ),
-    "prompts": (("--prompts", "{loras}/none.txt"), "The prompts cannot be read from"),
+    "prompts": (("--prompts", "{loras}/none.txt"), "The prompts cannot be read: There is no file"),
 }  # fmt: skip
 
 

@@ -140,6 +140,7 @@ def test_steps_and_strength_of_a_cell_are_set_together() -> None:
 
 
 REFUSALS = {
+    "value twice": (("--x", "seed=1,2,1"), "Axis 'seed' has the value 1 more than once."),
     "unknown": (("--x", "sed=1"), "There is no axis 'sed'. Did you mean 'seed'?"),
     "no value": (("--x", "seed="), "An axis is written name=value,value…; this one is 'seed='."),
     "no number": (("--x", "steps=1,two"), "Axis 'steps' has the value 'two', which is not a whole number."),

@@ -158,8 +158,13 @@ def lines_of(file: Path | None) -> list[str]:
         return []
     try:
         lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except FileNotFoundError:
+        from visionlora.data.wording import missing
+
+        raise ConfigError(f"The prompts cannot be read: {missing(file, 'file', (file.suffix,))}") from None
     except (OSError, UnicodeDecodeError) as e:
-        raise ConfigError(f"The prompts cannot be read from {file}: {e}.") from None
+        reason = getattr(e, "strerror", None) or "it is not UTF-8 text"
+        raise ConfigError(f"The prompts cannot be read from {file}: {reason}.") from None
     return [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
 
 

@@ -6,6 +6,7 @@ import itertools
 import math
 import operator
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -58,6 +59,9 @@ class Axis:
         values = tuple(value_of(name, value) for value in given)
         if not values:
             raise ConfigError(f"Axis {name!r} has no value.")
+        value, times = Counter(values).most_common(1)[0]
+        if times > 1:
+            raise ConfigError(f"Axis {name!r} has the value {value!r} more than once.")
         object.__setattr__(self, "name", name)
         object.__setattr__(self, "values", values)
 

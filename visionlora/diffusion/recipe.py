@@ -20,6 +20,8 @@ from typing import Any, NamedTuple
 from PIL import Image, PngImagePlugin
 
 from visionlora import __version__
+from visionlora.data.images import IMAGE_SUFFIXES
+from visionlora.data.wording import missing
 from visionlora.errors import ConfigError, DataError, nearest
 
 ENTRY = "visionlora"
@@ -330,12 +332,15 @@ def read_recipe(path: Path) -> Recipe:
     Raises:
         DataError: when there is no picture, or it has no recipe of ours.
     """
+    if not path.exists():
+        raise DataError(missing(path, "picture", IMAGE_SUFFIXES))
     try:
         with Image.open(path) as picture:
             # What stands before the pixels is there without decoding them.
             text = dict(picture.info if ENTRY in picture.info else getattr(picture, "text", {}))
     except (OSError, SyntaxError, ValueError) as e:
-        raise DataError(f"{path} cannot be opened as a picture ({e}).") from None
+        reason = getattr(e, "strerror", None) or "it is broken, or no picture"
+        raise DataError(f"{path} cannot be opened as a picture: {reason}.") from None
     if ENTRY in text:
         return Recipe.from_json(text[ENTRY])
     if "parameters" in text:

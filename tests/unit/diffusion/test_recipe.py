@@ -155,8 +155,12 @@ def test_pictures_without_a_recipe(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="carries no recipe: it was not drawn by visionlora"):
         read_recipe(tmp_path / "plain.png")
     (tmp_path / "text.png").write_text("no picture")
-    with pytest.raises(DataError, match="cannot be opened as a picture"):
+    with pytest.raises(DataError, match=r"text\.png cannot be opened as a picture: it is broken, or no picture\.$"):
         read_recipe(tmp_path / "text.png")
+    with pytest.raises(DataError, match=r"There is no picture .*plane\.png; did you mean .*plain\.png\?"):
+        read_recipe(tmp_path / "plane.png")
+    with pytest.raises(DataError, match=r"cannot be opened as a picture: Is a directory\."):
+        read_recipe(tmp_path)
     from PIL.PngImagePlugin import PngInfo
 
     info = PngInfo()
