@@ -1,4 +1,7 @@
-"""Whatever an adapter is, what one format wrote another reads and writes without changing a bit, or refuses in words."""
+"""Whatever an adapter is, what one format wrote another reads and writes without changing a bit, or refuses in words.
+
+A kohya file of LoRA alone has one alpha: where there were several, ΔW is the same to the rounding of fp32.
+"""
 
 import pytest
 import torch
@@ -67,8 +70,15 @@ def other_modules(draw: st.DrawFn) -> AdapterModule:
     }[kind]()
 
 
-def check_same(a: Adapter, b: Adapter) -> None:
+def check_same(a: Adapter, b: Adapter, folded: bool = False) -> None:
+    """The same to the bit, or when alphas were folded to one the same ΔW."""
     assert a.modules.keys() == b.modules.keys()
+    if folded:
+        assert len({m.alpha for m in b.modules.values()}) == 1
+        for name, m in a.modules.items():
+            expected, found = m.delta_weight(), b.modules[name].delta_weight()
+            assert (found - expected).norm() <= 1e-6 * expected.norm(), name
+        return
     for name, m in a.modules.items():
         other = b.modules[name]
         assert (m.kind, m.alpha, dict(m.options)) == (other.kind, other.alpha, dict(other.options)), name
@@ -89,12 +99,13 @@ def test_lora_and_dora_pass_through_any_two_formats(
         kinds = {n.partition(".")[0]: m.kind for n, m in modules.items()}
         modules = {n: m for n, m in modules.items() if m.kind == kinds[n.partition(".")[0]]}
     adapter = Adapter(modules)
+    plain = all(m.kind == "lora" for m in modules.values()) and len({m.alpha for m in modules.values()}) > 1
     folder = tmp_path_factory.mktemp("law")
     vl.save_adapter(adapter, folder / "a.safetensors", first)
     between = vl.load_adapter(folder / "a.safetensors")
-    check_same(adapter, between)
+    check_same(adapter, between, plain and first == "kohya")
     vl.save_adapter(between, folder / "b.safetensors", second)
-    check_same(adapter, vl.load_adapter(folder / "b.safetensors"))
+    check_same(adapter, vl.load_adapter(folder / "b.safetensors"), plain and "kohya" in (first, second))
 
 
 @pytest.mark.parametrize("first", ["visionlora", "kohya"])

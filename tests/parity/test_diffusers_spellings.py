@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 import visionlora as vl
 from visionlora.formats.names import locate
 from visionlora.loaders import apply, load_adapter, save_adapter
-from visionlora.lora.adapter import Adapter, AdapterModule
+from visionlora.lora.adapter import Adapter, AdapterModule, in_one_spelling
 from visionlora.models.base import open_base
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -146,17 +146,47 @@ def test_ours_in_diffusers(format: str, tiny_model: Path, tmp_path: Path) -> Non
     torch.testing.assert_close(picture(theirs), expected, rtol=0, atol=3e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_kohya_file_of_mixed_ranks_and_alphas_in_diffusers(
+    dtype: torch.dtype, tiny_model: Path, tmp_path: Path
+) -> None:
+    """As rank auto leaves them: diffusers gives all modules the most common alpha, so the file has but one."""
+    from diffusers import StableDiffusionPipeline
+
+    modules = {}
+    for k, (name, m) in enumerate(random_adapter(tiny_model).modules.items()):
+        down, up = (t.to(dtype) for t in m.lora_factors())
+        rank = 2 + k % 3
+        modules[name] = AdapterModule.lora(down[:rank], up[:, :rank], (rank, 6.0, 0.7)[k % 5 % 3])
+    adapter = Adapter(modules)
+    base = open_base(str(tiny_model))
+    apply(base, adapter)
+    save_adapter(adapter, tmp_path / "a.safetensors", "kohya")
+    theirs = StableDiffusionPipeline.from_pretrained(tiny_model, safety_checker=None)
+    plain = theirs.text_encoder(TEXT)[0].detach()
+    theirs.load_lora_weights(tmp_path, weight_name="a.safetensors")
+    theirs.set_progress_bar_config(disable=True)
+    expected = base.pipe.text_encoder(TEXT)[0]
+    assert (expected - plain).abs().max() > 1e-2
+    torch.testing.assert_close(theirs.text_encoder(TEXT)[0], expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(picture(theirs), picture(base.pipe), rtol=0, atol=3e-5)
+    found, given = in_one_spelling([load_adapter(tmp_path / "a.safetensors"), adapter])
+    assert len({m.alpha for m in found.modules.values()}) == 1
+    again = found.delta_weights()
+    for name, delta in given.delta_weights().items():
+        torch.testing.assert_close(again[name], delta, rtol=1e-6, atol=1e-6)
+
+
 @pytest.fixture
-def mixed_encoder(tiny_model: Path, tmp_path: Path) -> tuple[Adapter, torch.Tensor, torch.Tensor]:
-    """A kohya file's text encoder, of mixed alphas; what the encoder says of TEXT without it and with it."""
+def mixed_encoder(tiny_model: Path) -> tuple[Adapter, torch.Tensor, torch.Tensor]:
+    """An adapter of a text encoder, of mixed alphas as kohya's; what the encoder says of TEXT without it and with it."""
     base = open_base(str(tiny_model))
     first = {n: m for n, m in random_adapter(tiny_model).modules.items() if n.startswith("text_encoder.")}
     mixed = {
         n: AdapterModule.lora(*m.lora_factors(), alpha)
         for (n, m), alpha in zip(first.items(), [2.0, 6.0, 6.0, 6.0] * len(first), strict=False)
     }
-    save_adapter(Adapter(mixed), tmp_path / "k.safetensors", "kohya")
-    adapter = load_adapter(tmp_path / "k.safetensors")
+    adapter = Adapter(mixed, format="kohya")
     plain = base.pipe.text_encoder(TEXT)[0].detach()
     apply(base, adapter)
     return adapter, plain, base.pipe.text_encoder(TEXT)[0].detach()

@@ -3,7 +3,8 @@
 ``lora_unet_<path with _>.lora_down.weight``, ``.lora_up.weight``, ``.alpha``; text encoders under ``lora_te_`` (SD 1.x, 2.x)
 or ``lora_te1_`` and ``lora_te2_`` (SDXL), always with ``text_model_``. An SDXL UNet has the names of the original code
 (``input_blocks_4_1_…``), all others diffusers'. DoRA adds ``dora_scale``; LoHa, LoKr, differences, (IA)³ and OFT have the
-tensors of LyCORIS. The scale is alpha / rank.
+tensors of LyCORIS. The scale is alpha / rank; files of plain LoRA alone have one alpha for all layers, the most common, as
+diffusers (0.42) gives a UNet's attention no other: what is missing is multiplied into ``lora_up``.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from visionlora.errors import AdapterFileError
 from visionlora.formats.families import family_of, flat_shapes
-from visionlora.formats.header import hashed, network_metadata, write_file
+from visionlora.formats.header import hashed, most_common, network_metadata, write_file
 from visionlora.formats.names import flattened, to_sgm, with_text_model
 from visionlora.formats.whole import pipeline_layers
 from visionlora.lora.adapter import PRODUCT_KINDS, Adapter, AdapterModule
@@ -41,13 +42,35 @@ def to_bytes(adapter: Adapter) -> bytes:
     there = {*adapter.components, *(c for own in adapter.embeddings.values() for c in own)}
     xl = "text_encoder_2" in there or (family is not None and family.name == "sdxl")
     tensors: dict[str, Tensor] = {}
-    for component, path, module in pipeline_layers(adapter, "kohya"):
+    for component, path, module in with_one_alpha(list(pipeline_layers(adapter, "kohya"))):
         tensors |= keyed(component, path, module, xl)
     for token, parts in adapter.embeddings.items():
         for component, vectors in parts.items():
             what = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}[component] if xl else "string_to_param.*"
             tensors[f"bundle_emb.{token}.{what}"] = vectors
     return hashed(tensors, {"format": "pt", **network_metadata(adapter)})
+
+
+def with_one_alpha(layers: list[tuple[str, str, AdapterModule]]) -> list[tuple[str, str, AdapterModule]]:
+    """The layers with the alpha of most of them, and the same ΔW to the rounding of fp32; as they are when some are no LoRA.
+
+    A factor keeps its dtype where that holds the product exactly, and is fp32 elsewhere.
+    """
+    if any(m.kind != "lora" or m.options for _, _, m in layers) or len({m.alpha for _, _, m in layers}) < 2:
+        return layers
+    alpha = most_common(m.alpha for _, _, m in layers)
+    found = []
+    for component, path, m in layers:
+        if m.alpha != alpha:
+            up = m.tensors["lora_B"]
+            product = up.double() * (m.alpha / alpha)
+            wide = product.to(torch.promote_types(up.dtype, torch.float32))
+            if not bool(torch.isfinite(wide).all()):
+                return layers
+            own = product.to(up.dtype)
+            m = AdapterModule.lora(m.tensors["lora_A"], own if torch.equal(own.double(), product) else wide, alpha)
+        found.append((component, path, m))
+    return found
 
 
 def flat_name(component: str, path: str, xl: bool) -> str:
