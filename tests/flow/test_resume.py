@@ -594,11 +594,12 @@ def test_killed_at_random_moments(tiny_model: Path, dogs: Path, tmp_path: Path, 
 
 def test_chosen_ranks_are_kept(tiny_model: Path, dogs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Measured again, on another batch or device, they may be others, and the state would fit no more."""
-    settings = {"rank": "auto", "rank_budget": "2", "alpha": 4.0}
+    settings = {"rank": "auto", "rank_budget": "4k", "alpha": 4.0, "train_text_encoder": True}
     expected = train_sd(config(tiny_model, dogs, tmp_path / "uncut", **settings)).folder
     with pytest.raises(Killed):
         train_sd(config(tiny_model, dogs, tmp_path / "cut", **settings), Killer(30))
     assert (tmp_path / "cut" / "checkpoints" / "state.pt").exists()
-    monkeypatch.setattr("visionlora.pipelines.sd_learning.automatic_ranks", None)
+    for measuring in ("automatic_ranks", "text_share"):
+        monkeypatch.setattr(f"visionlora.pipelines.sd_learning.{measuring}", None)
     train_sd(resumed(tmp_path / "cut"))
     assert (tmp_path / "cut" / "adapter.safetensors").read_bytes() == (expected / "adapter.safetensors").read_bytes()
