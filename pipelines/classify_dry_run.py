@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from visionlora.pipelines.classify import new_adapter, opened
-from visionlora.pipelines.timing import seconds_of_step, timed, with_rank
+from torch import Tensor
+from visionlora.pipelines.classify import Ready, new_adapter, opened
+from visionlora.pipelines.timing import cost_of_step, seconds_of_step, timed, with_rank
 
 from visionlora.config import ClassifyConfig
 from visionlora.data.images import printable
@@ -20,7 +21,7 @@ from visionlora.report.classify_fitting import Fitting
 from visionlora.report.listener import Listener
 from visionlora.report.resume import begin, holding
 from visionlora.training.loop import process_state
-from visionlora.training.memory import peak_memory
+from visionlora.training.memory import Room, peak_memory, room_for
 from visionlora.training.settings import adapter_config, targets_of
 from visionlora.vision.material import logits_of
 
@@ -52,6 +53,8 @@ class ClassifyEstimate:
     look_seconds: float
     peak_bytes: int
     """Of the process, or of the GPU where there is one."""
+    too_large: str
+    """What is said of a batch that does not fit in memory: its peak is computed then."""
     device: str
 
     @property
@@ -73,7 +76,7 @@ class ClassifyEstimate:
             f"Steps       {self.steps} of {self.pictures_per_step} pictures, {passes:.1f} times over those to train on",
             f"Time        {self.seconds / 60:.1f} minutes without baselines: {self.step_seconds:.2f} s a step, "
             f"{self.look_seconds:.1f} s each of {self.looks} times for the pictures to choose by",
-            f"Memory      {self.peak_bytes / 2**30:.2f} GiB at the peak, of the {self.device}",
+            f"Memory      {self.peak_bytes / 2**30:.2f} GiB at the peak, of the {self.device}{self.too_large}",
         ]
 
 
@@ -92,9 +95,15 @@ def classify_dry_run(config: ClassifyConfig, listener: Listener | None = None) -
     material = dataclasses.replace(ready.material, config=config)
     ready = dataclasses.replace(ready, material=material)
     handle, adapter = new_adapter(ready, None, None, Listener())
-    fitting = Fitting(material, handle, ready.accelerator, None, tell, ready.header(adapter), start)
-    fit, task, chosen_by = fitting.fit, material.task, material.chosen_by
-    step_seconds = seconds_of_step(fit, task)
+    task, chosen_by = material.task, material.chosen_by
+
+    def fitted(batch: int) -> Fitting:
+        own = dataclasses.replace(material, config=dataclasses.replace(config, batch_size=batch))
+        return Fitting(own, handle, ready.accelerator, None, tell, ready.header(adapter), start)
+
+    fitting = fitted(config.batch_size or 1)
+    room = room_of(ready)
+    step = cost_of_step(fitting.fit.config.batch_size, room, lambda batch: seconds_of_step(fitted(batch).fit, task))
     some = chosen_by[: config.batch_size]
     look_seconds = timed(lambda: logits_of(material, some, ready.accelerator), ready.accelerator) / len(some)
     found = ClassifyEstimate(
@@ -107,16 +116,30 @@ def classify_dry_run(config: ClassifyConfig, listener: Listener | None = None) -
         train=len(material.splits.train),
         val=len(material.splits.val),
         test=len(material.splits.test),
-        steps=fit.config.steps,
-        pictures_per_step=fit.images_per_step,
-        step_seconds=step_seconds,
+        steps=fitting.fit.config.steps,
+        pictures_per_step=fitting.fit.images_per_step,
+        step_seconds=step.seconds,
         looks=len(fitting.moments()) + 1,
         look_seconds=look_seconds * len(chosen_by),
-        peak_bytes=peak_memory(),
+        peak_bytes=peak_memory() + step.more_bytes,
+        too_large=step.note(),
         device="GPU" if torch.cuda.is_available() else "process",
     )
     handle.eject()
     return found
+
+
+def room_of(ready: Ready) -> Room:
+    """What a picture keeps, and the memory there is."""
+    material, accelerator = ready.material, ready.accelerator
+    model, config = material.backbone.model, material.config
+
+    def two() -> Tensor:  # which mixup needs
+        generator = torch.Generator().manual_seed(config.seed)
+        with accelerator.autocast():
+            return material.task.losses(model, torch.tensor([0, 0]), generator, slice(0, 2)).sum()
+
+    return room_for(model, two, config.optimizer, config.ema_decay is not None, accelerator.device, pictures=2)
 
 
 def pictures_of(data: Any) -> dict[str, int]:

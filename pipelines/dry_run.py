@@ -1,6 +1,7 @@
 """Settings of train-sd -> what the run would do, how long it would take and how much memory: nothing is written.
 
 The estimate is measured, not computed: two steps on pictures of the largest size, one step of drawing, one batch of the VAE.
+A step of very many pictures, or of more than fit in memory, is computed from one of fewer.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from visionlora.pipelines.sd_learning import batch_in_memory, material_of, new_adapter
+from visionlora.pipelines.sd_learning import batch_in_memory, material_of, new_adapter, room_of
 from visionlora.pipelines.sd_ready import Ready, one_pass, prepare
-from visionlora.pipelines.timing import PROBED, seconds_of_step, timed, with_rank
+from visionlora.pipelines.timing import PROBED, cost_of_step, seconds_of_step, timed, with_rank
 from visionlora.pipelines.train_sd import default_prompts
 
 from visionlora.config import TrainSDConfig
@@ -37,6 +38,7 @@ from visionlora.diffusion.settings import (
 from visionlora.models.base import BaseModel
 from visionlora.report.listener import Listener
 from visionlora.report.resume import begin, holding
+from visionlora.report.sd_run import pictures_per_step
 from visionlora.training.loop import Fit, process_state
 from visionlora.training.memory import peak_memory
 from visionlora.training.settings import loop_config, targets_of
@@ -66,6 +68,8 @@ class Estimate:
     """Pictures of the class and to judge by, which are encoded too."""
     peak_bytes: int
     """Of the process, or of the GPU where there is one."""
+    too_large: str
+    """What is said of a batch that does not fit in memory: its peak is computed then."""
     device: str
     captions: int
     """Different ones that are encoded."""
@@ -93,7 +97,7 @@ class Estimate:
             f"Steps       {self.steps} of {self.pictures_per_step} pictures, {self.epochs:.1f} times over all pictures",
             f"Time        {self.seconds / 60:.1f} minutes: {self.step_seconds:.2f} s a step, "
             f"{self.encoding_seconds:.0f} s to encode, {self.drawing_seconds:.0f} s for samples{of_class}",
-            f"Memory      {self.peak_bytes / 2**30:.2f} GiB at the peak, of the {self.device}",
+            f"Memory      {self.peak_bytes / 2**30:.2f} GiB at the peak, of the {self.device}{self.too_large}",
             f"Cache       {(self.latent_bytes + self.text_bytes) / 2**30:.2f} GiB: latents of "
             f"{sum(self.sizes.values()) + self.beside} pictures {self.latent_bytes / 2**30:.2f}, text of {self.captions} "
             f"captions {self.text_bytes / 2**30:.2f}; "
@@ -146,32 +150,38 @@ def dry_run(config: TrainSDConfig, listener: Listener | None = None) -> Estimate
         learning = new_adapter(ready, material, tell)
         if config.auto_batch:
             loop = loop_config(batch_in_memory(ready, material, learning, tell))
-        short = dataclasses.replace(loop, steps=PROBED + 1)
-        fit, task = Fit(ready.accelerator, learning.learner, short, config.ema_decay), material.task(learning.learner)
+        learner, task = learning.learner, material.task(learning.learner)
+
+        def seconds_with(batch: int) -> float:
+            short = dataclasses.replace(loop, steps=PROBED + 1, batch_size=batch)
+            return seconds_of_step(Fit(ready.accelerator, learner, short, config.ema_decay), task)
+
         with attention_kernel(config.attention):
-            step_seconds = seconds_of_step(fit, task)
+            step = cost_of_step(loop.batch_size, room_of(ready, material, learning), seconds_with)
         drawing = 0.0
         if config.sample_columns:
-            learning.learner.model.eval()
+            learner.model.eval()
             prompts = config.sample_prompts or default_prompts(config, ready.folder)
             one = SamplingConfig(1, config.guidance_scale or 1.0, config.seed)
             drawing = timed(lambda: draw(ready.base, prompts, ready.size, one), ready.accelerator)
     columns = config.sample_columns + 1 if config.sample_columns else 0
+    pictures = pictures_per_step(loop)
     return Estimate(
         model=ready.base.id,
         targets=targets_of(config),
         layers=len(learning.handle.report.hits) + sum(len(h.report.hits) for h in learning.others.values()),
-        trained_parameters=sum(p.numel() for p in fit.trained),
+        trained_parameters=sum(p.numel() for group in learner.parameter_groups(1.0, 0.0) for p in group["params"]),
         sizes=sizes,
         steps=loop.steps,
-        pictures_per_step=fit.images_per_step,
-        epochs=loop.steps * fit.images_per_step / one_pass(config, items),
-        step_seconds=step_seconds,
+        pictures_per_step=pictures,
+        epochs=loop.steps * pictures / one_pass(config, items),
+        step_seconds=step.seconds,
         encoding_seconds=encoding * (len(items) + len(of_class) + len(apart) / len(plan.variants)),
         drawing_seconds=drawing * config.sample_steps * columns,
         class_seconds=class_seconds,
         beside=len(of_class) + len(apart),
-        peak_bytes=peak_memory(),
+        peak_bytes=peak_memory() + step.more_bytes,
+        too_large=step.note(", or auto_batch=true"),
         device="GPU" if torch.cuda.is_available() else "process",
         captions=len(texts),
         latent_bytes=latents,

@@ -40,7 +40,7 @@ from visionlora.lora.rank import at_rank
 from visionlora.models.memory import give_back
 from visionlora.report.listener import Listener, bars
 from visionlora.training.learner import JointLearner, Part
-from visionlora.training.memory import at_once, bytes_for_steps, bytes_kept, free_memory
+from visionlora.training.memory import Room, at_once, room_for
 from visionlora.training.order import generator_at
 from visionlora.training.settings import (
     automatic_ranks,
@@ -233,10 +233,9 @@ def new_adapter(ready: Ready, material: Material, tell: Listener, state: Mapping
     return Learning(JointLearner(model, parts), handle, others, ready.word, adapter, text_rank)
 
 
-def batch_in_memory(ready: Ready, material: Material, learning: Learning, tell: Listener) -> TrainSDConfig:
-    """The settings with as many pictures at once as fit; a step has as many as before, so it learns the same."""
-    config: TrainSDConfig = ready.config
-    model = learning.learner.model
+def room_of(ready: Ready, material: Material, learning: Learning) -> Room:
+    """What a picture of the largest size keeps, and the memory there is."""
+    config, model = ready.config, learning.learner.model
     task = material.task(learning.learner)
     largest = max(range(len(material.data)), key=lambda i: math.prod(material.data.framings[i].bucket))
 
@@ -244,14 +243,19 @@ def batch_in_memory(ready: Ready, material: Material, learning: Learning, tell: 
         with ready.accelerator.autocast():
             return task.losses(model, torch.tensor([largest]), generator_at(config.seed, 0), slice(0, 1)).sum()
 
-    kept, free = bytes_kept(model, one), free_memory(ready.accelerator.device)
-    if free is not None:
-        trained = (p for p in model.parameters() if p.requires_grad)
-        free = max(0, free - bytes_for_steps(trained, config.optimizer, config.ema_decay is not None))
+    return room_for(model, one, config.optimizer, config.ema_decay is not None, ready.accelerator.device)
+
+
+def batch_in_memory(ready: Ready, material: Material, learning: Learning, tell: Listener) -> TrainSDConfig:
+    """The settings with as many pictures at once as fit; a step has as many as before, so it learns the same."""
+    config: TrainSDConfig = ready.config
+    found = room_of(ready, material, learning)
     together = (config.batch_size or 1) * config.gradient_accumulation
-    count = at_once(together, kept, free)
+    count = at_once(together, found)
     # Each process may have found something else, and all must go through a step alike.
     count = int(ready.accelerator.gather(torch.tensor([count], device=ready.accelerator.device)).min())
-    room = "" if free is None else f" of {free / 2**30:.1f} GiB free"
-    tell.say(f"A picture keeps {kept / 2**20:.0f} MiB{room}: {count} of the {together} pictures of a step at once.")
+    room = "" if found.free is None else f" of {found.free / 2**30:.1f} GiB free"
+    tell.say(
+        f"A picture keeps {found.per_picture / 2**20:.0f} MiB{room}: {count} of the {together} pictures of a step at once."
+    )
     return dataclasses.replace(config, batch_size=count, gradient_accumulation=together // count, auto_batch=False)

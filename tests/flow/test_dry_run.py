@@ -5,12 +5,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
+from visionlora.pipelines.classify_dry_run import classify_dry_run
 from visionlora.pipelines.dry_run import dry_run
 
-from visionlora.config import TrainSDConfig, build
+from visionlora.config import ClassifyConfig, TrainSDConfig, build
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of diffusers' schedulers
 FIGURES = r"(\d[\d,.]*)"
@@ -53,6 +55,26 @@ def test_pictures_of_the_class_and_to_judge_by_count(tiny_model: Path, dogs: Pat
     assert found.latent_bytes == 3 * plain.latent_bytes
     assert plain.class_seconds == 0 < found.class_seconds < found.seconds
     assert "latents of 9 pictures" in found.lines()[-1] and len(list((tmp_path / "class").iterdir())) == 1
+
+
+@pytest.mark.parametrize("kind", ["train-sd", "classify"])
+def test_a_batch_larger_than_memory_is_foretold_not_tried(
+    kind: str, tiny_model: Path, tiny_vit: Path, dogs: Path, shapes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = 2**27
+    monkeypatch.setattr("visionlora.training.memory.free_memory", lambda device: free)
+    own = {"steps": 2, "batch_size": 1_000_000}
+    found: Any
+    if kind == "train-sd":
+        found = dry_run(
+            build(TrainSDConfig, {**own, "images": str(dogs), "model": str(tiny_model), "sample_columns": 0})
+        )
+    else:
+        found = classify_dry_run(build(ClassifyConfig, {**own, "images": str(shapes), "model": str(tiny_vit)}))
+    assert found.pictures_per_step == 1_000_000 and found.peak_bytes > free and found.step_seconds > 0
+    (line,) = [line for line in found.lines() if line.startswith("Memory")]
+    assert 1 <= figure(line, "batch_size=#") < 1_000_000
+    assert ("auto_batch=true" in line) == (kind == "train-sd")
 
 
 def test_what_cannot_train_is_refused_as_the_run_would(cli, tiny_model: Path, dogs: Path) -> None:

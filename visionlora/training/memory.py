@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -104,20 +105,48 @@ def bytes_for_steps(parameters: Iterable[nn.Parameter], optimizer: str, averaged
     return sum(p.numel() * (p.element_size() * (1 + averaged) + STATE_BYTES[optimizer]) for p in parameters)
 
 
-def at_once(together: int, per_picture: int, free: int | None) -> int:
-    """How many of the pictures of a step go through the model at once: as many as fit, and a divisor of them all.
+@dataclass(frozen=True)
+class Room:
+    """What pictures keep for backward, and the memory that there is for it."""
+
+    per_picture: int
+    """Bytes."""
+    free: int | None
+    """Bytes; None for no limit."""
+
+    @property
+    def fitting(self) -> int | None:
+        """Pictures that fit at once, 1 or more; None for no limit."""
+        return None if self.free is None else max(1, int(SPARE * self.free / max(1, self.per_picture)))
+
+
+def room_for(
+    model: nn.Module, run: Callable[[], Tensor], optimizer: str, averaged: bool, device: torch.device, pictures: int = 1
+) -> Room:
+    """Looks at a forward pass, with what the first step takes for good taken off what is free.
 
     Args:
-        together: pictures of a step.
-        per_picture: bytes that one keeps.
-        free: bytes; None for no limit.
+        model: with what trains switched on.
+        run: the pass.
+        optimizer: its word.
+        averaged: whether there is a running average.
+        device: where it trains.
+        pictures: of the pass.
+    """
+    kept, free = bytes_kept(model, run) // pictures, free_memory(device)
+    trained = (p for p in model.parameters() if p.requires_grad)
+    return Room(kept, None if free is None else max(0, free - bytes_for_steps(trained, optimizer, averaged)))
 
-    >>> at_once(12, 100, 1000), at_once(12, 100, 10), at_once(12, 100, None)
+
+def at_once(together: int, room: Room) -> int:
+    """How many of the pictures of a step go through the model at once: as many as fit, and a divisor of them all.
+
+    >>> at_once(12, Room(100, 1000)), at_once(12, Room(100, 10)), at_once(12, Room(100, None))
     (6, 1, 12)
     """
-    if free is None:
+    fitting = room.fitting
+    if fitting is None:
         return together
-    fitting = max(1, int(SPARE * free / max(1, per_picture)))
     return max(n for n in range(1, together + 1) if together % n == 0 and n <= fitting)
 
 

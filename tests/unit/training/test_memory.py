@@ -12,6 +12,7 @@ from visionlora.training import memory
 from visionlora.training.loop import LoopConfig
 from visionlora.training.memory import (
     SPARE,
+    Room,
     at_once,
     available,
     bytes_for_steps,
@@ -33,7 +34,7 @@ def test_what_a_pass_keeps_is_counted_once_and_without_weights() -> None:
 
 @given(st.integers(1, 64), st.integers(1, 10**6), st.integers(0, 10**8))
 def test_the_largest_share_that_fits(together: int, per_picture: int, free: int) -> None:
-    found = at_once(together, per_picture, free)
+    found = at_once(together, Room(per_picture, free))
     assert together % found == 0
     assert found == 1 or found * per_picture <= SPARE * free
     larger = [n for n in range(found + 1, together + 1) if together % n == 0]
