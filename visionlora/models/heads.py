@@ -20,6 +20,8 @@ LAST = "class_head"
 """Name of a head at the end of a model that has no place for one."""
 NEAR = 1e-4
 """Largest difference, of the largest value, at which two tensors count as the same."""
+CHOOSE = "Choose another model, such as vit_small_patch16_224."
+"""What to do with a model that cannot classify."""
 TRIED = 3
 """Classes of a head on trial."""
 TRANSFORMERS_HEADS = (
@@ -85,7 +87,7 @@ def run(id: str, model: nn.Module, place: nn.Module, picture: Tensor) -> tuple[A
         text = first_line(e)
         raise ModelError(
             f"{id} gives no features without its own head, for pictures of {picture.shape[-1]} px, so it cannot learn other "
-            f"classes ({text[:200]}). Choose another model, such as vit_small_patch16_224."
+            f"classes ({text[:200]}). {CHOOSE}"
         ) from None
     finally:
         watch.remove()

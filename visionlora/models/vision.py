@@ -22,7 +22,7 @@ from visionlora.errors import AdapterFileError, ModelError, first_line, nearest
 from visionlora.models.base import choose, quiet
 from visionlora.models.class_token import shorten
 from visionlora.models.fingerprint import architecture_fingerprint, weights_fingerprint
-from visionlora.models.heads import LAST, FlatLinear, append_head, as_logits, fits, has, heads_in, run
+from visionlora.models.heads import CHOOSE, LAST, FlatLinear, append_head, as_logits, fits, has, heads_in, run
 from visionlora.models.input_size import set_input_size
 from visionlora.models.loading import check_loaded, loaded, misfit, told_by_timm
 from visionlora.models.processors import as_preprocessing
@@ -40,6 +40,14 @@ NO_PICTURES = {
     "saved as siglip: --model google/siglip2-base-patch16-224",
 }  # fmt: skip
 """Kinds of transformers that read something else than RGB squares, and what to take instead."""
+IN_TIMM = {
+    "clip_vision_model": "vit_base_patch32_clip_224.openai",
+    "dinov3_convnext": "convnext_tiny.dinov3_lvd1689m",
+    "dinov3_vit": "vit_small_patch16_dinov3.lvd1689m",
+    "siglip_vision_model": "vit_base_patch16_siglip_224.webli",
+    "vit_mae": "vit_base_patch16_224.mae",
+}
+"""Kinds of transformers that classify nothing, and one such model of timm."""
 
 BLOCKS = ("blocks", "layers", "block", "layer")
 """What a stage of a model calls its blocks, by number."""
@@ -321,11 +329,19 @@ def from_transformers(id: str, weights: str | None) -> VisionModel:
     """An image classifier of transformers."""
     try:
         with quiet("transformers"):
-            from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
+            from transformers import (
+                MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+                AutoConfig,
+                AutoImageProcessor,
+                AutoModelForImageClassification,
+            )
 
             config: Any = AutoConfig.from_pretrained(id)
             if (kind := config.model_type) in NO_PICTURES:
                 raise ModelError(f"{id} is a {kind}, which {NO_PICTURES[kind]}.")
+            if type(config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
+                other = f"timm has such a model: --model {IN_TIMM[kind]}." if kind in IN_TIMM else CHOOSE
+                raise ModelError(f"{id} is a {kind}, of which transformers has no image classifier. {other}")
             if weights is None:
                 model, info = loaded(its_weights(id), "transformers", AutoModelForImageClassification, id)
                 check_loaded(its_weights(id), model, info, tuple(f"{name.split('.')[0]}." for name in heads_in(model)))

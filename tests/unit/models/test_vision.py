@@ -192,6 +192,28 @@ def test_classifiers_that_read_no_rgb_squares_are_refused(name: str, said: str, 
         open_backbone(str(tmp_path), "random")
 
 
+@pytest.mark.parametrize(
+    ("name", "settings", "said"),
+    [
+        ("DINOv3ViTConfig", SEES, r"is a dinov3_vit.* timm has such a model: --model vit_small_patch16_dinov3\.lvd1689m\."),
+        ("CLIPVisionConfig", SEES, r"is a clip_vision_model, .* --model vit_base_patch32_clip_224\.openai\."),
+        ("SiglipVisionConfig", SEES, r"is a siglip_vision_model, .* --model vit_base_patch16_siglip_224\.webli\."),
+        ("ViTMAEConfig", SEES, r"is a vit_mae, .* --model vit_base_patch16_224\.mae\."),
+        ("BertConfig", TINY, r"is a bert, of which transformers has no image classifier\. Choose another model, such as"),
+    ],
+)  # fmt: skip
+def test_kinds_of_transformers_without_a_classifier_are_named(
+    name: str, settings: dict, said: str, tmp_path: Path
+) -> None:
+    import transformers
+
+    getattr(transformers, name)(**settings).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=said):
+        open_backbone(str(tmp_path))
+    suggested = said.replace("\\", "").rpartition("--model ")[2].rstrip(".")
+    assert "bert" in said or suggested in timm.list_models(pretrained=True)
+
+
 def test_a_model_that_only_looks_is_refused_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     class Sees(nn.Module):
         pretrained_cfg: ClassVar = {"classifier": None, "input_size": (3, 32, 32)}
