@@ -19,7 +19,7 @@ from visionlora.config.choices import EMBEDDED_SD
 from visionlora.errors import ModelError, first_line, nearest
 from visionlora.formats.read import FOLDER_FILES
 from visionlora.lora.adapter import Adapter
-from visionlora.models.checkpoint_header import ADAPTER, read_checkpoint_header
+from visionlora.models.checkpoint_header import ADAPTER, WORDS, read_checkpoint_header
 from visionlora.models.fingerprint import architecture_fingerprint, respelled, weights_fingerprint
 from visionlora.models.parts import AGAIN, VARIANT, check_files, check_words, has_all_weights, read_part, read_parts
 
@@ -439,13 +439,18 @@ def check_noise(id: str, pipe: Any) -> None:
     """Raises ModelError for noise levels, predictions or latents that training would replace by others."""
     config = pipe.scheduler.config
     has_betas = config.get("beta_schedule") is not None or config.get("trained_betas") is not None
-    if not has_betas or config.get("use_flow_sigmas") or config.get("prediction_type") not in PREDICTION_TYPES:
-        kind = type(pipe.scheduler).__name__
-        flows = config.get("use_flow_sigmas") or "flow" in f"{kind} {config.get('prediction_type')}".lower()
+    kind, predicts = type(pipe.scheduler).__name__, str(config.get("prediction_type"))
+    flows = config.get("use_flow_sigmas") or "flow" in f"{kind} {predicts}".lower()
+    if not has_betas or flows:
         noise = "EDM noise levels" if kind.startswith("EDM") else "flow matching" if flows else "other noise"
         raise ModelError(
             f"{id} has a {kind}, so it was trained with {noise}; visionlora trains models whose noise is given by betas and "
             f"that predict {', '.join(PREDICTION_TYPES)}. Use a Stable Diffusion 1.x, 2.x or XL base such as {DEFAULT_ON_GPU}."
+        )
+    if predicts not in PREDICTION_TYPES:
+        raise ModelError(
+            f"{id} has the prediction_type {predicts!r} in its scheduler_config.json, which nobody knows. "
+            f"{nearest(WORDS.get(predicts.lower(), predicts), PREDICTION_TYPES)} Write it there as its author says."
         )
     for name in ("latents_mean", "shift_factor"):
         if pipe.vae.config.get(name):

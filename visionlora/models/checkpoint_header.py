@@ -23,8 +23,8 @@ SECOND_ENCODER = "conditioner.embedders.1."
 """Begins the names of SDXL's second text encoder."""
 V_PREDICTION, ZERO_SNR = "v_pred", "ztsnr"
 """Tensors whose mere names say that a model predicts the velocity, and that its last noise level is nothing but noise."""
-WORDS = {"v": "v_prediction", "v_prediction": "v_prediction", "epsilon": "epsilon"}
-"""Of `modelspec.prediction_type`, in diffusers' words."""
+WORDS = {"v": "v_prediction", "velocity": "v_prediction", "v_prediction": "v_prediction", "epsilon": "epsilon"}
+"""What is said of a prediction, as in `modelspec.prediction_type`, in diffusers' words."""
 
 
 @dataclass(frozen=True)

@@ -211,6 +211,25 @@ def test_noise_and_latents_that_training_does_not_know_are_refused(
 
 
 @pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (
+            "v_predicton",
+            r"has the prediction_type 'v_predicton' .*scheduler_config\.json.* Did you mean 'v_prediction'\?",
+        ),
+        ("velocity", r"has the prediction_type 'velocity' .* Did you mean 'v_prediction'\?"),
+        ("x0", r"has the prediction_type 'x0' .* Allowed: epsilon, sample, v_prediction\."),
+    ],
+)
+def test_a_prediction_that_nobody_knows_is_named(tiny_sd2: Path, tmp_path: Path, given: str, said: str) -> None:
+    folder = saved_as(tiny_sd2, "StableDiffusionPipeline", tmp_path / "m")
+    file = folder / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "prediction_type": given}))
+    with pytest.raises(ModelError, match=said):
+        open_base(str(folder))
+
+
+@pytest.mark.parametrize(
     ("marks", "metadata", "prediction", "zero", "said"),
     [
         ((), {}, "epsilon", False, ""),
