@@ -77,6 +77,8 @@ class Header:
     metadata: Mapping[str, str]
 
 
+PEFT_CONFIG = "adapter_config.json"
+"""In each folder of PEFT's, which has several adapters in folders of their names."""
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 """Of files that may hold an adapter."""
 
@@ -85,6 +87,10 @@ def missing(path: Path) -> AdapterFileError:
     """What a path without a file gets."""
     found = [p.name for p in sorted(path.glob("*.safetensors"))] if path.is_dir() else []
     hint = f" It is a folder with {', '.join(found[:5])}: name the file." if found else ""
+    if several := sorted(config.parent.name for config in path.glob(f"*/{PEFT_CONFIG}")):
+        hint = (
+            f" It is a folder with adapters of PEFT's in {', '.join(several)}: name one, such as {path / several[0]}."
+        )
     if not path.exists() and path.parent.is_dir():
         beside = {p.stem: p for p in sorted(path.parent.iterdir()) if p.is_dir() or p.suffix in SUFFIXES}
         close = [n for n in beside if n.startswith(path.stem)] or get_close_matches(path.stem, beside, n=1)

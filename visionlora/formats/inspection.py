@@ -16,7 +16,7 @@ import torch
 
 from visionlora.errors import AdapterFileError
 from visionlora.formats import peft
-from visionlora.formats.container import SUFFIXES, Header, file_hashes, is_pickle, read_header
+from visionlora.formats.container import PEFT_CONFIG, SUFFIXES, Header, file_hashes, is_pickle, read_header
 from visionlora.formats.families import family_of
 from visionlora.formats.names import locate_all
 from visionlora.formats.parts import split_key
@@ -140,7 +140,7 @@ def weights_file(path: Path) -> Path:
 
 def settings_beside(file: Path) -> list[Path]:
     """What says how the tensors of an adapter's file are meant, where that is not in its header: PEFT's config."""
-    return [config] if (config := file.parent / peft.CONFIG).is_file() else []
+    return [config] if (config := file.parent / PEFT_CONFIG).is_file() else []
 
 
 @no_garbage_collection()
@@ -227,7 +227,7 @@ def header_alpha(path: Path, metadata: Mapping[str, str]) -> float | None:
             alphas = Counter(float(m["alpha"]) for m in json.loads(metadata["visionlora"])["modules"].values())
             return alphas.most_common(1)[0][0] if alphas else None
         if peft.is_folder(path):
-            return float(json.loads((path / peft.CONFIG).read_text(encoding="utf-8"))["lora_alpha"])
+            return float(json.loads((path / PEFT_CONFIG).read_text(encoding="utf-8"))["lora_alpha"])
         if "lora_adapter_metadata" in metadata:
             found = json.loads(metadata["lora_adapter_metadata"])
             return float(next(v for k, v in found.items() if k.rpartition(".")[2] == "lora_alpha"))

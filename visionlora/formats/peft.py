@@ -23,7 +23,7 @@ from torch import Tensor
 
 from visionlora.atomic import replace_file
 from visionlora.errors import AdapterFileError
-from visionlora.formats.container import Contents, open_file
+from visionlora.formats.container import PEFT_CONFIG, Contents, open_file
 from visionlora.formats.families import family_of
 from visionlora.formats.header import drawing_metadata, in_order, info_in, unshared
 from visionlora.formats.names import in_transformers, with_text_model
@@ -34,7 +34,7 @@ from visionlora.lora.arithmetic import weight_shape
 from visionlora.lora.handle import TEXT_ENCODERS
 from visionlora.lora.targets import UNCALLED
 
-CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
+WEIGHTS, PREFIX = "adapter_model.safetensors", "base_model.model."
 READABLE = ("LORA", "ADALORA", "LOHA", "LOKR", "VERA", "IA3")
 VARIANTS = {"use_bdlora": "BD-LoRA", "kasa_config": "KaSA", "monteclora_config": "MonteCLoRA"}
 """Kinds of LoRA that hold something else, by the entry of the config that says so."""
@@ -49,7 +49,7 @@ CHANGING_THE_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
 
 def is_folder(path: Path) -> bool:
     """Whether a folder is one of PEFT's."""
-    return (path / CONFIG).is_file()
+    return (path / PEFT_CONFIG).is_file()
 
 
 def lacks_its_scale(contents: Contents) -> bool:
@@ -63,7 +63,7 @@ def lacks_its_scale(contents: Contents) -> bool:
         return False
     if not is_folder(contents.path.parent):
         raise AdapterFileError(
-            f"{contents.path} holds PEFT's weights, and its scale is in {CONFIG} alone: put that file beside it."
+            f"{contents.path} holds PEFT's weights, and its scale is in {PEFT_CONFIG} alone: put that file beside it."
         )
     return True
 
@@ -86,11 +86,13 @@ def read(
         AdapterFileError: when a file is missing or broken, the method cannot be read, or a tensor fits nothing.
     """
     try:
-        config = dict(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
+        config = dict(json.loads((folder / PEFT_CONFIG).read_text(encoding="utf-8")))
         alpha = float(config.get("lora_alpha") or config.get("alpha") or 0)
         saved, kind = set(config.get("modules_to_save") or []), str(config.get("peft_type"))
     except (OSError, ValueError, TypeError) as e:
-        raise AdapterFileError(f"{folder / CONFIG} cannot be read ({e}). Copy or download the folder again.") from None
+        raise AdapterFileError(
+            f"{folder / PEFT_CONFIG} cannot be read ({e}). Copy or download the folder again."
+        ) from None
     if kind not in READABLE:
         raise AdapterFileError(f"{folder} holds PEFT's {kind}; {', '.join(READABLE)} are read.")
     check_start(folder, config.get("init_lora_weights"))
@@ -324,7 +326,7 @@ def write(adapter: Adapter, folder: Path, component: str = "") -> None:
         folder.mkdir(parents=True, exist_ok=True)
         metadata = {"format": "pt", **drawing_metadata(adapter)}  # for which the config has no place
         replace_file(folder / WEIGHTS, in_order(save_tensors(tensors, metadata)))
-        replace_file(folder / CONFIG, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
+        replace_file(folder / PEFT_CONFIG, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
     except OSError as e:
         raise AdapterFileError(f"The folder {folder} cannot be written: {e.strerror or e}. Choose another.") from None
 

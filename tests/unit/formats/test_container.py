@@ -146,3 +146,21 @@ def test_what_was_read_does_not_follow_its_file(to: str, tmp_path: Path) -> None
     with file.open("r+b") as writing:
         writing.truncate(10)
     assert all(bool((t == 1).all()) for t in kept.values())
+
+
+def test_a_folder_of_several_adapters_of_pefts_names_them(tmp_path: Path) -> None:
+    """PEFT saves every adapter that is not `default` in a folder of its name."""
+    import peft
+
+    model = peft.get_peft_model(
+        torch.nn.Sequential(torch.nn.Linear(4, 4)), peft.LoraConfig(target_modules=["0"]), "red"
+    )
+    model.add_adapter("blue", peft.LoraConfig(target_modules=["0"]))
+    model.save_pretrained(tmp_path / "multi")
+    (tmp_path / "multi" / "notes").mkdir()
+    with pytest.raises(vl.VisionLoRAError) as caught:
+        vl.load_adapter(tmp_path / "multi")
+    folder = tmp_path / "multi"
+    said = f"It is a folder with adapters of PEFT's in blue, red: name one, such as {folder}/blue."
+    assert str(caught.value) == f"There is no adapter file at {folder}. {said}"
+    assert vl.load_adapter(folder / "blue").format == "peft"
