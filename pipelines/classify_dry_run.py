@@ -137,7 +137,8 @@ def room_of(ready: Ready) -> Room:
     def two() -> Tensor:  # which mixup needs
         generator = torch.Generator().manual_seed(config.seed)
         with accelerator.autocast():
-            return material.task.losses(model, torch.tensor([0, 0]), generator, slice(0, 2)).sum()
+            losses: Tensor = material.task.losses(model, torch.tensor([0, 0]), generator, slice(0, 2))
+        return losses.sum()
 
     return room_for(model, two, config.optimizer, config.ema_decay is not None, accelerator.device, pictures=2)
 

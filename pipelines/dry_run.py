@@ -154,7 +154,8 @@ def dry_run(config: TrainSDConfig, listener: Listener | None = None) -> Estimate
 
         def seconds_with(batch: int) -> float:
             short = dataclasses.replace(loop, steps=PROBED + 1, batch_size=batch)
-            return seconds_of_step(Fit(ready.accelerator, learner, short, config.ema_decay), task)
+            seconds: float = seconds_of_step(Fit(ready.accelerator, learner, short, config.ema_decay), task)
+            return seconds
 
         with attention_kernel(config.attention):
             step = cost_of_step(loop.batch_size, room_of(ready, material, learning), seconds_with)
