@@ -185,6 +185,8 @@ def test_the_budget_of_rank_auto_is_for_the_text_encoder_too(
     assert adapter.components == ["text_encoder", "unet"]
     assert 0.8 * 0.02 * 2**18 < held <= 0.02 * 2**18
     assert {m.scaling for m in adapter.modules.values()} == {0.5}
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "alpha 4 at rank 8 and the same scaling at others" in card
     code, _, err = cli("train-sd", "--images", dogs, "--model", tiny_model, "--rank", "auto",
                          "--steps", 1, "--output", tmp_path / "none", "sample_columns=0", "train_text_encoder=true",
                          "rank_budget=0.1k")  # fmt: skip
@@ -196,6 +198,7 @@ def test_rank_auto_measures_and_says_what_it_chose(cli, tiny_model: Path, dogs: 
                          "--steps", 2, "--output", tmp_path / "run", "sample_steps=2", "sample_columns=1")  # fmt: skip
     assert code == 0, err
     assert "Mean rank by block:" in out + err
+    assert "(auto), alpha as the rank" in (tmp_path / "run" / "README.md").read_text()
     adapter = load_adapter(tmp_path / "run")
     ranks = {m.rank for m in adapter.modules.values()}
     assert len(ranks) > 1

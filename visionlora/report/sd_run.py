@@ -42,6 +42,15 @@ def ranks_of(config: TrainSDConfig, handle: Handle) -> str:
     return f"ranks {min(ranks)} to {max(ranks)} on {len(ranks)} layers" + (" (auto)" if config.rank == "auto" else "")
 
 
+def alpha_of(config: TrainSDConfig, adapter: AdapterConfig) -> str:
+    """Alpha, in words where rank auto gives each layer one of its own."""
+    if config.rank != "auto":
+        return f"alpha {adapter.effective_alpha:g}"
+    if adapter.alpha is None:
+        return "alpha as the rank"
+    return f"alpha {adapter.alpha:g} at rank {adapter.rank} and the same scaling at others"
+
+
 def pictures_per_step(loop: LoopConfig) -> int:
     """On all processes together."""
     return int(loop.batch_size * loop.gradient_accumulation * process_state().num_processes)
@@ -151,7 +160,7 @@ def facts(
         "Pictures": str(len(folder.items)),
         "Method": config.method
         if config.method in WHOLE
-        else f"{config.method}, {ranks_of(config, handle)}, alpha {adapter.effective_alpha:g}, "
+        else f"{config.method}, {ranks_of(config, handle)}, {alpha_of(config, adapter)}, "
         f"targets {f'of {before}' if before else config.targets}",
         "Trained parameters": f"{handle.report.trained_parameters:,}",
         "Steps": f"{loop.steps} of {pictures_per_step(loop)} pictures",
