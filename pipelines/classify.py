@@ -203,9 +203,9 @@ def resolved(material: Material, before: Before | None, tell: Listener) -> Class
         )
     if config.head_init is None:
         config = dataclasses.replace(config, head_init="probe" if before is None or new else "adapter")
-    if config.targets == "auto":
+    if config.targets == "auto" and config.method not in WHOLE:
         config = dataclasses.replace(config, targets=suited_targets(material.backbone.model))
-        if config.targets == "all" and before is None and config.method not in WHOLE:
+        if config.targets == "all" and before is None:
             tell.say(f"Targets: all, as no attention is known of {material.backbone.id}; attn.qv where there is.")
     suits: dict[str, Any] = {"epochs": 30.0 if small else 10.0, "batch_size": 32}
     suits["save_memory"] = not small

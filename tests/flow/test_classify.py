@@ -17,7 +17,7 @@ from visionlora.pipelines.classify_dry_run import classify_dry_run
 from visionlora.pipelines.export import export
 
 import visionlora as vl
-from visionlora.config import ClassifyConfig, build
+from visionlora.config import ClassifyConfig, build, read_yaml
 from visionlora.errors import TrainingError
 from visionlora.formats import native
 from visionlora.loaders import load_adapter
@@ -320,6 +320,10 @@ def test_every_method_trains_and_predicts(shapes: Path, tiny_vit: Path, tmp_path
                                output=str(tmp_path / "run"), baselines=("none",))  # fmt: skip
     result = vl.classify(config)
     assert [c.name for c in result.contenders] == [method]
+    again = build(ClassifyConfig, read_yaml(str(result.folder / "config.yaml")))
+    assert (again.targets == "auto") == (method in ("full", "linear-probe")), (
+        "which have none, so that none is left aside"
+    )
     if method == "adalora":  # its ranks are at their budget in the end alone
         assert json.loads((result.folder / "metrics.json").read_text())["best_step"] == 3
     (found,) = vl.load_classifier(result.adapter).predict(shapes / "circle" / "00.png", top_k=3)
