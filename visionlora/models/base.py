@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib import import_module, resources
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,17 @@ from visionlora.formats.read import FOLDER_FILES
 from visionlora.lora.adapter import Adapter
 from visionlora.models.checkpoint_header import ADAPTER, WORDS, read_checkpoint_header
 from visionlora.models.fingerprint import architecture_fingerprint, respelled, weights_fingerprint
-from visionlora.models.parts import AGAIN, VARIANT, check_files, check_words, has_all_weights, read_part, read_parts
+from visionlora.models.loading import check_loaded, misfit
+from visionlora.models.parts import (
+    AGAIN,
+    PARTS,
+    VARIANT,
+    check_files,
+    check_words,
+    has_all_weights,
+    read_part,
+    read_parts,
+)
 
 EMBEDDED = EMBEDDED_SD
 DEFAULT_ON_GPU = "stable-diffusion-v1-5/stable-diffusion-v1-5"
@@ -35,6 +46,7 @@ OTHERS = {
     "StableVideo": "Stable Video Diffusion", "AnimateDiff": "AnimateDiff", "StableAudio": "Stable Audio",
 }  # fmt: skip
 """Families that visionlora does not open, by what the names of their pipelines begin with."""
+REFINER = "SDXL's refiner, which only finishes pictures"
 NOT_OURS: dict[str, Any] = {"safety_checker": None, "feature_extractor": None}
 """Parts of a folder that are left out."""
 INDEX = "model_index.json"
@@ -341,10 +353,13 @@ def load_single_file(path: Path, dtype: torch.dtype) -> tuple[Any, str]:
 
     The configuration of its family is fetched by diffusers.
     """
+    start = f"The checkpoint {path} cannot be opened:"
     try:
         header = read_checkpoint_header(path)
         if header.other is not None:
             raise ModelError(f"{path} {header.other}")
+        if header.is_refiner:
+            raise not_ours(str(path), REFINER)
         with quiet("diffusers", "transformers"):
             from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
@@ -352,13 +367,22 @@ def load_single_file(path: Path, dtype: torch.dtype) -> tuple[Any, str]:
                 pipe = StableDiffusionXLPipeline.from_single_file(str(path))
             else:
                 pipe = StableDiffusionPipeline.from_single_file(str(path), safety_checker=None)
+            for part in (p for p in PARTS if getattr(pipe, p, None) is not None):
+                check_loaded(f"{start} the weights of its {part}", getattr(pipe, part))
             pipe.scheduler = header.scheduler(pipe.scheduler)
             return pipe.to(dtype), header.words
     except ModelError:
         raise
     except Exception as e:
-        text = first_line(e)
-        raise ModelError(f"The checkpoint {path} cannot be opened: {text}") from None
+        text = f"it lacks the tensor {e}." if isinstance(e, KeyError) else first_line(e)
+        if isinstance(e, NotImplementedError) and "meta tensor" in text:  # diffusers moves them before we can look
+            text = "it lacks tensors of its UNet or VAE. Copy or download it again."
+        if isinstance(e, AttributeError) and "text_model" in text:  # which CLIP has lost in transformers 5.6
+            found = {name: version(name) for name in ("diffusers", "transformers")}
+            text = (
+                f"diffusers {found['diffusers']} is too old for transformers {found['transformers']}: update diffusers."
+            )
+        raise misfit(f"{start} its weights", e) or ModelError(f"{start} {text}") from None
 
 
 def open_controlnet(source: str, base: BaseModel) -> Any:
@@ -417,8 +441,7 @@ def _opened(id: str, source: str, why: str, pipe: Any, variant: str | None = Non
     """Checks the parts and freezes them."""
     kind = type(pipe).__name__
     if any(getattr(pipe, part, None) is None for part in ("unet", "vae", "text_encoder", "tokenizer")):
-        what = "SDXL's refiner, which only finishes pictures" if hasattr(pipe, "text_encoder_2") else f"a {kind}"
-        raise not_ours(id, what)
+        raise not_ours(id, REFINER if hasattr(pipe, "text_encoder_2") else f"a {kind}")
     if pipe.unet.config.in_channels != pipe.vae.config.latent_channels:
         raise ModelError(
             f"{id} is an inpainting or depth model: its UNet takes {pipe.unet.config.in_channels} channels "

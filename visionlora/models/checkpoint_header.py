@@ -21,6 +21,8 @@ ADAPTER = "is an adapter, not a base model: draw with it by --lora, learn on fro
 """What a model is not, as a sentence that continues a name."""
 SECOND_ENCODER = "conditioner.embedders.1."
 """Begins the names of SDXL's second text encoder."""
+REFINERS_ENCODER = "conditioner.embedders.0.model."
+"""Begins the names of the one that its refiner has: the same in the first place."""
 V_PREDICTION, ZERO_SNR = "v_pred", "ztsnr"
 """Tensors whose mere names say that a model predicts the velocity, and that its last noise level is nothing but noise."""
 WORDS = {"v": "v_prediction", "velocity": "v_prediction", "v_prediction": "v_prediction", "epsilon": "epsilon"}
@@ -33,6 +35,8 @@ class CheckpointHeader:
 
     is_xl: bool
     """Whether it has the second text encoder of SDXL."""
+    is_refiner: bool
+    """Whether it is that of SDXL, which has the second text encoder alone."""
     prediction_type: str | None
     """epsilon or v_prediction; None when it says nothing."""
     zero_snr: bool
@@ -47,7 +51,8 @@ class CheckpointHeader:
         said = WORDS.get(str(metadata.get("modelspec.prediction_type", "")).lower())
         prediction = "v_prediction" if V_PREDICTION in known else said
         return cls(
-            any(name.startswith(SECOND_ENCODER) for name in known), prediction,
+            any(name.startswith(SECOND_ENCODER) for name in known),
+            any(name.startswith(REFINERS_ENCODER) for name in known), prediction,
             prediction == "v_prediction" and ZERO_SNR in known, other_kind(known, metadata),
         )  # fmt: skip
 

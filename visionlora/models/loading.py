@@ -29,6 +29,8 @@ SAID_BY_TORCH = re.compile(
 )
 LISTED_BY_TORCH = [re.compile(rf"{kind} key\(s\) in state_dict: (.*)") for kind in ("Missing", "Unexpected")]
 QUOTED = re.compile('"(.*?)"')
+NOTHING: Mapping[str, Any] = {"missing_keys": (), "unexpected_keys": (), "mismatched_keys": ()}
+"""What a library tells of the loading where all went well."""
 NEW_NORM = re.compile(r"(^|\.)(pooler\.layernorm|fc_norm|head\.norm)\.|^norm\.")
 """At the end of a backbone, which masked pretraining has not (BEiT, ConvNeXt V2); at first it changes nothing."""
 
@@ -57,13 +59,13 @@ def loaded(what: str, library: str, kind: Any, source: str | Path, **more: Any) 
     return model, info
 
 
-def check_loaded(what: str, model: nn.Module, info: Mapping[str, Any], spare: tuple[str, ...] = ()) -> None:
+def check_loaded(what: str, model: nn.Module, info: Mapping[str, Any] = NOTHING, spare: tuple[str, ...] = ()) -> None:
     """Raises ModelError when a library had to make up values.
 
     Args:
         what: begins the message: whose weights they are.
         model: as the library gave it.
-        info: what it told of the loading.
+        info: what it told of the loading, where it tells.
         spare: what the names of tensors begin with that may be missing, or have another shape.
     """
     own = model.state_dict()
@@ -116,7 +118,7 @@ def not_its_own(
 @contextlib.contextmanager
 def told_by_timm() -> Iterator[dict[str, Any]]:
     """What timm tells of the loading, in the words of the others: timm has but its log for it."""
-    info: dict[str, Any] = {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": []}
+    info: dict[str, Any] = dict(NOTHING)
 
     def listen(record: logging.LogRecord) -> bool:
         if (found := SAID_BY_TIMM.match(record.getMessage())) is not None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DDIMScheduler
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from visionlora.cli.main import app
@@ -85,6 +85,88 @@ def test_bake_writes_one(sd15_in_small: Path, tmp_path: Path) -> None:
     assert torch.equal(found, base.pipe.unet.get_parameter(name).half())
 
 
+UNET = "model.diffusion_model.middle_block.1.transformer_blocks.0.attn1.to_q.weight"
+VAE = "first_stage_model.decoder.conv_in.weight"
+TEXT = "cond_stage_model.transformer.text_model.encoder.layers.0.mlp.fc1.weight"
+RESAMPLED = "model.diffusion_model.output_blocks.2.1.conv.bias"
+
+
+@pytest.fixture
+def offline(sd15_in_small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The configuration of a checkpoint comes from a folder, where diffusers fetches that of its family."""
+    from diffusers import StableDiffusionPipeline
+
+    read = StableDiffusionPipeline.from_single_file
+    own = {"config": str(sd15_in_small), "local_files_only": True}
+    monkeypatch.setattr(StableDiffusionPipeline, "from_single_file", lambda path, **more: read(path, **own, **more))
+    save_file(single_file(open_base(str(sd15_in_small)).pipe), tmp_path / "probe.safetensors")
+    try:
+        StableDiffusionPipeline.from_single_file(str(tmp_path / "probe.safetensors"))
+    except AttributeError as e:
+        pytest.skip(f"this diffusers is too old for this transformers: {e}")
+
+
+def test_a_diffusers_older_than_its_transformers_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from diffusers import StableDiffusionPipeline
+
+    def cannot(path: str, **more: object) -> None:
+        raise AttributeError("'CLIPTextModel' object has no attribute 'text_model'")
+
+    monkeypatch.setattr(StableDiffusionPipeline, "from_single_file", cannot)
+    save_file({"cond_stage_model.x": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(
+        ModelError, match=r"cannot be opened: diffusers .* is too old for transformers .*: update diffusers\.$"
+    ):
+        open_base(str(tmp_path / "model.safetensors"))
+
+
+@pytest.mark.usefixtures("offline")
+def test_a_checkpoint_opens_as_the_folder_that_it_was_written_from(sd15_in_small: Path, tmp_path: Path) -> None:
+    folder = open_base(str(sd15_in_small))
+    tensors = single_file(folder.pipe)
+    average = {f"model_ema.{n.replace('.', '')}": t + 1 for n, t in tensors.items() if "diffusion" in n}
+    save_file({**tensors, **average}, tmp_path / "model.safetensors")
+    assert open_base(str(tmp_path / "model.safetensors")).weights_hash == folder.weights_hash
+
+
+@pytest.mark.usefixtures("offline")
+@pytest.mark.parametrize(
+    ("lost", "said"),
+    [
+        (UNET, r"it lacks tensors of its UNet or VAE\. Copy or download it again\."),
+        (VAE, r"it lacks tensors of its UNet or VAE\. Copy or download it again\."),
+        (
+            TEXT,
+            r"the weights of its text_encoder are not those .*lacks 1 tensor \(first '.*layers\.0\.mlp\.fc1\.weight'\)",
+        ),
+        (RESAMPLED, r"it lacks the tensor 'output_blocks\.2\.1\.conv\.bias'\."),
+    ],
+)
+def test_a_checkpoint_that_lacks_a_tensor_is_refused(sd15_in_small: Path, tmp_path: Path, lost: str, said: str) -> None:
+    """diffusers leaves it without values, and drawing would end in a traceback."""
+    tensors = single_file(open_base(str(sd15_in_small)).pipe)
+    save_file({n: t for n, t in tensors.items() if n != lost}, tmp_path / "model.safetensors")
+    with pytest.raises(ModelError, match=f"The checkpoint .* cannot be opened: {said}"):
+        open_base(str(tmp_path / "model.safetensors"))
+
+
+@pytest.mark.usefixtures("offline")
+@pytest.mark.parametrize("cut", [UNET, TEXT])
+def test_a_checkpoint_of_other_sizes_is_refused(sd15_in_small: Path, tmp_path: Path, cut: str) -> None:
+    tensors = single_file(open_base(str(sd15_in_small)).pipe)
+    save_file({**tensors, cut: tensors[cut][:-1].clone()}, tmp_path / "model.safetensors")
+    with pytest.raises(
+        ModelError, match=r"its weights are not those .* has '.*weight' of shape \(\d+, 16\) where the model"
+    ):
+        open_base(str(tmp_path / "model.safetensors"))
+
+
+def test_a_checkpoint_of_the_refiner_is_told_by_its_header(tmp_path: Path) -> None:
+    save_file({"conditioner.embedders.0.model.ln_final.weight": torch.zeros(1)}, tmp_path / "refiner.safetensors")
+    with pytest.raises(ModelError, match="is SDXL's refiner, which only finishes pictures; visionlora opens"):
+        open_base(str(tmp_path / "refiner.safetensors"))
+
+
 def test_other_families_are_refused(tiny_model: Path) -> None:
     with pytest.raises(ModelError, match=r"for Stable Diffusion 1\.x alone .* Name a folder as the output"):
         single_file(open_base(str(tiny_model)).pipe)
@@ -92,8 +174,6 @@ def test_other_families_are_refused(tiny_model: Path) -> None:
 
 def test_an_added_word_is_beside_the_checkpoint_and_not_in_its_table(sd15_in_small: Path, tmp_path: Path) -> None:
     """A1111 and ComfyUI refuse a table that is longer than CLIP's."""
-    from safetensors.torch import save_file
-
     vectors = torch.randn(1, 16)
     save_file({"<rex>": vectors}, tmp_path / "word.safetensors")
     words = ["bake", str(sd15_in_small), str(tmp_path / "word.safetensors"), "-o", str(tmp_path / "one.safetensors")]
