@@ -134,6 +134,31 @@ def test_the_libraries_keep_their_errors_when_another_file_will_do(
     assert said == []
 
 
+def test_a_hub_id_of_fp16_files_alone_is_fetched_as_such(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is fetched without a variant has no weights then."""
+    import json
+
+    from diffusers import DiffusionPipeline
+
+    DiffusionPipeline.from_pretrained(tiny_model, safety_checker=None).save_pretrained(
+        tmp_path / "fp16", variant="fp16"
+    )
+    shutil.copytree(tmp_path / "fp16", tmp_path / "None", ignore=shutil.ignore_patterns("*.safetensors"))
+    asked: list[str | None] = []
+
+    def download(source: str, variant: str | None = None, **_: object) -> str:
+        asked.append(variant)
+        return str(tmp_path / str(variant))
+
+    index = json.loads((tmp_path / "fp16" / "model_index.json").read_text())
+    monkeypatch.setattr(DiffusionPipeline, "load_config", lambda source, **_: index)
+    monkeypatch.setattr(DiffusionPipeline, "download", download)
+    base = open_base("somebody/something")
+    assert (asked, base.variant, base.id) == ([None, "fp16"], "fp16", "somebody/something")
+
+
 @pytest.mark.parametrize(
     ("gone", "said"),
     [
