@@ -6,8 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from visionlora.atomic import check_new
+from visionlora.config.choices import WEIGHT_SUFFIXES
 from visionlora.errors import ConfigError, nearest
-from visionlora.formats.container import SUFFIXES
 from visionlora.formats.embeddings import files_beside
 from visionlora.loaders import adapter_of, check_format, load_adapter, save_adapter
 from visionlora.lora.adapter import Adapter
@@ -57,7 +57,7 @@ def check_output(output: str | Path, to: str, overwrite: bool) -> None:
     """
     check_format(to)
     path = Path(output).expanduser()
-    stem = path.with_suffix("") if path.suffix.lower() in SUFFIXES else path
+    stem = path.with_suffix("") if path.suffix.lower() in WEIGHT_SUFFIXES else path
     if to != "peft" and path.suffix.lower() != ".safetensors":
         raise ConfigError(
             f"{output} does not end in .safetensors, by which programs know adapters: write {stem.name}.safetensors"

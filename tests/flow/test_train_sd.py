@@ -145,13 +145,13 @@ def test_learning_on_from_an_adapter_of_any_trainer(cli, tiny_model: Path, dogs:
     first = load_adapter(tmp_path / "first")
     found = []
     for source in ("first", "kohya.safetensors"):
-        code, out, err = cli(*words, "--steps", 2, "--rank", 4, "--output", tmp_path / f"on-{source}",
+        code, out, err = cli(*words, "--steps", 2, "--rank", 4, "--output", tmp_path / f"on-{Path(source).stem}",
                              f"start_from={tmp_path / source}")  # fmt: skip
         assert code == 0, err
         assert (
             f"Learning on from {tmp_path / source}, with its layers and ranks (rank=4, alpha=3.0 is left aside)." in out
         )
-        found.append(load_adapter(tmp_path / f"on-{source}"))
+        found.append(load_adapter(tmp_path / f"on-{Path(source).stem}"))
         assert found[-1].info["training"]["start_from"] == source
     for name, m in first.modules.items():
         own, foreign = (adapter.modules[name] for adapter in found)

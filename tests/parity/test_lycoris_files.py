@@ -129,6 +129,11 @@ def test_written_and_read_again_it_is_the_same(case: str, format: str, tmp_path:
     assert first.modules.keys() == again.modules.keys()
     for name, old in first.modules.items():
         new = again.modules[name]
+        if (
+            old.kind == "lora" and format == "kohya" and old.alpha != new.alpha
+        ):  # one alpha for the file, the rest in lora_up
+            torch.testing.assert_close(new.delta_weight(), old.delta_weight(), rtol=1e-5, atol=1e-6)
+            continue
         assert (old.kind, old.alpha, old.options) == (new.kind, new.alpha, new.options)
         assert old.tensors.keys() == new.tensors.keys()
         assert all(torch.equal(t, new.tensors[n]) for n, t in old.tensors.items()), name

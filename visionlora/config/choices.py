@@ -54,6 +54,8 @@ EMBEDDED_SD = "emoji-64"
 """The Stable Diffusion that comes with visionlora."""
 WHOLE = {"full": "every parameter", "linear-probe": "the head alone"}
 """What trains by the methods that adapt no layers."""
+WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+"""Of files that may hold an adapter, or weights."""
 TRACKERS = ("tensorboard", "trackio", "wandb")
 
 

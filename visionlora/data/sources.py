@@ -112,9 +112,9 @@ def _open(
         tables = {root.name: root}
     else:
         _check_folder(root)
-        masks = () if config.masks in (None, ALPHA) else (Path(config.masks).expanduser(),)
+        masks = [] if config.masks in (None, ALPHA) else [Path(config.masks).expanduser()]
         whole = list_folder(root)
-        source.listing = listing = _without(whole, root, [*masks, *elsewhere])
+        source.listing = listing = _without(whole, root, [*filter(Path.is_dir, masks), *elsewhere])
         _check_layout(root, listing)
         shared = _shared_folder(listing.pictures)
         inner = [name.removeprefix(shared) for name in listing.pictures]

@@ -9,10 +9,11 @@ from functools import lru_cache
 from pathlib import Path
 
 from visionlora.config import GenerateConfig
+from visionlora.config.choices import WEIGHT_SUFFIXES
 from visionlora.diffusion.given import named
 from visionlora.diffusion.recipe import LoraUse, Recipe, take_tags
 from visionlora.errors import AdapterFileError, ConfigError, DataError, nearest
-from visionlora.formats.container import SUFFIXES, file_hashes
+from visionlora.formats.container import file_hashes
 from visionlora.formats.inspection import settings_beside, weights_file
 
 
@@ -42,7 +43,7 @@ def uses_of(prompt: str, config: GenerateConfig) -> list[LoraUse]:
 def name_of(path: str) -> str:
     """How prompts and recipes call a file: of a run folder the folder's name."""
     given = Path(path)
-    stem = given.stem if given.suffix in SUFFIXES else given.name
+    stem = given.stem if given.suffix in WEIGHT_SUFFIXES else given.name
     return given.parent.name if stem == "adapter" and given.parent.name else stem
 
 

@@ -18,6 +18,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from visionlora.config.choices import WEIGHT_SUFFIXES
 from visionlora.errors import AdapterFileError
 
 WIDTHS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
@@ -79,8 +80,6 @@ class Header:
 
 PEFT_CONFIG = "adapter_config.json"
 """In each folder of PEFT's, which has several adapters in folders of their names."""
-SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
-"""Of files that may hold an adapter."""
 
 
 def missing(path: Path) -> AdapterFileError:
@@ -92,7 +91,7 @@ def missing(path: Path) -> AdapterFileError:
             f" It is a folder with adapters of PEFT's in {', '.join(several)}: name one, such as {path / several[0]}."
         )
     if not path.exists() and path.parent.is_dir():
-        beside = {p.stem: p for p in sorted(path.parent.iterdir()) if p.is_dir() or p.suffix in SUFFIXES}
+        beside = {p.stem: p for p in sorted(path.parent.iterdir()) if p.is_dir() or p.suffix in WEIGHT_SUFFIXES}
         close = [n for n in beside if n.startswith(path.stem)] or get_close_matches(path.stem, beside, n=1)
         hint = f" Did you mean {beside[close[-1]]}?" if close else ""  # of runs the newest
     return AdapterFileError(f"There is no adapter file at {path}.{hint}")

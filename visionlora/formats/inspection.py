@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 
+from visionlora.config.choices import WEIGHT_SUFFIXES
 from visionlora.errors import AdapterFileError
 from visionlora.formats import peft
-from visionlora.formats.container import PEFT_CONFIG, SUFFIXES, Header, file_hashes, is_pickle, read_header
+from visionlora.formats.container import PEFT_CONFIG, Header, file_hashes, is_pickle, read_header
 from visionlora.formats.families import family_of
 from visionlora.formats.names import locate_all
 from visionlora.formats.parts import split_key
@@ -119,7 +120,7 @@ def adapter_files(folder: Path) -> list[Path]:
     """The adapters in a folder, sorted: files, and folders of PEFT's; of run folders the adapter itself."""
     if peft.is_folder(folder):
         return [folder]
-    found = [p for p in folder.iterdir() if p.is_file() and p.suffix in SUFFIXES]
+    found = [p for p in folder.iterdir() if p.is_file() and p.suffix in WEIGHT_SUFFIXES]
     for child in folder.iterdir():
         if child.is_dir():
             if peft.is_folder(child):

@@ -21,9 +21,9 @@ from typing import Any
 from PIL import Image
 
 from visionlora.atomic import replace_file
+from visionlora.config.choices import WEIGHT_SUFFIXES
 from visionlora.data.images import IMAGE_SUFFIXES
 from visionlora.errors import RunFolderError, WriteError
-from visionlora.formats.container import SUFFIXES
 
 RUN_FILES = ("run.json", "config.yaml", "adapter.safetensors")
 """Any of these marks a folder as the folder of a run."""
@@ -169,7 +169,7 @@ def _check(path: Path) -> None:
 
 def _check_name(path: Path) -> None:
     """A folder that is not there yet must not be named like a file."""
-    kinds = {**dict.fromkeys(IMAGE_SUFFIXES, "a picture"), **dict.fromkeys(SUFFIXES, "a file of weights")}
+    kinds = {**dict.fromkeys(IMAGE_SUFFIXES, "a picture"), **dict.fromkeys(WEIGHT_SUFFIXES, "a file of weights")}
     if (kind := kinds.get(path.suffix.lower())) is not None and not path.is_dir():
         raise RunFolderError(
             f"The output {_shown(path)} is named like {kind}, but would be a folder; name one with --output, such as "

@@ -19,5 +19,5 @@ def test_what_a_method_without_layers_leaves_aside_is_said() -> None:
     assert targets_of(TrainSDConfig(**given)) == "every parameter"
     again = TrainSDConfig(**asdict(TrainSDConfig(images="x", method="full")))
     assert left_aside(again) == left_aside(TrainSDConfig(images="x", targets="attn.q")) == ()
-    with pytest.raises(ConfigError, match="rank is 'auto'; method full trains every parameter, which has no ranks"):
+    with pytest.raises(ConfigError, match="rank is 'auto'; method full has no ranks that could be spread"):
         TrainSDConfig(**given, rank="auto")
