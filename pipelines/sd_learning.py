@@ -110,9 +110,8 @@ def encode(ready: Ready, tell: Listener) -> Material:
                 "model: they are left aside."
             )
     if config.zero_terminal_snr:
-        base.pipe.scheduler = (
-            ready.noise_scheduler
-        )  # samples are drawn as is learned; class pictures as the base knows it
+        # Samples are drawn as is learned; class pictures were, above, as the base knows it.
+        base.pipe.scheduler = ready.noise_scheduler
     salt = "" if ready.word is None else ready.word.start
     data = encode_dataset(
         base, ready.folder.items, plan, None, tell.progress, captions=ready.captions, class_items=class_items, share=share,

@@ -69,9 +69,8 @@ def main() -> None:
     """Runs the command line."""
     listen()
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(
-            errors="replace"
-        )  # Windows writes files and pipes in an encoding that has not every sign
+        # Windows writes files and pipes in an encoding that has not every sign.
+        sys.stdout.reconfigure(errors="replace")
     try:
         app()
     except VisionLoRAError as e:

@@ -152,17 +152,17 @@ def _read_above(found: _Findings, file: str) -> None:
         for line, row, wrong in _rows(root.parent / file) if (root.parent / file).is_file() else ():
             try:
                 cells = _parse(row) if isinstance(row, str) else row
-                name = str(cells.get("file_name") or "").strip().replace("\\", "/").removeprefix("./")
-                if not name.startswith(inside) or found.pictures.find(name.removeprefix(inside)) in (
-                    None,
-                    *found.texts,
-                ):
-                    continue
-                found.sources.setdefault(shown, 0)
-                _take_row(found, shown, line, {**cells, "file_name": name.removeprefix(inside)}, lines, wrong, "")
+            except Unusable:  # whatever it is about; who reads all of the file is told
+                continue
+            name = str(cells.get("file_name") or "").strip().replace("\\", "/").removeprefix("./")
+            own = name.removeprefix(inside)
+            if own == name or (picture := found.pictures.find(own)) is None or picture in found.texts:
+                continue
+            found.sources.setdefault(shown, 0)
+            try:
+                _take_row(found, shown, line, {**cells, "file_name": own}, lines, wrong, "")
             except Unusable as error:
-                if lines and max(lines.values()) == line:  # of a row that is not about this folder others may care
-                    found.problems.append(f"{shown} line {line} {error}")
+                found.problems.append(f"{shown} line {line} {error}")
     except Unusable:
         return
 

@@ -338,7 +338,7 @@ def encode_dataset(
         class_items: pictures of the class that the subject belongs to, put behind the others.
         more_captions: of no picture; they come right behind the empty one.
         share: of the work, where several processes do it.
-        salt: what the captions mean beside the model's weights, such as how a new word starts.
+        salt: what the captions mean beside the model's weights: a new word's vectors stand in for its rows of the table.
         in_bf16: see `encode_pictures`; the cache keeps such latents apart.
 
     Raises:
