@@ -30,6 +30,7 @@ from visionlora.diffusion.conditioning import (
     windows_of,
 )
 from visionlora.errors import ConfigError, ModelError
+from visionlora.lora.damage import damaged
 from visionlora.models.base import BaseModel
 from visionlora.models.fingerprint import settings_fingerprint, weights_fingerprint
 
@@ -181,10 +182,22 @@ def cut_captions(base: BaseModel, captions: Sequence[str]) -> list[tuple[str, st
 
 @torch.no_grad()
 def encode_text(base: BaseModel, captions: Sequence[str]) -> list[dict[str, Tensor]]:
-    """Of each caption `text` (tokens, width) and for SDXL `pooled` (width), as the pipeline computes them."""
-    encoders = [encoder for _, _, encoder in base.text_parts()]
-    if base.windows > 1:
-        return encode_long(base, encoders, captions)
+    """Of each caption `text` (tokens, width) and for SDXL `pooled` (width), as the pipeline computes them.
+
+    Raises:
+        ModelError: when they are not finite, as the weights of a text encoder are not.
+    """
+    encoders = {name: encoder for name, _, encoder in base.text_parts()}
+    read = encode_long if base.windows > 1 else encode_short
+    rows = read(base, list(encoders.values()), captions)
+    finite = all(bool(torch.isfinite(t).all()) for row in rows for t in row.values())
+    if not finite and (error := damaged(f"The weights of {base.id}", encoders)) is not None:
+        raise error
+    return rows
+
+
+def encode_short(base: BaseModel, encoders: Sequence[Any], captions: Sequence[str]) -> list[dict[str, Tensor]]:
+    """Of captions of one window; see `encode_text`."""
     ids = token_ids(base, captions)
     text, pooled = text_states(encoders, [i.to(e.device) for i, e in zip(ids, encoders, strict=True)], base.clip_skip)
     rows = [{"text": t} for t in text.cpu()]
@@ -234,7 +247,9 @@ def encode_pictures(base: BaseModel, pictures: npt.NDArray[np.uint8], in_bf16: b
     if torch.isfinite(mean).all() and torch.isfinite(std).all():
         return mean, std
     if vae.dtype == torch.float32 and not in_bf16:
-        raise ModelError(f"The VAE of {base.id} gives NaN or infinite latents: its weights are damaged.")
+        raise damaged(f"The weights of {base.id}", {"vae": vae}) or ModelError(
+            f"The VAE of {base.id} gives NaN or infinite latents: its weights are damaged."
+        )
     vae.to(torch.float32)
     return encode_pictures(base, pictures)
 

@@ -17,7 +17,9 @@ from visionlora.diffusion.encode import encode_text, window_count
 from visionlora.diffusion.recipe import SCHEDULERS
 from visionlora.diffusion.settings import BASE_DTYPES
 from visionlora.errors import ConfigError, ModelError
+from visionlora.lora.damage import damaged
 from visionlora.models.base import BaseModel
+from visionlora.models.parts import PARTS
 
 
 @dataclass(frozen=True)
@@ -65,17 +67,22 @@ def pictures_of(pipe: Any, latents: Tensor) -> list[Image.Image]:
         ModelError: when it gives NaN in fp32 too, or the latents are NaN.
     """
     if not torch.isfinite(latents).all():
-        raise not_finite(latents.dtype)
+        raise base_damaged(pipe) or not_finite(latents.dtype)
     vae = pipe.vae
     scaled = latents.to(vae.device, vae.dtype) / vae.config.scaling_factor
     pixels = vae.decode(scaled, return_dict=False)[0]
     if not torch.isfinite(pixels).all():
         if vae.dtype == torch.float32:
-            raise ModelError("The VAE gives NaN or infinite pixels: its weights are damaged.")
+            raise base_damaged(pipe) or ModelError("The VAE gives NaN or infinite pixels: its weights are damaged.")
         vae.to(torch.float32)
         return pictures_of(pipe, latents)
     pictures: list[Image.Image] = pipe.image_processor.postprocess(pixels, output_type="pil")
     return pictures
+
+
+def base_damaged(pipe: Any) -> ModelError | None:
+    """What is said of a pipeline whose weights themselves hold NaN or infinite values; None when all are finite."""
+    return damaged("The weights of the base", {name: getattr(pipe, name, None) for name in PARTS})
 
 
 def not_finite(dtype: torch.dtype) -> ModelError:

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from visionlora.errors import ConfigError
+from visionlora.errors import ConfigError, ModelError
 from visionlora.lora.adapted import AdaptedLayer
 from visionlora.lora.classes import is_hooked
+from visionlora.lora.damage import is_finite
 from visionlora.lora.layers import with_adapters
 from visionlora.lora.methods.base import Method
 from visionlora.lora.packed import Packed
@@ -33,6 +34,7 @@ def write_weights(handles: Sequence[Handle]) -> None:
 
     Raises:
         ConfigError: when a weight would not be finite, is packed in few bits or is in others' hands, before any is changed.
+        ModelError: when one is not finite without the adapters.
     """
     for handle in handles:
         check_unhooked(handle)
@@ -59,9 +61,8 @@ def write_weights(handles: Sequence[Handle]) -> None:
             direct.append((layer, *update))
             continue
         values = with_adapters(layer, merged)
-        # NaN and infinity survive a sum, which reads each weight once and writes nothing.
-        if not all(bool(torch.isfinite(v.sum(dtype=torch.float32))) for v in values.values()):
-            raise not_finite(adapter, site.name)
+        if not all(map(is_finite, values.values())):
+            raise not_finite(adapter, site.name, layer, values)
         new.append((layer, values))
     for layer, name, down, up in direct:
         restore_all_but(layer, (name,))
@@ -119,10 +120,22 @@ def keep_original(layer: AdaptedLayer, name: str) -> Tensor:
     return layer.originals[name]
 
 
-def not_finite(adapter: str, layer: str) -> ConfigError:
-    """What a merge that would spoil the base says."""
+def not_finite(adapter: str, name: str, layer: AdaptedLayer, parameters: Iterable[str]) -> ConfigError | ModelError:
+    """What a merge that would spoil the base says, or one into a base that is spoiled.
+
+    Args:
+        adapter: that was to be merged.
+        name: of the site.
+        layer: of the base.
+        parameters: of the layer that it changes.
+    """
+    if not all(is_finite(layer.originals.get(n, getattr(layer, n))) for n in parameters):
+        return ModelError(
+            f"The base itself holds NaN or infinite values in {name!r}, so nothing can be merged there; nothing was changed. "
+            "Copy or download it again, or take another."
+        )
     return ConfigError(
-        f"Merging adapter {adapter!r} gives NaN or infinite weights in {layer!r}; nothing was changed. Its training "
+        f"Merging adapter {adapter!r} gives NaN or infinite weights in {name!r}; nothing was changed. Its training "
         "diverged, or its scale is too large."
     )
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from visionlora.config.choices import WITHOUT_RANKS
 from visionlora.errors import ConfigError, TargetError, TrainingError
 from visionlora.lora.config import AdapterConfig
+from visionlora.lora.damage import damaged
 from visionlora.lora.inject import method_class
 from visionlora.lora.methods.base import Site
 from visionlora.lora.targets import named_patterns, resolve
@@ -82,7 +83,9 @@ def gradient_halves(
         for batch in range(batches):
             loss = loss_of(batch)
             if not torch.isfinite(loss):
-                raise TrainingError(f"The calibration loss of batch {batch} is {loss.item()}: check the data.")
+                raise damaged("The weights of the base", {type(model).__name__: model}) or TrainingError(
+                    f"The calibration loss of batch {batch} is {loss.item()}: check the data."
+                )
             grads = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
             for p, grad in zip(weights.values(), cast("tuple[Tensor | None, ...]", grads), strict=True):
                 if grad is None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from visionlora.data.preprocess import INTERPOLATIONS, Preprocessing
 from visionlora.errors import AdapterFileError, ModelError, first_line, nearest
+from visionlora.lora.damage import damaged
 from visionlora.models.base import choose, quiet
 from visionlora.models.class_token import shorten
 from visionlora.models.fingerprint import architecture_fingerprint, weights_fingerprint
@@ -194,8 +195,8 @@ def open_backbone(
         named_by: what names the model, where it is not the user.
 
     Raises:
-        ModelError: when there is no such model, it cannot be had, the state dict does not fit, or it cannot read
-            pictures of that size.
+        ModelError: when there is no such model, it cannot be had, the state dict does not fit, its weights hold NaN, or it
+            cannot read pictures of that size.
     """
     chosen, why = choose("Backbone", model, EMBEDDED, DEFAULT_ON_GPU, fetch_default, named_by)
     with torch.random.fork_rng(devices=[]):  # so that `random` is the same model whenever it is opened
@@ -205,6 +206,10 @@ def open_backbone(
         why += read_state(opened, Path(weights).expanduser())
         weights = str(Path(weights).expanduser().resolve())  # the adapter may be used from another folder
     opened.model.requires_grad_(False).eval()
+    if weights != "random" and (
+        error := damaged(f"The weights of {weights or opened.id}", {"the backbone": opened.model})
+    ):
+        raise error
     opened = replace(opened, why=why, weights=weights)
     return opened if image_size in (None, opened.preprocessing.size) else at_size(opened, image_size)
 

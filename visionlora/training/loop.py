@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from visionlora.data.groups import Group
-from visionlora.errors import ConfigError, TrainingError
+from visionlora.errors import ConfigError, ModelError, TrainingError
+from visionlora.lora.damage import damaged
 from visionlora.training.ema import EMA
 from visionlora.training.interrupts import Interrupts
 from visionlora.training.noise import MOST_PARAMETERS, GradientNoise
@@ -311,10 +312,10 @@ class Fit:
                 total += self._backward(task, index, images_seen, share)
         mean = float(accelerator.reduce(total, "mean"))
         if not math.isfinite(mean):
-            raise NotFinite("loss", mean, self.step + 1, rate)
+            raise self._base_damaged() or NotFinite("loss", mean, self.step + 1, rate)
         norm = accelerator.clip_grad_norm_(self.trained, config.max_grad_norm)
         if accelerator.scaler is None and not math.isfinite(norm):  # a scaler of fp16 skips such steps by itself
-            raise NotFinite("gradient", float(norm), self.step + 1, rate)
+            raise self._base_damaged() or NotFinite("gradient", float(norm), self.step + 1, rate)
         if self.noise is not None:
             self.noise.add(float(norm), max(1.0, (float(norm) + 1e-6) / config.max_grad_norm))
         self.optimizer.step()
@@ -327,6 +328,11 @@ class Fit:
         if self.ema is not None:
             self.ema.update(self.trained)
         return mean, float(norm)
+
+    def _base_damaged(self) -> ModelError | None:
+        """What is said where the base itself holds NaN, so that no learning rate helps."""
+        model = self.learner.model
+        return damaged("The weights of the base", {type(model).__name__: model}, self.trained)
 
     def _backward(self, task: Task, index: Tensor, images_seen: int, share: int) -> Tensor:
         """Adds the gradients of one share of a step's pictures on this process; its part of the loss, in fp32."""

@@ -1,5 +1,6 @@
 """Latents and captions: right, cached, and drawn anew."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -235,6 +236,27 @@ def test_a_vae_that_fails_in_half_precision_works_in_fp32(tiny_model: Path) -> N
 def test_a_vae_that_fails_in_fp32_is_damaged(tiny_model: Path) -> None:
     base = open_base(str(tiny_model))
     base.pipe.vae.encoder.conv_in.weight.data.fill_(torch.nan)
+    with pytest.raises(
+        ModelError, match=r"hold NaN or infinite values: 1 tensor of vae \(first 'encoder\.conv_in\.weight'\)"
+    ):
+        encode_pictures(base, np.zeros((1, 32, 32, 3), np.uint8))
+
+
+@pytest.mark.parametrize("windows", [1, 2])
+def test_a_damaged_text_encoder_is_named(tiny_model: Path, windows: int) -> None:
+    base = replace(open_base(str(tiny_model)), windows=windows)
+    base.pipe.text_encoder.get_parameter(
+        next(n for n, _ in base.pipe.text_encoder.named_parameters() if "fc1" in n)
+    ).data[0] = torch.inf
+    with pytest.raises(
+        ModelError, match=r"hold NaN or infinite values: 1 tensor of text_encoder \(first '.*mlp\.fc1\.weight'\)"
+    ):
+        encode_text(base, ["a dog"])
+
+
+def test_a_vae_that_fails_with_sound_weights_is_said_so_too(tiny_model: Path) -> None:
+    base = open_base(str(tiny_model))
+    base.pipe.vae.encoder.conv_in.register_forward_hook(lambda _m, _i, out: torch.full_like(out, torch.nan))
     with pytest.raises(ModelError, match="gives NaN or infinite latents: its weights are damaged"):
         encode_pictures(base, np.zeros((1, 32, 32, 3), np.uint8))
 

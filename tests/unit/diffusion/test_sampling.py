@@ -1,10 +1,13 @@
 """Drawing: what is said where it cannot go on."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
-from visionlora.diffusion.sampling import pictures_of
+from visionlora.diffusion.sampling import SamplingConfig, draw, pictures_of
 from visionlora.errors import ModelError
+from visionlora.models.base import open_base
 
 
 @pytest.mark.parametrize(
@@ -19,3 +22,16 @@ def test_only_a_wider_precision_is_advised(dtype: torch.dtype, said: str) -> Non
     with pytest.raises(ModelError) as told:
         pictures_of(None, torch.full((1, 4, 2, 2), float("nan"), dtype=dtype))
     assert said in str(told.value)
+
+
+@pytest.mark.parametrize("part", ["unet", "vae"])
+def test_a_base_that_holds_nan_is_named(tiny_model: Path, part: str) -> None:
+    """Advice on scales and precisions would be in vain."""
+    base = open_base(str(tiny_model))
+    getattr(base.pipe, part).get_parameter({"unet": "conv_in.bias", "vae": "decoder.conv_in.bias"}[part]).data[0] = (
+        torch.nan
+    )
+    with pytest.raises(
+        ModelError, match=rf"The weights of the base hold NaN .*: 1 tensor of {part} \(first '.*conv_in\.bias'\)"
+    ):
+        draw(base, ["a dog"], 32, SamplingConfig(steps=1))

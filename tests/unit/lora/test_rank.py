@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from visionlora.config import ClassifyConfig
-from visionlora.errors import ConfigError, TargetError, TrainingError
+from visionlora.errors import ConfigError, ModelError, TargetError, TrainingError
 from visionlora.lora.config import AdapterConfig
 from visionlora.lora.inject import inject
 from visionlora.lora.rank import choose_ranks, input_spectra, spend, triplet_energies
@@ -176,6 +176,10 @@ def test_refusals() -> None:
         choose_ranks(model, config, loss_of, batches=1)
     with pytest.raises(TrainingError, match="The calibration loss of batch 0 is nan"):
         choose_ranks(model, config, lambda i: loss_of(i) * float("nan"), batches=2)
+    spoiled, config, loss_of = problem(1)
+    next(spoiled.parameters()).data.fill_(float("nan"))
+    with pytest.raises(ModelError, match="The weights of the base hold NaN or infinite values: 1 tensor of"):
+        choose_ranks(spoiled, config, loss_of, batches=2)
     with pytest.raises(ConfigError, match="needs the inputs of layer 'needed': measure them"):
         inject(model, AdapterConfig(rank=2, targets="needed", init="eva"))
 

@@ -388,6 +388,20 @@ def test_a_state_dict_of_another_model_is_refused(tmp_path: Path) -> None:
         open_backbone(str(folder), weights=str(tmp_path / "own.safetensors"))
 
 
+def test_weights_that_hold_nan_are_refused(tmp_path: Path) -> None:
+    """Every answer would be NaN, and training would blame its learning rate."""
+    folder = timm_folder(tmp_path / "a")
+    own = load_file(folder / "model.safetensors")
+    save_file({**own, "norm.weight": own["norm.weight"] * torch.nan}, tmp_path / "own.safetensors")
+    with pytest.raises(
+        ModelError, match=r"own\.safetensors hold NaN or infinite values: 1 tensor .* \(first 'norm\.weight'\)"
+    ):
+        open_backbone(str(folder), weights=str(tmp_path / "own.safetensors"))
+    (tmp_path / "own.safetensors").replace(folder / "model.safetensors")
+    with pytest.raises(ModelError, match=r"The weights of .*a hold NaN or infinite values: 1 tensor"):
+        open_backbone(str(folder))
+
+
 def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"config\.json cannot be read"):
         open_backbone(str(tmp_path))

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from visionlora.data.groups import Group
-from visionlora.errors import ConfigError, TrainingError
+from visionlora.errors import ConfigError, ModelError, TrainingError
 from visionlora.training.loop import (
     Fit,
     LoopConfig,
@@ -239,3 +239,14 @@ def test_the_environment_does_not_divide_the_gradients(monkeypatch: pytest.Monke
 def test_one_process_may_train_in_one_precision_after_another() -> None:
     kinds = [new_accelerator(precision).mixed_precision for precision in ("fp32", "bf16", "fp32")]
     assert kinds == ["no", "bf16", "no"]
+
+
+def test_a_base_that_holds_nan_is_named_at_the_first_step() -> None:
+    """No learning rate helps there, and nothing is worth keeping."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Linear(1, 1))
+    model[0].weight.data.fill_(torch.nan)
+    learner = Learner(model)
+    learner.parameter_groups = lambda lr, weight_decay: [{"params": [model[1].weight], "lr": lr}]
+    with pytest.raises(ModelError, match=r"hold NaN or infinite values: 1 tensor of Sequential \(first '0\.weight'\)"):
+        train(Accelerator(cpu=True), learner, Regression(), CONFIG, lambda _: None)
