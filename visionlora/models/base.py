@@ -18,9 +18,10 @@ import torch
 
 from visionlora.config.choices import EMBEDDED_SD
 from visionlora.errors import ModelError, first_line, nearest
+from visionlora.formats.families import by_context, family_of_unet
 from visionlora.formats.read import FOLDER_FILES
 from visionlora.lora.adapter import Adapter
-from visionlora.models.checkpoint_header import ADAPTER, WORDS, read_checkpoint_header
+from visionlora.models.checkpoint_header import ADAPTER, PREDICTION, WORDS, CheckpointHeader, read_checkpoint_header
 from visionlora.models.fingerprint import architecture_fingerprint, respelled, weights_fingerprint
 from visionlora.models.loading import check_loaded, misfit
 from visionlora.models.parts import (
@@ -46,6 +47,11 @@ OTHERS = {
     "StableVideo": "Stable Video Diffusion", "AnimateDiff": "AnimateDiff", "StableAudio": "Stable Audio",
 }  # fmt: skip
 """Families that visionlora does not open, by what the names of their pipelines begin with."""
+SD2 = by_context(1024)
+SPREADS, WIDE = "up_blocks.3.attentions.2.transformer_blocks.0.norm1.bias", 0.09
+"""See `prediction_by_weights`."""
+SIDE_OF_SD2_BASE = 64
+"""Of the latents of Stable Diffusion 2.x that predicts the noise; those of the others have 96."""
 REFINER = "SDXL's refiner, which only finishes pictures"
 NOT_OURS: dict[str, Any] = {"safety_checker": None, "feature_extractor": None}
 """Parts of a folder that are left out."""
@@ -356,10 +362,11 @@ def load_single_file(path: Path, dtype: torch.dtype) -> tuple[Any, str]:
     start = f"The checkpoint {path} cannot be opened:"
     try:
         header = read_checkpoint_header(path)
-        if header.other is not None:
-            raise ModelError(f"{path} {header.other}")
         if header.is_refiner:
             raise not_ours(str(path), REFINER)
+        if header.other is not None:
+            raise ModelError(f"{path} {header.other}")
+        check_prediction(path, header)
         with quiet("diffusers", "transformers"):
             from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
@@ -369,8 +376,15 @@ def load_single_file(path: Path, dtype: torch.dtype) -> tuple[Any, str]:
                 pipe = StableDiffusionPipeline.from_single_file(str(path), safety_checker=None)
             for part in (p for p in PARTS if getattr(pipe, p, None) is not None):
                 check_loaded(f"{start} the weights of its {part}", getattr(pipe, part))
+            said = header.words
+            if header.prediction_type is None and (seen := prediction_by_weights(pipe.unet)) is not None:
+                header = replace(header, prediction_type=seen)
+                what = {"epsilon": "the noise (epsilon)", "v_prediction": "the velocity (v_prediction)"}[seen]
+                said = f" It predicts {what}, by the look of its weights; its header does not say."
+            if header.prediction_type == "epsilon" and family_of_unet(pipe.unet.config)[0] is SD2:
+                pipe.unet.register_to_config(sample_size=SIDE_OF_SD2_BASE)  # diffusers has that of the other kind
             pipe.scheduler = header.scheduler(pipe.scheduler)
-            return pipe.to(dtype), header.words
+            return pipe.to(dtype), said
     except ModelError:
         raise
     except Exception as e:
@@ -383,6 +397,30 @@ def load_single_file(path: Path, dtype: torch.dtype) -> tuple[Any, str]:
                 f"diffusers {found['diffusers']} is too old for transformers {found['transformers']}: update diffusers."
             )
         raise misfit(f"{start} its weights", e) or ModelError(f"{start} {text}") from None
+
+
+def prediction_by_weights(unet: Any) -> str | None:
+    """What a UNet of Stable Diffusion 2.x predicts, which its layers do not tell; None for another family.
+
+    This bias spreads wider in those that learned the velocity: by that ComfyUI tells them apart.
+    """
+    if family_of_unet(unet.config)[0] is not SD2:
+        return None
+    bias = dict(unet.named_parameters()).get(SPREADS)
+    return None if bias is None else "v_prediction" if float(bias.float().std(correction=0)) > WIDE else "epsilon"
+
+
+def check_prediction(path: Path, header: CheckpointHeader) -> None:
+    """Raises ModelError for a checkpoint that says to predict what nobody knows; it would be trained as if it were noise."""
+    if (said := header.prediction_type) is None or said in PREDICTION_TYPES:
+        return
+    hint = nearest(said.lower(), WORDS)
+    if "flow" in said.lower() or said.lower() == "rf":
+        hint = f"That is flow matching; visionlora trains models that predict {', '.join(PREDICTION_TYPES)}."
+    raise ModelError(
+        f"The checkpoint {path} cannot be opened: it says in its header that it predicts {said!r} ({PREDICTION}). {hint} Use a "
+        f"Stable Diffusion 1.x, 2.x or XL base such as {DEFAULT_ON_GPU}, or have its author's header corrected."
+    )
 
 
 def open_controlnet(source: str, base: BaseModel) -> Any:

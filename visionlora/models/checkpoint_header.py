@@ -11,22 +11,58 @@ from typing import Any
 
 from visionlora.formats.read import CHECKPOINT, EMBEDDING, format_of
 
+INPUTS = "input_blocks."
+"""Begins the names of the layers that every UNet has."""
 PARTS = {
-    "UNet": ("down_blocks.", "input_blocks."),
+    "UNet": ("down_blocks.", INPUTS),
     "VAE": ("decoder.",),
     "text encoder": ("text_model.", "embeddings.token_"),
 }
 """What the names of a part's tensors begin with where nothing stands before them, as in diffusers' folders."""
+UNET = "model.diffusion_model."
+IN_CHECKPOINTS = {
+    "UNet": (UNET,),
+    "VAE": ("first_stage_model.", "vae."),
+    "text encoder": ("cond_stage_model.", "conditioner.embedders."),
+}
+"""What the names of a part's tensors begin with in whole checkpoints."""
+AVERAGED = "model_ema."
+"""Begins the names of the averaged weights of a UNet, which stand beside the others and are not read."""
+OTHER_BLOCKS = ("double_blocks.", "joint_blocks.", "single_blocks.", "transformer_blocks.", "double_layers.")
+"""Begin those of FLUX, Stable Diffusion 3 and their like, which have none."""
+NO_UNET = (
+    "has no UNet: it is of another family, such as FLUX or Stable Diffusion 3; visionlora opens text-to-image models of "
+    "Stable Diffusion 1.x, 2.x and XL."
+)
+SIZES_OF_XL = f"{UNET}label_emb."
+"""Begins the names of the layers by which the UNet of SDXL reads sizes."""
 ADAPTER = "is an adapter, not a base model: draw with it by --lora, learn on from it by start_from=."
 """What a model is not, as a sentence that continues a name."""
 SECOND_ENCODER = "conditioner.embedders.1."
 """Begins the names of SDXL's second text encoder."""
+FIRST_ENCODER = "conditioner.embedders.0."
+"""Begins the names of its first."""
 REFINERS_ENCODER = "conditioner.embedders.0.model."
 """Begins the names of the one that its refiner has: the same in the first place."""
 V_PREDICTION, ZERO_SNR = "v_pred", "ztsnr"
 """Tensors whose mere names say that a model predicts the velocity, and that its last noise level is nothing but noise."""
-WORDS = {"v": "v_prediction", "velocity": "v_prediction", "v_prediction": "v_prediction", "epsilon": "epsilon"}
-"""What is said of a prediction, as in `modelspec.prediction_type`, in diffusers' words."""
+EDM = ("edm_vpred.", "edm_mean")
+"""Begin the names of tensors that tell of EDM's noise levels (CosXL, Playground 2.5)."""
+OTHER_NOISE = (
+    "was trained with EDM noise levels; visionlora trains models whose noise is given by betas, Stable Diffusion 1.x, 2.x and "
+    "XL."
+)
+PREDICTION = "modelspec.prediction_type"
+"""Says in the metadata what a model predicts."""
+ARCHITECTURE = "modelspec.architecture"
+BY_ARCHITECTURE = {"stable-diffusion-v2-768-v": "v_prediction", "stable-diffusion-v2-512": "epsilon"}
+"""What models predict whose metadata says their architecture so."""
+WORDS = {
+    **dict.fromkeys(("v", "v_pred", "velocity", "v_prediction"), "v_prediction"),
+    **dict.fromkeys(("eps", "epsilon"), "epsilon"),
+    "sample": "sample",
+}
+"""What is said of a prediction, in diffusers' words."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +74,7 @@ class CheckpointHeader:
     is_refiner: bool
     """Whether it is that of SDXL, which has the second text encoder alone."""
     prediction_type: str | None
-    """epsilon or v_prediction; None when it says nothing."""
+    """In diffusers' words; as the metadata has it where nobody knows that word, and None when it says nothing."""
     zero_snr: bool
     """Whether the last noise level is nothing but noise, for a model that predicts the velocity."""
     other: str | None = None
@@ -48,8 +84,10 @@ class CheckpointHeader:
     def of(cls, names: Iterable[str], metadata: Mapping[str, Any]) -> CheckpointHeader:
         """From the names of the tensors and the metadata."""
         known = set(names)
-        said = WORDS.get(str(metadata.get("modelspec.prediction_type", "")).lower())
-        prediction = "v_prediction" if V_PREDICTION in known else said
+        said = str(metadata.get(PREDICTION) or BY_ARCHITECTURE.get(str(metadata.get(ARCHITECTURE)), "")).strip()
+        prediction = (
+            "v_prediction" if V_PREDICTION in known else WORDS.get(said.lower().replace("-", "_"), said) or None
+        )
         return cls(
             any(name.startswith(SECOND_ENCODER) for name in known),
             any(name.startswith(REFINERS_ENCODER) for name in known), prediction,
@@ -78,13 +116,38 @@ class CheckpointHeader:
 
 def other_kind(names: Collection[str], metadata: Mapping[str, Any]) -> str | None:
     """`CheckpointHeader.other`, by the names of the tensors."""
-    if any(name.startswith(CHECKPOINT) for name in names):
-        return None
+    if any(name.startswith((*CHECKPOINT, AVERAGED)) for name in names):
+        return lacking(names)
     if "visionlora" in metadata or format_of(names) != EMBEDDING:
         return ADAPTER
+    if any(name.startswith(OTHER_BLOCKS) for name in names):
+        return NO_UNET
     part = next((part for part, starts in PARTS.items() if any(name.startswith(starts) for name in names)), None)
     return part and (
         f"is a {part} alone: name the folder of the whole model, which holds model_index.json, unet, vae and text_encoder."
+    )
+
+
+def lacking(names: Collection[str]) -> str | None:
+    """The parts that a checkpoint has not, as `CheckpointHeader.other`; None for a whole one."""
+
+    def has(*starts: str) -> bool:
+        return any(name.startswith(starts) for name in names)
+
+    if has(UNET) and not has(UNET + INPUTS):
+        return NO_UNET
+    if has(*EDM):
+        return OTHER_NOISE
+    missing = [part for part, starts in IN_CHECKPOINTS.items() if not has(*starts)]
+    if has(SECOND_ENCODER, SIZES_OF_XL) and "text encoder" not in missing:
+        encoders = {"first text encoder": FIRST_ENCODER, "second text encoder": SECOND_ENCODER}
+        missing += [part for part, start in encoders.items() if not has(start)]
+    if not missing:
+        return None
+    averaged = " (it has its averaged weights alone, model_ema)" if "UNet" in missing and has(AVERAGED) else ""
+    return (
+        f"has no {', no '.join(missing)}{averaged}, so it is no whole model: take the full checkpoint, or a diffusers folder "
+        "that holds model_index.json, unet, vae and text_encoder."
     )
 
 

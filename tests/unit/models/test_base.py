@@ -229,6 +229,12 @@ def test_a_prediction_that_nobody_knows_is_named(tiny_sd2: Path, tmp_path: Path,
         open_base(str(folder))
 
 
+WHOLE_XL = (
+    "model.diffusion_model.input_blocks.0", "first_stage_model", "conditioner.embedders.0", "conditioner.embedders.1",
+)  # fmt: skip
+"""What a checkpoint of SDXL holds, by the beginnings of the names."""
+
+
 @pytest.mark.parametrize(
     ("marks", "metadata", "prediction", "zero", "said"),
     [
@@ -236,6 +242,9 @@ def test_a_prediction_that_nobody_knows_is_named(tiny_sd2: Path, tmp_path: Path,
         (("v_pred",), {}, "v_prediction", False, "It predicts the velocity (v_prediction), says its header."),
         (("v_pred", "ztsnr"), {}, "v_prediction", True, "a last noise level of nothing but noise (ztsnr)"),
         ((), {"modelspec.prediction_type": "v"}, "v_prediction", False, "It predicts the velocity"),
+        ((), {"modelspec.prediction_type": "V-Prediction"}, "v_prediction", False, "It predicts the velocity"),
+        ((), {"modelspec.prediction_type": "epsilon"}, "epsilon", False, ""),
+        ((), {"modelspec.prediction_type": ""}, "epsilon", False, ""),
         (("ztsnr",), {}, "epsilon", False, ""),
     ],
 )
@@ -244,7 +253,7 @@ def test_a_checkpoint_is_trained_as_its_header_says(
 ) -> None:
     import diffusers
 
-    tensors = {"conditioner.embedders.1.x": torch.zeros(1), **{mark: torch.tensor([]) for mark in marks}}
+    tensors = {f"{part}.x": torch.zeros(1) for part in WHOLE_XL} | {mark: torch.tensor([]) for mark in marks}
     save_file(tensors, tmp_path / "own.safetensors", metadata)
     monkeypatch.setattr(
         diffusers.StableDiffusionXLPipeline, "from_single_file",
@@ -254,6 +263,66 @@ def test_a_checkpoint_is_trained_as_its_header_says(
     assert (base.prediction_type, base.noise_scheduler.config.prediction_type) == (prediction, prediction)
     assert (float(base.noise_scheduler.alphas_cumprod[-1]) < 1e-8) is zero
     assert said in base.why and ("header" in base.why) is bool(said)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (
+            "rf",
+            r"that it predicts 'rf' \(modelspec\.prediction_type\)\. That is flow matching; .*epsilon, v_prediction, sample",
+        ),
+        ("flow_prediction", "That is flow matching"),
+        ("epsilom", r"Did you mean 'epsilon'\?"),
+        ("x0", r"Allowed: eps, epsilon, sample, v, v_pred, v_prediction, velocity\."),
+    ],
+)
+def test_a_checkpoint_that_predicts_what_nobody_knows_is_refused(tmp_path: Path, given: str, said: str) -> None:
+    """It was taken for one that predicts the noise."""
+    tensors = {f"{part}.x": torch.zeros(1) for part in WHOLE_XL}
+    save_file(tensors, tmp_path / "own.safetensors", {"modelspec.prediction_type": given})
+    with pytest.raises(ModelError, match=said):
+        open_base(str(tmp_path / "own.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("parts", "said"),
+    [
+        (
+            WHOLE_XL[:1],
+            r"has no VAE, no text encoder, so it is no whole model: take the full checkpoint, or a diffusers",
+        ),
+        (WHOLE_XL[1:], r"has no UNet, so it is no whole model"),
+        (WHOLE_XL[::3], r"has no VAE, no first text encoder, so"),
+        ((*WHOLE_XL[:3], "model.diffusion_model.label_emb.0.0"), r"has no second text encoder, so"),
+        (
+            ("model_ema.diffusion_modelinput_blocks00", *WHOLE_XL[1:]),
+            r"has no UNet \(it has its averaged weights alone, model_ema",
+        ),
+        (
+            ("model_ema.diffusion_modelinput_blocks00",),
+            r"has no UNet, no VAE, no text encoder \(it has its averaged weights",
+        ),
+        (
+            ("model.diffusion_model.double_blocks.0", *WHOLE_XL[1:]),
+            "has no UNet: it is of another family, such as FLUX",
+        ),
+        (("joint_blocks.0",), "has no UNet: it is of another family, such as FLUX"),
+        (("input_blocks.0",), "is a UNet alone: name the folder"),
+    ],
+)
+@pytest.mark.parametrize("pickled", [False, True])
+def test_a_checkpoint_that_lacks_a_part_is_refused(
+    tmp_path: Path, parts: tuple[str, ...], said: str, pickled: bool
+) -> None:
+    """diffusers said so in its own words, or took the part of another model that it had fetched before."""
+    tensors, file = (
+        {f"{part}.x": torch.zeros(1) for part in parts},
+        tmp_path / ("a.ckpt" if pickled else "a.safetensors"),
+    )
+    torch.save({"state_dict": tensors}, file) if pickled else save_file(tensors, file)
+    with pytest.raises(ModelError, match=said):
+        open_base(str(file))
 
 
 def test_a_checkpoint_of_sdxl_is_told_by_its_header(tmp_path: Path) -> None:
