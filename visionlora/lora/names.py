@@ -11,23 +11,25 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-SPELLINGS = (
-    (re.compile(r"^(?:text|vision)_model\."), ""),
-    (re.compile(r"(^|\.)encoder\.layer\.(\d+)\."), r"\1layers.\2."),
-    (re.compile(r"(^|\.)encoder\.block\.(\d+)\.(\d+)\."), r"\1stages.\2.blocks.\3."),
-    (re.compile(r"(^|\.)encoder\.patch_embeddings\.(\d+)\."), r"\1stages.\2.patch_embeddings."),
-    (re.compile(r"^model\.(?=(?:layer|stages)\.\d)"), ""),
-    (re.compile(r"\battention\.(?:attention|self)\.(q)uery\b"), r"attention.\1_proj"),
-    (re.compile(r"\battention\.(?:attention|self)\.(k)ey\b"), r"attention.\1_proj"),
-    (re.compile(r"\battention\.(?:attention|self)\.(v)alue\b"), r"attention.\1_proj"),
-    (re.compile(r"\battention\.self\.sr\b"), "attention.sequence_reduction.sequence_reduction"),
-    (re.compile(r"\battention\.output\.dense\b"), "attention.o_proj"),
-    (re.compile(r"\bintermediate\.dense\b"), "mlp.fc1"),
-    (re.compile(r"(?<!attention\.)\boutput\.dense\b"), "mlp.fc2"),
-    (re.compile(r"\bmlp\.dense([12])\b"), r"mlp.fc\1"),
-    (re.compile(r"\bmlp\.weights_out\b"), "mlp.down_proj"),
+SPELLINGS = tuple(
+    (re.compile(rf"(?<![^_]){older}(?![^_])"), newer)
+    for older, newer in (
+        (r"encoder_layer_(\d+)", r"layers_\1"),
+        (r"encoder_block_(\d+)_(\d+)", r"stages_\1_blocks_\2"),
+        (r"encoder_patch_embeddings_(\d+)", r"stages_\1_patch_embeddings"),
+        (r"^model(?=_(?:layer|stages)_\d)", ""),
+        (r"attention_(?:attention|self)_query", "attention_q_proj"),
+        (r"attention_(?:attention|self)_key", "attention_k_proj"),
+        (r"attention_(?:attention|self)_value", "attention_v_proj"),
+        (r"attention_self_sr", "attention_sequence_reduction_sequence_reduction"),
+        (r"attention_output_dense", "attention_o_proj"),
+        (r"intermediate_dense", "mlp_fc1"),
+        (r"output_dense", "mlp_fc2"),
+        (r"mlp_dense([12])", r"mlp_fc\1"),
+        (r"mlp_weights_out", "mlp_down_proj"),
+    )
 )
-"""From the older names to the newer ones."""
+"""From the older names to the newer ones, both flat."""
 TOWER = re.compile(r"(text|vision)_model[._]")
 EMBEDDINGS = {"embeddings.token_embedding": "text", "embeddings.patch_embedding": "vision"}
 """What CLIP's and SigLIP's encoders begin with."""
@@ -39,12 +41,13 @@ def spelling_key(name: str) -> str:
     >>> spelling_key("text_model.encoder.layers.0.mlp.fc1") == spelling_key("encoder_layers_0_mlp_fc1")
     True
     >>> old, new = "vit.encoder.layer.3.attention.attention.query", "vit.layers.3.attention.q_proj"
-    >>> spelling_key(old) == spelling_key(new)
+    >>> spelling_key(old) == spelling_key(new) == spelling_key(old.replace(".", "_"))
     True
     """
+    name = name.replace(".", "_").removeprefix("text_model_").removeprefix("vision_model_")
     for pattern, replacement in SPELLINGS:
         name = pattern.sub(replacement, name)
-    return name.replace(".", "_").removeprefix("text_model_").removeprefix("vision_model_")
+    return name.removeprefix("_")
 
 
 def tower_of(name: str) -> str:

@@ -122,3 +122,6 @@ def test_layers_that_transformers_renamed_are_found_from_either_side(family: str
     newer = RENAMED[family]
     older = {new: old for old, new in newer.items()}
     assert resolve_names(newer, older) == newer and resolve_names(older, newer) == older
+    for names in (newer, older):  # as LyCORIS has them
+        flat = {name.replace(".", "_"): other for name, other in names.items()}
+        assert resolve_names(flat, names.values()) == flat
