@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from operator import itemgetter
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from visionlora.lora.inject import base_parameters
 from visionlora.lora.mapped import Mappings
@@ -26,9 +26,13 @@ def respelled(name: str) -> str:
     return name.removeprefix(TEXT_MODEL) if name.startswith(TEXT_MODEL) else TEXT_MODEL + name
 
 
-def base_tensors(module: nn.Module, spell: Callable[[str], str] = str) -> list[tuple[str, nn.Parameter]]:
-    """The parameters of the base, sorted by name, without any adapter's."""
-    return sorted(((spell(name), p) for name, p in base_parameters(module).items()), key=itemgetter(0))
+def base_tensors(module: nn.Module, spell: Callable[[str], str] = str) -> Iterator[tuple[str, Tensor]]:
+    """The parameters of the base, sorted by name, without any adapter's; those of one name were one tensor."""
+    found: dict[str, list[Tensor]] = {}
+    for name, p in base_parameters(module).items():
+        found.setdefault(spell(name), []).append(p.detach())
+    for name, parts in sorted(found.items(), key=itemgetter(0)):
+        yield name, parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def architecture_fingerprint(module: nn.Module, spell: Callable[[str], str] = str) -> str:
@@ -36,7 +40,7 @@ def architecture_fingerprint(module: nn.Module, spell: Callable[[str], str] = st
 
     Args:
         module: the model.
-        spell: how another version of its library names a parameter.
+        spell: how another version of its library names a parameter; those of one name it had in one, by rows.
     """
     lines = [f"{name} {tuple(p.shape)}" for name, p in base_tensors(module, spell)]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
@@ -65,6 +69,6 @@ def weights_fingerprint(module: nn.Module, spell: Callable[[str], str] = str) ->
     digest, mappings = hashlib.sha256(), Mappings()
     for name, p in base_tensors(module, spell):
         index = torch.linspace(0, p.numel() - 1, SAMPLES, dtype=torch.float64).long().tolist()
-        values = mappings.values(p.detach(), index)
+        values = mappings.values(p, index)
         digest.update(name.encode() + values.to(torch.float16).cpu().numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -66,22 +66,37 @@ def as_spelled_now(model: nn.Module, tensors: Mapping[str, Tensor], own: Collect
 
 
 def renaming(model: nn.Module, backward: bool = False) -> Callable[[str], str]:
-    """From the names of an older version of transformers to those of a model, or back, by its own rules; else as they are."""
+    """From the names of an older version of transformers to those of a model, or back, by its own rules; else as they are.
+
+    Back, those that were one tensor, one after the other by rows, get one name.
+    """
     try:
         from transformers import PreTrainedModel
         from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import PrefixChange, WeightRenaming
+        from transformers.core_model_loading import Chunk, PrefixChange, WeightConverter, WeightRenaming
     except ImportError:  # of a version that has but one spelling
         return str
     if not isinstance(model, PreTrainedModel):
         return str
-    steps = [s for s in get_model_conversion_mapping(model, add_legacy=not backward) if isinstance(s, WeightRenaming)]
+
+    def cuts(step: Any) -> bool:
+        by_rows = [isinstance(o, Chunk) and o.dim == 0 for o in getattr(step, "operations", ())]
+        return isinstance(step, WeightConverter) and by_rows == [True]
+
+    steps = [
+        s for s in get_model_conversion_mapping(model, add_legacy=not backward)
+        if isinstance(s, WeightRenaming) or (backward and cuts(s))
+    ]  # fmt: skip
+    # Files of a backbone may lack what a classifier's names begin with; its own names never did.
+    prefix = f"{model.base_model_prefix}." if backward else ""
     if backward:
         steps = [step.reverse_transform() for step in reversed(steps) if not isinstance(step, PrefixChange)]
 
     def renamed(name: str) -> str:
         for step in steps:
-            name = step.rename_source_key(name)[0]
+            new = step.rename_source_key(name)[0]
+            if not prefix or new != name.removeprefix(prefix):
+                name = new
         return name
 
     return renamed

@@ -4,6 +4,7 @@ import copy
 import hashlib
 import json
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar
 
@@ -276,14 +277,41 @@ def test_a_state_dict_in_the_names_of_an_older_transformers(tmp_path: Path) -> N
         open_backbone(str(folder), weights=str(tmp_path / "own.safetensors"))
 
 
-def test_the_fingerprint_in_the_names_of_an_older_transformers(tmp_path: Path) -> None:
-    opened = open_backbone(str(transformers_folder(tmp_path / "a")))
+def gated_folder(path: Path) -> Path:
+    """DINOv2 with a gated MLP, as the largest one has: transformers has made two layers of its first."""
+    from transformers import Dinov2Config, Dinov2ForImageClassification
+
+    torch.manual_seed(0)
+    config = Dinov2Config(
+        hidden_size=24, num_hidden_layers=2, num_attention_heads=2, mlp_ratio=2, image_size=32, patch_size=8,
+        use_swiglu_ffn=True,
+    )  # fmt: skip
+    Dinov2ForImageClassification(config).save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("folder", [transformers_folder, gated_folder])
+def test_the_fingerprint_in_the_names_of_an_older_transformers(tmp_path: Path, folder: Callable[[Path], Path]) -> None:
+    opened = open_backbone(str(folder(tmp_path / "a")))
     state = load_file(tmp_path / "a" / "model.safetensors")  # in these names
     names = sorted(n for n in state if not n.startswith("classifier."))
     lines = [f"{n} {tuple(state[n].shape)}" for n in names]
     told = hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
     assert opened.fingerprints(older=True)["model"]["architecture"] == told
     assert open_backbone(str(timm_folder(tmp_path / "b"))).fingerprints(older=True) == {}, "timm renames nothing"
+
+
+def test_the_older_names_of_a_classifier_keep_their_prefix(tmp_path: Path) -> None:
+    """transformers adds it to those of a backbone (ViTMSN); back, it was taken off, and no older adapter fitted."""
+    from transformers import ViTMSNConfig, ViTMSNForImageClassification
+
+    other = open_backbone(str(transformers_folder(tmp_path / "vit")))
+    config = ViTMSNConfig(
+        hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, image_size=32, patch_size=8
+    )
+    ViTMSNForImageClassification(config).save_pretrained(tmp_path / "msn")
+    told, same = (model.fingerprints(older=True)["model"] for model in (open_backbone(str(tmp_path / "msn")), other))
+    assert told["architecture"] == same["architecture"] and told["weights"] != same["weights"]
 
 
 def around(prefix: str, state: dict) -> dict:
