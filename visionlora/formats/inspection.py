@@ -24,7 +24,7 @@ from visionlora.formats.parts import split_key
 from visionlora.formats.read import FOLDER_FILES, format_of, read
 from visionlora.lora.adapter import PRODUCT_KINDS, Adapter, AdapterModule, base_weights
 from visionlora.lora.functional import wide
-from visionlora.lora.inject import fit, no_garbage_collection
+from visionlora.lora.inject import cut_modules, fit, no_garbage_collection
 
 ROW_RANKS = ("down", "hada_w1_b", "lokr_w1_b", "lokr_w2_b", "lambda_d")
 KIND_OF_SLOT = {
@@ -334,7 +334,9 @@ def misfits_of(adapter: Adapter, base: torch.nn.Module) -> dict[str, str]:
         if component not in children:
             found |= {f"{component}.{n}": f"The model has no {component}." for n in adapter.component(component)}
             continue
-        _, _, skipped = fit(children[component], adapter.component(component), component)
+        _, _, skipped = fit(
+            children[component], cut_modules(children[component], adapter.component(component)), component
+        )
         found |= {f"{component}.{n}": why for n, why in skipped}
     return found
 

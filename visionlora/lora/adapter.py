@@ -169,6 +169,21 @@ class AdapterModule:
                 tensors[name] = tensors[name].reshape(*tensors[name].shape[:2], *ones)
         return replace(self, tensors=tensors)
 
+    def part(self, rows: slice) -> AdapterModule | None:
+        """What it does to some of the layer's outputs; None for kinds that cannot be cut.
+
+        Args:
+            rows: of the weight, or of the parameter that it changes.
+        """
+        by_rows = {"lora": ("lora_B",), "tlora": ("lora_B",), "dora": ("lora_B", "magnitude"), "diff": ("diff",),
+                   "full": ("value",), "shift": ("shift",), "ia3": ("vector",)}  # fmt: skip
+        if self.kind in ("loha", "lokr"):
+            return AdapterModule("diff", {"diff": self.delta_weight()[rows]}, 1.0)
+        if self.kind not in by_rows or self.product not in (self.kind, "lora") or self.options.get("axis") == "in":
+            return None
+        cut = () if self.options.get("on_input") else by_rows[self.kind]
+        return replace(self, tensors={n: t[rows].contiguous() if n in cut else t for n, t in self.tensors.items()})
+
     def delta_weight(self, base: Tensor | None = None) -> Tensor:
         """ΔW in fp32, in the shape of the base weight.
 

@@ -32,7 +32,7 @@ from visionlora.lora.merge import FUSIBLE, check_unfused, fuse_merged
 from visionlora.lora.methods import KINDS, METHODS
 from visionlora.lora.methods.base import Method, Site
 from visionlora.lora.methods.tlora import check_timed, follow_timestep
-from visionlora.lora.names import resolve_names
+from visionlora.lora.names import halves_of, resolve_names
 from visionlora.lora.packed import packed_layers
 from visionlora.lora.targets import (
     UNCALLED,
@@ -181,7 +181,7 @@ def attach(
         if len(adapter.components) != 1:
             raise ConfigError(f"The adapter has parts for {', '.join(adapter.components)}: say which to attach.")
         (component,) = adapter.components
-    handle, modules = Handle(model, name), adapter.component(component)
+    handle, modules = Handle(model, name), cut_modules(model, adapter.component(component))
     methods, replaced, skipped = fit(model, modules, component)
     if skipped and (not allow_partial or len(skipped) == len(modules)):
         raise misfits(model, component, skipped, len(modules))
@@ -206,6 +206,32 @@ def attach(
         tuple(path for path, m in placed if odd.get(m.site.name) == UNCALLED and path not in zero),
     )
     return handle
+
+
+def cut_modules(model: nn.Module, modules: Mapping[str, AdapterModule]) -> dict[str, AdapterModule]:
+    """The modules of an adapter, those of layers that are two in this model (see `halves_of`) cut in two."""
+    halves = {name: found for name in modules if (found := halves_of(name)) is not None}
+    known = {n for n, _ in model.named_modules()} | {n for n, _ in model.named_parameters()} if halves else set()
+    there = resolve_names([*halves, *(n for found in halves.values() for n in found)], known)
+    cut: dict[str, AdapterModule] = {}
+    for name, m in modules.items():
+        names = halves.get(name, ())
+        if name not in there and names and all(n in there for n in names) and (parts := in_half(m)) is not None:
+            cut |= dict(zip(names, parts, strict=True))
+        else:
+            cut[name] = m
+    return cut
+
+
+def in_half(module: AdapterModule) -> tuple[AdapterModule, AdapterModule] | None:
+    """What a module does to the first and to the second half of its layer's outputs; None where that cannot be told."""
+    outputs = (
+        next(iter(module.tensors.values())).shape[0] if module.kind in IN_PLACE else (module.flat_shape() or (0,))[0]
+    )
+    if module.kind == "ia3" and not module.options.get("on_input"):
+        outputs = len(module.tensors["vector"])
+    first, second = (module.part(rows) for rows in (slice(outputs // 2), slice(outputs // 2, None)))
+    return None if first is None or second is None else (first, second)
 
 
 def fit(

@@ -30,6 +30,9 @@ SPELLINGS = tuple(
     )
 )
 """From the older names to the newer ones, both flat."""
+GATED = re.compile(r"(?<![^._])mlp([._])weights_in(?=\.(?:weight|bias)$|$)")
+HALVES = ("gate_proj", "up_proj")
+"""What was one layer, `GATED`, by its outputs."""
 TOWER = re.compile(r"(text|vision)_model[._]")
 EMBEDDINGS = {"embeddings.token_embedding": "text", "embeddings.patch_embedding": "vision"}
 """What CLIP's and SigLIP's encoders begin with."""
@@ -48,6 +51,19 @@ def spelling_key(name: str) -> str:
     for pattern, replacement in SPELLINGS:
         name = pattern.sub(replacement, name)
     return name.removeprefix("_")
+
+
+def halves_of(name: str) -> tuple[str, str] | None:
+    """The two layers, or parameters of theirs, that transformers has made of a layer of the gated MLP of DINOv2; None for
+    any other.
+
+    >>> halves_of("layer.0.mlp.weights_in"), halves_of("layer.0.mlp.fc1")
+    (('layer.0.mlp.gate_proj', 'layer.0.mlp.up_proj'), None)
+    """
+    if GATED.search(name) is None:
+        return None
+    gate, up = (GATED.sub(rf"mlp\1{half}", name) for half in HALVES)
+    return gate, up
 
 
 def tower_of(name: str) -> str:

@@ -9,7 +9,7 @@ from torch import nn
 
 from visionlora.errors import ConfigError
 from visionlora.lora.adapter import Adapter
-from visionlora.lora.inject import fit
+from visionlora.lora.inject import cut_modules, fit
 
 PARTS = ("unet", "text_encoder", "text_encoder_2")
 
@@ -59,7 +59,7 @@ def component_for(model: nn.Module, adapter: Adapter) -> str:
     if len(adapter.components) == 1:
         return adapter.components[0]
     modules = {c: adapter.component(c) for c in adapter.components}
-    return max(modules, key=lambda c: 1 - len(fit(model, modules[c], c)[2]) / len(modules[c]))
+    return max(modules, key=lambda c: 1 - len(fit(model, cut_modules(model, modules[c]), c)[2]) / len(modules[c]))
 
 
 def word_for(parts: Mapping[str, nn.Module], component: str) -> str:

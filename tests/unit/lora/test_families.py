@@ -32,6 +32,16 @@ def hf_dino() -> nn.Module:
     )
 
 
+def hf_gated() -> nn.Module:
+    config = hf_dino().config
+    config.use_swiglu_ffn = True
+    return transformers.Dinov2Model(config)
+
+
+GATED = 2 * sum(isinstance(m, nn.Linear) for m in hf_gated().encoder.layer[0].mlp.children())
+"""Layers of its MLPs: transformers has made two of the first, which was one."""
+
+
 def hf_clip() -> nn.Module:
     sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
     return transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**sizes, image_size=32, patch_size=16))
@@ -82,6 +92,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, int]]] = {
     "torchvision Swin v2": (lambda: tv_swin("v2"), {"attn.qv": 4, "attn": 8, "mlp": 4}),
     "transformers ViT": (hf_vit, {"attn.q": 2, "attn": 8, "mlp": 4}),
     "transformers DINOv2": (hf_dino, {"attn.q": 2, "attn": 8, "mlp": 4}),
+    "transformers DINOv2, gated": (hf_gated, {"attn.q": 2, "attn": 8, "mlp": GATED}),
     "transformers CLIP": (hf_clip, {"attn.q": 2, "attn": 8, "mlp": 4}),
 }
 

@@ -192,3 +192,47 @@ def test_what_is_no_module_is_refused() -> None:
 @pytest.mark.parametrize(("count", "text"), [(1, "1 module used"), (2, "2 modules used")])
 def test_the_report_of_a_finished_adapter_counts_in_words(count: int, text: str) -> None:
     assert str(InjectionReport((("0", "0"),) * count, (), 0, 0)) == text
+
+
+GATED_IN = {
+    "lora": AdapterModule.lora(torch.randn(2, 6), torch.randn(16, 2), 4.0),
+    "dora": AdapterModule(
+        "dora", {"lora_A": torch.randn(2, 6), "lora_B": torch.randn(16, 2), "magnitude": torch.rand(16) + 1}, 4.0
+    ),
+    "loha": AdapterModule(
+        "loha",
+        {f"hada_w{k}_{side}": torch.randn(*((16, 2) if side == "a" else (2, 6))) for k in (1, 2) for side in "ab"},
+        1.0,
+    ),
+    "diff": AdapterModule("diff", {"diff": torch.randn(16, 6)}, 1.0),
+    "ia3": AdapterModule("ia3", {"vector": torch.randn(16)}, 1.0),
+    "ia3 on inputs": AdapterModule("ia3", {"vector": torch.randn(6)}, 1.0, {"on_input": True}),
+}
+
+
+@pytest.mark.parametrize("kind", GATED_IN)
+@pytest.mark.parametrize("name", ["mlp.weights_in", "mlp_weights_in"])
+def test_an_adapter_of_a_layer_that_is_two_now_is_cut(kind: str, name: str) -> None:
+    """transformers has made `gate_proj` and `up_proj` of the gated MLP's `weights_in`."""
+    torch.manual_seed(0)
+    older = nn.ModuleDict({"mlp": nn.ModuleDict({"weights_in": nn.Linear(6, 16)})})
+    newer = nn.ModuleDict({"mlp": nn.ModuleDict({"gate_proj": nn.Linear(6, 8), "up_proj": nn.Linear(6, 8)})})
+    whole, halves = older["mlp"]["weights_in"], newer["mlp"].values()
+    for p in ("weight", "bias"):
+        for half, values in zip(halves, getattr(whole, p).data.chunk(2), strict=True):
+            getattr(half, p).data.copy_(values)
+    shift = AdapterModule("shift", {"shift": torch.randn(16)}, 1.0)
+    adapter = Adapter({f"net.{name}": GATED_IN[kind], "net.mlp.weights_in.bias": shift})
+    attach(older, adapter, "net")
+    handle = attach(newer, adapter, "net")
+    x = torch.randn(3, 6)
+    torch.testing.assert_close(torch.cat([half(x) for half in halves], -1), whole(x), rtol=1e-5, atol=1e-5)
+    assert len(handle.report.hits) == 4
+
+
+def test_a_layer_that_cannot_be_cut_is_named() -> None:
+    newer = nn.ModuleDict({"mlp": nn.ModuleDict({"gate_proj": nn.Linear(6, 8), "up_proj": nn.Linear(6, 8)})})
+    by_columns = {"lora_A": torch.randn(2, 6), "lora_B": torch.randn(16, 2), "magnitude": torch.rand(6) + 1}
+    adapter = Adapter({"net.mlp.weights_in": AdapterModule("dora", by_columns, 4.0, {"axis": "in"})})
+    with pytest.raises(TargetError, match=r"layer net\.mlp\.weights_in, which ModuleDict has not"):
+        attach(newer, adapter, "net")
