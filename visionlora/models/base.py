@@ -17,12 +17,22 @@ from typing import Any
 import torch
 
 from visionlora.config.choices import EMBEDDED_SD
-from visionlora.errors import ModelError, first_line, nearest
+from visionlora.errors import AdapterFileError, ModelError, first_line, nearest
+from visionlora.formats.container import is_pickle, pickled
 from visionlora.formats.families import by_context, family_of_unet
 from visionlora.formats.read import FOLDER_FILES
 from visionlora.lora.adapter import Adapter
-from visionlora.models.checkpoint_header import ADAPTER, PREDICTION, WORDS, CheckpointHeader, read_checkpoint_header
+from visionlora.models.checkpoint_header import ADAPTER, read_checkpoint_header
 from visionlora.models.fingerprint import architecture_fingerprint, respelled, weights_fingerprint
+from visionlora.models.kinds import (
+    DEFAULT_ON_GPU,
+    REFINER,
+    check_index,
+    check_kinds,
+    check_noise,
+    check_prediction,
+    not_ours,
+)
 from visionlora.models.loading import check_loaded, misfit
 from visionlora.models.parts import (
     AGAIN,
@@ -36,23 +46,13 @@ from visionlora.models.parts import (
 )
 
 EMBEDDED = EMBEDDED_SD
-DEFAULT_ON_GPU = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 SMALL_UNET = 50_000_000
 """Parameters below which a UNet learns at ten times the usual rate, takes larger batches, and has memory to spare."""
-PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
-OTHERS = {
-    "Flux": "FLUX", "StableDiffusion3": "Stable Diffusion 3", "PixArt": "PixArt", "Sana": "Sana", "Kolors": "Kolors",
-    "Kandinsky": "Kandinsky", "HunyuanDiT": "Hunyuan-DiT", "QwenImage": "Qwen-Image", "IF": "DeepFloyd IF",
-    "StableCascade": "Stable Cascade", "Wuerstchen": "Wuerstchen", "AuraFlow": "AuraFlow", "Lumina": "Lumina",
-    "StableVideo": "Stable Video Diffusion", "AnimateDiff": "AnimateDiff", "StableAudio": "Stable Audio",
-}  # fmt: skip
-"""Families that visionlora does not open, by what the names of their pipelines begin with."""
 SD2 = by_context(1024)
 SPREADS, WIDE = "up_blocks.3.attentions.2.transformer_blocks.0.norm1.bias", 0.09
 """See `prediction_by_weights`."""
 SIDE_OF_SD2_BASE = 64
 """Of the latents of Stable Diffusion 2.x that predicts the noise; those of the others have 96."""
-REFINER = "SDXL's refiner, which only finishes pictures"
 NOT_OURS: dict[str, Any] = {"safety_checker": None, "feature_extractor": None}
 """Parts of a folder that are left out."""
 INDEX = "model_index.json"
@@ -337,23 +337,6 @@ def with_variant(source: str, index: Mapping[str, Any]) -> tuple[Path, str | Non
     return Path(DiffusionPipeline.download(source, variant=VARIANT, **NOT_OURS)), VARIANT
 
 
-def check_index(source: str, index: Mapping[str, Any]) -> None:
-    """Raises ModelError for a model of another kind, by its model_index.json, before gigabytes are read."""
-    kind = str(index.get("_class_name", "pipeline"))
-    family = next((name for start, name in OTHERS.items() if kind.startswith(start)), None)
-    if family is None and (index.get("unet") or [None])[0] is not None:
-        return
-    raise not_ours(source, f"{family or 'a model of another kind'} ({kind})")
-
-
-def not_ours(id: str, what: str) -> ModelError:
-    """For a model that is something else."""
-    return ModelError(
-        f"{id} is {what}; visionlora opens text-to-image models of Stable Diffusion 1.x, 2.x and XL. "
-        f"Give one of these, or {EMBEDDED}."
-    )
-
-
 def load_single_file(path: Path, dtype: torch.dtype) -> tuple[Any, str]:
     """A single-file checkpoint as a pipeline, and what its header says beyond its family, for the line that says which model.
 
@@ -396,7 +379,23 @@ def load_single_file(path: Path, dtype: torch.dtype) -> tuple[Any, str]:
             text = (
                 f"diffusers {found['diffusers']} is too old for transformers {found['transformers']}: update diffusers."
             )
+        if isinstance(e, OSError) and path.is_file():
+            text = why_unread(path) or text
         raise misfit(f"{start} its weights", e) or ModelError(f"{start} {text}") from None
+
+
+def why_unread(path: Path) -> str:
+    """Why diffusers cannot read a file, which it does by the ending of its name; empty where that is not seen."""
+    pickle = is_pickle(path)
+    if pickle == (path.suffix == SINGLE_FILE_SUFFIXES[0]):
+        kind, end = ("a pickle of torch's", ".ckpt") if pickle else ("a safetensors file", ".safetensors")
+        return f"it is {kind}: rename it to end in {end}."
+    try:
+        if pickle:
+            next(pickled(path))
+    except AdapterFileError as e:
+        return str(e)
+    return ""
 
 
 def prediction_by_weights(unet: Any) -> str | None:
@@ -408,19 +407,6 @@ def prediction_by_weights(unet: Any) -> str | None:
         return None
     bias = dict(unet.named_parameters()).get(SPREADS)
     return None if bias is None else "v_prediction" if float(bias.float().std(correction=0)) > WIDE else "epsilon"
-
-
-def check_prediction(path: Path, header: CheckpointHeader) -> None:
-    """Raises ModelError for a checkpoint that says to predict what nobody knows; it would be trained as if it were noise."""
-    if (said := header.prediction_type) is None or said in PREDICTION_TYPES:
-        return
-    hint = nearest(said.lower(), WORDS)
-    if "flow" in said.lower() or said.lower() == "rf":
-        hint = f"That is flow matching; visionlora trains models that predict {', '.join(PREDICTION_TYPES)}."
-    raise ModelError(
-        f"The checkpoint {path} cannot be opened: it says in its header that it predicts {said!r} ({PREDICTION}). {hint} Use a "
-        f"Stable Diffusion 1.x, 2.x or XL base such as {DEFAULT_ON_GPU}, or have its author's header corrected."
-    )
 
 
 def open_controlnet(source: str, base: BaseModel) -> Any:
@@ -486,6 +472,7 @@ def _opened(id: str, source: str, why: str, pipe: Any, variant: str | None = Non
             f"where text-to-image takes {pipe.vae.config.latent_channels}. Use the base model it came from."
         )
     check_noise(id, pipe)
+    check_kinds(id, pipe)
     pipe = as_text_to_image(pipe)
     pipe.set_progress_bar_config(disable=True)
     base = BaseModel(id, source, why, pipe, variant=variant)
@@ -494,31 +481,6 @@ def _opened(id: str, source: str, why: str, pipe: Any, variant: str | None = Non
     for part in (pipe.vae, *base.components().values()):
         part.requires_grad_(False).eval()
     return base
-
-
-def check_noise(id: str, pipe: Any) -> None:
-    """Raises ModelError for noise levels, predictions or latents that training would replace by others."""
-    config = pipe.scheduler.config
-    has_betas = config.get("beta_schedule") is not None or config.get("trained_betas") is not None
-    kind, predicts = type(pipe.scheduler).__name__, str(config.get("prediction_type"))
-    flows = config.get("use_flow_sigmas") or "flow" in f"{kind} {predicts}".lower()
-    if not has_betas or flows:
-        noise = "EDM noise levels" if kind.startswith("EDM") else "flow matching" if flows else "other noise"
-        raise ModelError(
-            f"{id} has a {kind}, so it was trained with {noise}; visionlora trains models whose noise is given by betas and "
-            f"that predict {', '.join(PREDICTION_TYPES)}. Use a Stable Diffusion 1.x, 2.x or XL base such as {DEFAULT_ON_GPU}."
-        )
-    if predicts not in PREDICTION_TYPES:
-        raise ModelError(
-            f"{id} has the prediction_type {predicts!r} in its scheduler_config.json, which nobody knows. "
-            f"{nearest(WORDS.get(predicts.lower(), predicts), PREDICTION_TYPES)} Write it there as its author says."
-        )
-    for name in ("latents_mean", "shift_factor"):
-        if pipe.vae.config.get(name):
-            raise ModelError(
-                f"The VAE of {id} shifts its latents ({name}), which visionlora's training does not. Use a Stable Diffusion "
-                f"1.x, 2.x or XL base such as {DEFAULT_ON_GPU}."
-            )
 
 
 def as_text_to_image(pipe: Any) -> Any:

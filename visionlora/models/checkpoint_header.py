@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from visionlora.formats.container import is_pickle, read_header
 from visionlora.formats.read import CHECKPOINT, EMBEDDING, format_of
 
 INPUTS = "input_blocks."
@@ -23,9 +24,13 @@ UNET = "model.diffusion_model."
 IN_CHECKPOINTS = {
     "UNet": (UNET,),
     "VAE": ("first_stage_model.", "vae."),
-    "text encoder": ("cond_stage_model.", "conditioner.embedders."),
+    "text encoder": ("cond_stage_model.transformer.text_model.", "cond_stage_model.model.", "conditioner.embedders."),
 }
 """What the names of a part's tensors begin with in whole checkpoints."""
+OLDEST_ENCODER = "cond_stage_model.transformer.embeddings."
+"""Begins the names of a text encoder that diffusers does not read, as transformers had them before text_model."""
+SCALES = (".scale_weight", ".weight_scale", "scaled_fp8")
+"""End the names of scales of weights in eight bits, without which these mean nothing."""
 AVERAGED = "model_ema."
 """Begins the names of the averaged weights of a UNet, which stand beside the others and are not read."""
 OTHER_BLOCKS = ("double_blocks.", "joint_blocks.", "single_blocks.", "transformer_blocks.", "double_layers.")
@@ -138,15 +143,18 @@ def lacking(names: Collection[str]) -> str | None:
         return NO_UNET
     if has(*EDM):
         return OTHER_NOISE
+    if any(name.endswith(SCALES) for name in names):
+        return "holds weights in eight bits with scales beside them, which only some programs read: take it in fp16."
     missing = [part for part, starts in IN_CHECKPOINTS.items() if not has(*starts)]
     if has(SECOND_ENCODER, SIZES_OF_XL) and "text encoder" not in missing:
         encoders = {"first text encoder": FIRST_ENCODER, "second text encoder": SECOND_ENCODER}
         missing += [part for part, start in encoders.items() if not has(start)]
     if not missing:
         return None
-    averaged = " (it has its averaged weights alone, model_ema)" if "UNet" in missing and has(AVERAGED) else ""
+    there = " (it has its averaged weights alone, model_ema)" if "UNet" in missing and has(AVERAGED) else ""
+    there += " (it has one in the oldest layout, without text_model)" if has(OLDEST_ENCODER) else ""
     return (
-        f"has no {', no '.join(missing)}{averaged}, so it is no whole model: take the full checkpoint, or a diffusers folder "
+        f"has no {', no '.join(missing)}{there}, so it is no whole model: take the full checkpoint, or a diffusers folder "
         "that holds model_index.json, unet, vae and text_encoder."
     )
 
@@ -155,14 +163,13 @@ def read_checkpoint_header(path: Path) -> CheckpointHeader:
     """Reads it.
 
     Raises:
-        OSError, SafetensorError: when the file cannot be read.
+        OSError: when the file cannot be read.
+        AdapterFileError: when it is not whole.
     """
-    if path.suffix.lower() != ".safetensors":
+    if is_pickle(path):
         return CheckpointHeader.of(pickled_names(path), {})
-    from safetensors import safe_open
-
-    with safe_open(path, "pt") as file:
-        return CheckpointHeader.of(list(file.keys()), file.metadata() or {})
+    header = read_header(path)
+    return CheckpointHeader.of(header.tensors, header.metadata)
 
 
 def pickled_names(path: Path) -> set[str]:

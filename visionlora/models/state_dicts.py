@@ -16,7 +16,7 @@ from visionlora.models.heads import TRANSFORMERS_HEADS
 
 AVERAGED = ("state_dict_ema", "model_ema", "teacher")
 """Under which trainings keep averaged weights, which are taken before others (`teacher`: DINO)."""
-PREFIXES = ("module.", "model.", "_orig_mod.", "backbone.")
+PREFIXES = ("module.", "model.", "_orig_mod.", "backbone.", "timm_model.")
 """Of what was around a model."""
 BESIDE = re.compile(
     r"(optimizer|lr_scheduler|scheduler|scaler|amp|loss_scaler|callbacks|loops|rng)[a-z_]*\.|n_averaged$"

@@ -210,6 +210,28 @@ def test_noise_and_latents_that_training_does_not_know_are_refused(
         open_base(str(folder))
 
 
+def test_a_unet_that_reads_more_than_text_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    """As that of unCLIP; the first step would end in a traceback."""
+    folder = saved_as(tiny_model, "StableDiffusionPipeline", tmp_path / "m")
+    file = folder / "unet" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "class_embed_type": "identity"}))
+    with pytest.raises(ModelError, match=r"a model whose UNet reads more than text \(class_embed_type 'identity'\)"):
+        open_base(str(folder))
+
+
+def test_a_vae_of_another_kind_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    """It has no mean and spread of latents."""
+    from diffusers import AutoencoderTiny
+
+    folder = saved_as(tiny_model, "StableDiffusionPipeline", tmp_path / "m", vae=["diffusers", "AutoencoderTiny"])
+    shutil.rmtree(folder / "vae")
+    channels = {"encoder_block_out_channels": (8, 8, 8), "decoder_block_out_channels": (8, 8, 8)}
+    counts = {"num_encoder_blocks": (1, 1, 1), "num_decoder_blocks": (1, 1, 1)}
+    AutoencoderTiny(**channels, **counts).save_pretrained(folder / "vae")
+    with pytest.raises(ModelError, match=r"The VAE of .*m is of the kind AutoencoderTiny; visionlora trains on"):
+        open_base(str(folder))
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [
@@ -308,6 +330,11 @@ def test_a_checkpoint_that_predicts_what_nobody_knows_is_refused(tmp_path: Path,
             "has no UNet: it is of another family, such as FLUX",
         ),
         (("joint_blocks.0",), "has no UNet: it is of another family, such as FLUX"),
+        (
+            (*WHOLE_XL[:2], "cond_stage_model.transformer.embeddings"),
+            r"has no text encoder \(it has one in the oldest layout",
+        ),
+        ((*WHOLE_XL, "edm_vpred.sigma_max"), "was trained with EDM noise levels"),
         (("input_blocks.0",), "is a UNet alone: name the folder"),
     ],
 )
@@ -323,6 +350,34 @@ def test_a_checkpoint_that_lacks_a_part_is_refused(
     torch.save({"state_dict": tensors}, file) if pickled else save_file(tensors, file)
     with pytest.raises(ModelError, match=said):
         open_base(str(file))
+
+
+def test_weights_in_eight_bits_with_scales_are_refused(tmp_path: Path) -> None:
+    """Without the scales they would be other weights."""
+    tensors = {f"{part}.{end}": torch.ones(1) for part in WHOLE_XL for end in ("weight", "scale_weight")}
+    save_file({n: t.to(torch.float8_e4m3fn) for n, t in tensors.items()}, tmp_path / "own.safetensors")
+    with pytest.raises(ModelError, match="holds weights in eight bits with scales beside them"):
+        open_base(str(tmp_path / "own.safetensors"))
+
+
+def test_a_checkpoint_that_cannot_be_read_says_why(tmp_path: Path) -> None:
+    tensors = {f"{part}.x": torch.zeros(1) for part in WHOLE_XL}
+    save_file(tensors, tmp_path / "named.ckpt")
+    torch.save(tensors, tmp_path / "named.safetensors")
+    torch.save({"state_dict": tensors, "callbacks": {AdapterConfig: 1}}, tmp_path / "more.ckpt")
+    save_file(tensors, tmp_path / "cut.safetensors")
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "cut.safetensors").read_bytes()[:-4])
+    (tmp_path / "pointer.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    for name, said in (
+        ("named.ckpt", "it is a safetensors file: rename it to end in .safetensors."),
+        ("named.safetensors", "it is a pickle of torch's: rename it to end in .ckpt."),
+        ("more.ckpt", "it holds more than tensors (visionlora.lora.config.AdapterConfig)"),
+        ("cut.safetensors", "is not a whole safetensors file"),
+        ("pointer.safetensors", "is not a whole safetensors file"),
+    ):
+        with pytest.raises(ModelError) as caught:
+            open_base(str(tmp_path / name))
+        assert said in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_checkpoint_of_sdxl_is_told_by_its_header(tmp_path: Path) -> None:

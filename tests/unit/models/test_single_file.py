@@ -113,7 +113,7 @@ def test_a_diffusers_older_than_its_transformers_says_so(tmp_path: Path, monkeyp
         raise AttributeError("'CLIPTextModel' object has no attribute 'text_model'")
 
     monkeypatch.setattr(StableDiffusionPipeline, "from_single_file", cannot)
-    parts = ("model.diffusion_model.input_blocks.0", "first_stage_model", "cond_stage_model")
+    parts = ("model.diffusion_model.input_blocks.0", "first_stage_model", "cond_stage_model.model")
     save_file({f"{part}.x": torch.zeros(1) for part in parts}, tmp_path / "model.safetensors")
     with pytest.raises(
         ModelError, match=r"cannot be opened: diffusers .* is too old for transformers .*: update diffusers\.$"
