@@ -82,7 +82,7 @@ def pictures_of(pipe: Any, latents: Tensor) -> list[Image.Image]:
 
 def base_damaged(pipe: Any) -> ModelError | None:
     """What is said of a pipeline whose weights themselves hold NaN or infinite values; None when all are finite."""
-    return damaged("The weights of the base", {name: getattr(pipe, name, None) for name in PARTS})
+    return damaged("The weights of the base", {name: getattr(pipe, name, None) for name in (*PARTS, "controlnet")})
 
 
 def not_finite(dtype: torch.dtype) -> ModelError:
