@@ -24,6 +24,7 @@ def test_only_a_wider_precision_is_advised(dtype: torch.dtype, said: str) -> Non
     assert said in str(told.value)
 
 
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("part", ["unet", "vae"])
 def test_a_base_that_holds_nan_is_named(tiny_model: Path, part: str) -> None:
     """Advice on scales and precisions would be in vain."""

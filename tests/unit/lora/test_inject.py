@@ -205,7 +205,7 @@ GATED_IN = {
         1.0,
     ),
     "diff": AdapterModule("diff", {"diff": torch.randn(16, 6)}, 1.0),
-    "ia3": AdapterModule("ia3", {"vector": torch.randn(16)}, 1.0),
+    "ia3": AdapterModule("ia3", {"vector": torch.randn(16)}, 1.0, {"on_input": False}),
     "ia3 on inputs": AdapterModule("ia3", {"vector": torch.randn(6)}, 1.0, {"on_input": True}),
 }
 

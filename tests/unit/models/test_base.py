@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from visionlora.errors import ModelError
 from visionlora.lora.config import AdapterConfig
 from visionlora.lora.inject import inject
-from visionlora.models.base import DEFAULT_ON_GPU, choose, fetch_default, open_base
+from visionlora.models.base import DEFAULT_ON_GPU, SPREADS, choose, fetch_default, load_single_file, open_base
 from visionlora.models.checkpoint_header import read_checkpoint_header
 from visionlora.models.fingerprint import architecture_fingerprint, weights_fingerprint
 
@@ -350,6 +350,37 @@ def test_a_checkpoint_that_lacks_a_part_is_refused(
     torch.save({"state_dict": tensors}, file) if pickled else save_file(tensors, file)
     with pytest.raises(ModelError, match=said):
         open_base(str(file))
+
+
+@pytest.mark.parametrize(
+    ("metadata", "spread", "prediction", "side", "said"),
+    [
+        ({}, 0.05, "epsilon", 64, "It predicts the noise (epsilon), by the look of its weights"),
+        ({}, 0.2, "v_prediction", 96, "It predicts the velocity (v_prediction), by the look of its weights"),
+        ({"modelspec.prediction_type": "epsilon"}, 0.2, "epsilon", 64, ""),
+        ({"modelspec.architecture": "stable-diffusion-v2-768-v"}, 0.05, "v_prediction", 96, "says its header"),
+    ],
+)
+def test_what_stable_diffusion_2_predicts_is_told_by_its_weights(
+    tiny_sd2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, metadata: dict, spread: float, prediction: str, side: int,
+    said: str,
+) -> None:  # fmt: skip
+    """diffusers takes the velocity for both kinds, and 768 px."""
+    import diffusers
+
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=96, block_out_channels=(8, 8, 16, 16), cross_attention_dim=1024, norm_num_groups=4, attention_head_dim=1,
+        use_linear_projection=True,
+    )  # fmt: skip
+    bias = unet.get_parameter(SPREADS)
+    bias.data.copy_(torch.tensor([-spread, spread]).repeat(len(bias) // 2))
+    opened = diffusers.StableDiffusionPipeline.from_pretrained(tiny_sd2, unet=unet, safety_checker=None)
+    monkeypatch.setattr(diffusers.StableDiffusionPipeline, "from_single_file", lambda *_, **__: opened)
+    parts = ("model.diffusion_model.input_blocks.0", "first_stage_model", "cond_stage_model.model")
+    save_file({f"{part}.x": torch.zeros(1) for part in parts}, tmp_path / "two.safetensors", metadata)
+    pipe, told = load_single_file(tmp_path / "two.safetensors", torch.float32)
+    assert (pipe.scheduler.config.prediction_type, unet.config.sample_size) == (prediction, side)
+    assert said in told and bool(told) is bool(said)
 
 
 def test_weights_in_eight_bits_with_scales_are_refused(tmp_path: Path) -> None:
