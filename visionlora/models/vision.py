@@ -50,6 +50,8 @@ IN_TIMM = {
 }
 """Kinds of transformers that classify nothing, and one such model of timm."""
 
+NO_CODE = {"trust_remote_code": False}
+"""Without it transformers asks at the terminal whether it may run the code that a model brings with it."""
 BLOCKS = ("blocks", "layers", "block", "layer")
 """What a stage of a model calls its blocks, by number."""
 STEM = "stem"
@@ -341,24 +343,28 @@ def from_transformers(id: str, weights: str | None) -> VisionModel:
                 AutoModelForImageClassification,
             )
 
-            config: Any = AutoConfig.from_pretrained(id)
+            config: Any = AutoConfig.from_pretrained(id, **NO_CODE)
             if (kind := config.model_type) in NO_PICTURES:
                 raise ModelError(f"{id} is a {kind}, which {NO_PICTURES[kind]}.")
             if type(config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
                 other = f"timm has such a model: --model {IN_TIMM[kind]}." if kind in IN_TIMM else CHOOSE
                 raise ModelError(f"{id} is a {kind}, of which transformers has no image classifier. {other}")
             if weights is None:
-                model, info = loaded(its_weights(id), "transformers", AutoModelForImageClassification, id)
+                model, info = loaded(its_weights(id), "transformers", AutoModelForImageClassification, id, **NO_CODE)
                 check_loaded(its_weights(id), model, info, tuple(f"{name.split('.')[0]}." for name in heads_in(model)))
             else:
-                model = AutoModelForImageClassification.from_config(config)
+                model = AutoModelForImageClassification.from_config(config, **NO_CODE)
             try:
-                processor = dict(AutoImageProcessor.from_pretrained(id).to_dict())
+                processor = dict(AutoImageProcessor.from_pretrained(id, **NO_CODE).to_dict())
             except (OSError, ValueError):  # a folder without one: the values that most of its models use
                 processor = {}
     except ModelError:
         raise
     except Exception as e:
+        if "trust_remote_code" in str(e):
+            raise ModelError(
+                f"{id} is a model of its own kind, which brings its code with it; visionlora runs no code of models. {CHOOSE}"
+            ) from None
         raise cannot_be_had(id, e) from None
     sees = getattr(config, "vision_config", config)  # of CLIP and SigLIP, which have another for texts
     preprocessing = as_preprocessing(id, processor, getattr(sees, "image_size", None))

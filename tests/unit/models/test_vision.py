@@ -327,6 +327,7 @@ def around(prefix: str, state: dict) -> dict:
         (lambda good, bad: {"model": good, "scaler": {"scale": torch.ones(1)}}, ""),
         (lambda good, bad: {"model": around("module.", good), "loss": torch.ones(1)}, ""),
         (lambda good, bad: around("_orig_mod.", good), ""),
+        (lambda good, bad: around("timm_model.", good), ""),
         (lambda good, bad: around("module._orig_mod.", good), ""),
         (lambda good, bad: {"state_dict": around("model.backbone.", good)}, ""),
         (lambda good, bad: {**around("backbone.", good), "head.mlp.0.weight": torch.zeros(3)}, ""),
@@ -414,6 +415,20 @@ def test_a_state_dict_of_another_model_is_refused(tmp_path: Path) -> None:
     save_file({"blocks.0.norm1.weight": torch.zeros(3)}, tmp_path / "own.safetensors")
     with pytest.raises(ModelError, match=r"lacks \d+ tensors .* of shape \(3,\) where the model has \(24,\)"):
         open_backbone(str(folder), weights=str(tmp_path / "own.safetensors"))
+
+
+@pytest.mark.parametrize("weights", [None, "random"])
+def test_code_that_a_model_brings_is_neither_run_nor_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: str | None
+) -> None:
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked at the terminal"))
+    (tmp_path / "own.py").write_text("raise SystemExit")
+    classes = {"AutoConfig": "own.Config", "AutoModelForImageClassification": "own.Model"}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": classes}))
+    with pytest.raises(
+        ModelError, match=r"which brings its code with it; visionlora runs no code of models\. Choose another"
+    ):
+        open_backbone(str(tmp_path), weights)
 
 
 def test_weights_that_hold_nan_are_refused(tmp_path: Path) -> None:
