@@ -35,6 +35,7 @@ from visionlora.lora.methods.tlora import check_timed, follow_timestep
 from visionlora.lora.names import halves_of, resolve_names
 from visionlora.lora.packed import packed_layers
 from visionlora.lora.targets import (
+    LAYERS,
     UNCALLED,
     check_ranks,
     ends_on_boundary,
@@ -246,8 +247,12 @@ def fit(
         AdapterFileError: for a kind of module that is unknown here, or two for one layer.
     """
     base = base_parameters(model) if any(m.kind in IN_PLACE for m in modules.values()) else {}
-    known = {n for n, _ in model.named_modules() if n}
-    strange = [n for n in modules if n not in known and n.rpartition(".")[0] not in known]
+    known = {n: m for n, m in model.named_modules() if n}
+    with_parts = (*LAYERS, nn.MultiheadAttention)  # whose parts are no modules
+    strange = [
+        n for n in modules
+        if n not in known and n not in base and not isinstance(known.get(n.rpartition(".")[0]), with_parts)
+    ]  # fmt: skip
     spelled = resolve_names(strange, [*known, *base]) if strange else {}
     methods, replaced, skipped = [], [], []
     seen: dict[str, str] = {}

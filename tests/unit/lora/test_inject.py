@@ -236,3 +236,22 @@ def test_a_layer_that_cannot_be_cut_is_named() -> None:
     adapter = Adapter({"net.mlp.weights_in": AdapterModule("dora", by_columns, 4.0, {"axis": "in"})})
     with pytest.raises(TargetError, match=r"layer net\.mlp\.weights_in, which ModuleDict has not"):
         attach(newer, adapter, "net")
+
+
+@pytest.mark.parametrize(
+    ("older", "newer"), [("mlp.weights_out", "mlp.down_proj"), ("attention.attention.query", "attention.q_proj")]
+)
+def test_renamed_layers_are_found_below_what_kept_its_name(older: str, newer: str) -> None:
+    """They were not looked for where their parent is in the model, as if they were parts of it."""
+
+    def with_layer(name: str) -> nn.Module:
+        model = layer = nn.Module()
+        for part in name.split(".")[:-1]:
+            layer.add_module(part, nn.Module())
+            layer = layer.get_submodule(part)
+        layer.add_module(name.rpartition(".")[2], nn.Linear(6, 8))
+        return model
+
+    for given, own in ((older, newer), (newer, older)):
+        handle = attach(with_layer(own), Adapter({f"net.{given}": factors(6, 8)}), "net")
+        assert list(handle.methods) == [own]
