@@ -21,6 +21,7 @@ from visionlora.lora import arithmetic
 from visionlora.lora.adapter import Adapter
 from visionlora.lora.arithmetic import Progress, Result, Size
 from visionlora.lora.combine import Options
+from visionlora.lora.guards import refuse_saving
 from visionlora.lora.handle import Handle
 from visionlora.lora.inject import attach
 from visionlora.models.base import BaseModel, open_base
@@ -252,6 +253,7 @@ def apply(
         raise
     for handle in handles:
         handle.set_scale(scale)
+    refuse_saving(base.pipe)
     add_tokens(base, adapter)
     return handles
 

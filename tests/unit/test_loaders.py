@@ -54,6 +54,13 @@ def test_two_adapters_at_their_scales_equal_the_sum_of_their_changes_in_the_weig
     torch.testing.assert_close(predict(pipe.unet), predict(merged), rtol=1e-4, atol=1e-4)
 
 
+def test_a_pipeline_that_was_loaded_with_adapters_is_not_saved_in_part(tiny_model: Path, tmp_path: Path) -> None:
+    pipe = load_pipeline({"a": random_adapter(open_base(str(tiny_model)), 0)})
+    with pytest.raises(ConfigError, match=r"Adapters are on this StableDiffusionPipeline \(a\)"):
+        pipe.save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
 def test_scale_zero_and_eject_give_the_base_bit_for_bit(tiny_model: Path) -> None:
     base = open_base(str(tiny_model))
     plain = predict(base.pipe.unet)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from visionlora.errors import ConfigError
+from visionlora.lora.guards import check_loading
 from visionlora.lora.methods.base import Method, last_switch, mark
 from visionlora.lora.together import Batch, Stack, build_batch, build_stack
 
@@ -31,16 +32,8 @@ class AdaptedLayer(nn.Module):
         return found
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        """What torch calls to load values.
-
-        Raises:
-            ConfigError: for those of what adapters are merged into, which are written anew from its originals.
-        """
-        if lost := next((prefix + name for name in self.originals if prefix + name in state_dict), ""):
-            raise ConfigError(
-                f"Adapters are merged into {lost}, and what is loaded there would be gone with them: take them out first "
-                "(mix.detach(), handle.unmerge()), load, and put them on again."
-            )
+        """What torch calls to load values: here of this layer alone, or through no model that is guarded."""
+        check_loading(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def methods(self) -> Iterator[Method]:

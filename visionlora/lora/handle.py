@@ -15,6 +15,7 @@ from visionlora.errors import ConfigError, TargetError
 from visionlora.lora.adapter import Adapter, AdapterModule
 from visionlora.lora.attention import give_back
 from visionlora.lora.config import AdapterConfig
+from visionlora.lora.guards import guard, unguard
 from visionlora.lora.in_full import InFull
 from visionlora.lora.layers import release
 from visionlora.lora.lean import make_plain
@@ -126,6 +127,7 @@ class Handle:
         self._hook: Any = None
         self._untied = False
         self._freezes = False
+        self._guards = False
 
     # ----------------------------------------------------------------------------------------------------- training
 
@@ -290,6 +292,11 @@ class Handle:
         if self.merged:
             check_unfused(self._attentions, self.name)
 
+    def guard(self) -> None:
+        """From now on the model cannot be saved, nor weights be loaded into what the adapter has changed."""
+        guard(self.model, self.name)
+        self._guards = True
+
     def _write(self) -> None:
         """Writes the weights of every layer that this adapter is on."""
         write_weights([self])
@@ -316,6 +323,9 @@ class Handle:
             self._hook.remove()
         lean, self._lean = self._lean, []
         make_plain(lean)
+        if self._guards:
+            self._guards = False
+            unguard(self.model, self.name)
         if self._freezes:
             self._freezes = False
             thaw(self.model, self.in_full.values())

@@ -13,9 +13,11 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from visionlora.lora.adapted import AdaptedLayer
 from visionlora.lora.functional import wide
+from visionlora.lora.guards import check_loading
 from visionlora.lora.merge import merge_anew
 
 
@@ -25,6 +27,8 @@ class Changed:
 
     original: Tensor
     """As it was before the first."""
+    hook: RemovableHandle
+    """Of the module, for values that are loaded into it alone."""
     parts: list[InFull] = field(default_factory=list)
 
 
@@ -47,7 +51,8 @@ class InFull:
         self._trains = value is None and difference is None
         changed: dict[str, Changed] = vars(owner).setdefault("_changed", {})
         if name not in changed:
-            changed[name] = Changed(self._unmerged.detach().clone())
+            hook = owner.register_load_state_dict_pre_hook(check_loading)
+            changed[name] = Changed(self._unmerged.detach().clone(), hook)
         self._changed = changed[name]
         self._write(lambda parts: parts.append(self))
 
@@ -66,6 +71,11 @@ class InFull:
     def is_changed(self) -> bool:
         """Whether some adapter, this one or another, changes the parameter."""
         return self.name in vars(self.owner).get("_changed", {})
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the parameter itself is the value, as where it trains."""
+        return self._trains and self._value is None
 
     @property
     def original(self) -> Tensor:
@@ -104,7 +114,7 @@ class InFull:
         self._write(lambda parts: parts.remove(self))
         if not self._changed.parts:
             changed: dict[str, Changed] = vars(self.owner)["_changed"]
-            del changed[self.name]
+            changed.pop(self.name).hook.remove()
             if not changed:
                 del vars(self.owner)["_changed"]
 
@@ -119,7 +129,7 @@ class InFull:
     def _hold(self) -> None:
         """Keeps the values of those that the parameter itself holds, before it is written."""
         for part in self._changed.parts:
-            if part._trains and part._value is None:
+            if part.in_place:
                 part._value = part.value().clone()
 
     def _sum(self, parts: list[InFull]) -> Tensor:

@@ -110,6 +110,8 @@ def inject(
         for n in base:
             if n in replaced:
                 handle.in_full[n] = InFull(*owner_of(model, n))
+        if methods:  # a model that trains in full, or its head alone, is one that may be saved
+            handle.guard()
         if config.save_memory and methods:
             handle._lean = make_lean(model)
     handle.report = InjectionReport(
@@ -190,6 +192,7 @@ def attach(
         _place(handle, methods, name)
         for path, m in replaced:
             handle.in_full[path] = InFull(*owner_of(model, path), m.tensors.get("value"), m.tensors.get("shift"))
+        handle.guard()
     left_out = {path for path, _ in skipped}
     used = {path: m for path, m in modules.items() if path not in left_out}
     zero = tuple(path for path, m in used.items() if m.is_zero())

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from visionlora.errors import ConfigError, nearest
 from visionlora.loaders import check_family_of, load_adapter
 from visionlora.lora.adapter import Adapter, in_one_spelling
+from visionlora.lora.guards import allow_saving, refuse_saving
 from visionlora.lora.handle import Handle
 from visionlora.lora.inject import attach as attach_one
 from visionlora.lora.merge import check_scale, merge_together
@@ -36,7 +37,7 @@ from visionlora.lora.overlap import PairOverlap, overlap
 from visionlora.lora.packed import Packed
 from visionlora.mixing.compose import Composition, composition
 from visionlora.mixing.compose.balanced import scaled
-from visionlora.mixing.holder import allow_saving, hold, let_go, mix_on, refuse_saving
+from visionlora.mixing.holder import hold, let_go, mix_on
 from visionlora.mixing.moments import Moments, check_stepped
 from visionlora.mixing.parts import parts_of, places, word_for
 from visionlora.mixing.rows import check_pictures, knows_pictures, of_prompts, repeated, rows_of, tiled

@@ -1,0 +1,147 @@
+"""A model with adapters on it is not saved, and nothing is loaded into what they have changed."""
+
+import copy
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import ViTConfig, ViTForImageClassification
+
+import visionlora as vl
+from visionlora.errors import ConfigError
+from visionlora.lora.adapter import Adapter, AdapterModule
+from visionlora.lora.config import AdapterConfig
+from visionlora.lora.inject import attach, inject
+
+SAID = r"Adapters are on this .* \(default\): .*handle.eject\(\).* handle.save\(path\)"
+
+
+class Saved(nn.Module):
+    """A model that writes its names as a library would."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(3, 3), nn.LayerNorm(3), nn.Linear(3, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.norm(self.first(x)))
+
+    def save_pretrained(self, names: list[str]) -> None:
+        names += self.state_dict()
+
+
+def lora(**more: AdapterModule) -> Adapter:
+    own = {"model.last": AdapterModule.lora(torch.ones(1, 3), torch.ones(3, 1), 1.0)}
+    return Adapter(own | {f"model.{n.replace('__', '.')}": m for n, m in more.items()})
+
+
+def shift() -> AdapterModule:
+    return AdapterModule("shift", {"shift": torch.ones(3)}, 1.0)
+
+
+def test_a_model_with_an_adapter_is_not_saved() -> None:
+    model, names = Saved(), []
+    plain = set(vars(model))
+    handle = attach(model, lora())
+    trained = inject(model, AdapterConfig(targets=("first",)), name="trained")
+    for saved in (model, copy.deepcopy(model)):
+        with pytest.raises(ConfigError, match=r"Adapters are on this Saved \(default, trained\)"):
+            saved.save_pretrained(names)
+    handle.eject()
+    with pytest.raises(ConfigError, match=r"on this Saved \(trained\): .*call handle.save\(path\)"):
+        model.save_pretrained(names)
+    trained.eject()
+    model.save_pretrained(names)
+    assert names == list(Saved().state_dict()) and vars(model).keys() == plain
+    assert not model._load_state_dict_pre_hooks
+
+
+def test_what_trains_in_full_is_a_model_to_save() -> None:
+    model, names = Saved(), []
+    inject(model, AdapterConfig(method="linear-probe", train="last"))
+    model.save_pretrained(names)
+    assert names == list(Saved().state_dict())
+
+
+def test_a_vision_transformer_and_a_compiled_model(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = ViTForImageClassification(ViTConfig(**sizes, image_size=8, patch_size=8))
+    handle = inject(torch.compile(model), AdapterConfig(rank=2, targets=("attn",)))
+    with pytest.raises(ConfigError, match=SAID):
+        model.save_pretrained(tmp_path / "m")
+    handle.eject()
+    model.save_pretrained(tmp_path / "m")
+    assert len(list((tmp_path / "m").glob("*.safetensors"))) == 1
+
+
+def test_one_that_cannot_be_put_on_leaves_nothing() -> None:
+    model, names = Saved(), []
+    attach(model, lora()).eject()
+    handle = attach(model, lora())
+    with pytest.raises(ConfigError, match="on this model already"):
+        attach(model, lora())
+    handle.eject()
+    model.save_pretrained(names)
+    assert len(names) == 6 and not model._load_state_dict_pre_hooks
+
+
+# ------------------------------------------------------------------------------------------------------------- loading
+
+
+def test_nothing_is_loaded_before_it_is_refused() -> None:
+    model = nn.ModuleDict({"inner": Saved()})
+    before = copy.deepcopy(model.state_dict())
+    handle = attach(model["inner"], lora())
+    handle.merge()
+    lost = {n: torch.full_like(t, 7.0) for n, t in before.items()}
+    for there in (model, pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        with pytest.raises(ConfigError, match=r"Adapters are merged into inner.last.weight, .* handle.unmerge"):
+            there.load_state_dict(lost, strict=False)
+        assert all(torch.equal(there.state_dict()[n], t) for n, t in before.items() if n != "inner.last.weight")
+    handle.unmerge()
+    model.load_state_dict(lost, strict=False)
+    handle.eject()
+    assert all(bool((t == 7).all()) for t in model.state_dict().values())
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.0])
+def test_nothing_is_loaded_into_values_that_will_be_put_back(scale: float) -> None:
+    model = Saved()
+    before = copy.deepcopy(model.state_dict())
+    handle = attach(model, lora(norm__bias=shift()))
+    handle.set_scale(scale)
+    for there, prefix in ((model, "norm."), (model.norm, "")):
+        with pytest.raises(ConfigError, match=f"Adapters are in the values of {prefix}bias, .* handle.eject"):
+            there.load_state_dict({"first.weight": torch.zeros(3, 3), f"{prefix}bias": torch.zeros(3)}, strict=False)
+    assert torch.equal(model.first.weight, before["first.weight"])
+    model.load_state_dict({"norm.weight": torch.full((3,), 7.0)}, strict=False)  # which no adapter has changed
+    handle.eject()
+    assert torch.equal(model.norm.bias, before["norm.bias"]) and bool((model.norm.weight == 7).all())
+    model.load_state_dict({"norm.bias": torch.full((3,), 7.0)}, strict=False)
+    assert bool((model.norm.bias == 7).all()) and not model.norm._load_state_dict_pre_hooks
+
+
+def test_what_trains_in_full_takes_values() -> None:
+    model = Saved()
+    before = copy.deepcopy(model.state_dict())
+    trained = inject(model, AdapterConfig(targets=("first",), train="last"))
+    model.load_state_dict({"last.bias": torch.full((3,), 7.0)}, strict=False)
+    assert bool((trained.modules("model")["model.last.bias"].tensors["value"] == 7).all())
+    other = attach(model, Adapter({"model.last.bias": shift()}), name="other")
+    with pytest.raises(ConfigError, match="Adapters are in the values of last.bias"):
+        model.load_state_dict({"last.bias": torch.zeros(3)}, strict=False)
+    other.eject()
+    trained.eject()
+    assert torch.equal(model.last.bias, before["last.bias"])
+
+
+def test_a_mix_refuses_both() -> None:
+    model = Saved()
+    with vl.attach(model, {"default": lora(norm__bias=shift())}):
+        with pytest.raises(ConfigError, match=SAID):
+            model.save_pretrained([])
+        with pytest.raises(ConfigError, match=r"values of norm.bias, .*mix.detach"):
+            model.load_state_dict({"norm.bias": torch.zeros(3)}, strict=False)
+    assert "save_pretrained" not in vars(model) and not model._load_state_dict_pre_hooks

@@ -1,0 +1,115 @@
+"""What is refused while adapters are on a model: saving what is neither the base nor theirs, loading what would be undone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from visionlora.errors import ConfigError
+
+if TYPE_CHECKING:
+    from visionlora.lora.in_full import Changed
+
+
+@dataclass
+class Guard:
+    """Hangs on a model while adapters are on it, and is copied with both."""
+
+    hook: RemovableHandle
+    names: list[str] = field(default_factory=list)
+    """Of the adapters; those on other layers of the model may share one."""
+
+
+def uncompiled(part: Any) -> Any:
+    """What a compiled model was compiled from, which a pipeline saves in its place; anything else as it is."""
+    return getattr(part, "_orig_mod", part)
+
+
+def guard(model: nn.Module, name: str) -> None:
+    """Refuses to save a model, and to load into what adapters have changed, while this one is on it."""
+    model = uncompiled(model)
+    if "_guard" not in vars(model):
+        vars(model)["_guard"] = Guard(model.register_load_state_dict_pre_hook(check_loading))
+        refuse_saving(model)
+    vars(model)["_guard"].names.append(name)
+
+
+def unguard(model: nn.Module, name: str) -> None:
+    """Undoes `guard` for one adapter; without any the model is as before."""
+    model = uncompiled(model)
+    there: Guard = vars(model)["_guard"]
+    there.names.remove(name)
+    if not there.names:
+        there.hook.remove()
+        del vars(model)["_guard"]
+        allow_saving(model)
+
+
+def adapters_on(target: Any) -> list[str]:
+    """The names of the adapters on a model, or on the parts of a pipeline."""
+    parts = (
+        [target] if isinstance(target, nn.Module) else [p for p in vars(target).values() if isinstance(p, nn.Module)]
+    )
+    guards = [vars(uncompiled(p)).get("_guard") for p in parts]
+    return list(dict.fromkeys(name for found in guards if found is not None for name in found.names))
+
+
+def refuse_saving(target: Any) -> None:
+    """Makes `save_pretrained` of a model or pipeline an error while there are adapters on it.
+
+    It would write ΔW into the base where they are merged, and names that no other program knows where they are not.
+    `state_dict` is left as it is: offloading reads it.
+    """
+    if hasattr(target := uncompiled(target), "save_pretrained"):
+        vars(target)["save_pretrained"] = partial(save_pretrained, target)
+
+
+def allow_saving(target: Any) -> None:
+    """As before `refuse_saving`, unless other adapters are still there."""
+    if not adapters_on(target := uncompiled(target)):
+        vars(target).pop("save_pretrained", None)
+
+
+def save_pretrained(target: Any, *args: Any, **kwargs: Any) -> Any:
+    """In place of that of a model or pipeline, and of their copies."""
+    if not (names := adapters_on(target)):
+        return type(target).save_pretrained(target, *args, **kwargs)
+    raise ConfigError(
+        f"Adapters are on this {type(target).__name__} ({', '.join(names)}): what it would save is neither the base nor a "
+        "model that other programs read. For the base take them off first (mix.detach(), handle.eject()); for an adapter "
+        "that trains call handle.save(path); for a model with them in its weights use vl.bake or vl.export with their files."
+    )
+
+
+def check_loading(module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
+    """Refuses values for what adapters have changed: torch calls it with all that a module and those in it are to load.
+
+    Raises:
+        ConfigError: for what is written anew from its original when adapters change or go.
+    """
+    for path, inner in module.named_modules(prefix=prefix.removesuffix("."), remove_duplicate=False):
+        for name, how in written_anew(inner).items():
+            if (lost := f"{path}.{name}" if path else name) in state_dict:
+                raise ConfigError(
+                    f"Adapters are {how[0]} {lost}, and what is loaded there would be gone with them: take them {how[1]}, "
+                    "load, and put them on again."
+                )
+
+
+MERGED = "merged into", "out first (mix.detach(), handle.unmerge())"
+CHANGED = "in the values of", "off first (mix.detach(), handle.eject())"
+
+
+def written_anew(module: nn.Module) -> dict[str, tuple[str, str]]:
+    """The parameters of a module that adapters have written, with the words for how, and for how they are taken out.
+
+    One that trains in full is what is loaded from then on.
+    """
+    found = dict.fromkeys(vars(module).get("originals", ()), MERGED)
+    changed: dict[str, Changed] = vars(module).get("_changed", {})
+    return found | {n: CHANGED for n, c in changed.items() if n not in found and not all(p.in_place for p in c.parts)}
