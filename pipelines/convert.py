@@ -6,10 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from visionlora.atomic import check_new
-from visionlora.config.choices import WEIGHT_SUFFIXES
 from visionlora.errors import ConfigError, nearest
 from visionlora.formats.embeddings import files_beside
-from visionlora.loaders import adapter_of, check_format, load_adapter, save_adapter
+from visionlora.loaders import adapter_of, check_format, check_name, load_adapter, save_adapter
 from visionlora.lora.adapter import Adapter
 from visionlora.lora.arithmetic import Result
 
@@ -56,18 +55,8 @@ def check_output(output: str | Path, to: str, overwrite: bool) -> None:
         ConfigError: when other programs would not find an adapter under this name, or something is there already.
     """
     check_format(to)
-    path = Path(output).expanduser()
-    stem = path.with_suffix("") if path.suffix.lower() in WEIGHT_SUFFIXES else path
-    if to != "peft" and path.suffix.lower() != ".safetensors":
-        raise ConfigError(
-            f"{output} does not end in .safetensors, by which programs know adapters: write {stem.name}.safetensors"
-            + (", or --to peft for a folder." if stem == path else ".")
-        )
-    if to == "peft" and stem != path:
-        raise ConfigError(
-            f"{output} would be a folder, as PEFT has adapters: write {stem.name}, or choose another --to."
-        )
-    check_new(path, overwrite)
+    check_name(output, to)
+    check_new(Path(output).expanduser(), overwrite)
 
 
 def save_new(adapter: Adapter, output: str | Path, to: str, overwrite: bool) -> None:

@@ -10,8 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
+from visionlora.config.choices import WEIGHT_SUFFIXES
 from visionlora.diffusion.objective import zero_terminal
-from visionlora.errors import AdapterFileError, nearest
+from visionlora.errors import AdapterFileError, ConfigError, nearest
 from visionlora.formats import diffusers, kohya, native, peft
 from visionlora.formats.families import context_width, family_of, family_of_unet, flat_shapes
 from visionlora.formats.header import PIPELINE_PARTS
@@ -94,9 +95,11 @@ def save_adapter(adapter: Adapter | Result | str | Path, path: str | Path, forma
     Raises:
         AdapterFileError: when the format is unknown or cannot hold the adapter, a value is NaN or infinite, or the path cannot
             be written.
+        ConfigError: when no program would know an adapter by the path.
     """
     check_format(format)
     adapter = adapter_of(adapter)
+    check_name(path, format)
     if (bad := first_not_finite(adapter.modules)) is not None:
         raise AdapterFileError(
             f"The adapter has NaN or infinite values in {bad!r}, so {path} was not written: its training diverged, or a scale "
@@ -109,6 +112,21 @@ def check_format(format: str) -> None:
     """Raises AdapterFileError when there is no such format."""
     if format not in WRITERS:
         raise AdapterFileError(f"There is no adapter format {format!r}. {nearest(format, WRITERS)}")
+
+
+def check_name(path: str | Path, format: str) -> None:
+    """Raises ConfigError when other programs would not find an adapter of a format under this name."""
+    name = Path(path).name
+    stem = Path(path).stem if Path(path).suffix.lower() in WEIGHT_SUFFIXES else name
+    if format != "peft" and not name.lower().endswith(".safetensors"):
+        raise ConfigError(
+            f"{path} does not end in .safetensors, by which programs know adapters: write {stem}.safetensors"
+            + (", or choose format peft (--to peft) for a folder." if stem == name else ".")
+        )
+    if format == "peft" and stem != name:
+        raise ConfigError(
+            f"{path} would be a folder, as PEFT has adapters: write {stem}, or choose another format (--to)."
+        )
 
 
 def check_base(adapter: Adapter, base: BaseModel, force: bool = False, allow_partial: bool = False) -> None:

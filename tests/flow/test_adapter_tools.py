@@ -434,11 +434,11 @@ def test_a_baked_model_keeps_no_originals_and_other_adapters_see_the_plain_base(
 REFUSALS = {
     "output exists": (["convert", "dog.safetensors", "ink.safetensors"], "ink.safetensors exists already; name another output"),
     "format": (["convert", "dog.safetensors", "x", "--to", "koya"], "There is no adapter format 'koya'. Did you mean 'kohya'?"),
-    "name": (["merge", "dog.safetensors", "-o", "dog-v1.5"], "write dog-v1.5.safetensors, or --to peft for a folder."),
+    "name": (["merge", "dog.safetensors", "-o", "dog-v1.5"], "write dog-v1.5.safetensors, or choose format peft (--to peft)"),
     "name of a pickle": (["convert", "dog.safetensors", "x.bin"], "x.bin does not end in .safetensors, by which programs know "
                          "adapters: write x.safetensors."),
     "name of a file for a folder": (["convert", "dog.safetensors", "x.safetensors", "--to", "peft"], "would be a folder, as "
-                                    "PEFT has adapters: write x, or choose another --to."),
+                                    "PEFT has adapters: write x, or choose another format (--to)."),
     "no file": (["inspect", "nothing.safetensors"], "There is no adapter file at"),
     "scale": (["merge", "dog.safetensors:much", "-o", "x"], "'much' is not a number; write path or path:scale."),
     "scale that is no number": (["merge", "dog.safetensors:nan", "-o", "x"], "a scale must be a finite number, such as 0.8"),

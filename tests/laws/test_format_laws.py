@@ -126,7 +126,7 @@ def test_all_other_kinds_pass_through_ours_and_kohyas(
 def test_diffusers_and_peft_refuse_what_they_cannot_hold(tmp_path_factory, module: AdapterModule) -> None:
     folder = tmp_path_factory.mktemp("law")
     adapter = Adapter({NAMES[0]: module})
-    for format in ("diffusers", "peft"):
+    for format, name in (("diffusers", "a.safetensors"), ("peft", "a")):
         with pytest.raises(AdapterFileError, match=r"Format.? visionlora|own format keeps it"):
-            vl.save_adapter(adapter, folder / format, format)
-        assert not (folder / format).exists()
+            vl.save_adapter(adapter, folder / name, format)
+        assert not (folder / name).exists()

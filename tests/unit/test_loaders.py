@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import visionlora as vl
-from visionlora.errors import AdapterFileError
+from visionlora.errors import AdapterFileError, ConfigError
 from visionlora.loaders import apply, check_base, check_fingerprints, load_adapter, load_pipeline, save_adapter
 from visionlora.lora.adapter import Adapter, AdapterModule
 from visionlora.lora.arithmetic import Result
@@ -127,6 +127,24 @@ def test_files_and_results_are_adapters_too(tmp_path: Path) -> None:
     assert vl.inspect_file(str(tmp_path / "c.safetensors")).summary.format == "kohya"
     with pytest.raises(vl.VisionLoRAError, match="Give a list of pairs of adapter and scale"):
         vl.merge_adapters([(file, file)])
+
+
+@pytest.mark.parametrize(
+    ("name", "format", "said"),
+    [
+        ("dog-v1.5", "visionlora", r"dog-v1.5 does not end in .*: write dog-v1.5.safetensors, or choose format peft"),
+        ("dog.pt", "kohya", r"dog.pt does not end in .safetensors, by which programs know adapters: write dog.safetensors\.$"),
+        ("dog.safetensors", "peft", r"would be a folder, as PEFT has adapters: write dog, or choose another format \(--to\)"),
+    ],
+)  # fmt: skip
+def test_a_name_by_which_no_program_knows_an_adapter(name: str, format: str, said: str, tmp_path: Path) -> None:
+    adapter = Adapter({"unet.a": AdapterModule.lora(torch.ones(2, 4), torch.ones(3, 2), 2.0)})
+    with pytest.raises(ConfigError, match=said):
+        vl.save_adapter(adapter, tmp_path / name, format)
+    assert not list(tmp_path.iterdir())
+    handle = inject(torch.nn.Sequential(torch.nn.Linear(4, 4)), AdapterConfig(rank=1, targets="0"))
+    with pytest.raises(ConfigError, match=r"write dog.safetensors"):
+        handle.save(tmp_path / "dog")
 
 
 def test_a_pipeline_says_what_its_calls_must_be_told(tiny_model: Path) -> None:

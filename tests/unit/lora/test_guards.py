@@ -130,7 +130,7 @@ def test_what_trains_in_full_takes_values() -> None:
     model.load_state_dict({"last.bias": torch.full((3,), 7.0)}, strict=False)
     assert bool((trained.modules("model")["model.last.bias"].tensors["value"] == 7).all())
     other = attach(model, Adapter({"model.last.bias": shift()}), name="other")
-    with pytest.raises(ConfigError, match="Adapters are in the values of last.bias"):
+    with pytest.raises(ConfigError, match=r"Adapters are in the values of last.bias"):
         model.load_state_dict({"last.bias": torch.zeros(3)}, strict=False)
     other.eject()
     trained.eject()

@@ -136,10 +136,10 @@ def test_what_would_lose_the_schedule_is_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(AdapterFileError, match="T-LoRA"):
             act()
-    for spelling in ("kohya", "diffusers", "peft"):
-        with pytest.raises(VisionLoRAError):
-            vl.save_adapter(adapter, tmp_path / spelling, format=spelling)
-        assert not (tmp_path / spelling).exists()
+    for spelling, name in (("kohya", "a.safetensors"), ("diffusers", "a.safetensors"), ("peft", "a")):
+        with pytest.raises(VisionLoRAError, match="T-LoRA"):
+            vl.save_adapter(adapter, tmp_path / name, format=spelling)
+        assert not (tmp_path / name).exists()
     with pytest.raises(ConfigError, match="which Sequential is not given: it is for the UNets"):
         vl.inject(nn.Sequential(nn.Linear(4, 4)), vl.AdapterConfig(method="tlora", rank=2, targets="0"))
     with pytest.raises(ConfigError, match="min_rank is 9; it is for method 'tlora', and between 1 and the rank"):
