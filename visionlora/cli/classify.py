@@ -162,7 +162,9 @@ def predict(
     batch_size: Annotated[int, typer.Option(help="Pictures per forward pass.")] = 32,
     model: Annotated[Optional[str], typer.Option(help="Another place of the backbone.")] = None,  # noqa: UP045
     weights: Annotated[Optional[str], typer.Option(help="Another place of its state dict.")] = None,  # noqa: UP045
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda …")] = "auto",
+    device: Annotated[
+        str, typer.Option(help="auto (cuda or a Mac's mps where there is one), cpu, cuda, mps.")
+    ] = "auto",
     force: Annotated[bool, typer.Option("--force", help="Accept other weights of the same architecture.")] = False,
     skip_broken: Annotated[bool, typer.Option("--skip-broken", help="Leave out pictures that cannot be read.")] = False,
     path_column: Annotated[

@@ -11,11 +11,14 @@ if TYPE_CHECKING:
     import torch
 
 AUTO = "auto"
+AUTOMATIC = ("cuda", "mps", "cpu")
+"""What auto takes, the first that is there: where accelerate trains too."""
 
 
 def usable_device(word: str | torch.device = AUTO) -> torch.device:
-    """A device that is there; auto takes a GPU where there is one. Under `accelerate launch` or torchrun a GPU without a number
-    is that of the process, where there are so many.
+    """A device that is there; auto takes a GPU where there is one: cuda, or mps on a Mac.
+
+    Under `accelerate launch` or torchrun a GPU without a number is that of the process, where there are so many.
 
     Raises:
         ConfigError: when there is no such device.
@@ -28,19 +31,20 @@ def usable_device(word: str | torch.device = AUTO) -> torch.device:
         "xpu": torch.xpu.device_count() if torch.xpu.is_available() else 0,
         "mps": int(torch.backends.mps.is_available()),
     }
+    best = next(kind for kind in AUTOMATIC if there[kind])
     if word == AUTO:
-        word = "cuda" if there["cuda"] else "cpu"
+        word = best
     given = str(word)
     try:
         device = torch.device(word)
     except RuntimeError:
         device = None
     if device is None or device.type not in there:
-        raise ConfigError(f"device is {given!r}; it must be auto, cpu or cuda (cuda:1 for the second).")
+        raise ConfigError(f"device is {given!r}; it must be auto, cpu, mps or cuda (cuda:1 for the second).")
     count = there[device.type]
     if not count:
         what = "GPU that torch can use" if device.type == "cuda" else f"{device.type} device that torch can use"
-        raise ConfigError(f"device is {given!r}, but there is no {what}. Take cpu.")
+        raise ConfigError(f"device is {given!r}, but there is no {what}. Take {best}.")
     if device.type != "cpu" and device.index is not None and device.index >= count:
         raise ConfigError(f"device is {given!r}, but the last one is {device.type}:{count - 1}.")
     rank = os.environ.get("LOCAL_RANK", "")

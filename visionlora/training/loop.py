@@ -95,7 +95,7 @@ class Task(Protocol):
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
-    """Accelerate's word for a precision; `auto` is bf16 (or fp16) on a GPU and fp32 on a CPU.
+    """Accelerate's word for a precision; `auto` is bf16 (or fp16) on cuda, and fp32 on mps and on a CPU.
 
     Raises:
         ConfigError: for fp16 on a CPU, where it has no fast kernels and its gradients underflow.

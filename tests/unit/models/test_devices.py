@@ -2,17 +2,19 @@
 
 import pytest
 import torch
+from visionlora.pipelines.generate import place_of
 
 from visionlora.cli.options import speaks
+from visionlora.config import GenerateConfig
 from visionlora.errors import ConfigError
 from visionlora.models.devices import process_of, usable_device
 
 
-def with_gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+def with_gpus(monkeypatch: pytest.MonkeyPatch, count: int, mps: bool = False) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
     monkeypatch.setattr(torch.xpu, "is_available", lambda: False)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
 
 
 def test_auto_is_a_gpu_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -21,6 +23,16 @@ def test_auto_is_a_gpu_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> No
     with_gpus(monkeypatch, 2)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     assert usable_device() == torch.device("cuda") and usable_device(torch.device("cuda:1")) == torch.device("cuda:1")
+
+
+def test_auto_is_the_gpu_of_a_mac(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_gpus(monkeypatch, 0, mps=True)
+    assert usable_device() == torch.device("mps") and usable_device("cpu") == torch.device("cpu")
+    with pytest.raises(ConfigError, match=r"but there is no GPU that torch can use. Take mps."):
+        usable_device("cuda")
+    assert place_of(GenerateConfig(["a"])) == (torch.device("mps"), "fp32")
+    with_gpus(monkeypatch, 1, mps=True)
+    assert usable_device() == torch.device("cuda")
 
 
 def test_each_process_of_several_has_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -34,8 +46,8 @@ def test_each_process_of_several_has_its_own_gpu(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     ("word", "message"),
     [
-        ("foo", "device is 'foo'; it must be auto, cpu or cuda"),
-        ("meta", "device is 'meta'; it must be auto, cpu or cuda"),
+        ("foo", "device is 'foo'; it must be auto, cpu, mps or cuda"),
+        ("meta", "device is 'meta'; it must be auto, cpu, mps or cuda"),
         ("cuda", "device is 'cuda', but there is no GPU that torch can use. Take cpu."),
         ("mps", "device is 'mps', but there is no mps device that torch can use. Take cpu."),
     ],
