@@ -91,8 +91,8 @@ def draw_all(
                 say(f"Adapter {name}: " + "; ".join(str(handle.report) for _, handle in pairs) + ".")
         try:
             pictures = draw_batch(pipe, batch, given)
-        except torch.OutOfMemoryError:
-            if len(batch) == 1:
+        except RuntimeError as e:
+            if len(batch) == 1 or not out_of_memory(e):
                 raise
             half = len(batch) // 2
             batches = [batch[:half], batch[half:], *batches]
@@ -107,6 +107,11 @@ def draw_all(
     return [
         Drawn(path, recipe, missing.pop(path, None) is not None) for path, recipe in zip(paths, recipes, strict=True)
     ]
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether a device had no memory left; for the GPUs of Macs torch has no error of its own."""
+    return isinstance(error, torch.OutOfMemoryError) or "MPS backend out of memory" in str(error)
 
 
 def places_of(recipes: Iterable[Recipe], folder: Path) -> list[Path]:

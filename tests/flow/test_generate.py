@@ -294,7 +294,10 @@ def test_pictures_drawn_together_are_as_drawn_alone(
     assert "alone, as by this command, values may round otherwise" in told
 
 
-def test_a_batch_that_does_not_fit_is_halved(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no room"), RuntimeError("MPS backend out of memory (…)")])
+def test_a_batch_that_does_not_fit_is_halved(
+    error: RuntimeError, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from visionlora.pipelines import drawing
 
     draw, sizes = drawing.draw_batch, []
@@ -302,7 +305,7 @@ def test_a_batch_that_does_not_fit_is_halved(tiny_model: Path, tmp_path: Path, m
     def small(pipe: object, batch: list[object], given: object) -> list[Image.Image]:
         sizes.append(len(batch))
         if len(batch) > 2:
-            raise torch.OutOfMemoryError("no room")
+            raise error
         return draw(pipe, batch, given)
 
     monkeypatch.setattr(drawing, "draw_batch", small)
