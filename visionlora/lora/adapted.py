@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
@@ -23,7 +23,8 @@ class AdaptedLayer(nn.Module):
     adapters: nn.ModuleDict
     originals: dict[str, Tensor]
     """The untouched weight and bias while some adapter is merged."""
-    _kept: dict[Any, tuple[list[Any], Any]]
+    _kept: dict[Any, tuple[list[Any], Any, list[Any]]]
+    """What was built, after the state that it was built of and before the tensors that are meant there."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """What torch calls to move and cast a module: the originals go along."""
@@ -132,7 +133,7 @@ class AdaptedLayer(nn.Module):
         found: Batch = self.kept(("batch", dtype), active, lambda: build_batch(weight, dtype, active, pictures))
         return found
 
-    def kept(self, what: Any, active: list[Method], build: Callable[[], Any], base: Iterable[Tensor] = ()) -> Any:
+    def kept(self, what: Any, active: list[Method], build: Callable[[], Any], base: Sequence[Tensor] = ()) -> Any:
         """What `build` gives, from before while the active adapters are the same, and the tensors of the base it reads.
 
         Those in training are not kept: writes through `.data`, which much training code does, leave no trace.
@@ -150,7 +151,10 @@ class AdaptedLayer(nn.Module):
                         f"The factors of adapter {m.adapter_name!r} are not in memory, as after offloading by layers: merge "
                         "it before (mode='merged'), or offload whole models (pipe.enable_model_cpu_offload())."
                     )
-            found = self._kept[what] = (state, build())
+            # They are held, so that no other tensor can lie where one of them did, and pass for it.
+            tensors = [*base, *(t for m in active for t in (*m.parameters(), *m.buffers()))]
+            tensors += [] if all(m.additive for m in active) else self._parameters.values()
+            found = self._kept[what] = (state, build(), tensors)
         return found[1]
 
 

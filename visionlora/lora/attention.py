@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from visionlora.errors import ConfigError
 from visionlora.lora.adapted import AdaptedLayer
 from visionlora.lora.classes import adapted_class
-from visionlora.lora.kernels import low_rank_linear
+from visionlora.lora.kernels import low_rank_linear, ordinary
 from visionlora.lora.layers import (
     AdaptedLinear,
     restore_class,
@@ -67,7 +67,7 @@ class AdaptedAttention(AdaptedLayer):
         training = torch.is_grad_enabled() and (
             any(x.requires_grad for x in (query, key, value)) or any(p.requires_grad for p in mha.parameters())
         )
-        if not (self.running() and (training or torch.compiler.is_compiling())):
+        if not (self.running() and (training or ordinary())):
             forward: Any = self.with_weights().forward if self.running() else super().forward
             found, seen_by = forward(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
@@ -148,7 +148,7 @@ class AdaptedAttention(AdaptedLayer):
         if alone:
             branches = [b._replace(rows=None) for b in branches]
         trains = weight.requires_grad or (bias is not None and bias.requires_grad)
-        if torch.compiler.is_compiling() or trains or len(plain) < len(active):
+        if ordinary() or trains or len(plain) < len(active):
             return plain_projection(x, weight, bias, active, alone)
         # Scales are the kernels' own numbers, so the same code serves with and without gradients.
         return low_rank_linear(x, weight, bias, [b for b in branches if b.scaling])

@@ -46,6 +46,16 @@ class Geometry(NamedTuple):
     groups: int
 
 
+def transformed() -> bool:
+    """Whether a transform of torch.func (grad, vmap, jvp …) is going on."""
+    return bool(torch._C._are_functorch_transforms_active())
+
+
+def ordinary() -> bool:
+    """Whether ordinary operations must do: compilers and the transforms of torch.func see into them alone."""
+    return torch.compiler.is_compiling() or transformed()
+
+
 def first_derivative(backward: Callable[..., Any]) -> Callable[..., Any]:
     """A backward pass that cannot be differentiated again; torch's own decorator gives wrong second derivatives in places."""
 

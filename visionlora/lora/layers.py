@@ -8,7 +8,8 @@ A layer runs in one of five ways, with one result:
     batched     each picture of a batch with its own adapters and scales: one batched pair of matmuls
     training    fused kernels that keep little for backward (`visionlora.lora.kernels`)
     stacked     without gradients: the factors of all active adapters concatenated, one pair of matmuls for any number
-    plain       under torch.compile: ordinary operations with the scales in tensors, so that a new scale re-traces nothing
+    plain       under torch.compile and torch.func: ordinary operations, which both see into; compiled, the scales are in
+                tensors, so that a new scale re-traces nothing
 
 Letters in shapes: b batch, n tokens, i in, o out, r rank, *s spatial sizes.
 """
@@ -26,7 +27,16 @@ from visionlora.errors import ConfigError
 from visionlora.lora.adapted import AdaptedLayer
 from visionlora.lora.classes import adapted_class, unmask
 from visionlora.lora.functional import wide
-from visionlora.lora.kernels import CONVOLVE, HEAVY, Geometry, Rows, convolution, low_rank_conv, low_rank_linear
+from visionlora.lora.kernels import (
+    CONVOLVE,
+    HEAVY,
+    Geometry,
+    Rows,
+    convolution,
+    low_rank_conv,
+    low_rank_linear,
+    ordinary,
+)
 from visionlora.lora.methods.base import Method, switched
 from visionlora.lora.together import (
     Batch,
@@ -74,7 +84,7 @@ class AdaptedLinear(AdaptedLayer):
             return self.plain(x, weight, bias, active)
         if any(m.sample_scale is not None for m in active):
             return self.stacked(x, weight, bias, active)
-        if torch.compiler.is_compiling():
+        if ordinary():
             return self.plain(x, weight, bias, active)
         if self.wants_graph(x, active):
             with shared_terms(active):
@@ -183,7 +193,7 @@ class AdaptedConv(AdaptedLayer):
             return self.plain(x, active)
         if any(m.sample_scale is not None for m in active):
             return self.stacked(x, active)
-        if torch.compiler.is_compiling() or isinstance(base.padding, str):
+        if ordinary() or isinstance(base.padding, str):
             return self.plain(x, active)
         if self.wants_graph(x, active):
             with shared_terms(active):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from visionlora.lora.adapted import AdaptedLayer
 from visionlora.lora.classes import adapted_class, forward_of_its_own
-from visionlora.lora.kernels import first_derivative, low_rank_conv, undo
+from visionlora.lora.kernels import first_derivative, low_rank_conv, ordinary, undo
 from visionlora.lora.layers import CONVOLUTIONS, HeavyByMatmul, conv_geometry
 
 
@@ -35,7 +35,7 @@ class LeanConv(Lean):
         base, x = cast(Any, self), input
         if (
             x.dim() < len(base.stride) + 2  # one picture, without a batch
-            or torch.compiler.is_compiling()
+            or ordinary()
             or not torch.is_grad_enabled()
             or not x.requires_grad
             or isinstance(base.padding, str)
@@ -70,7 +70,7 @@ class LeanSiLU(Lean):
 
     def forward(self, input: Tensor) -> Tensor:
         """As `nn.SiLU`."""
-        if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and input.requires_grad):
+        if ordinary() or not (torch.is_grad_enabled() and input.requires_grad):
             return F.silu(input)
         out: Tensor = RemadeSiLU.apply(input)
         return out
@@ -107,7 +107,7 @@ class LeanGEGLU(Lean):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x (..., i) -> (..., d)."""
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or args or kwargs:
+        if ordinary() or not torch.is_grad_enabled() or args or kwargs:
             return cast(Tensor, super().forward(x, *args, **kwargs))
         halves: Tensor = cast(Any, self).proj(x)
         if not halves.requires_grad:
@@ -123,7 +123,7 @@ class LeanPointwise(Lean):
     def forward(self, input: Tensor) -> Tensor:
         """The layer's own output, with a note of what it was made from."""
         out = cast(Tensor, super().forward(input))
-        if torch.is_grad_enabled() and input.requires_grad and not torch.compiler.is_compiling():
+        if torch.is_grad_enabled() and input.requires_grad and not ordinary():
             # The version tells whether somebody has changed the output in place since.
             out.made_from = (input, self.again(input.device.type), out._version)  # type: ignore[attr-defined]
         return out

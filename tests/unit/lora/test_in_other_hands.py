@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from torch import nn
+from torch.func import functional_call, grad, vmap
 from torch.utils.checkpoint import checkpoint
 
 from visionlora.errors import ConfigError
@@ -600,3 +601,71 @@ def test_values_are_not_loaded_into_what_will_be_put_back() -> None:
     model.load_state_dict({"0.weight": torch.zeros(4, 4)}, strict=False)
     handle.eject()
     assert not model[0].weight.any() and torch.equal(model[0].bias, plain["0.bias"])
+
+
+# ------------------------------------------------------------------------------------------------------- torch.func
+
+
+def losses(model: nn.Module, x: torch.Tensor, **options: object) -> tuple[Handle, dict[str, torch.Tensor], object]:
+    """An adapter that trains, its parameters, and the loss of one input as a function of them."""
+    handle = inject(model, AdapterConfig(rank=2, **options))
+    with torch.no_grad():
+        for p in handle.parameters():
+            p += 0.2 * torch.randn(p.shape)
+    own = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+    return handle, own, lambda given, one: functional_call(model, given, (one[None],)).square().sum()
+
+
+def check_each(model: nn.Module, handle: Handle, own: dict, loss, x: torch.Tensor) -> None:
+    """Gradients of each input at once are those of one after the other."""
+    named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    found = vmap(grad(loss), (None, 0))(own, x)
+    for k, one in enumerate(x):
+        wanted = torch.autograd.grad(model(one[None]).square().sum(), list(named.values()))
+        for n, t in zip(named, wanted, strict=True):
+            torch.testing.assert_close(found[n][k], t, rtol=1e-4, atol=1e-4)
+    several = {n: torch.stack([p, 1.5 * p]) for n, p in own.items()}
+    both = vmap(lambda given: functional_call(model, given, (x,)))(several)
+    for k, out in enumerate(both):
+        with torch.no_grad():
+            wanted = functional_call(model, {n: t[k] for n, t in several.items()}, (x,))
+        torch.testing.assert_close(out, wanted, rtol=1e-4, atol=1e-4)
+    assert handle.parameters()[0].grad is None
+
+
+@pytest.mark.parametrize("method", ["lora", "lora-fa", "dora", "ia3", "vera", "adalora"])
+@pytest.mark.parametrize("lean", [False, True])
+def test_transforms_of_functions(method: str, lean: bool) -> None:
+    model, x = network(), torch.randn(3, 3, 4, 4)
+    handle, own, loss = losses(model, x, method=method, targets=("0", "3", "5"), save_memory=lean)
+    check_each(model, handle, own, loss, x)
+
+
+def test_transforms_of_functions_through_packed_attention() -> None:
+    class Attends(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attn = nn.MultiheadAttention(8, 2, batch_first=True)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.attn(x, x, x, need_weights=False)[0]
+
+    torch.manual_seed(0)
+    model, x = Attends().eval(), torch.randn(3, 5, 8)
+    handle, own, loss = losses(model, x, targets=("attn",))
+    check_each(model, handle, own, loss, x)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_values_given_for_one_call_are_those_of_that_call(method: str) -> None:
+    """Tensors that are freed leave their place to the next."""
+    model, handle, x = adapted(method)
+    names = [n for n, _ in model.named_parameters() if ".adapters." in n]
+    with torch.no_grad():
+        shapes = {n: p.shape for n, p in model.named_parameters()}
+        for k in range(8):
+            found = functional_call(model, {n: torch.full(shapes[n], 0.1 * (k + 1)) for n in names}, (x,))
+            for m in handle.methods.values():
+                for p in m.parameters():
+                    p.fill_(0.1 * (k + 1))
+            torch.testing.assert_close(found, model(x))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from visionlora.lora.adapter import AdapterModule
 from visionlora.lora.config import AdapterConfig
 from visionlora.lora.functional import delta_weight, wide
-from visionlora.lora.kernels import Rows
+from visionlora.lora.kernels import Rows, transformed
 
 Factors = tuple[Tensor, Tensor, "float | Tensor"]
 """lora_A (r, i) or (r, i/g, *k), lora_B (o, r) or (o, r, 1, ...), and the scaling."""
@@ -260,7 +260,8 @@ class Method(nn.Module):
             return kept[1]
         with torch.inference_mode(False), torch.no_grad():
             made = build(wide(self.site.weight))
-        self._of_weight = self.site.mark(), made
+        if not transformed():  # in which the weight may stand for many
+            self._of_weight = self.site.mark(), made
         return made
 
     def memory(self) -> dict[str, Tensor]:

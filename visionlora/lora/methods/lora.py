@@ -25,10 +25,15 @@ from visionlora.lora.methods.base import Factors, Method, Site, cpu
 class CorrectedGradient(torch.autograd.Function):
     """B as it is; its gradient times a (r, r) matrix."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, lora_B: Tensor, correction: Tensor) -> Tensor:  # noqa: D102
-        ctx.save_for_backward(correction)
+    def forward(lora_B: Tensor, correction: Tensor) -> Tensor:  # noqa: D102
         return lora_B.view_as(lora_B)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:  # noqa: D102
+        ctx.save_for_backward(inputs[1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # noqa: D102
