@@ -45,7 +45,7 @@ def test_a_model_with_an_adapter_is_not_saved() -> None:
     model, names = Saved(), []
     plain = set(vars(model))
     handle = attach(model, lora())
-    trained = inject(model, AdapterConfig(targets=("first",)), name="trained")
+    trained = inject(model, AdapterConfig(rank=2, targets=("first",)), name="trained")
     for saved in (model, copy.deepcopy(model)):
         with pytest.raises(ConfigError, match=r"Adapters are on this Saved \(default, trained\)"):
             saved.save_pretrained(names)
@@ -126,7 +126,7 @@ def test_nothing_is_loaded_into_values_that_will_be_put_back(scale: float) -> No
 def test_what_trains_in_full_takes_values() -> None:
     model = Saved()
     before = copy.deepcopy(model.state_dict())
-    trained = inject(model, AdapterConfig(targets=("first",), train="last"))
+    trained = inject(model, AdapterConfig(rank=2, targets=("first",), train="last"))
     model.load_state_dict({"last.bias": torch.full((3,), 7.0)}, strict=False)
     assert bool((trained.modules("model")["model.last.bias"].tensors["value"] == 7).all())
     other = attach(model, Adapter({"model.last.bias": shift()}), name="other")

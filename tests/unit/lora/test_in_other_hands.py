@@ -641,6 +641,7 @@ def test_transforms_of_functions(method: str, lean: bool) -> None:
     check_each(model, handle, own, loss, x)
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_transforms_of_functions_through_packed_attention() -> None:
     class Attends(nn.Module):
         def __init__(self) -> None:
