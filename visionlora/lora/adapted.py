@@ -152,7 +152,7 @@ class AdaptedLayer(nn.Module):
                         "it before (mode='merged'), or offload whole models (pipe.enable_model_cpu_offload())."
                     )
             # They are held, so that no other tensor can lie where one of them did, and pass for it.
-            tensors = [*base, *(t for m in active for t in (*m.parameters(), *m.buffers()))]
+            tensors: list[Any] = [*base, *(t for m in active for t in (*m.parameters(), *m.buffers()))]
             tensors += [] if all(m.additive for m in active) else self._parameters.values()
             found = self._kept[what] = (state, build(), tensors)
         return found[1]
