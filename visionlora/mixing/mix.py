@@ -367,7 +367,6 @@ class Mix:
 
     def _set(self, step: int, steps: int) -> None:
         """The scales of one step."""
-        self._moment = (step, steps)
         progress = step / (steps - 1) if steps > 1 else 0.0
         weights = self.composition.weights(list(self.handles), step, steps)
         for name, pairs in self.handles.items():
@@ -389,6 +388,7 @@ class Mix:
                     factor = 1.0 if member is None else member.factors[component, layer] * member.scale.of_all_images
                     changed.set_scale(strength * factor * (weight if isinstance(weight, (int, float)) else 1.0))
         self._set_rows(self._rows)
+        self._moment = (step, steps)  # not before: what is refused at a step is refused again
 
     @property
     def _images(self) -> dict[str, Tensor]:
@@ -453,8 +453,8 @@ class Mix:
         if not self._evaluations:
             return None
         if rows != self._rows:
-            self._rows = rows
             self._set_rows(rows)
+            self._rows = rows
         times = len(self._evaluations)
         return repeated(args, rows, times), repeated(kwargs, rows, times)
 

@@ -77,3 +77,32 @@ def test_what_all_pictures_share_follows_a_number_that_all_share(images: list[fl
         with pytest.raises(ConfigError, match="changes norms or biases"):
             mix.set_scales({"a": vl.Scale(images=[0.0, 1.0])})
         torch.testing.assert_close(model(x), wanted)
+
+
+def test_what_is_refused_when_a_model_runs_is_refused_again() -> None:
+    """The rows are known at the first call alone: the second went on with what the first had set in part."""
+    lora = AdapterModule.lora(torch.ones(2, 4), torch.ones(3, 2), 2.0)
+    shift = AdapterModule("shift", {"shift": torch.ones(3)}, 1.0)
+    adapters = {"a": Adapter({"model.0": lora}), "b": Adapter({"model.0.bias": shift})}
+    model = nn.Sequential(nn.Linear(4, 3))
+    vl.attach(model, adapters, compose="composite")
+    for _ in range(2):
+        with torch.no_grad(), pytest.raises(ConfigError, match="changes norms or biases"):
+            model(torch.ones(2, 4))
+
+
+def test_a_step_that_is_refused_is_refused_again() -> None:
+    class Timed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(4, 3)
+
+        def forward(self, x: torch.Tensor, timestep: int) -> torch.Tensor:
+            return self.inner(x)
+
+    model, lora = Timed(), AdapterModule.lora(torch.ones(2, 4), torch.ones(3, 2), 2.0)
+    steps = vl.Scale(steps=lambda progress: 1.0 if progress == 0 else float("nan"))
+    vl.attach(model, {"a": Adapter({"model.inner": lora})}, scales={"a": steps})
+    for _ in range(2):
+        with torch.no_grad(), pytest.raises(ConfigError, match="must be a finite number"):
+            model(torch.ones(2, 4), 500)
