@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
@@ -60,6 +60,16 @@ class AdaptedLayer(nn.Module):
         if not compiling and everywhere:
             self.__dict__["_active"] = (now, mine, found)
         return found
+
+    def beside(self, active: list[Method]) -> tuple[list[Method], Mapping[str, Tensor]]:
+        """What is to be run beside the weights, and parameters in place of those that it is run beside.
+
+        What multiplies the base's output must not multiply the ΔW of others. Where these are merged they are run too, and the
+        parameters are the untouched ones.
+        """
+        if not self.originals or all(m.additive for m in active):
+            return active, {}
+        return [m for m in self.methods() if m in active or (m.merged and m.scale)], self.originals
 
     def check_inference(self, method: Method) -> None:
         """Raises ConfigError where scales per picture have no path: with gradients, compiled, or read by another layer."""

@@ -124,17 +124,21 @@ class AdaptedAttention(AdaptedLayer):
 
     def project(self, query: Tensor, key: Tensor, value: Tensor, same: bool) -> tuple[Tensor, Tensor, Tensor]:
         """The three projections, (l or s, b, e) each."""
-        mha, active = cast(Any, self), self.active()
-        bias: Tensor | None = mha.in_proj_bias
-        if mha.in_proj_weight is not None and same:
-            packed = self.one(query, mha.in_proj_weight, bias, active)
+        mha = cast(Any, self)
+        active, untouched = self.beside(self.active())
+
+        def read(name: str) -> Any:
+            return untouched.get(name, getattr(mha, name))
+
+        bias, packed_weight = read("in_proj_bias"), read("in_proj_weight")
+        if packed_weight is not None and same:
+            packed = self.one(query, packed_weight, bias, active)
             q, k, v = packed.chunk(3, dim=-1)
             return q, k, v
         found = []
         for n, (part, x) in enumerate((("q", query), ("k", key), ("v", value))):
             rows = slice(n * mha.embed_dim, (n + 1) * mha.embed_dim)
-            packed_weight = mha.in_proj_weight
-            weight = getattr(mha, f"{part}_proj_weight") if packed_weight is None else packed_weight[rows]
+            weight = read(f"{part}_proj_weight") if packed_weight is None else packed_weight[rows]
             own = [m for m in active if m.site.part == part]
             found.append(self.one(x, weight, None if bias is None else bias[rows], own, alone=True))
         return found[0], found[1], found[2]

@@ -80,6 +80,10 @@ class AdaptedLinear(AdaptedLayer):
         weight: Tensor = cast(nn.Linear, self).weight
         if not (active := self.active()):
             return self.guarded(F.linear(x, weight, bias))
+        active, untouched = self.beside(active)
+        if untouched:
+            own = bias is cast(nn.Linear, self).bias
+            weight, bias = untouched.get("weight", weight), untouched.get("bias", bias) if own else bias
         if self.masked(active):
             return self.plain(x, weight, bias, active)
         if any(m.sample_scale is not None for m in active):
@@ -189,43 +193,39 @@ class AdaptedConv(AdaptedLayer):
             return self.guarded(cast(Tensor, super().forward(x)))
         if x.dim() == len(base.stride) + 1:
             return self.forward(x[None])[0]
+        active, untouched = self.beside(active)
+        weight, bias = untouched.get("weight", base.weight), untouched.get("bias", base.bias)
         if self.masked(active):
-            return self.plain(x, active)
+            return self.plain(x, weight, bias, active)
         if any(m.sample_scale is not None for m in active):
-            return self.stacked(x, active)
+            return self.stacked(x, weight, bias, active)
         if ordinary() or isinstance(base.padding, str):
-            return self.plain(x, active)
+            return self.plain(x, weight, bias, active)
         if self.wants_graph(x, active):
             with shared_terms(active):
                 # The kernels take the base for frozen.
-                return self.plain(x, active) if self.base_trains() else self.trained(x, active)
-        return self.stacked(x, active)
+                run = self.plain if self.base_trains() else self.trained
+                return run(x, weight, bias, active)
+        return self.stacked(x, weight, bias, active)
 
-    def trained(self, x: Tensor, active: list[Method]) -> Tensor:
+    def trained(self, x: Tensor, weight: Tensor, bias: Tensor | None, active: list[Method]) -> Tensor:
         """With gradients."""
-        base = cast(Any, self)
         if any(m.gain() is not None or m.input_gain() is not None for m in active):
-            return self.plain(x, active)
-        padded, geometry = conv_geometry(base, x)
+            return self.plain(x, weight, bias, active)
+        padded, geometry = conv_geometry(self, x)
         heavy = isinstance(self, HeavyByMatmul)
-        return low_rank_conv(padded, base.weight, base.bias, geometry, branches_of(active), heavy)
+        return low_rank_conv(padded, weight, bias, geometry, branches_of(active), heavy)
 
-    def without_adapters(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """The base's own convolution."""
-        base = cast(Any, self)
-        found: Tensor = base._conv_forward(x, base.weight, bias)
-        return found
-
-    def plain(self, x: Tensor, active: list[Method]) -> Tensor:
+    def plain(self, x: Tensor, weight: Tensor, bias: Tensor | None, active: list[Method]) -> Tensor:
         """Ordinary operations alone."""
         base, spatial = cast(Any, self), (1,) * (x.dim() - 2)
         if (scale := total_input_gain(active)) is not None:
             scale = scale.view(-1, *spatial)
         gained = scale is not None and has_gain(active)
-        total, out = base_outputs(self.without_adapters, x, base.bias, scale, gained)
+        total, out = base_outputs(lambda seen, b: base._conv_forward(seen, weight, b), x, bias, scale, gained)
         for with_bias in (False, True):
             if (gain := total_gain(active, out.shape[1], with_bias)) is not None:
-                shown = out if with_bias or base.bias is None else out - base.bias.view(-1, *spatial).to(out.dtype)
+                shown = out if with_bias or bias is None else out - bias.view(-1, *spatial).to(out.dtype)
                 total = total + gain.to(out.dtype).view(-1, *spatial) * shown
         for m in active:
             for lora_A, lora_B, scaling in m.factors():
@@ -234,7 +234,7 @@ class AdaptedConv(AdaptedLayer):
                 total = total + part * scaling
         return total
 
-    def batched(self, x: Tensor, batch: Batch) -> Tensor:
+    def batched(self, x: Tensor, weight: Tensor, bias: Tensor | None, batch: Batch) -> Tensor:
         """Without gradients, each picture with its own adapters: x (t·b, i, *s); one grouped convolution for all."""
         base, (times, b) = cast(Any, self), (batch.rows(x, self), batch.pictures)
         spatial = (1,) * (x.dim() - 2)
@@ -244,9 +244,11 @@ class AdaptedConv(AdaptedLayer):
 
         with torch.no_grad():
             scale = None if batch.input_gain is None else each(batch.input_gain)
-            out, before = base_outputs(self.without_adapters, x, base.bias, scale, batch.gained)
+            out, before = base_outputs(
+                lambda seen, b: base._conv_forward(seen, weight, b), x, bias, scale, batch.gained
+            )
             if batch.gain is not None:
-                shown = before if base.bias is None else before - base.bias.view(-1, *spatial).to(before.dtype)
+                shown = before if bias is None else before - bias.view(-1, *spatial).to(before.dtype)
                 out = out + each(batch.gain) * shown
             if batch.gain_with_bias is not None:
                 out = out + each(batch.gain_with_bias) * before
@@ -265,18 +267,18 @@ class AdaptedConv(AdaptedLayer):
                 out = out + part.reshape(out.shape)
             return out
 
-    def stacked(self, x: Tensor, active: list[Method]) -> Tensor:
+    def stacked(self, x: Tensor, weight: Tensor, bias: Tensor | None, active: list[Method]) -> Tensor:
         """Without gradients."""
         base, spatial = cast(Any, self), (1,) * (x.dim() - 2)
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
         if (batch := self.batch(dtype, active)) is not None:
-            return self.batched(x, batch)
+            return self.batched(x, weight, bias, batch)
         stack = self.stack(dtype, active)
         with torch.no_grad():
             scale = None if stack.input_gain is None else stack.input_gain.view(-1, *spatial)
-            total, out = base_outputs(self.without_adapters, x, base.bias, scale, stack.gained)
+            total, out = base_outputs(lambda seen, b: base._conv_forward(seen, weight, b), x, bias, scale, stack.gained)
             if stack.gain is not None:
-                shown = out if base.bias is None else out - base.bias.view(-1, *spatial).to(out.dtype)
+                shown = out if bias is None else out - bias.view(-1, *spatial).to(out.dtype)
                 total = total + stack.gain.view(-1, *spatial) * shown
             if stack.gain_with_bias is not None:
                 total = total + stack.gain_with_bias.view(-1, *spatial) * out

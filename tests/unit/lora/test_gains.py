@@ -67,6 +67,23 @@ def test_two_adapters_add_up_in_every_mode(pair: tuple[str, str], shape: str) ->
     torch.testing.assert_close(compiled(x.detach()), wanted, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("shape", ["linear", "conv"])
+@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize("merged", ["a", "b"])
+def test_one_that_is_merged_is_not_multiplied_by_another(pair: tuple[str, str], shape: str, merged: str) -> None:
+    model, x = layer(shape)
+    handles = {
+        n: attach(model, Adapter({"model.0": module(kind, model[0].weight, k)}), name=n)
+        for k, (n, kind) in enumerate(zip("ab", pair, strict=True))
+    }
+    with torch.no_grad():
+        wanted = model(x)
+        handles[merged].merge()
+        torch.testing.assert_close(model(x), wanted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model(x.clone().requires_grad_()), wanted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.compile(model, backend="eager")(x), wanted, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["dora-in", "ia3-in", "dora-out"])
 @pytest.mark.parametrize("own", [False, True])
 def test_in_torchs_attention_with_gradients_as_without(kind: str, own: bool) -> None:
@@ -82,6 +99,12 @@ def test_in_torchs_attention_with_gradients_as_without(kind: str, own: bool) -> 
     with torch.no_grad():
         without, _ = attention(x, x, value, need_weights=False)
     other = x.clone().requires_grad_()
+    found, _ = attention(other, x if own else other, value if own else other, need_weights=False)
+    torch.testing.assert_close(found, without, rtol=1e-4, atol=1e-5)
+    merged = attach(model, Adapter({"model.attn.q": module("lora", weight, 4)}), name="merged")
+    with torch.no_grad():
+        without, _ = attention(x, x, value, need_weights=False)
+        merged.merge()
     found, _ = attention(other, x if own else other, value if own else other, need_weights=False)
     torch.testing.assert_close(found, without, rtol=1e-4, atol=1e-5)
 
