@@ -309,9 +309,10 @@ def take_over(owner: nn.Module, children: tuple[str, ...]) -> None:
         owner.__class__ = adapted_class(type(owner), WeightUser)
 
 
-def give_back(owner: nn.Module) -> None:
-    """Makes it its plain self again when no adapter is left on it or on its children."""
-    if any(isinstance(m, AdaptedLayer) and m.adapters for m in owner.modules()):
+def give_back(owner: nn.Module, children: tuple[str, ...]) -> None:
+    """Makes it its plain self again when no adapter is left on it or on these children; of others' no one will say when."""
+    parts = [owner, *(getattr(owner, child) for child in children)] if children else owner.modules()
+    if any(isinstance(m, AdaptedLayer) and m.adapters for m in parts):
         return
     if isinstance(owner, AdaptedAttention):
         restore_class(owner)

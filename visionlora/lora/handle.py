@@ -120,7 +120,7 @@ class Handle:
         self.in_full: dict[str, InFull] = {}
         """Parameters that it replaces, by name."""
         self.report = InjectionReport((), (), 0, 0)
-        self._owners: tuple[nn.Module, ...] = ()
+        self._owners: tuple[tuple[nn.Module, tuple[str, ...]], ...] = ()
         self._attentions: tuple[nn.Module, ...] = ()
         """Of diffusers, where its projections are adapted: it can fuse them."""
         self._lean: list[nn.Module] = []
@@ -315,8 +315,8 @@ class Handle:
             release(m.site.layer, m.key)
         for f in self.in_full.values():
             f.take_off()
-        for owner in self._owners:
-            give_back(owner)
+        for owner, children in self._owners:
+            give_back(owner, children)
         for attention in self._attentions:
             forget_fusing(attention)
         if self._hook is not None:

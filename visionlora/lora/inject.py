@@ -329,7 +329,7 @@ def _place(handle: Handle, methods: Sequence[Method], name: str) -> None:
     if timed:
         check_timed(handle.model)
     owners = owners_of(handle.model, [m.site for m in methods])
-    handle.methods, handle._owners = {m.site.name: m for m in methods}, tuple(owner for owner, _ in owners)
+    handle.methods, handle._owners = {m.site.name: m for m in methods}, owners
     handle._attentions = attentions
     for attention in attentions:
         vars(attention).setdefault("fuse_projections", partial(fuse_merged, attention))

@@ -189,6 +189,26 @@ def test_the_fast_path_of_a_transformer_layer_sees_the_adapter() -> None:
         torch.testing.assert_close(layer(x), apart, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+@pytest.mark.parametrize(
+    ("model", "targets"),
+    [
+        (lambda: made("timm BEiT")[0], ("attn.q", "attn.out")),
+        (lambda: nn.ModuleDict({"a": nn.TransformerEncoderLayer(8, 2, 16)}), ("linear1", "attn.q")),
+        (lambda: nn.ModuleDict({"a": nn.MultiheadAttention(8, 2)}), ("a.q", "a.out_proj")),
+    ],
+)
+def test_what_reads_weights_is_itself_again_in_any_order(
+    model, targets: tuple[str, str], order: tuple[int, int]
+) -> None:
+    model = model()
+    before = [type(m) for m in model.modules()]
+    handles = [inject(model, AdapterConfig(rank=2, targets=t), name=f"h{k}") for k, t in enumerate(targets)]
+    for k in order:
+        handles[k].eject()
+    assert [type(m) for m in model.modules()] == before
+
+
 @pytest.mark.parametrize(
     ("targets", "words"),
     [
