@@ -148,12 +148,12 @@ class AdaptedAttention(AdaptedLayer):
         if not active:
             return F.linear(x, weight, bias)
         plain = [m for m in active if m.gain() is None and m.input_gain() is None]
-        branches = branches_of(plain)
-        if alone:
-            branches = [b._replace(rows=None) for b in branches]
         trains = weight.requires_grad or (bias is not None and bias.requires_grad)
         if ordinary() or trains or len(plain) < len(active):
             return plain_projection(x, weight, bias, active, alone)
+        branches = branches_of(plain)
+        if alone:
+            branches = [b._replace(rows=None) for b in branches]
         # Scales are the kernels' own numbers, so the same code serves with and without gradients.
         return low_rank_linear(x, weight, bias, [b for b in branches if b.scaling])
 

@@ -52,6 +52,36 @@ def test_compiled_whole_and_not_traced_again_for_a_new_scale(method: str) -> Non
     assert len(traces) == 1
 
 
+class Attends(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.attn(x, x, x, need_weights=False)[0]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("method", ["lora", "adalora", "dora"])
+def test_packed_attention_is_compiled_whole(method: str) -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model, x = Attends().eval(), torch.randn(2, 3, 8)
+    handle = inject(model, AdapterConfig(method=method, rank=2, targets=("attn.q", "attn.v")))
+    for m in handle.methods.values():
+        for p in m.parameters():
+            p.data += 0.2 * torch.randn(p.shape)
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: object) -> object:
+        graphs.append(graph)
+        return graph.forward
+
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(model, backend=backend)(x), model(x), rtol=1e-4, atol=1e-5)
+    assert len(graphs) == 1
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "dora", "vera"])
@@ -643,14 +673,6 @@ def test_transforms_of_functions(method: str, lean: bool) -> None:
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_transforms_of_functions_through_packed_attention() -> None:
-    class Attends(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.attn = nn.MultiheadAttention(8, 2, batch_first=True)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.attn(x, x, x, need_weights=False)[0]
-
     torch.manual_seed(0)
     model, x = Attends().eval(), torch.randn(3, 5, 8)
     handle, own, loss = losses(model, x, targets=("attn",))
