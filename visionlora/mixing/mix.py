@@ -259,6 +259,8 @@ class Mix:
         if not self.members:
             return
         self.words.add({n: m.adapter for n, m in self.members.items()})
+        for encoder in self.words.encoders:
+            self._take(encoder)
         alike = in_one_spelling([m.adapter for m in self.members.values()])
         prepared = self.composition.prepare(
             dict(zip(self.members, alike, strict=True)), {n: m.scale.strength for n, m in self.members.items()}

@@ -11,7 +11,7 @@ from torch import Tensor
 from visionlora.errors import ConfigError
 from visionlora.loaders import add_token, check_width
 from visionlora.lora.adapter import Adapter
-from visionlora.models.base import quiet
+from visionlora.models.words import take_words
 
 TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 
@@ -28,6 +28,11 @@ class Words:
         """
         self.target, self.allow_partial = target, allow_partial
         self._added: list[tuple[list[str], Any, Any]] = []
+
+    @property
+    def encoders(self) -> list[Any]:
+        """The text encoders that have some."""
+        return list({id(encoder): encoder for _, _, encoder in self._added}.values())
 
     def add(self, adapters: Mapping[str, Adapter]) -> None:
         """Gives the pipeline the words of these adapters.
@@ -77,6 +82,4 @@ class Words:
         """Takes them off; tokenizers and embeddings are as before."""
         while self._added:
             spelled, tokenizer, encoder = self._added.pop()
-            with quiet("diffusers", "transformers"):
-                self.target.unload_textual_inversion(spelled, tokenizer=tokenizer, text_encoder=encoder)
-            encoder.get_input_embeddings().requires_grad_(False)
+            take_words(self.target, spelled, tokenizer, encoder)

@@ -26,3 +26,12 @@ def add_word(pipe: Any, word: str, vectors: Tensor, tokenizer: Any, encoder: nn.
     for module in encoder.modules():
         if getattr(module, "eos_token_id", None) == HIGHEST:
             module.eos_token_id = tokenizer.eos_token_id
+
+
+def take_words(pipe: Any, words: list[str], tokenizer: Any, encoder: Any) -> None:
+    """Takes words off one text encoder of a pipeline and its tokenizer again."""
+    with quiet("diffusers", "transformers"):
+        pipe.unload_textual_inversion(words, tokenizer=tokenizer, text_encoder=encoder)
+    # diffusers makes a new table, and leaves the numbers of the longer one, with which a saved model would not open.
+    table = encoder.get_input_embeddings().requires_grad_(False).train(encoder.training)
+    encoder.config.vocab_size = encoder.vocab_size = table.num_embeddings

@@ -368,6 +368,20 @@ def test_words_come_and_go_with_their_adapters(pipe) -> None:
     vl.attach(pipe.unet, {"rex": rex}, allow_partial=True).detach()
 
 
+def test_words_are_off_again_for_whoever_saves_or_has_lost_the_mix(pipe, tmp_path: Path) -> None:
+    width, size = pipe.text_encoder.get_input_embeddings().weight.shape[1], len(pipe.tokenizer)
+    vl.attach(pipe, {"rex": Adapter({}, embeddings={"<rex>": {"text_encoder": torch.randn(2, width)}})})
+    with pytest.raises(ConfigError, match=r"earlier vl.attach are on this CLIPTextModel \(rex\)"):
+        vl.attach(pipe, {"max": Adapter({}, embeddings={"<max>": {"text_encoder": torch.randn(1, width)}})})
+    assert len(pipe.tokenizer) == size + 2
+    vl.detach(pipe)
+    assert len(pipe.tokenizer) == size == pipe.text_encoder.config.vocab_size
+    assert not any(m.training for m in pipe.text_encoder.modules())
+    pipe.save_pretrained(tmp_path / "m")
+    table = open_base(str(tmp_path / "m")).pipe.text_encoder.get_input_embeddings().weight
+    assert torch.equal(table, pipe.text_encoder.get_input_embeddings().weight)
+
+
 def test_on_a_vit_and_a_bare_module() -> None:
     import timm
 
