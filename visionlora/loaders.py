@@ -265,14 +265,13 @@ def apply(
     try:
         for component in components:
             handles.append(attach(parts[component], adapter, component, name, allow_partial))
+            handles[-1].set_scale(scale)
+        add_tokens(base, adapter)
     except BaseException:
         for handle in handles:
             handle.eject()
         raise
-    for handle in handles:
-        handle.set_scale(scale)
     refuse_saving(base.pipe)
-    add_tokens(base, adapter)
     return handles
 
 

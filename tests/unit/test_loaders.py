@@ -73,6 +73,15 @@ def test_scale_zero_and_eject_give_the_base_bit_for_bit(tiny_model: Path) -> Non
     assert torch.equal(predict(base.pipe.unet), plain)
 
 
+def test_nothing_stays_of_an_adapter_whose_word_is_refused(tiny_model: Path) -> None:
+    base = open_base(str(tiny_model))
+    plain, classes = predict(base.pipe.unet), [type(m) for m in base.pipe.unet.modules()]
+    wide = {"<rex>": {"text_encoder": torch.ones(1, 17)}}
+    with pytest.raises(AdapterFileError, match="they were made for another family"):
+        apply(base, replace(random_adapter(base, 0), embeddings=wide))
+    assert torch.equal(predict(base.pipe.unet), plain) and [type(m) for m in base.pipe.unet.modules()] == classes
+
+
 def test_another_architecture_is_refused_even_with_force(tiny_model: Path) -> None:
     base = open_base(str(tiny_model))
     adapter = random_adapter(base, 0)
