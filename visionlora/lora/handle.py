@@ -36,18 +36,17 @@ from visionlora.lora.targets import odd_layers
 class Frozen:
     """What training adapters have made of a model's `requires_grad`; it hangs on the model, and is copied with it."""
 
-    before: dict[nn.Parameter, bool]
-    """As it was before the first."""
+    before: dict[str, bool]
+    """As it was before the first, by name: another parameter may lie there since (`load_state_dict(…, assign=True)`)."""
     handles: int = 0
 
 
-def freeze(model: nn.Module, base: Iterable[nn.Parameter], trained: Collection[nn.Parameter]) -> None:
+def freeze(model: nn.Module, base: Mapping[str, nn.Parameter], trained: Collection[str]) -> None:
     """Freezes a model for one more adapter that trains: all but what this one and others train of it in full."""
-    base = list(base)
-    frozen: Frozen = vars(model).setdefault("_frozen", Frozen({p: p.requires_grad for p in base}))
+    frozen: Frozen = vars(model).setdefault("_frozen", Frozen({n: p.requires_grad for n, p in base.items()}))
     frozen.handles += 1
-    for p in base:
-        p.requires_grad_(p in trained or (frozen.handles > 1 and p.requires_grad))
+    for n, p in base.items():
+        p.requires_grad_(n in trained or (frozen.handles > 1 and p.requires_grad))
 
 
 def thaw(model: nn.Module, trained: Iterable[InFull]) -> None:
@@ -57,8 +56,10 @@ def thaw(model: nn.Module, trained: Iterable[InFull]) -> None:
     for f in trained:
         f.parameter.requires_grad_(f.is_changed and f.parameter.requires_grad)
     if not frozen.handles:
-        for p, trains in vars(model).pop("_frozen").before.items():
-            p.requires_grad_(trains)
+        there = dict(model.named_parameters(remove_duplicate=False))
+        for n, trains in vars(model).pop("_frozen").before.items():
+            if n in there:
+                there[n].requires_grad_(trains)
 
 
 TEXT_ENCODERS = {"CLIPTextModel": "text_encoder", "CLIPTextModelWithProjection": "text_encoder_2"}

@@ -105,7 +105,7 @@ def inject(
         skipped = resolution.skipped
     with off_on_error(handle):
         _place(handle, methods, name)
-        freeze(model, base.values(), {base[n] for n in replaced})
+        freeze(model, base, replaced)
         handle._freezes = True
         for n in base:
             if n in replaced:

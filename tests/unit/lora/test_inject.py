@@ -255,3 +255,15 @@ def test_renamed_layers_are_found_below_what_kept_its_name(older: str, newer: st
     for given, own in ((older, newer), (newer, older)):
         handle = attach(with_layer(own), Adapter({f"net.{given}": factors(6, 8)}), "net")
         assert list(handle.methods) == [own]
+
+
+def test_what_trained_before_trains_again_also_where_other_parameters_are_there_since() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    model[1].requires_grad_(False)
+    values = {n: t.clone() for n, t in model.state_dict().items()}
+    handle = inject(model, AdapterConfig(rank=2, targets=("0",)))
+    model.load_state_dict(values, strict=False, assign=True)
+    handle.eject()
+    assert {n: p.requires_grad for n, p in model.named_parameters()} == {
+        "0.weight": True, "0.bias": True, "1.weight": False, "1.bias": False
+    }  # fmt: skip
