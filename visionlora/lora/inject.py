@@ -81,7 +81,8 @@ def inject(
 
     Raises:
         TargetError: when the targets reach nothing, or a module does not fit (see `visionlora.lora.targets.resolve`).
-        ConfigError: when `model` is no module, an adapter of that name is there, or all is to train and weights are packed.
+        ConfigError: when `model` is no module, an adapter of that name is there, all is to train and weights are packed, or
+            adapters are merged into what is to train in full.
             In all cases the model is left untouched.
     """
     check_module(model)
@@ -91,6 +92,7 @@ def inject(
     handle = Handle(model, name, config)
     base = base_parameters(model)
     replaced = select_in_full(model, config, base)
+    check_unmerged(model, replaced)
     methods: list[Method] = []
     skipped: tuple[tuple[str, str], ...] = ()
     if start_from is not None:
@@ -384,6 +386,17 @@ def select_in_full(model: nn.Module, config: AdapterConfig, base: Iterable[str])
             )
         found |= reached
     return found
+
+
+def check_unmerged(model: nn.Module, names: Iterable[str]) -> None:
+    """Raises ConfigError for parameters that are to train, into which adapters are merged."""
+    for path in names:
+        owner, name = owner_of(model, path)
+        if name in vars(owner).get("originals", {}):
+            raise ConfigError(
+                f"{path} is to train in full, but adapters are merged into it, and what it learns would be gone with them: "
+                "take them out first (mix.detach(), handle.unmerge()), or run them beside the weights (mode='stacked')."
+            )
 
 
 def check_shape(site: Site, module: AdapterModule, name: str) -> None:

@@ -20,6 +20,7 @@ from visionlora.lora.together import stacked_update
 
 if TYPE_CHECKING:
     from visionlora.lora.handle import Handle
+    from visionlora.lora.in_full import Changed
 
 
 LARGEST = 1e30
@@ -57,6 +58,7 @@ def write_weights(handles: Sequence[Handle]) -> None:
                 f"The weight of {site.name!r} is packed in {layer.code.bits} bits, into which nothing can be merged exactly. "
                 "Open the base anew in full precision, put the adapter on it and merge there."
             )
+        check_learned(layer, merged, adapter, site.name)
         if (update := direct_update(layer, merged)) is not None:
             direct.append((layer, *update))
             continue
@@ -70,6 +72,19 @@ def write_weights(handles: Sequence[Handle]) -> None:
         torch.addmm(original.flatten(1), up, down, out=cast(Tensor, getattr(layer, name)).flatten(1))
     for layer, values in new:
         write(layer, values)
+
+
+def check_learned(layer: AdaptedLayer, merged: Sequence[Method], adapter: str, path: str) -> None:
+    """Raises ConfigError where a parameter trains in full into which an adapter is merged that does not train with it."""
+    changed: dict[str, Changed] = vars(layer).get("_changed", {})
+    for m in merged if changed else ():
+        for name in (m.site.weight_name,) if m.additive else (m.site.weight_name, m.site.bias_name):
+            parts = changed[name].parts if name in changed and not m.trainable else ()
+            if any(part.in_place and part.parameter.requires_grad for part in parts):
+                raise ConfigError(
+                    f"The {name} of {path!r} trains in full, and what it learns while adapter {adapter!r} is merged into it "
+                    "would be gone with that: run the adapter beside the weights (mode='stacked'), or take off what trains."
+                )
 
 
 @torch.no_grad()

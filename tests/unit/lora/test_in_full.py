@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import visionlora as vl
+from visionlora.errors import ConfigError
 from visionlora.lora.adapter import Adapter, AdapterModule
 from visionlora.lora.inject import attach
 from visionlora.lora.merge import bake
@@ -190,3 +191,25 @@ def test_copies_come_off_by_themselves(again) -> None:
     twin = again(mix)
     twin.detach()
     assert torch.equal(twin.target[0].bias, ORIGINAL) and not torch.equal(model[0].bias, ORIGINAL)
+
+
+def test_what_trains_is_not_lost_with_one_that_is_merged() -> None:
+    """Both are in the parameter then, of which only the untouched original stays."""
+    model, trains = linear(), vl.AdapterConfig(method="linear-probe", train="0")
+    merged = attach(model, beside("weight")[1], name="merged")
+    merged.merge()
+    with pytest.raises(
+        ConfigError, match=r"0.weight is to train in full, but adapters are merged into it, .*'stacked'"
+    ):
+        vl.inject(model, trains)
+    merged.unmerge()
+    trained = vl.inject(model, trains)
+    with pytest.raises(
+        ConfigError, match="The weight of '0' trains in full, and what it learns while adapter 'merged' is merged"
+    ):
+        merged.merge()
+    model[0].weight.data += 1.0  # a step of the optimizer
+    (found,) = (m for n, m in trained.modules("model").items() if n.endswith("weight"))
+    assert not merged.merged and torch.equal(found.tensors["value"], model[0].weight)
+    trained.eject()
+    merged.merge()
