@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -18,6 +18,7 @@ from typing import Any
 from visionlora.data.files import Names, Unusable, numbered_lines, read_text
 from visionlora.data.images import printable
 from visionlora.data.tables import csv_lines, miscounted
+from visionlora.data.tags import any_of, one_of
 from visionlora.data.wording import ENDINGS, Meant, quoted
 
 METADATA_FILES = ("metadata.jsonl", "metadata.csv")
@@ -62,6 +63,8 @@ class Captions:
     """Pictures without a caption whose cause is already among the problems."""
     joined: tuple[str, ...] = ()
     """Files of several lines that were read as one caption."""
+    several: int = 0
+    """Pictures that have rows with different captions in one file: any of these, each time."""
 
 
 @dataclass
@@ -76,6 +79,7 @@ class _Findings:
     problems: list[str] = field(default_factory=list)
     blamed: set[str] = field(default_factory=set)
     joined: list[str] = field(default_factory=list)
+    several: int = 0
 
     def __post_init__(self) -> None:
         self.meant = Meant(self.pictures.exact)
@@ -86,6 +90,12 @@ class _Findings:
         if picture not in self.texts:
             self.texts[picture] = caption
             self.sources[source] += 1
+
+    def take_rows(self, captions: Mapping[str, list[str]], source: str) -> None:
+        """Likewise with pictures that may have a row for each of their captions: any of them counts each time."""
+        for picture, own in captions.items():
+            self.several += picture not in self.texts and len(set(own)) > 1
+            self.take(picture, any_of(own), source)
 
 
 def read_captions(
@@ -112,7 +122,7 @@ def read_captions(
             _read_above(found, name)
     blamed = frozenset(found.blamed - found.texts.keys())
     texts = dict(sorted(found.texts.items()))
-    return Captions(texts, found.sources, tuple(found.problems), blamed, tuple(found.joined))
+    return Captions(texts, found.sources, tuple(found.problems), blamed, tuple(found.joined), found.several)
 
 
 def caption_of_name(name: str) -> str:
@@ -130,23 +140,35 @@ def caption_of_name(name: str) -> str:
     return "" if re.fullmatch(r"[\d\W]*", text) else text
 
 
+def caption_in(cell: Any) -> str:
+    r"""The caption that a cell of a table holds: a text, or any one of a list of texts; empty where there is none.
+
+    >>> caption_in(" a  dog\n"), caption_in(["a dog", "one {b}"]), caption_in(None)
+    ('a dog', '{a dog|one \\{b\\}}', '')
+    """
+    if isinstance(cell, list):
+        return one_of([text for text in cell if isinstance(text, str)])
+    return _one_line(cell) if isinstance(cell, str) else ""
+
+
 def _read_metadata(found: _Findings, file: str) -> None:
     found.sources[file] = 0
-    lines: dict[str, int] = {}
+    captions: dict[str, list[str]] = {}
     try:
         for line, row, wrong in _rows(found.root / file):
             try:
-                _take_row(found, file, line, _parse(row) if isinstance(row, str) else row, lines, wrong)
+                _take_row(found, file, _parse(row) if isinstance(row, str) else row, captions, wrong)
             except Unusable as error:
                 found.problems.append(f"{printable(file)} line {line} {error}")
     except Unusable as error:
         found.problems.append(f"{printable(file)} {error}")
+    found.take_rows(captions, file)
 
 
 def _read_above(found: _Findings, file: str) -> None:
     """What a metadata file beside the folder says of its pictures: data sets of Hugging Face may have one for all splits."""
     root = found.root.resolve()
-    lines: dict[str, int] = {}
+    captions: dict[str, list[str]] = {}
     inside, shown = f"{root.name}/", f"../{file}"
     try:
         for line, row, wrong in _rows(root.parent / file) if (root.parent / file).is_file() else ():
@@ -160,11 +182,12 @@ def _read_above(found: _Findings, file: str) -> None:
                 continue
             found.sources.setdefault(shown, 0)
             try:
-                _take_row(found, shown, line, {**cells, "file_name": own}, lines, wrong, "")
+                _take_row(found, shown, {**cells, "file_name": own}, captions, wrong, "")
             except Unusable as error:
                 found.problems.append(f"{shown} line {line} {error}")
     except Unusable:
-        return
+        pass
+    found.take_rows(captions, shown)
 
 
 def _rows(path: Path) -> Iterator[tuple[int, str | dict[str, Any], str]]:
@@ -177,17 +200,16 @@ def _rows(path: Path) -> Iterator[tuple[int, str | dict[str, Any], str]]:
 
 
 def _take_row(
-    found: _Findings, file: str, line: int, row: dict[str, Any], lines: dict[str, int], wrong: str,
+    found: _Findings, file: str, row: dict[str, Any], captions: dict[str, list[str]], wrong: str,
     folder: str | None = None,
 ) -> None:  # fmt: skip
-    """Puts the caption of one row into `found`.
+    """Puts the caption of one row with those of its picture.
 
     Args:
-        found: so far.
+        found: so far; it gets what is wrong.
         file: where the row is.
-        line: likewise.
         row: its cells.
-        lines: of the pictures that this file has named so far.
+        captions: of each picture what the rows of this file have said so far.
         wrong: why its caption cannot be used; empty where it can.
         folder: that its names are relative to, that of the file when not given.
     """
@@ -197,20 +219,18 @@ def _take_row(
     picture = _picture_of(found, PurePosixPath(file).parent if folder is None else PurePosixPath(folder), name.strip())
     if picture is None:
         return
-    if picture in lines:
-        raise Unusable(f"captions {printable(name)} again, after line {lines[picture]}; keep one of the two")
-    lines[picture] = line
     found.blamed.add(picture)  # for what may be raised below; a picture with a caption is taken out in the end
     if wrong:
         raise Unusable(wrong)
     key = next((key for key in TEXT_KEYS if row.get(key) is not None), None)
     if key is None:
         raise Unusable(f'has no caption (it has {quoted(row)}); add a "text"')
-    if not isinstance(row[key], str):
+    texts = row[key] if isinstance(row[key], list) else [row[key]]
+    if not all(text is None or isinstance(text, str) for text in texts):
         raise Unusable(f'has a "{key}" that is no text; put the caption in quotes')
-    if not row[key].strip():
+    if not (caption := caption_in(row[key])):
         raise Unusable(f'has an empty "{key}" for {printable(name)}; write a caption, or remove the line')
-    found.take(picture, _one_line(row[key]), file)
+    captions.setdefault(picture, []).append(caption)
 
 
 def _picture_of(found: _Findings, folder: PurePosixPath, name: str) -> str | None:

@@ -21,10 +21,11 @@ from visionlora.data.images import printable
 from visionlora.data.masks import Box
 from visionlora.data.source_captions import missing_captions, texts_of
 from visionlora.data.sources import OPTION, SETTING, Looks, Source, Words, looked_at, opened
-from visionlora.data.tags import one_of
+from visionlora.data.tags import any_of
 from visionlora.data.wording import (
     count_of,
     first_names,
+    in_several_rows,
     linked_folders,
     other_pictures,
     problem_reports,
@@ -257,15 +258,12 @@ def _with_captions_of_all_rows(source: Source, doubles: Doubles, texts: dict[str
     """Gives pictures that have a row for each of their captions any of them each time; those that are left as they were."""
     left: Doubles = {}
     for keep, names in doubles.items():
-        own = list(dict.fromkeys(texts[name] for name in names if name in texts))
-        if len(own) < 2 or any(sign in text for text in own for sign in "{|}"):  # one is a choice already
+        own = {texts[name] for name in names if name in texts}
+        if len(own) < 2:
             left[keep] = names
         else:
-            texts[keep] = one_of(own)
-    if several := len(doubles) - len(left):
-        source.notes.append(
-            f"{count_of(several, 'picture')} in several rows with different captions: used once, with any of them each time"
-        )
+            texts[keep] = any_of([texts[name] for name in names if name in texts])
+    source.notes += in_several_rows(len(doubles) - len(left))
     return left
 
 

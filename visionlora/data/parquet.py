@@ -20,11 +20,10 @@ from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from visionlora.data.captions import TEXT_KEYS
+from visionlora.data.captions import TEXT_KEYS, caption_in
 from visionlora.data.files import Unusable, sha256_of, suffix_of
 from visionlora.data.images import IMAGE_SUFFIXES, printable
 from visionlora.data.tables import not_parquet, pyarrow_for
-from visionlora.data.tags import one_of
 from visionlora.data.wording import quoted
 from visionlora.errors import DataError
 
@@ -233,9 +232,7 @@ def _bytes_of(cell: Any) -> bytes:
 def _row(number: int, cell: Any, caption: Any) -> tuple[_Row, bytes]:
     origin = str(cell.get("path") or "") if isinstance(cell, dict) else ""
     content = _bytes_of(cell)
-    several = [c for c in caption if isinstance(c, str)] if isinstance(caption, list) else []
-    words = one_of(several) if several else " ".join(caption.split()) if isinstance(caption, str) else ""
-    problem = ""
+    words, problem = caption_in(caption), ""
     if not content and origin:
         problem = (
             f"holds only the name of its picture ({printable(origin)}); store the pictures themselves in the table, or use "

@@ -16,6 +16,7 @@ from visionlora.data.sources import Source
 from visionlora.data.wording import (
     count_of,
     first_names,
+    in_several_rows,
     quoted,
 )
 from visionlora.errors import DataError
@@ -44,6 +45,7 @@ def texts_of(source: Source) -> tuple[dict[str, str], Captions]:
             f"of several lines, which make one caption: {first_names(captions.joined)}; for one of them each time write "
             "{one|other}"
         )
+    source.notes += in_several_rows(captions.several)
     by_folder = source.named.captions(name for name in source.pictures if name not in captions.blamed)
     if captions.sources or captions.problems or by_folder:
         lacking = sum(name not in captions.texts for name in by_folder)

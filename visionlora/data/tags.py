@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 _PARTS = re.compile(r"\\[{|}]|[{|}]|[^\\{|}]+|\\")
 _DRAWS = 8
@@ -92,7 +92,31 @@ def one_of(captions: Sequence[str]) -> str:
     different = list(dict.fromkeys(" ".join(caption.split()) for caption in captions if caption.strip()))
     if len(different) < 2:
         return different[0] if different else ""
-    return "{" + "|".join(re.sub(r"([{|}])", r"\\\1", caption) for caption in different) + "}"
+    return _choice(map(_plain, different))
+
+
+def any_of(captions: Sequence[str]) -> str:
+    r"""Likewise of captions that may hold choices of their own.
+
+    >>> any_of(["a {red|blue} dog", "one|two", "a {red|blue} dog"]), any_of(["a {red|blue} dog"])
+    ('{a {red|blue} dog|one\\|two}', 'a {red|blue} dog')
+    """
+    different = list(dict.fromkeys(captions))
+    return different[0] if len(different) == 1 else _choice(_written(_parsed(caption)) for caption in different)
+
+
+def _written(text: Text) -> str:
+    """What `_parsed` reads as this text, within a choice too."""
+    return "".join(_plain(part) if isinstance(part, str) else _choice(map(_written, part)) for part in text)
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"([{|}])", r"\\\1", text)
+
+
+def _choice(texts: Iterable[str]) -> str:
+    # A backslash at the end would make what follows plain; the space behind it goes when one is chosen.
+    return "{" + "|".join(f"{text} " if text.endswith("\\") else text for text in texts) + "}"
 
 
 def _moved(caption: str, rng: random.Random, shuffle: bool, keep: int, dropout: float) -> str:

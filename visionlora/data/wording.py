@@ -192,6 +192,14 @@ def beside_pictures(tables: Collection[str]) -> list[str]:
     return [f"not used, as there are pictures beside {them}: {first_names(tables)}"] if tables else []
 
 
+def in_several_rows(pictures: int) -> list[str]:
+    """A note on pictures that have several rows with different captions, if there are any."""
+    if not pictures:
+        return []
+    rows = "in several rows with different captions: used once, with any of them each time"
+    return [f"{count_of(pictures, 'picture')} {rows}"]
+
+
 def linked_folders(listing: Listing) -> list[str]:
     """A note on linked folders, if there are any."""
     return [f"left out, linked folders are not entered: {first_names(listing.links)}"] if listing.links else []

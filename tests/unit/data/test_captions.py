@@ -175,10 +175,30 @@ def test_blamed_pictures_are_those_with_a_bad_caption_and_no_other(tmp_path: Pat
     assert found.texts == {"b.png": "from the sidecar"}
 
 
-def test_a_picture_twice_in_one_file(tmp_path: Path) -> None:
-    found = read(tmp_path, {"metadata.csv": "file_name,text\na.png,one\na.png,two\n"})
-    assert found.problems == ("metadata.csv line 3 captions a.png again, after line 2; keep one of the two",)
-    assert found.texts == {"a.png": "one"}
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("metadata.csv", "file_name,text\na.png,one|1\nb.png,cat\na.png,a {red|blue} dog\na.png,one|1\nb.png,cat\n"),
+        (
+            "metadata.jsonl",
+            '{"file_name": "a.png", "text": "one|1"}\n{"file_name": "b.png", "text": ["cat", null]}\n'
+            '{"file_name": "a.png", "text": "a {red|blue} dog"}\n{"file_name": "b.png", "text": "cat"}\n',
+        ),
+    ],
+)
+def test_a_row_for_each_caption_of_a_picture(tmp_path: Path, name: str, content: str) -> None:
+    found = read(tmp_path, {name: content})
+    assert found.texts == {"a.png": r"{one\|1|a {red|blue} dog}", "b.png": "cat"}
+    assert (found.problems, found.several, found.sources) == ((), 1, {name: 2})
+
+
+def test_a_list_of_captions_is_any_of_them(tmp_path: Path) -> None:
+    rows = (
+        '{"file_name": "a.png", "text": ["a dog", "one {brown|b}", "a  dog"]}\n{"file_name": "b.png", "text": ["x", 1]}'
+    )
+    found = read(tmp_path, {"metadata.jsonl": rows})
+    assert found.texts == {"a.png": r"{a dog|one \{brown\|b\}}"}
+    assert found.problems == ('metadata.jsonl line 2 has a "text" that is no text; put the caption in quotes',)
 
 
 @pytest.mark.parametrize(

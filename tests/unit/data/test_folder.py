@@ -621,3 +621,19 @@ def test_captions_of_several_lines_are_mentioned(dog: Path) -> None:
     assert folder.notes == (
         "of several lines, which make one caption: a.txt; for one of them each time write {one|other}",
     )
+
+
+def test_a_row_for_each_caption_of_a_picture(dog: Path) -> None:
+    """As parquet files are read."""
+    rows = [{"file_name": f"{name}.png", "text": text} for name in "ab" for text in (f"dog {name}", f"{name} sits")]
+    (dog / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    folder = read_image_folder(dog)
+    assert [item.caption for item in folder.items] == ["{dog a|a sits}", "{dog b|b sits}"]
+    assert folder.notes == (
+        "2 pictures in several rows with different captions: used once, with any of them each time",
+    )
+    (dog / "metadata.jsonl").rename(dog.parent / "metadata.jsonl")
+    above = [{**row, "file_name": f"dog/{row['file_name']}"} for row in rows]
+    (dog.parent / "metadata.jsonl").write_text("\n".join(map(json.dumps, above)))
+    (dog / "a.txt").unlink()
+    assert [item.caption for item in read_image_folder(dog).items] == ["{dog a|a sits}", "dog b"]

@@ -358,6 +358,9 @@ def test_a_row_for_each_caption_of_a_picture(tmp_path: Path) -> None:
     assert folder.notes == (
         "2 pictures in several rows with different captions: used once, with any of them each time",
     )
+    chosen = [{"image": cell(0), "text": text} for text in ("a {red|blue} dog", "one|two", "a {red|blue} dog")]
+    folder = read_image_folder(write(tmp_path / "v.parquet", chosen), cache=tmp_path / "c")
+    check_pictures(folder, ["v.parquet row 1"], [r"{a {red|blue} dog|one\|two}"])
     many = [{"image": cell(i // 2), "text": "a dog"} for i in range(14)]
     notes = read_image_folder(write(tmp_path / "u.parquet", many), cache=tmp_path / "c").notes
     assert notes[0] == "the same picture, used once: u.parquet row 1, u.parquet row 2"

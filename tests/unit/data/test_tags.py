@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from visionlora.data.tags import caption_variants
+from visionlora.data.tags import any_of, caption_variants, one_of
 
 PLAIN: dict[str, Any] = {"shuffle_tags": False, "keep_tags": 1, "tag_dropout": 0.0, "count": 16, "seed": 0}
 
@@ -103,3 +103,12 @@ def test_many_braces_take_no_time() -> None:
 def test_few_variants_are_few_texts_in_memory() -> None:
     found = caption_variants("a {red|blue} dog", shuffle_tags=True, keep_tags=1, tag_dropout=0, count=9, seed=0)
     assert len(found) > 100 and len({id(text) for text in found}) == 2
+
+
+def test_captions_made_one_are_read_as_each_of_them() -> None:
+    """Also with signs of the language in them, and a backslash at the end, which would make the bar behind it plain."""
+    plain = ["a dog\\", "one|two", "{red", "a {b|c} d"]
+    assert set(variants(one_of(plain))) == set(plain)
+    own = ["a dog\\", "{red|{dark|light} blue} cat", "one|two", r"x \{y\|z\} }", "{w} {"]
+    assert set(variants(any_of(own))) == {v for caption in own for v in variants(caption)}
+    assert any_of(own[:1]) == own[0]
