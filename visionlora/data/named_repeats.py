@@ -13,8 +13,9 @@ from visionlora.data.images import legible, printable
 from visionlora.data.labelled import top_of
 from visionlora.data.wording import first_names
 
-# Neither years (2023_holiday) nor numbers that only keep an order (01_front).
-_NAME = re.compile(r"([1-9]\d{0,2})_(.*\w.*)")
+_NAME = re.compile(r"([1-9]\d*)_(.*\w.*)")  # not numbers that only keep an order (01_front)
+_YEARS = range(1900, 2100)  # 2023_holiday
+_MOST = 9999  # longer ones are dates and ids
 _MAX_NAMED = 5
 
 
@@ -27,7 +28,9 @@ class NamedRepeats:
     words: Mapping[str, str]
     """Top folder -> the caption of its pictures that have none of their own."""
     left_aside: tuple[str, ...] = ()
-    """Top folders that would say it, where not all pictures are in such ones."""
+    """Top folders from which kohya's trainer would read it, and here nothing is."""
+    why: str = ""
+    """Why not, and when to do what."""
 
     def of(self, picture: str) -> int | None:
         """How often a picture counts, if its folder says it."""
@@ -42,7 +45,7 @@ class NamedRepeats:
         if self.left_aside:
             return [
                 f"kohya reads a number of repeats from {first_names(self.left_aside)}; here the pictures count alike, as "
-                "others are in folders that are called otherwise. Name all so, or give folders, each with its repeats"
+                f"{self.why} give folders, each with its repeats"
             ]
         if not self.repeats:
             return []
@@ -61,7 +64,9 @@ def named(folder: str) -> tuple[int, str] | None:
     ((10, 'sks dog'), None)
     """
     match = _NAME.fullmatch(folder)
-    return (int(match[1]), legible(match[2]).strip()) if match else None
+    if match is None or len(match[1]) > len(str(_MOST)) or int(match[1]) in _YEARS:
+        return None
+    return int(match[1]), legible(match[2]).strip()
 
 
 def named_repeats(pictures: Iterable[str]) -> NamedRepeats:
@@ -69,8 +74,13 @@ def named_repeats(pictures: Iterable[str]) -> NamedRepeats:
     names = list(pictures)
     tops = sorted({top_of(name) for name in names if "/" in name})
     read = {top: said for top in tops if (said := named(top)) is not None}
-    if len(read) < len(tops) or not all("/" in name for name in names):
-        return NamedRepeats({}, {}, tuple(read))
+    inside = all("/" in name for name in names)
+    if tops and not read and inside and all(map(_NAME.fullmatch, tops)):
+        return NamedRepeats(
+            {}, {}, tuple(tops), f"years and numbers above {_MOST:,} are not taken so. Where they are meant,"
+        )
+    if len(read) < len(tops) or not inside:
+        return NamedRepeats({}, {}, tuple(read), "others are in folders that are called otherwise. Name all so, or")
     return NamedRepeats(
         {top: count for top, (count, _) in read.items()}, {top: words for top, (_, words) in read.items()}
     )

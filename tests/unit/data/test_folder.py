@@ -91,6 +91,25 @@ def test_repeats_are_in_all_folders_or_in_none(tmp_path: Path, other: str) -> No
     )
 
 
+def test_many_repeats_are_no_years(tmp_path: Path) -> None:
+    for seed, name in enumerate(["1000_sks dog/a.png", "9999_cat/b.png"]):
+        picture(tmp_path / "many" / name, seed)
+        picture(tmp_path / "kohya" / "img" / name, seed)
+        picture(tmp_path / "kohya" / "reg" / "1000_dog" / f"{seed}.png", 2 + seed)
+        picture(tmp_path / "years" / name.replace("1000", "1999").replace("9999", "20230101"), seed)
+    folder = read_image_folder(tmp_path / "many")
+    assert [(item.repeats, item.caption) for item in folder.items] == [(1000, "sks dog"), (9999, "cat")]
+    assert "1000_sks dog (1000 x), 9999_cat (9999 x)" in folder.notes[0]
+    assert read_image_folder(tmp_path / "many" / "1000_sks dog").items[0].caption == "sks dog"
+    folder = read_image_folder(tmp_path / "years")
+    assert [(item.repeats, item.caption) for item in folder.items] == [(1, "sks years")] * 2
+    assert folder.notes == (
+        "kohya reads a number of repeats from 1999_sks dog, 20230101_cat; here the pictures count alike, as years and numbers "
+        "above 9,999 are not taken so. Where they are meant, give folders, each with its repeats",
+    )
+    assert "is laid out for kohya's trainer" in said(tmp_path / "kohya")
+
+
 def test_pictures_with_a_number_are_no_folders(tmp_path: Path) -> None:
     for seed, name in enumerate(["10_sks dog.png", "else/d.png"]):
         picture(tmp_path / name, seed)
