@@ -155,7 +155,7 @@ def pictures_of(
     config: TrainSDConfig, first: Adapter | None, tell: Listener
 ) -> tuple[ImageFolder, tuple[ImageItem, ...]]:
     """The pictures to train on, and those apart by which it is seen whether the run learned."""
-    folder = read_pictures(config, progress=lambda done, total: tell.progress("Checking pictures", done, total))
+    folder = read_pictures(config, progress=tell.progress)
     for note in folder.notes:
         tell.say(note)
     tell.say(folder.caption_source)

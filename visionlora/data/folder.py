@@ -8,7 +8,7 @@ on the command line.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from visionlora.data.facts import FactsOfFolder
 from visionlora.data.images import printable
 from visionlora.data.masks import Box
 from visionlora.data.source_captions import missing_captions, texts_of
-from visionlora.data.sources import OPTION, SETTING, Looks, Source, Words, looked_at, opened
+from visionlora.data.sources import OPTION, SETTING, Looks, Source, Told, Words, looked_at, opened
 from visionlora.data.tags import any_of
 from visionlora.data.wording import (
     count_of,
@@ -85,9 +85,7 @@ class ImageFolder:
     """Sets of positions in `items` of pictures that look alike."""
 
 
-def read_pictures(
-    config: TrainSDConfig, *, cache: Path | None = None, progress: Callable[[int, int], None] | None = None
-) -> ImageFolder:
+def read_pictures(config: TrainSDConfig, *, cache: Path | None = None, progress: Told | None = None) -> ImageFolder:
     """The pictures that a run learns from: those of `images`, or of `folders`.
 
     Args:
@@ -120,7 +118,7 @@ def read_image_folder(
     masks: str | None = None,
     skip_broken: bool = False,
     cache: Path | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Told | None = None,
 ) -> ImageFolder:
     """Reads and checks all pictures of a folder and its subfolders; hidden files are passed over.
 
@@ -134,7 +132,7 @@ def read_image_folder(
         masks: `alpha`, a folder of masks, or the column of a parquet table that holds them; see `visionlora.data.masks`.
         skip_broken: leave out what cannot be used (and say so in the notes) instead of raising.
         cache: a folder for what is known of the pictures, and for those of parquet files; by default the user's.
-        progress: called with (pictures checked, pictures in all), before that with (rows unpacked, rows of the file).
+        progress: called with (what is done, rows unpacked or pictures checked, how many there are).
 
     Raises:
         ConfigError: for settings that do not fit what is there.
@@ -151,7 +149,7 @@ def read_image_folders(
     *,
     skip_broken: bool = False,
     cache: Path | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Told | None = None,
 ) -> ImageFolder:
     """Reads and checks the pictures of several folders; one that is in two of them counts only in the first.
 
@@ -173,7 +171,7 @@ def _read(
     words: Words,
     skip_broken: bool,
     cache: Path | None,
-    progress: Callable[[int, int], None] | None,
+    progress: Told | None,
 ) -> ImageFolder:
     sources = opened(configs, words, cache, progress)
     total, done = sum(len(source.pictures) for source in sources), 0

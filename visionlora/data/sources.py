@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path, PurePosixPath
 
 from visionlora.config.folders import ALPHA, FolderConfig
@@ -25,6 +26,9 @@ from visionlora.data.wording import (
     no_pictures,
 )
 from visionlora.errors import ConfigError, DataError
+
+Told = Callable[[str, int, int], None]
+"""Called with (what is done, done, total)."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,7 @@ def opened(
     configs: Sequence[FolderConfig],
     words: Words,
     cache: Path | None,
-    progress: Callable[[int, int], None] | None,
+    progress: Told | None,
 ) -> list[Source]:
     """Lists all folders; raises what is wrong with any of them as a whole."""
     sources, problems = [], []
@@ -101,9 +105,7 @@ def opened(
     return sources
 
 
-def _open(
-    source: Source, elsewhere: Sequence[Path], cache: Path | None, progress: Callable[[int, int], None] | None
-) -> Source:
+def _open(source: Source, elsewhere: Sequence[Path], cache: Path | None, progress: Told | None) -> Source:
     """Lists one; what lies in another of the folders, or their masks, is left to that."""
     root, config = source.root, source.config
     if suffix_of(root.name) == PARQUET and not root.is_dir():
@@ -138,7 +140,8 @@ def _open(
         source.notes += source.named.notes()
     if tables:
         column = config.masks if config.masks != ALPHA else None
-        source.unpacked = unpack(tables, cache, progress, column)
+        told = None if progress is None else partial(progress, "Unpacking pictures")
+        source.unpacked = unpack(tables, cache, told, column)
         source.pictures = source.unpacked.pictures
         source.problems += source.unpacked.problems
         if not source.pictures and not source.problems:
@@ -219,9 +222,7 @@ def _without(listing: Listing, root: Path, others: Iterable[Path]) -> Listing:
 # What it looks like.
 
 
-def looked_at(
-    source: Source, known: FactsOfFolder, before: int, total: int, progress: Callable[[int, int], None] | None
-) -> Looks:
+def looked_at(source: Source, known: FactsOfFolder, before: int, total: int, progress: Told | None) -> Looks:
     """Decodes every picture that is new, or has a mask: adds notes on conversions and problems to the source."""
     looks = Looks()
     converted: dict[str, list[str]] = {}
@@ -240,6 +241,6 @@ def looked_at(
             if fact.note:
                 converted.setdefault(fact.note, []).append(name)
         if progress is not None:
-            progress(done, total)
+            progress("Checking pictures", done, total)
     source.notes += [f"{note}: {first_names(names)}" for note, names in converted.items()]
     return looks

@@ -18,6 +18,7 @@ from visionlora.data.cache import Entries, Share, TensorCache, cut, default_cach
 from visionlora.data.folder import ImageItem
 from visionlora.data.groups import Group, grouped
 from visionlora.data.images import decode
+from visionlora.data.sources import Told
 from visionlora.diffusion.conditioning import (
     Conditioning,
     all_ids,
@@ -38,9 +39,6 @@ PIXELS_AT_ONCE = {"cuda": 8 * 512 * 512, "cpu": 512 * 512}
 """By device: a processor is no faster with more, and needs less memory with fewer."""
 PICTURES_AT_ONCE = 32
 CAPTIONS_AT_ONCE = 64
-
-Told = Callable[[str, int, int], None]
-"""Called with (what, done, total)."""
 
 
 @dataclass(frozen=True)
@@ -348,7 +346,7 @@ def encode_dataset(
         items: the pictures.
         plan: their sizes and variants; a number for squares of so many px.
         cache: by default the user's cache folder.
-        progress: called with (what, done, total).
+        progress: called with (what is done, done, total).
         captions: of each picture those that are drawn from; its own when not given.
         class_items: pictures of the class that the subject belongs to, put behind the others.
         more_captions: of no picture; they come right behind the empty one.

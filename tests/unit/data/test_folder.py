@@ -45,8 +45,8 @@ def test_items(tmp_path: Path) -> None:
     (root / "metadata.jsonl").write_text(
         "".join(f'{{"file_name": "{n}", "text": "t {n}"}}\n' for n in ("B.PNG", "a.jpg", "sub/c.webp"))
     )
-    seen: list[tuple[int, int]] = []
-    folder = read_image_folder(root, progress=lambda done, total: seen.append((done, total)))
+    seen: list[tuple[str, int, int]] = []
+    folder = read_image_folder(root, progress=lambda *told: seen.append(told))
     assert folder.items == tuple(
         ImageItem(root / name, f"t {name}", sha)
         for name, sha in zip(["B.PNG", "a.jpg", "sub/c.webp"], hashes, strict=True)
@@ -54,7 +54,7 @@ def test_items(tmp_path: Path) -> None:
     assert folder.root == root
     assert folder.notes == ()
     assert folder.caption_source == "captions from metadata.jsonl (3)"
-    assert seen == [(1, 3), (2, 3), (3, 3)]
+    assert seen == [("Checking pictures", i, 3) for i in (1, 2, 3)]
 
 
 def test_folders_that_say_repeats_and_caption(tmp_path: Path) -> None:
@@ -431,14 +431,14 @@ def test_several_folders(dog: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     picture(tmp_path / "cat" / "a.png", 7)
     picture(tmp_path / "red_birds" / "a.png", 8)
     Image.new("CMYK", (8, 8)).save(tmp_path / "cat" / "ink.jpg")
-    seen: list[tuple[int, int]] = []
+    seen: list[tuple[str, int, int]] = []
     folder = read_image_folders(
         [
             FolderConfig("./dog", repeats=10),
             FolderConfig("cat", " a cat ", 2),
             FolderConfig(str(tmp_path / "red_birds")),
         ],
-        progress=lambda done, total: seen.append((done, total)),
+        progress=lambda *told: seen.append(told),
     )
     birds = f"{tmp_path}/red_birds"
     assert [(item.name, item.caption, item.repeats) for item in folder.items] == [
@@ -456,7 +456,7 @@ def test_several_folders(dog: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         f'{birds}: no captions in the folder, so all pictures get "sks red birds" (a rare word and the folder\'s name); '
         "a prompt for the folder changes it"
     )
-    assert seen == [(i, 5) for i in range(1, 6)]
+    assert seen == [("Checking pictures", i, 5) for i in range(1, 6)]
 
 
 def test_a_picture_in_two_folders_counts_in_the_first(

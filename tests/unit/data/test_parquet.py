@@ -73,7 +73,7 @@ def test_a_file(tmp_path: Path) -> None:
     folder = read_image_folder(file, cache=tmp_path / "cache", progress=lambda *at: seen.append(at))
     check_pictures(folder, [f"train.parquet row {i}" for i in range(1, 6)], [f"dog {i}" for i in range(5)])
     assert folder.caption_source == 'captions from the column "text" of train.parquet (5)'
-    assert seen == [(i, 5) for i in range(1, 6)] * 2
+    assert seen == [(f"{what} pictures", i, 5) for what in ("Unpacking", "Checking") for i in range(1, 6)]
     assert all(item.path.is_relative_to(tmp_path / "cache" / "parquet") for item in folder.items)
     assert folder.items[0].path.suffix == ".png"
 
@@ -145,7 +145,7 @@ def test_what_is_no_longer_whole_is_written_again(tmp_path: Path, harm: str) -> 
 def test_nothing_is_left_of_an_interruption(tmp_path: Path) -> None:
     file, cache = write(tmp_path / "a.parquet", rows()), tmp_path / "cache"
 
-    def interrupt(done: int, total: int) -> None:
+    def interrupt(what: str, done: int, total: int) -> None:
         if done == 3:
             raise KeyboardInterrupt
 
