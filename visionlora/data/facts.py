@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from zipfile import BadZipFile
@@ -22,9 +23,23 @@ from visionlora.data.alike import looks_of
 from visionlora.data.cache import key_of
 from visionlora.data.files import sha256_of
 from visionlora.data.images import Decoded, decode_noted, printable
+from visionlora.data.masks import Box
 from visionlora.data.pixels import Stamp, check_unchanged, stamp_of
 
-_VERSION = "5"  # of what is kept; a new number makes old files unused
+_VERSION = "6"  # of what is kept; a new number makes old files unused
+
+
+@dataclass(frozen=True)
+class MaskFact:
+    """What is known of the mask of a picture, which has been checked together with it."""
+
+    place: str
+    """Where its file really lies; empty where it is the alpha channel of the picture."""
+    stamp: Stamp
+    sha256: str
+    """Of the file's bytes, in hex."""
+    learned: Box
+    """Where it is not black."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +59,8 @@ class Fact:
     """What was converted; empty where the file was plain."""
     rule: str
     """See `images.Decoded`."""
+    mask: MaskFact | None = None
+    """The last that it had."""
 
 
 class FactsOfFolder:
@@ -82,6 +99,30 @@ class FactsOfFolder:
         self._known[self._place[path]], self._new = fact, True
         return fact, decoded
 
+    def mask_of(self, path: Path, mask: Path) -> MaskFact | None:
+        """What is known of the mask of a picture, if neither file has changed since; its alpha channel has the same path."""
+        fact = self.of(path)
+        known = None if fact is None else fact.mask
+        return known if known and (known.place, known.stamp) == (_place_of(path, mask), stamp_of(mask)) else None
+
+    def add_mask(self, path: Path, mask: Path, stamp: Stamp, learned: Box) -> MaskFact:
+        """Keeps what a mask has shown, with the picture that was looked at.
+
+        Args:
+            path: of the picture.
+            mask: its file.
+            stamp: of the file before it was read.
+            learned: where it is not black.
+
+        Raises:
+            DataError: when it was changed meanwhile.
+        """
+        fact = self._known[self._place[path]]
+        found = MaskFact(_place_of(path, mask), stamp, fact.sha256 if mask == path else sha256_of(mask), learned)
+        check_unchanged(mask, printable(mask), stamp)
+        self._known[self._place[path]] = replace(fact, mask=found)
+        return found
+
     def __enter__(self) -> FactsOfFolder:
         return self
 
@@ -90,6 +131,10 @@ class FactsOfFolder:
     ) -> None:
         if self.file is not None and self._new:
             _write(self.file, {place: self._known[place] for place in self._place.values() if place in self._known})
+
+
+def _place_of(path: Path, mask: Path) -> str:
+    return "" if mask == path else os.path.realpath(mask)
 
 
 def _places(paths: Sequence[Path]) -> list[str]:
@@ -109,12 +154,12 @@ def _read(path: Path) -> dict[str, Fact]:
     """By place; nothing when the file is missing or broken."""
     try:
         with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
-            places, notes, rules = (_lines(file[name]) for name in ("places", "notes", "rules"))
+            places, notes, rules, masks = (_lines(file[name]) for name in ("places", "notes", "rules", "masks"))
             stamps, sizes, hashes = (file[name].tolist() for name in ("stamps", "sizes", "hashes"))
-            columns = (stamps, file["sha256"], hashes, file["thumbnails"], sizes, notes, rules)
+            columns = (stamps, file["sha256"], hashes, file["thumbnails"], sizes, notes, rules, map(_mask, masks))
         return {
-            place: Fact((bytes_, time, changed), sha.tobytes().hex(), value, small, (height, width), note, rule)
-            for place, (bytes_, time, changed), sha, value, small, (height, width), note, rule in zip(
+            place: Fact((bytes_, time, changed), sha.tobytes().hex(), value, small, (height, width), note, rule, mask)
+            for place, (bytes_, time, changed), sha, value, small, (height, width), note, rule, mask in zip(
                 places, *columns, strict=True
             )
         }
@@ -133,6 +178,7 @@ def _write(path: Path, facts: Mapping[str, Fact]) -> None:
         places=_blob(facts),
         notes=_blob(fact.note for fact in values),
         rules=_blob(fact.rule for fact in values),
+        masks=_blob(json.dumps(astuple(fact.mask)) if fact.mask else "" for fact in values),
         stamps=np.array([fact.stamp for fact in values], np.int64),
         sizes=np.array([fact.size for fact in values], np.int32),
         sha256=np.frombuffer(bytes.fromhex("".join(fact.sha256 for fact in values)), np.uint8).reshape(-1, 32),
@@ -142,6 +188,13 @@ def _write(path: Path, facts: Mapping[str, Fact]) -> None:
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(path, content.getvalue())
+
+
+def _mask(line: str) -> MaskFact | None:
+    if not line:
+        return None
+    place, stamp, sha256, learned = json.loads(line)
+    return MaskFact(place, tuple(stamp), sha256, tuple(learned))
 
 
 def _blob(texts: Iterable[str]) -> npt.NDArray[np.uint8]:

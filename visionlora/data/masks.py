@@ -48,17 +48,25 @@ class Masks:
     """Picture -> why it has no mask."""
     notes: tuple[str, ...] = ()
 
-    def check(self, name: str, picture: Decoded) -> tuple[Path, Box]:
-        """The file of a picture's mask, which has been read, and where something of it is learned.
+    def file_of(self, name: str) -> Path:
+        """The file of a picture's mask.
+
+        Raises:
+            DataError: when there is none.
+        """
+        if self.problems and name in self.problems:
+            raise DataError(self.problems[name])
+        return self.files[name]
+
+    def check(self, name: str, picture: Decoded) -> Box:
+        """Where something of a picture is learned, by its mask, which is read.
 
         Raises:
             DataError: when there is none, it cannot be read, has another size, or is (nearly) black all over.
         """
-        if self.problems and name in self.problems:
-            raise DataError(self.problems[name])
+        file = self.file_of(name)
         if self.folder is None and not self.column:
-            return self.files[name], learned_box(self._checked_alpha(name, picture))
-        file = self.files[name]
+            return learned_box(self._checked_alpha(name, picture))
         shown, size = f"in the column {self.column!r}" if self.column else printable(file), picture.image.size
         mask = grey(decode_noted(file, shown=f"the mask of {name}" if self.column else None))
         if mask.shape != size[::-1]:
@@ -76,7 +84,7 @@ class Masks:
                 f"{printable(name)} has a mask that is nearly black all over, {shown}: its brightest level is {mask.max()} of "
                 "255, so hardly anything is learned; save it with 255 where to learn (often 1 is meant as white)"
             )
-        return file, learned_box(mask)
+        return learned_box(mask)
 
     def _checked_alpha(self, name: str, picture: Decoded) -> npt.NDArray[np.uint8]:
         if picture.alpha is None:

@@ -12,12 +12,13 @@ from pathlib import Path, PurePosixPath
 
 from visionlora.config.folders import ALPHA, FolderConfig
 from visionlora.data.facts import Fact, FactsOfFolder
-from visionlora.data.files import Listing, list_folder, sha256_of, suffix_of
+from visionlora.data.files import Listing, list_folder, suffix_of
 from visionlora.data.images import printable
 from visionlora.data.labelled import split_folders, splits_beside_others, top_of, used_files
 from visionlora.data.masks import Box, Masks, find_masks, masks_of_column
 from visionlora.data.named_repeats import NamedRepeats, named, named_repeats
 from visionlora.data.parquet import PARQUET, Unpacked, unpack
+from visionlora.data.pixels import stamp_of
 from visionlora.data.wording import (
     ENDINGS,
     beside_pictures,
@@ -223,17 +224,15 @@ def _without(listing: Listing, root: Path, others: Iterable[Path]) -> Listing:
 
 
 def looked_at(source: Source, known: FactsOfFolder, before: int, total: int, progress: Told | None) -> Looks:
-    """Decodes every picture that is new, or has a mask: adds notes on conversions and problems to the source."""
+    """Decodes every picture that is new, or whose mask is: adds notes on conversions and problems to the source."""
     looks = Looks()
     converted: dict[str, list[str]] = {}
     for done, (name, path) in enumerate(source.pictures.items(), before + 1):
         try:
-            fact = known.of(path) if source.masks is None else None
-            if fact is None:
-                fact, decoded = known.look(path, name)
-                if source.masks is not None:
-                    mask, box = source.masks.check(name, decoded)
-                    looks.masks[name] = mask, fact.sha256 if mask == path else sha256_of(mask), box
+            if source.masks is None:
+                fact = known.of(path) or known.look(path, name)[0]
+            else:
+                fact, looks.masks[name] = _with_mask(source.masks, known, name, path)
         except DataError as error:
             source.problems.append(str(error))
         else:
@@ -244,3 +243,14 @@ def looked_at(source: Source, known: FactsOfFolder, before: int, total: int, pro
             progress("Checking pictures", done, total)
     source.notes += [f"{note}: {first_names(names)}" for note, names in converted.items()]
     return looks
+
+
+def _with_mask(masks: Masks, known: FactsOfFolder, name: str, path: Path) -> tuple[Fact, tuple[Path, str, Box]]:
+    """What is known of a picture and its mask; both are decoded where one of them is new."""
+    file = masks.file_of(name)
+    fact, mask = known.of(path), known.mask_of(path, file)
+    if fact is None or mask is None:
+        stamp = stamp_of(file)
+        fact, decoded = known.look(path, name)
+        mask = known.add_mask(path, file, stamp, masks.check(name, decoded))
+    return fact, (file, mask.sha256, mask.learned)
