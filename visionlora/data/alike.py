@@ -19,9 +19,9 @@ THUMBNAIL = 16
 HASH_BITS = 3
 """Near duplicates differ in at most so many of the 64 bits of their perceptual hashes ..."""
 THUMBNAIL_DIFFERENCE = 6.0
-"""... and, on average, in at most so many of 255 levels of their thumbnails: simple small pictures, such as digits,
-often share a hash. Colours are compared in blocks of 4 x 4 px, as JPEG keeps fewer of them than of brightness. And what
-differs beside the mean level of each colour ..."""
+"""... and, on average, in at most so many of 255 levels of the brightness of their thumbnails, and of the colours beside it:
+simple small pictures, such as digits, often share a hash. Colours are compared in blocks of 4 x 4 px, as JPEG keeps fewer of
+them than of brightness. And what differs beside the mean level of each colour ..."""
 OWN_SPREAD = 0.25
 """... is at most this part of the spread within either of them, plus half a level: pictures of one texture, such as granite,
 are all about grey in small, but each has grains of its own."""
@@ -201,10 +201,10 @@ def _rows_as_bytes(rows: npt.NDArray[np.uint8]) -> npt.NDArray[np.void]:
 def _near_duplicates(hashes: npt.NDArray[np.uint64], thumbnails: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
     """For each picture one (the same for all that are linked) of its near duplicates, or itself.
 
-    Thumbnails are compared only where hashes are near. Within each hash the pictures are sorted by mean level: means
+    Thumbnails are compared only where hashes are near. Within each hash the pictures are sorted by mean brightness: means
     lie no further apart than levels do on average, so each picture is compared only with a window of the others.
     """
-    mean = thumbnails.reshape(len(thumbnails), 768).mean(axis=1, dtype=np.float64)
+    mean = thumbnails.reshape(len(thumbnails), 256, 3).mean(axis=1, dtype=np.float64) @ _LUMA.astype(np.float64)
     order = np.lexsort((mean, hashes))
     small, mean = _Small(thumbnails[order]), mean[order]
     unique, start = np.unique(hashes[order], return_index=True)
@@ -246,10 +246,12 @@ class _Small:
         n = len(thumbnails)
         blocks = thumbnails.reshape(n, 4, 4, 4, 4, 3)
         means = blocks.mean(axis=(2, 4), keepdims=True, dtype=np.float32)
+        self.colours = (means - (means @ _LUMA)[..., None]).reshape(n, 48)
+        """Of blocks, beside their brightness."""
+        # The difference of blocks is a lower bound too, at a fraction of the cost.
+        self.brightness = (means @ _LUMA).reshape(n, 16)
         # The brightness of each px with the colour of its block.
         levels = (blocks @ _LUMA)[..., None] - (means @ _LUMA)[..., None] + means
-        # The difference of blocks is a lower bound too, at a fraction of the cost.
-        self.blocks = means.reshape(n, 48)
         self.mean = means.reshape(n, 16, 3).mean(axis=1)
         """Level of each colour, (n, 3)."""
         self.grain = (levels.reshape(n, 256, 3) - self.mean[:, None]).reshape(n, 768)
@@ -262,10 +264,12 @@ class _Small:
         # Thousands of copies are soon one set, whose pairs need no comparing.
         new = forest.parent[a] != forest.parent[b]
         a, b = a[new], b[new]
-        near = np.abs(self.blocks[a] - self.blocks[b]).mean(axis=1) <= THUMBNAIL_DIFFERENCE + 1e-3  # rounding
+        near = np.abs(self.brightness[a] - self.brightness[b]).mean(axis=1) <= THUMBNAIL_DIFFERENCE + 1e-3  # rounding
+        near &= np.abs(self.colours[a] - self.colours[b]).mean(axis=1) <= THUMBNAIL_DIFFERENCE
         a, b = a[near], b[near]
         grain = (self.grain[a] - self.grain[b]).reshape(-1, 256, 3)
-        near = np.abs(grain + (self.mean[a] - self.mean[b])[:, None]).mean(axis=(1, 2)) <= THUMBNAIL_DIFFERENCE
+        apart = (grain + (self.mean[a] - self.mean[b])[:, None]) @ _LUMA
+        near = np.abs(apart).mean(axis=1) <= THUMBNAIL_DIFFERENCE
         near &= np.sqrt(np.square(grain).mean(axis=(1, 2))) <= np.minimum(self.most[a], self.most[b])
         forest.join_all(a[near], b[near])
 
