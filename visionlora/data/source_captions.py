@@ -63,10 +63,15 @@ def texts_of(source: Source) -> tuple[dict[str, str], Captions]:
 
 
 def unread(source: Source, captions: Captions) -> list[str]:
-    """A note on JSON files of pictures that have no caption elsewhere, as some programs write them, if there are any."""
+    """A note on files that may hold captions, where pictures have none: JSON beside them, tables of other names."""
     lacking = {name for name in source.pictures if name not in captions.texts}
     owners = lacking | {PurePosixPath(name).with_suffix("").as_posix() for name in lacking}
-    files = [f for f in source.listing.others if suffix_of(f) == ".json" and f[: -len(".json")] in owners]
+    files = [
+        f
+        for f in source.listing.others
+        if (suffix_of(f) == ".json" and f[: -len(".json")] in owners)
+        or (lacking and suffix_of(f) in (".csv", ".jsonl", ".tsv") and PurePosixPath(f).name not in METADATA_FILES)
+    ]
     where = f"{' and '.join(SIDECAR_SUFFIXES)} files, {' and '.join(METADATA_FILES)}"
     return [f"not read: {first_names(files)}; captions are read from {where}"] if files else []
 

@@ -122,13 +122,17 @@ def test_json_beside_pictures_is_not_read_and_that_is_said(tmp_path: Path) -> No
     for name in ("a.json", "b.png.json", "sub/c.JSON", "other.json"):
         (tmp_path / name).write_text('{"caption": "a dog"}')
     note = "not read: {}; captions are read from .txt and .caption files, metadata.jsonl and metadata.csv"
-    assert read_image_folder(tmp_path).notes == (note.format("a.json, b.png.json, sub/c.JSON"),)
+    (tmp_path / "captions.csv").write_text("file_name,text\na.png,a dog\n")
+    (tmp_path / "Metadata.jsonl").write_text('{"file_name": "a.png", "text": "a dog"}')
+    files = "Metadata.jsonl, a.json, b.png.json, captions.csv, sub/c.JSON"
+    assert read_image_folder(tmp_path).notes == (note.format(files),)
     assert read_image_folder(tmp_path, "all").notes == ()
     for name in ("a.txt", "b.txt", "sub/c.txt"):
         (tmp_path / name).write_text("a cat")
     assert read_image_folder(tmp_path).notes == ()
     (tmp_path / "a.txt").unlink()
-    assert note.format("a.json") in read_image_folder(tmp_path, skip_broken=True).notes
+    (tmp_path / "captions.csv").unlink()
+    assert note.format("Metadata.jsonl, a.json") in read_image_folder(tmp_path, skip_broken=True).notes
 
 
 def test_among_several_folders_settings_say_repeats(tmp_path: Path) -> None:
