@@ -226,7 +226,9 @@ class Handle:
             self.check_gradients()
         adaptive = [m for m in self.methods.values() if isinstance(m, AdaLoRA)]
         if adaptive and self.config is not None:
-            allocate(adaptive, step, steps, sum(self.config.rank_of(m.site.name) for m in adaptive))
+            ranks = {m: self.config.rank_of(m.site.name) for m in adaptive}
+            most = sum(m.numbers(m.site, rank, self.config, stored=True) for m, rank in ranks.items())
+            allocate(adaptive, step, steps, sum(ranks.values()), most=most)
 
     def check_gradients(self) -> None:
         """Raises TargetError when, after a backward pass, some adapted layer has no gradient: it trains in vain."""

@@ -3,7 +3,8 @@
 Importance of a triplet (eq. 8-11): smoothed |w·∂L/∂w| times its smoothed deviation, of E plus the means over the row of A
 and the column of B. The budget falls from the initial to the target rank along a cubic (eq. 12). Call
 `Handle.after_step(step, steps)` after each optimizer step, before the gradients are cleared, and add
-`Handle.regularisation()` to the loss (eq. 4). The file holds what is left as plain LoRA with a rank of its own per module.
+`Handle.regularisation()` to the loss (eq. 4). The file holds what is left as plain LoRA with a rank of its own per module,
+and is no larger than one of the target rank everywhere, also where the triplets of wide layers are those that stay.
 """
 
 from __future__ import annotations
@@ -63,6 +64,11 @@ class AdaLoRA(Method):
             return super().numbers(site, rank, config, stored)
         start = cls.wider(site, rank, config)
         return super().numbers(site, start, config) + start
+
+    @property
+    def triplet(self) -> int:
+        """Numbers that one takes in a file."""
+        return len(self.lora_B) + self.lora_A[0].numel()
 
     @property
     def scaling(self) -> float:
@@ -136,8 +142,31 @@ def budget_at(step: int, steps: int, start: int, target: int, warmup: int, final
     return int((start - target) * left**3 + target)
 
 
+def fitting(methods: Sequence[AdaLoRA], scores: Tensor, wanted: Tensor, most: int) -> Tensor:
+    """Which of the wanted triplets go into a file of so many numbers, the most important first.
+
+    Args:
+        methods: every site of the adapter.
+        scores: importance of their triplets, site after site.
+        wanted: whether each of them is to stay.
+        most: numbers; enough for a triplet of each site, as the file has one also where none is left.
+    """
+    owners = [m for m in methods for _ in range(len(m.lora_E))]
+    left, counted, kept = most - sum(m.triplet for m in methods), set(), wanted.tolist()
+    for at in [k for k in scores.argsort(descending=True).tolist() if kept[k]]:
+        price = owners[at].triplet if owners[at] in counted else 0
+        if price > left:
+            kept[at] = False
+        else:
+            left -= price
+            counted.add(owners[at])
+    return torch.tensor(kept, device=wanted.device)
+
+
 @torch.no_grad()
-def allocate(methods: Sequence[AdaLoRA], step: int, steps: int, target: int, interval: int = 10) -> int:
+def allocate(
+    methods: Sequence[AdaLoRA], step: int, steps: int, target: int, interval: int = 10, most: int | None = None
+) -> int:
     """Measures importance and, every `interval` steps, zeroes the least important triplets. Returns the budget.
 
     Args:
@@ -146,6 +175,7 @@ def allocate(methods: Sequence[AdaLoRA], step: int, steps: int, target: int, int
         steps: of the whole training.
         target: triplets to keep in the end, over all sites.
         interval: steps between prunings.
+        most: numbers that the file may have in the end; the triplets of wide layers take more than those of narrow ones.
     """
     start = sum(len(m.lora_E) for m in methods)
     warmup, final = steps // 10, steps // 3
@@ -155,7 +185,10 @@ def allocate(methods: Sequence[AdaLoRA], step: int, steps: int, target: int, int
             m.measure()
     if warmup < step and (step % interval == 0 or step > steps - final) and budget < start:
         scores = torch.cat([m.importance() for m in methods])
-        threshold = scores.kthvalue(start - budget).values
-        for m in methods:
-            m.lora_E.masked_fill_(m.importance() <= threshold, 0.0)
+        kept = scores > scores.kthvalue(start - budget).values
+        if most is not None:
+            wide = sum(len(m.lora_E) * m.triplet for m in methods)
+            kept = fitting(methods, scores, kept, budget_at(step, steps, wide, most, warmup, final))
+        for m, own in zip(methods, kept.split([len(m.lora_E) for m in methods]), strict=True):
+            m.lora_E.masked_fill_(~own, 0.0)
     return budget
