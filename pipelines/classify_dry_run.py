@@ -91,7 +91,8 @@ def classify_dry_run(config: ClassifyConfig, listener: Listener | None = None) -
     start = begin(config, "classify", tell)
     ready = opened(start, tell)
     config = dataclasses.replace(ready.material.config, head_init="random")
-    config = with_rank(config, adapter_config(config, train=ready.material.backbone.head).rank, tell)
+    backbone = ready.material.backbone
+    config = with_rank(config, [(backbone.model, adapter_config(config, train=backbone.head))], tell)
     material = dataclasses.replace(ready.material, config=config)
     ready = dataclasses.replace(ready, material=material)
     handle, adapter = new_adapter(ready, None, None, Listener())

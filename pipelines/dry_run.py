@@ -35,6 +35,7 @@ from visionlora.diffusion.settings import (
     validation_plan,
     whole_captions,
 )
+from visionlora.lora.rank import at_rank
 from visionlora.models.base import BaseModel
 from visionlora.report.listener import Listener
 from visionlora.report.resume import begin, holding
@@ -114,7 +115,7 @@ def dry_run(config: TrainSDConfig, listener: Listener | None = None) -> Estimate
     """
     tell = (listener or Listener()) if process_state().is_main_process else Listener()
     ready = prepare(begin(config, "sd", tell), tell)
-    ready = dataclasses.replace(ready, config=with_rank(ready.config, ready.adapter.rank, tell))
+    ready = of_one_rank(ready, tell)
     config, items = ready.config, ready.folder.items
     plan = plan_of(config, ready.base, ready.size)
     framings = [plan.framing(item) for item in items]
@@ -189,6 +190,17 @@ def dry_run(config: TrainSDConfig, listener: Listener | None = None) -> Estimate
         text_bytes=text_bytes,
         free_bytes=TensorCache(default_cache_folder()).free,
     )
+
+
+def of_one_rank(ready: Ready, tell: Listener) -> Ready:
+    """With the budget's rank everywhere, where it is auto."""
+    components = ready.base.components()
+    parts = {"unet": ready.adapter, **ready.text_adapters}
+    config = with_rank(ready.config, [(components[name], own) for name, own in parts.items()], tell)
+    if config is ready.config or config.rank == "auto":
+        return ready
+    texts = {name: at_rank(own, config.rank) for name, own in ready.text_adapters.items()}
+    return dataclasses.replace(ready, config=config, adapter=at_rank(ready.adapter, config.rank), text_adapters=texts)
 
 
 def class_sizes(config: TrainSDConfig, base: BaseModel) -> tuple[list[Size], int]:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 
 from visionlora.config import TrainingConfig
+from visionlora.lora.rank import Part
 from visionlora.report.listener import Listener
 from visionlora.training.loop import Fit, Task
 from visionlora.training.memory import Room
+from visionlora.training.settings import rank_alike
 
 C = TypeVar("C", bound=TrainingConfig)
 PROBED = 2
@@ -38,10 +40,11 @@ def seconds_of_step(fit: Fit, task: Task) -> float:
     return timed(lambda: [fit.advance(task, 0.0) for _ in range(PROBED)], fit.accelerator) / PROBED
 
 
-def with_rank(config: C, rank: int, tell: Listener) -> C:
-    """The settings with this rank everywhere where they say auto: measuring the layers takes as long as many steps."""
+def with_rank(config: C, parts: Sequence[Part], tell: Listener) -> C:
+    """The settings with the budget's rank everywhere where they say auto: measuring the layers takes as long as many steps."""
     if config.rank != "auto":
         return config
+    rank = rank_alike(config, parts)
     tell.say(f"Rank auto is counted as rank {rank} everywhere.")
     return dataclasses.replace(config, rank=rank)
 

@@ -57,6 +57,21 @@ def test_pictures_of_the_class_and_to_judge_by_count(tiny_model: Path, dogs: Pat
     assert "latents of 9 pictures" in found.lines()[-1] and len(list((tmp_path / "class").iterdir())) == 1
 
 
+@pytest.mark.parametrize(("kind", "budget"), [("train-sd", "12k"), ("train-sd", "1M"), ("classify", "0.01MB")])
+def test_rank_auto_is_counted_by_its_budget(
+    kind: str, budget: str, tiny_model: Path, tiny_vit: Path, dogs: Path, shapes: Path
+) -> None:
+    own = {"steps": 1, "batch_size": 1, "rank": "auto", "rank_budget": budget}
+    if kind == "train-sd":
+        more = {"images": str(dogs), "model": str(tiny_model), "sample_columns": 0, "train_text_encoder": True}
+        trained = dry_run(build(TrainSDConfig, {**own, **more})).trained_parameters
+    else:
+        found = classify_dry_run(build(ClassifyConfig, {**own, "images": str(shapes), "model": str(tiny_vit)}))
+        trained = found.trained_parameters - 25 * 3  # of the head
+    low, high = {"12k": (9_000, 12_000), "1M": (12_001, 100_000), "0.01MB": (2_400, 2_621)}[budget]
+    assert low < trained <= high
+
+
 @pytest.mark.parametrize("kind", ["train-sd", "classify"])
 def test_a_batch_larger_than_memory_is_foretold_not_tried(
     kind: str, tiny_model: Path, tiny_vit: Path, dogs: Path, shapes: Path, monkeypatch: pytest.MonkeyPatch

@@ -26,7 +26,7 @@ from visionlora.lora.config import AdapterConfig
 from visionlora.lora.damage import damaged
 from visionlora.lora.inject import method_class
 from visionlora.lora.methods.base import Site
-from visionlora.lora.targets import named_patterns, resolve
+from visionlora.lora.targets import named_patterns, resolve, smaller_side
 
 WIDEST = 4
 """No layer gets more than this many times the mean rank."""
@@ -133,7 +133,7 @@ def choose_ranks(
 
     Args:
         model: the base model, without this adapter.
-        config: its `rank` is the mean rank that sets the budget; its targets are the layers that compete.
+        config: its `rank` is the mean rank, unless a budget is given; its targets are the layers that compete.
         loss_of: from a batch number to the training loss of that batch, as a scalar.
         batches: 2 or more; each is a forward and a backward pass.
         budget: parameters to spend; by default what `config.rank` everywhere would take.
@@ -149,11 +149,9 @@ def choose_ranks(
         raise ConfigError(f"Method {config.method!r} has no ranks that could be spread over the layers.")
     sites = resolve(model, config).sites
     config = named_patterns(config, sites)
+    mean = config.rank if budget is None else uniform_rank([(model, config)], budget, stored)
     halves = gradient_halves(model, sites, loss_of, batches)
-    energies: dict[str, Tensor] = {}
-    for s in sites:
-        room = min(WIDEST * config.rank, s.weight.shape[0], s.weight[0].numel())
-        energies[s.name] = triplet_energies(*halves[s.name], room)
+    energies = {s.name: triplet_energies(*halves[s.name], min(WIDEST * mean, smaller_side(s))) for s in sites}
     cost, by_name = method_class(config.method).numbers, {s.name: s for s in sites}
     budget = sum(cost(s, config.rank, config, stored) for s in sites) if budget is None else budget
     ranks = spend(energies, lambda name, rank: cost(by_name[name], rank, config, stored), budget)
@@ -233,10 +231,36 @@ def spend(energies: dict[str, Tensor], cost: Callable[[str, int], int], budget: 
     return ranks
 
 
-def numbers_at(model: nn.Module, config: AdapterConfig, rank: int, stored: bool = False) -> int:
-    """What the adapter would take with this rank everywhere; see `Method.numbers`."""
-    cost = method_class(config.method).numbers
-    return sum(cost(site, rank, config, stored) for site in resolve(model, config).sites)
+Part = tuple[nn.Module, AdapterConfig]
+"""Of a model, and what is adapted in it."""
+
+
+def numbers_at(parts: Iterable[Part], rank: int, stored: bool = False) -> int:
+    """What adapters would take with this rank everywhere, of each layer at most its smaller side; see `Method.numbers`."""
+    return _numbers(_sized(parts), rank, stored)
+
+
+def uniform_rank(parts: Iterable[Part], budget: int, stored: bool = False) -> int:
+    """The rank that a budget would give to all layers alike, of each at most its smaller side; 1 where not even that fits."""
+    sized = _sized(parts)
+    low, high = 1, max(smaller_side(site) for site, _ in sized)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if _numbers(sized, middle, stored) <= budget else (low, middle - 1)
+    return low
+
+
+def narrowest(parts: Iterable[Part]) -> int:
+    """The largest rank that all layers can have."""
+    return min(smaller_side(site) for site, _ in _sized(parts))
+
+
+def _sized(parts: Iterable[Part]) -> list[tuple[Site, AdapterConfig]]:
+    return [(site, config) for model, config in parts for site in resolve(model, config).sites]
+
+
+def _numbers(sized: Iterable[tuple[Site, AdapterConfig]], rank: int, stored: bool) -> int:
+    return sum(method_class(c.method).numbers(s, min(rank, smaller_side(s)), c, stored) for s, c in sized)
 
 
 def input_spectra(

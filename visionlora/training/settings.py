@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
@@ -13,7 +13,7 @@ from visionlora.config import OPTIMIZERS, TrainingConfig, budget_of
 from visionlora.config.choices import WHOLE
 from visionlora.errors import ConfigError
 from visionlora.lora.config import AdapterConfig
-from visionlora.lora.rank import RankChoice, choose_ranks, numbers_at
+from visionlora.lora.rank import Part, RankChoice, choose_ranks, narrowest, numbers_at, uniform_rank
 from visionlora.training.loop import LoopConfig, Task
 from visionlora.training.order import generator_at, positions_at
 
@@ -171,12 +171,16 @@ def automatic_ranks(
     return choose_ranks(model, adapter, loss_of, CALIBRATION_BATCHES, budget, stored=kind == "numbers")
 
 
-def text_share(
-    config: TrainingConfig, unet: tuple[nn.Module, AdapterConfig], texts: Mapping[str, tuple[nn.Module, AdapterConfig]]
-) -> tuple[int, int]:
+def rank_alike(config: TrainingConfig, parts: Sequence[Part]) -> int:
+    """The rank that the budget gives to all layers alike, as far as all can have it."""
+    kind, amount = budget_of(config.rank_budget) or ("rank", 8)
+    return amount if kind == "rank" else min(uniform_rank(parts, amount, kind == "numbers"), narrowest(parts))
+
+
+def text_share(config: TrainingConfig, unet: Part, texts: Mapping[str, Part]) -> tuple[int, int]:
     """The rank that text encoders have within a budget that is no mean rank, and how much of it they take.
 
-    They are not measured: their rank is what the budget would give to all layers alike, at most that of their configuration.
+    They are not measured: their rank is what the budget would give to all layers alike, as far as theirs can have it.
 
     Args:
         config: of the run.
@@ -187,16 +191,11 @@ def text_share(
         ConfigError: when nothing is left for the UNet.
     """
     kind, amount = budget_of(config.rank_budget) or ("rank", 8)
-    stored = kind == "numbers"
-
-    def took(rank: int, *parts: tuple[nn.Module, AdapterConfig]) -> int:
-        return sum(numbers_at(model, own, rank, stored) for model, own in parts)
-
-    most = unet[1].rank
     if kind == "rank" or not texts:
-        return most, 0
-    rank = next((r for r in range(most, 1, -1) if took(r, unet, *texts.values()) <= amount), 1)
-    taken = took(rank, *texts.values())
+        return unet[1].rank, 0
+    stored = kind == "numbers"
+    rank = min(uniform_rank([unet, *texts.values()], amount, stored), narrowest(texts.values()))
+    taken = numbers_at(texts.values(), rank, stored)
     if taken >= amount:
         raise ConfigError(
             f"rank_budget is {config.rank_budget!r}, and the text encoders alone take {taken:,} of it at rank 1: raise "

@@ -10,7 +10,15 @@ from visionlora.config import ClassifyConfig
 from visionlora.errors import ConfigError, ModelError, TargetError, TrainingError
 from visionlora.lora.config import AdapterConfig
 from visionlora.lora.inject import inject
-from visionlora.lora.rank import choose_ranks, input_spectra, spend, triplet_energies
+from visionlora.lora.rank import (
+    choose_ranks,
+    input_spectra,
+    narrowest,
+    numbers_at,
+    spend,
+    triplet_energies,
+    uniform_rank,
+)
 
 
 def problem(wanted: int) -> tuple[nn.Module, AdapterConfig, object]:
@@ -75,6 +83,25 @@ def test_a_budget_of_the_file_counts_what_it_holds(method: str) -> None:
     assert 100 < held <= 150 and choice.parameters == handle.report.trained_parameters
 
 
+def test_a_large_budget_is_spent() -> None:
+    """The cap of a layer's rank goes by the mean rank that the budget gives, and not by that of the configuration."""
+    model, config, loss_of = problem(12)
+    room = 12 * 24  # of the one layer that needs it
+    alone = choose_ranks(model, replace(config, rank=1), loss_of, batches=16)
+    small = choose_ranks(model, replace(config, rank=1), loss_of, batches=16, budget=2 * 24)
+    large = choose_ranks(model, replace(config, rank=1), loss_of, batches=16, budget=room)
+    assert small.ranks == alone.ranks and max(small.ranks.values()) <= 4
+    assert large.ranks["needed"] > 8 and 0.9 * room < large.parameters <= room
+
+
+def test_the_rank_that_a_budget_gives_to_all_layers() -> None:
+    model = nn.ModuleDict({"wide": nn.Linear(12, 12), "flat": nn.Linear(12, 2)})
+    parts = [(model, AdapterConfig(targets=("wide", "flat")))]
+    assert [numbers_at(parts, rank) for rank in (1, 2, 3)] == [38, 76, 100]
+    assert [uniform_rank(parts, budget) for budget in (10, 75, 76, 99, 100, 10_000)] == [1, 1, 2, 2, 3, 12]
+    assert narrowest(parts) == 2
+
+
 @pytest.mark.parametrize("method", ["ia3", "vera", "full", "linear-probe"])
 def test_methods_without_ranks_to_spread(method: str) -> None:
     model, config, loss_of = problem(1)
@@ -82,6 +109,24 @@ def test_methods_without_ranks_to_spread(method: str) -> None:
         choose_ranks(model, replace(config, method=method, train="fine"), loss_of)
     with pytest.raises(ConfigError, match=f"rank is 'auto'; method {method} has no ranks"):
         ClassifyConfig(images="x", rank="auto", method=method)
+
+
+def test_adalora_keeps_to_the_size_of_its_rank_where_triplets_of_wide_layers_stay() -> None:
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"wide": nn.Linear(40, 40), "small": nn.Linear(4, 4), "idle": nn.Linear(4, 4)})
+    config = AdapterConfig(method="adalora", rank=3, targets=("wide", "small", "idle"))
+    handle = inject(model, config)
+    optimizer = torch.optim.Adam(handle.parameters(), lr=0.01)
+    x, change = torch.randn(64, 40), torch.randn(40, 40)
+    for step in range(1, 31):
+        optimizer.zero_grad()
+        rest = model["small"](x[:, :4]).sum() + model["idle"](x[:, :4]).sum()
+        (model["wide"](x) - x @ change).square().mean().add(1e-6 * rest).backward()
+        optimizer.step()
+        handle.after_step(step, 30)
+    ranks = {n: m.rank for n, m in handle.adapter().modules.items()}
+    held = sum(t.numel() for m in handle.adapter().modules.values() for t in m.tensors.values())
+    assert ranks["model.wide"] == 3 and held <= 3 * (80 + 8 + 8)
 
 
 def test_the_model_is_left_as_it_was() -> None:
