@@ -8,7 +8,7 @@ import torch
 import visionlora as vl
 from visionlora.formats import native
 from visionlora.loaders import apply, load_adapter
-from visionlora.lora.adapter import Adapter
+from visionlora.lora.adapter import Adapter, AdapterModule
 from visionlora.lora.config import AdapterConfig
 from visionlora.lora.inject import inject
 from visionlora.models.base import open_base
@@ -87,3 +87,38 @@ def test_what_a_loop_of_ones_own_saves_fits_a_pipeline(part: str, tiny_model: Pa
     theirs.load_lora_weights(tmp_path, weight_name="mine.safetensors")
     torch.testing.assert_close(picture(theirs), trained, rtol=1e-3, atol=1e-3)
     assert not torch.allclose(trained, plain, atol=1e-2)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("ranks", [(2, 3, 4), (4, 3, 2), (2, 3, 3)], ids=str)
+def test_a_kohya_file_with_the_projection_of_the_second_text_encoder(
+    tiny_xl: Path, tmp_path: Path, ranks: tuple[int, int, int]
+) -> None:
+    """diffusers does not look at its rank, and takes the most common of the other layers."""
+    from diffusers import StableDiffusionXLPipeline
+
+    generator = torch.Generator().manual_seed(0)
+    layer = "text_encoder_2.text_model.encoder.layers.0."
+    widths = {layer + f"self_attn.{p}_proj": (24, ranks[0]) for p in ("q", "k", "v", "out")}
+    widths |= {layer + "mlp.fc1": (32, ranks[1]), "text_encoder_2.text_projection": (24, ranks[2])}
+    adapter = Adapter(
+        {
+            name: AdapterModule.lora(
+                torch.randn(r, 24, generator=generator), torch.randn(o, r, generator=generator), r / 3
+            )
+            for name, (o, r) in widths.items()
+        }
+    )
+    vl.save_adapter(adapter, tmp_path / "a.safetensors", "kohya")
+    found = load_adapter(tmp_path / "a.safetensors")
+    for name, m in adapter.modules.items():
+        torch.testing.assert_close(found.modules[name].delta_weight(), m.delta_weight(), rtol=1e-6, atol=1e-6)
+    ours, theirs = (StableDiffusionXLPipeline.from_pretrained(tiny_xl, add_watermarker=False) for _ in range(2))
+    ids = torch.tensor([[0, 3, 4, 5, *[1] * 12]])
+    with torch.no_grad():
+        plain = ours.text_encoder_2(ids).text_embeds
+        vl.attach(ours, adapter)
+        expected = ours.text_encoder_2(ids).text_embeds
+        theirs.load_lora_weights(tmp_path, weight_name="a.safetensors")
+        torch.testing.assert_close(theirs.text_encoder_2(ids).text_embeds, expected, rtol=1e-4, atol=1e-4)
+    assert (expected - plain).abs().max() > 0.1

@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from visionlora.errors import AdapterFileError
@@ -111,8 +110,5 @@ def folded(adapter: Adapter) -> Adapter:
             if m.kind != "lora":
                 raise AdapterFileError(f"{component}.{name} is a DoRA, which cannot be folded: use format diffusers.")
             down, up = m.tensors["lora_A"].float(), m.tensors["lora_B"].float() * m.scaling
-            missing = rank - m.rank
-            down = torch.cat([down, down.new_zeros(missing, *down.shape[1:])])
-            up = torch.cat([up, up.new_zeros(len(up), missing, *up.shape[2:])], dim=1)
-            modules[f"{component}.{name}"] = AdapterModule.lora(down, up, float(rank))
+            modules[f"{component}.{name}"] = AdapterModule.lora(down, up, float(m.rank)).widened(rank)
     return replace(adapter, modules=modules)

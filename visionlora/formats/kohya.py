@@ -4,7 +4,8 @@
 or ``lora_te1_`` and ``lora_te2_`` (SDXL), always with ``text_model_``. An SDXL UNet has the names of the original code
 (``input_blocks_4_1_…``), all others diffusers'. DoRA adds ``dora_scale``; LoHa, LoKr, differences, (IA)³ and OFT have the
 tensors of LyCORIS. The scale is alpha / rank; files of plain LoRA alone have one alpha for all layers, the most common, as
-diffusers (0.42) gives a UNet's attention no other: what is missing is multiplied into ``lora_up``.
+diffusers (0.42) gives a UNet's attention no other: what is missing is multiplied into ``lora_up``. Beside a
+``text_projection`` all layers of its text encoder have one rank.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from visionlora.formats.whole import pipeline_layers
 from visionlora.lora.adapter import PRODUCT_KINDS, Adapter, AdapterModule
 from visionlora.lora.arithmetic import weight_shape
 
+PROJECTION = "text_projection"
 PLAIN = {"lora_A": "lora_down.weight", "lora_B": "lora_up.weight"}
 
 
@@ -42,7 +44,7 @@ def to_bytes(adapter: Adapter) -> bytes:
     there = {*adapter.components, *(c for own in adapter.embeddings.values() for c in own)}
     xl = "text_encoder_2" in there or (family is not None and family.name == "sdxl")
     tensors: dict[str, Tensor] = {}
-    for component, path, module in with_one_alpha(list(pipeline_layers(adapter, "kohya"))):
+    for component, path, module in with_one_alpha(with_one_rank(list(pipeline_layers(adapter, "kohya")))):
         tensors |= keyed(component, path, module, xl)
     for token, parts in adapter.embeddings.items():
         for component, vectors in parts.items():
@@ -51,12 +53,31 @@ def to_bytes(adapter: Adapter) -> bytes:
     return hashed(tensors, {"format": "pt", **network_metadata(adapter)})
 
 
+def with_one_rank(layers: list[tuple[str, str, AdapterModule]]) -> list[tuple[str, str, AdapterModule]]:
+    """The layers, those of a text encoder with `text_projection` as wide as the widest of them.
+
+    diffusers (0.42) takes its rank to be the most common of the others, and refuses the file where it is not. Other layers,
+    and all where some are no LoRA, which it does not read anyway, stay as they are.
+    """
+    if not all(is_plain(m) for _, _, m in layers):
+        return layers
+    ranks: dict[str, int] = {}
+    for component in {c for c, path, _ in layers if path == PROJECTION}:
+        ranks[component] = max(m.rank for c, _, m in layers if c == component)
+    return [(c, path, m.widened(ranks[c])) if m.rank < ranks.get(c, 0) else (c, path, m) for c, path, m in layers]
+
+
+def is_plain(module: AdapterModule) -> bool:
+    """Whether it is a LoRA and nothing else."""
+    return module.kind == "lora" and not module.options
+
+
 def with_one_alpha(layers: list[tuple[str, str, AdapterModule]]) -> list[tuple[str, str, AdapterModule]]:
     """The layers with the alpha of most of them, and the same ΔW to the rounding of fp32; as they are when some are no LoRA.
 
     A factor keeps its dtype where that holds the product exactly, and is fp32 elsewhere.
     """
-    if any(m.kind != "lora" or m.options for _, _, m in layers) or len({m.alpha for _, _, m in layers}) < 2:
+    if not all(is_plain(m) for _, _, m in layers) or len({m.alpha for _, _, m in layers}) < 2:
         return layers
     alpha = most_common(m.alpha for _, _, m in layers)
     found = []

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from visionlora.errors import AdapterFileError, TargetError
@@ -78,6 +79,13 @@ class AdapterModule:
     def lora_factors(self, shape: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
         """lora_A and lora_B in fp32 with the same product, whatever the kind; see `visionlora.lora.products.factors`."""
         return factors(str(self.product), self.product_tensors, shape)
+
+    def widened(self, rank: int) -> AdapterModule:
+        """The same LoRA with a rank that is no smaller: its factors end with zeros."""
+        down, up, more = self.tensors["lora_A"], self.tensors["lora_B"], rank - self.rank
+        wide_down = torch.cat([down, down.new_zeros(more, *down.shape[1:])])
+        wide_up = torch.cat([up, up.new_zeros(len(up), more, *up.shape[2:])], dim=1)
+        return AdapterModule.lora(wide_down, wide_up, self.alpha * rank / self.rank)
 
     def is_zero(self) -> bool:
         """Whether ΔW is zero whatever the base: a factor is."""
