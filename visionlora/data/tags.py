@@ -81,6 +81,16 @@ def caption_variants(
     return tuple(found) if len(different) > 1 else (found[0] if found else "",)
 
 
+def whole_caption(caption: str) -> str:
+    r"""A caption with all its tags in their order, and one of each choice.
+
+    >>> whole_caption(r"dog, {red|red}, \{sitting\}")
+    'dog, red, {sitting}'
+    """
+    (whole,) = caption_variants(caption, shuffle_tags=False, keep_tags=1, tag_dropout=0.0, count=1, seed=0)
+    return whole
+
+
 def one_of(captions: Sequence[str]) -> str:
     r"""Several captions of a picture as one that is any of them.
 

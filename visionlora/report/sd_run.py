@@ -13,6 +13,7 @@ from visionlora.config import TrainSDConfig
 from visionlora.config.choices import WHOLE
 from visionlora.data.folder import ImageFolder, ImageItem
 from visionlora.data.learned import Learned, history
+from visionlora.data.tags import whole_caption
 from visionlora.diffusion.encode import Encoded
 from visionlora.diffusion.prompts import too_long
 from visionlora.diffusion.validation import Evaluation
@@ -109,9 +110,9 @@ def header(
 
 
 def trigger(folder: ImageFolder) -> str | None:
-    """The caption, when all pictures share one."""
+    """The caption, when all pictures share one; of choices in it, one that was learned."""
     captions = {item.caption for item in folder.items}
-    return captions.pop() if len(captions) == 1 else None
+    return whole_caption(captions.pop()) if len(captions) == 1 else None
 
 
 def public_metadata(

@@ -8,10 +8,22 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from visionlora.data.folder import ImageFolder, ImageItem
 from visionlora.lora.adapter import Adapter, AdapterModule
 from visionlora.models.base import EMBEDDED, BaseModel
-from visionlora.report.sd_run import pictures_per_step, usage
+from visionlora.report.sd_run import pictures_per_step, trigger, usage
 from visionlora.training.loop import LoopConfig
+
+
+def test_the_trigger_is_a_caption_that_was_learned() -> None:
+    """And not the braces around several: nobody could draw with these."""
+
+    def said(*captions: str) -> str | None:
+        items = tuple(ImageItem(Path(str(k)), caption, "") for k, caption in enumerate(captions))
+        return trigger(ImageFolder(Path(), items, (), ""))
+
+    assert said("a {red|blue} dog", "a {red|blue} dog") in ("a red dog", "a blue dog")
+    assert [said("sks dog, sitting"), said(r"\{x\}"), said("a", "b")] == ["sks dog, sitting", "{x}", None]
 
 
 class StableDiffusionPipeline:
