@@ -1,8 +1,8 @@
 """The captions of a folder of pictures: `metadata.jsonl`, `metadata.csv`, then `dog.txt` or `dog.png.txt` by `dog.png`.
 
 In: the folder and the names of its pictures. Out: one caption a picture, and every problem as one line for a person.
-A metadata file may lie in a subfolder too; its `file_name`s are relative to it. Or, where that is wanted, the names
-themselves (`caption_of_name`).
+A metadata file may lie in a subfolder too; its `file_name`s are relative to it. It may have a row for each caption of a
+picture, or a list of them. Or, where that is wanted, the names themselves (`caption_of_name`).
 """
 
 from __future__ import annotations
