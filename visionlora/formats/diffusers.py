@@ -25,7 +25,7 @@ from visionlora.formats.header import (
     write_file,
 )
 from visionlora.formats.whole import pipeline_layers
-from visionlora.lora.adapter import Adapter, AdapterModule
+from visionlora.lora.adapter import PRODUCT_KINDS, Adapter, AdapterModule
 
 
 def write(adapter: Adapter, path: Path) -> None:
@@ -75,10 +75,10 @@ def plain(adapter: Adapter) -> Adapter:
     for name, m in modules.items():
         if m.kind not in ("lora", "dora") or m.options:
             what = "a DoRA by columns, or of another product" if m.kind == "dora" else f"a module of kind {m.kind}"
-            raise AdapterFileError(
-                f"diffusers cannot hold {name}: {what}. Formats visionlora and kohya keep it; `visionlora resize` makes LoHa "
-                "and LoKr plain LoRA."
-            )
+            kohya = m.product in PRODUCT_KINDS or m.kind in ("shift", "oft")
+            others = "Formats visionlora and kohya keep it" if kohya else "Format visionlora keeps it"
+            lora = "; `visionlora resize` makes plain LoRA of it" if m.kind in ("loha", "lokr") else ""
+            raise AdapterFileError(f"diffusers cannot hold {name}: {what}. {others}{lora}.")
     for component in adapter.components:
         if mixes_dora(adapter, component):
             raise AdapterFileError(

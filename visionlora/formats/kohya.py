@@ -79,7 +79,7 @@ def with_one_alpha(layers: list[tuple[str, str, AdapterModule]]) -> list[tuple[s
     """
     if not all(is_plain(m) for _, _, m in layers) or len({m.alpha for _, _, m in layers}) < 2:
         return layers
-    alpha = most_common(m.alpha for _, _, m in layers)
+    alpha = most_common(m.alpha for _, _, m in layers if m.alpha)  # a layer of alpha 0 has ΔW 0 by any other
     found = []
     for component, path, m in layers:
         if m.alpha != alpha:

@@ -25,6 +25,7 @@ ENDINGS = tuple(
     (re.compile(pattern), slot)
     for pattern, slot in (
         (r"[._]lora(?:_linear_layer)?\.(down|up)\.weight", r"\1"),
+        (r"[._]lora(?:_linear_layer)?\.up\.bias", "up_bias"),
         (r"\.lora_(down|up|mid)(?:\.weight)?", r"\1"),
         (r"\.lora_A(?:\.(?!bias)[^.]+)?(?:\.weight)?", "down"),
         (r"\.lora_B(?:\.(?!bias)[^.]+)?(?:\.weight)?", "up"),

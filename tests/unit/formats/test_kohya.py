@@ -39,6 +39,13 @@ def test_one_alpha_and_the_rest_in_the_factor(dtype: torch.dtype, tmp_path: Path
     torch.testing.assert_close(third, same["v.lora_up.weight"].float() * 0.75, rtol=1e-7, atol=0)
 
 
+def test_layers_of_alpha_zero_have_the_alpha_of_the_others(tmp_path: Path) -> None:
+    found = written([0.0, 0.0, 4.0], torch.float32, tmp_path)
+    assert {float(found[f"{p}.alpha"]) for p in "qkv"} == {4.0}
+    assert not found["q.lora_up.weight"].any() and found["v.lora_up.weight"].all()
+    assert {float(written([0.0] * 3, torch.float32, tmp_path)[f"{p}.alpha"]) for p in "qkv"} == {0.0}
+
+
 def test_what_would_not_be_finite_keeps_its_alpha(tmp_path: Path) -> None:
     found = written([1.0, 1.0, 1e9], torch.float32, tmp_path, size=1e35)
     assert [float(found[f"{p}.alpha"]) for p in "qkv"] == [1.0, 1.0, 1e9]
