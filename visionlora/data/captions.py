@@ -118,8 +118,9 @@ def read_captions(
     for suffix in SIDECAR_SUFFIXES:
         _read_sidecars(found, suffix)
     for name in METADATA_FILES:
-        if len(found.texts) < len(found.pictures.exact):
-            _read_above(found, name)
+        for levels in (1, 2):  # `images/train`, as YOLO has it, lies two below
+            if len(found.texts) < len(found.pictures.exact):
+                _read_above(found, name, levels)
     blamed = frozenset(found.blamed - found.texts.keys())
     texts = dict(sorted(found.texts.items()))
     return Captions(texts, found.sources, tuple(found.problems), blamed, tuple(found.joined), found.several)
@@ -165,13 +166,16 @@ def _read_metadata(found: _Findings, file: str) -> None:
     found.take_rows(captions, file)
 
 
-def _read_above(found: _Findings, file: str) -> None:
-    """What a metadata file beside the folder says of its pictures: data sets of Hugging Face may have one for all splits."""
+def _read_above(found: _Findings, file: str, levels: int) -> None:
+    """What a metadata file above the folder says of its pictures: data sets of Hugging Face may have one for all splits."""
     root = found.root.resolve()
     captions: dict[str, list[str]] = {}
-    inside, shown = f"{root.name}/", f"../{file}"
+    if len(root.parts) <= levels:
+        return
+    above = root.parents[levels - 1]
+    inside, shown = f"{root.relative_to(above).as_posix()}/", "../" * levels + file
     try:
-        for line, row, wrong in _rows(root.parent / file) if (root.parent / file).is_file() else ():
+        for line, row, wrong in _rows(above / file) if (above / file).is_file() else ():
             try:
                 cells = _parse(row) if isinstance(row, str) else row
             except Unusable:  # whatever it is about; who reads all of the file is told
@@ -185,8 +189,8 @@ def _read_above(found: _Findings, file: str) -> None:
                 _take_row(found, shown, {**cells, "file_name": own}, captions, wrong, "")
             except Unusable as error:
                 found.problems.append(f"{shown} line {line} {error}")
-    except Unusable:
-        pass
+    except Unusable as error:
+        found.problems.append(f"{shown} {error}")
     found.take_rows(captions, shown)
 
 

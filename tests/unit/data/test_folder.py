@@ -605,6 +605,20 @@ def test_one_file_of_captions_for_all_splits(tmp_path: Path, kind: str) -> None:
     assert [item.caption for item in read_image_folder(tmp_path / "val").items] == ["dog c", "its own"]
 
 
+def test_captions_of_a_folder_of_splits_lie_two_above(tmp_path: Path) -> None:
+    """As YOLO has it: `images/val`, which the run itself names as validation, had no captions."""
+    picture(tmp_path / "images" / "val" / "c.png", 1)
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "images/val/c.png", "text": "dog c"}')
+    folder = read_image_folder(tmp_path / "images" / "val")
+    assert folder.items[0].caption == "dog c" and folder.caption_source == "captions from ../../metadata.jsonl (1)"
+
+
+def test_captions_above_that_cannot_be_read_are_told(tmp_path: Path) -> None:
+    picture(tmp_path / "val" / "c.png", 1)
+    (tmp_path / "metadata.csv").write_bytes("file_name,text\nval/c.png,a caf\xe9".encode("cp1252"))
+    assert "../metadata.csv is not UTF-8 text" in said(tmp_path / "val")
+
+
 def test_what_a_file_beside_the_folder_says_wrongly_of_its_pictures(tmp_path: Path) -> None:
     picture(tmp_path / "val" / "c.png", 1)
     (tmp_path / "metadata.jsonl").write_text(
