@@ -28,12 +28,12 @@ class Ears(Listener):
         self.lines.append(line)
 
 
-def not_finite_after(steps: int, rate: float) -> Callable[..., tuple[float, float]]:
-    """In place of `Fit.advance`: above this learning rate the loss is NaN after so many steps."""
+def not_finite_after(steps: int, rate: float, until: float = math.inf) -> Callable[..., tuple[float, float]]:
+    """In place of `Fit.advance`: above this learning rate the loss is NaN after so many steps, until so many are done."""
     advance = Fit.advance
 
     def broken(self: Fit, task: Any, scheduled: float) -> tuple[float, float]:
-        if self.step >= steps and self.config.learning_rate > rate:
+        if steps <= self.step < until and self.config.learning_rate > rate:
             raise NotFinite("loss", math.nan, self.step + 1, scheduled)
         return advance(self, task, scheduled)
 

@@ -195,6 +195,36 @@ def test_weights_that_a_step_has_ruined_do_not_take_the_place_of_good_ones(
     assert len(losses) == 12 and None not in losses
 
 
+def test_a_moment_whose_step_is_lost_is_made_up_for(
+    tiny_model: Path, dogs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loss of the moment before was told as that at the end."""
+    monkeypatch.setattr(Fit, "advance", not_finite_after(11, 0, until=12))
+    folder = tmp_path / "run"
+    train_sd(config(tiny_model, dogs, folder, checkpoints=2, sample_columns=0, val_share=0.4))
+    rows = [json.loads(line) for line in (folder / "validation.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 6, 12]
+
+
+def test_values_that_are_not_finite_from_the_first_step_on_are_not_blamed_on_the_rate(
+    tiny_model: Path, dogs: Path, tmp_path: Path
+) -> None:
+    asked = config(tiny_model, dogs, tmp_path / "run", sample_columns=0, alpha=1e30)
+    with pytest.raises(
+        TrainingError, match="so from the first step on, so the learning rate is not the cause"
+    ) as caught:
+        train_sd(asked)
+    assert "--resume" not in str(caught.value)
+
+
+def test_no_fewer_steps_than_are_done(tiny_model: Path, dogs: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with pytest.raises(Killed):
+        train_sd(config(tiny_model, dogs, folder), Killer(15))
+    with pytest.raises(ConfigError, match=r"\d steps of this run are done already, more than 2\."):
+        train_sd(resumed(folder, steps=2, force=True))
+
+
 def test_what_cannot_be_resumed(tiny_model: Path, dogs: Path, tmp_path: Path, whole: Path) -> None:
     with pytest.raises(RunFolderError, match=r"is finished; .* Start a new one, .*: start_from="):
         train_sd(resumed(whole))
@@ -312,7 +342,7 @@ def test_a_run_whose_settings_are_gone_says_so(tmp_path: Path, whole: Path, cli)
     (whole / "run.json").unlink()
     code, _, err = cli("train-sd", "--resume", whole)
     assert code == 2 and "images" not in err
-    assert "it has no config.yaml. Put that file back, with the settings of the run, or start a new one" in err
+    assert "it has no config.yaml. Put that file back, with the settings of the run, or start a new run that learns" in err
     assert f"start_from={whole / 'checkpoints' / 'step-000012.safetensors'}" in err
     (tmp_path / "empty").mkdir()
     for name in ("empty", "nowhere"):

@@ -161,12 +161,11 @@ class Fitting:
             self.checkpoint()
 
         def on_step(progress: Progress) -> None:
-            sound = not self.fit.skipped  # else the step before may have ruined the weights
-            if progress.step in moments and sound:
+            if due := self.log.due(progress.step in moments):
                 self.evaluate(progress.step)
             score = abs(self.evaluations[-1][1])  # a loss counts negative
             self.log.add(progress, f"Training {self.material.config.method}", f"{select} {score:.3f}")
-            if progress.step in moments and sound:
+            if due:
                 self.checkpoint()
             if self.enough:
                 raise StopTraining
@@ -174,6 +173,10 @@ class Fitting:
         try:
             if not self.enough:  # a run that was cut off after it had stopped
                 self.fit.run(self.material.task, on_step, self.log.stopping)
+            if self.log.owed:
+                self.log.check_end(self.material.task, None if self.run is None else "classify")
+                self.evaluate(self.fit.step)
+                self.checkpoint()
         except KeyboardInterrupt:
             if self.log.history and self.written is not None:
                 if self.fit.whole:

@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from visionlora.config import TrainingConfig, to_yaml
-from visionlora.errors import ConfigError
+from visionlora.errors import ConfigError, TrainingError
 from visionlora.report.listener import Listener
 from visionlora.report.resume import LearnedFrom, Start, plain
 from visionlora.report.runfolder import RunFolder
 from visionlora.report.trackers import Trackers
 from visionlora.training.checkpoint import STATE_FILE, go_back, read_state, write_state
-from visionlora.training.loop import MOST_SKIPPED, Fit, Progress, recent_loss
+from visionlora.training.loop import MOST_SKIPPED, Fit, Progress, Task, recent_loss
 from visionlora.training.noise import noise_lines
 
 TRACKED = ("loss", "learning_rate", "grad_norm", "images_per_second", "noise_scale")
@@ -44,6 +44,8 @@ class Logbook:
     """What was changed by force when the run went on: `step`, and `what` in words."""
     kept: int = 0
     """Step of the last checkpoint."""
+    owed: bool = False
+    """Whether the step of the last moment was lost, so that the weights have still to be looked at."""
 
     def __post_init__(self) -> None:
         self.trackers = Trackers(self.fit.accelerator, self.run, self.tell, plain(self.config))
@@ -51,6 +53,16 @@ class Logbook:
     def measured(self, step: int, **values: float) -> None:
         """Numbers that are not of every step, such as a loss on the validation pictures: told to the trackers alone."""
         self.trackers.log(values, step)
+
+    def due(self, moment: bool) -> bool:
+        """Whether to look at the weights after this step: at a moment, or after the first good step since one that was lost.
+
+        After a lost step they may be ruined by the one before.
+        """
+        self.owed = self.owed or moment
+        due = self.owed and not self.fit.skipped
+        self.owed = self.owed and not due
+        return due
 
     def add(self, progress: Progress, what: str, detail: str) -> None:
         """One step: kept, written and told.
@@ -103,7 +115,21 @@ class Logbook:
         Else the last step that seemed good has ruined them, and they give values that are not finite at any rate.
         """
         before = next((p.loss for p in self.history if math.isfinite(p.loss)), math.inf)
-        return loss <= RUINED * before
+        return math.isfinite(loss) and loss <= RUINED * before
+
+    def check_end(self, task: Task, command: str | None) -> None:
+        """After a run whose last step was lost.
+
+        Args:
+            task: of the run.
+            command: of the run; None of a baseline, which cannot go on.
+
+        Raises:
+            TrainingError: when the step before has ruined the weights.
+        """
+        if not self.is_sound(self.fit.first_loss(task)):
+            more = "The steps before have ruined the weights." if command is None else self.not_finite(command, None)
+            raise TrainingError(f"The last step was skipped: its loss or gradient was not finite. {more}")
 
     def not_finite(self, command: str, kept: str | None) -> str:
         """What is left after values that were not finite, and how to go on.
@@ -112,6 +138,11 @@ class Logbook:
             command: of the run.
             kept: put after what was kept of the last good step; None where that step had ruined the weights.
         """
+        if not any(math.isfinite(p.loss) for p in self.history):
+            return (
+                "It was so from the first step on, so the learning rate is not the cause, and nothing was learned. Look at the "
+                "precision, the alpha, the base model and the pictures, and start a new run."
+            )
         if kept is not None:
             return f"All up to the last good step is kept{kept}.\n{self.go_on_slower(command)}"
         path = None if self.run is None else self.run.checkpoints / STATE_FILE
@@ -178,6 +209,10 @@ class Logbook:
                 "keep the pictures a step by batch_size or gradient_accumulation and --force, or go on so by --force."
             )
         seen = kept["history"][-1]["images_seen"] if kept["history"] else 0  # older checkpoints have it here alone
+        if (done := int(kept["fit"]["step"])) > (steps := self.fit.config.steps):
+            raise ConfigError(
+                f"{done} steps of this run are done already, more than {steps}. Ask for {done} or more, or start a new run."
+            )
         self.fit.restore({"images_seen": seen, **kept["fit"]})
         self.kept = self.fit.step
         self.changes = [dict(change) for change in kept.get("changes", ())]

@@ -177,6 +177,9 @@ def begin(config: C, kind: str, tell: Listener) -> Start[C]:
     folder, how, line = _agreed(lambda: _choose(config, kind))
     if line:
         tell.say(line)
+    if how == "anew" and (folder / "config.yaml").is_file():
+        config = _begun_with(folder, config, tell)
+        _agreed(lambda: None)  # nobody changes what another has still to read
     if how != "on":
         own = dataclasses.replace(config, output=None, resume=None, force=False)
         return Start(folder, own, plain(config), anew=how == "anew")
@@ -255,6 +258,11 @@ def _choose(config: TrainingConfig, kind: str) -> tuple[Path, How, str]:
         return fresh, "new", ""
     if config.resume != RESUME_AUTO:
         folder = Path(config.resume)
+        if config.output and Path(config.output).resolve() != folder.resolve():
+            raise ConfigError(
+                f"--resume {folder} goes on in that folder, and --output {config.output} is another. Leave --output out, or "
+                "copy the run there and resume the copy."
+            )
         if not (folder / "config.yaml").is_file():
             raise RunFolderError(f"{folder} is no run that can be resumed: it has no config.yaml. {_instead(folder)}")
         _check_unfinished(folder, config)
@@ -286,11 +294,12 @@ def _choose(config: TrainingConfig, kind: str) -> tuple[Path, How, str]:
 
 def _instead(folder: Path) -> str:
     """What to do where a folder has no config.yaml."""
-    adapters = [*folder.glob("checkpoints/best.safetensors"), *sorted(folder.glob("checkpoints/step-*.safetensors"))]
-    if not adapters and not (folder / "checkpoints" / "state.pt").is_file():
+    from visionlora.training.checkpoint import STATE_FILE, learning_on
+
+    start = learning_on(folder / "checkpoints")
+    if not start and not (folder / "checkpoints" / STATE_FILE).is_file():
         return "Name a run folder."
-    start = f", or start a new one that learns on: start_from={shlex.quote(str(adapters[-1]))}" if adapters else ""
-    return f"Put that file back, with the settings of the run{start}."
+    return f"Put that file back, with the settings of the run{f', or {start}' if start else ''}."
 
 
 def _named(config: TrainingConfig) -> str:
@@ -375,8 +384,9 @@ def _settings_in(folder: Path, kind: type[C]) -> C:
         )
     if names := unknown(command, settings):
         raise RunFolderError(
-            f"The run in {folder} has settings that visionlora {__version__} does not know: {', '.join(names)}. Another "
-            "version made it; go on with that one (pip install -U visionlora), or start a new run."
+            f"The run in {folder} has settings that visionlora {__version__} does not know: {', '.join(names)}. If "
+            "config.yaml was edited, put them right (`visionlora check` names the nearest); if another version made "
+            "the run, go on with that one (pip install -U visionlora), or start a new run."
         )
     return build(kind, settings)
 
@@ -395,6 +405,11 @@ def _going_on(folder: Path, config: C, tell: Listener) -> Start[C]:
     state = read_state(folder / "checkpoints" / STATE_FILE, warned.append)
     for line in warned:
         tell.say(line)
+    if missing := [part for part in ("fit", "history", "data") if part not in state]:
+        raise RunFolderError(
+            f"{folder / 'checkpoints' / STATE_FILE} is no checkpoint of a run (it has no {', '.join(missing)}). Put the "
+            "run's own back, or start a new run."
+        )
     before = build(type(config), state["settings"]) if "settings" in state else written
     asked = state.get("asked", {})
     changed = _differences(config, before, asked)
@@ -420,6 +435,27 @@ def _going_on(folder: Path, config: C, tell: Listener) -> Start[C]:
         changed["steps"] = None
     own = dataclasses.replace(before, **changed, **_moved(config), output=None, resume=None, force=False)
     return Start(folder, own, asked, state, tuple(changes), config.force, from_previous=bool(warned))
+
+
+def _begun_with(folder: Path, config: C, tell: Listener) -> C:
+    """The settings of a run that was cut off before its first checkpoint, with those that are given in their place.
+
+    Raises:
+        ConfigError: when one is given by which others were filled in when the run began.
+    """
+    before = _settings_in(folder, type(config))
+    changed = _differences(config, before, {})
+    lines = [f"{name}: {_shown(getattr(before, name))} -> {_shown(now)}" for name, now in changed.items()]
+    if any(name in REASONS for name in changed):
+        raise ConfigError(
+            f"The run in {folder} was begun with other settings ({'; '.join(lines)}). It has learned nothing yet: leave them "
+            "out to start it as it was begun, or start a new run in another folder."
+        )
+    if lines:
+        tell.say(f"It starts with changes: {'; '.join(lines)}.")
+    if "epochs" in changed:
+        changed["steps"] = None
+    return dataclasses.replace(before, **changed, **_moved(config))
 
 
 def _differences(config: C, before: C, asked: Mapping[str, Any]) -> dict[str, Any]:

@@ -145,8 +145,8 @@ class Fitting:
             self.checkpoint()
 
         def on_step(progress: Progress) -> None:
-            sound = not self.fit.skipped  # else the step before may have ruined the weights
-            if progress.step in saved and sound:
+            sound, due = not self.fit.skipped, self.log.due(progress.step in saved)
+            if due:
                 self.evaluate(progress.step)
             self.log.add(progress, "Training", f"{progress.images_per_second:.1f} images/s")
             if progress.step in kept and self.main and sound:
@@ -154,7 +154,7 @@ class Fitting:
             if progress.step in drawn and self.main:
                 with self.fit.averaged():
                     self.sheet.draw_column(f"step {progress.step}", scale=1.0)
-            if progress.step in drawn | saved and sound:
+            if due or (progress.step in drawn and sound):
                 self.checkpoint()
             if self.enough:
                 raise StopTraining
@@ -162,6 +162,10 @@ class Fitting:
         try:
             if not self.enough:  # a run that was cut off after it had stopped
                 self.fit.run(task, on_step, self.log.stopping)
+            if self.log.owed:
+                self.log.check_end(task, "train-sd")
+                self.evaluate(self.fit.step)
+                self.checkpoint()
         except KeyboardInterrupt:
             if self.log.history and self.main:
                 place = self.keep() if self.fit.whole else ""

@@ -84,7 +84,11 @@ def read_state(path: Path, say: Callable[[str], None] = lambda line: None) -> di
         RunFolderError: when there is none, none can be read, or a newer version wrote it.
     """
     previous = path.with_name(PREVIOUS_FILE)
-    if not path.is_file() and not previous.is_file():
+    if not path.exists() and not previous.exists():
+        if any(path.parent.glob("step-*.safetensors")):
+            raise RunFolderError(
+                f"There is no checkpoint at {path} any more. Put it back, or {learning_on(path.parent)}."
+            )
         raise RunFolderError(
             f"There is no checkpoint at {path}: the run was ended before its first one. Start it anew: "
             f"--resume auto --output {shlex.quote(str(path.parent.parent))}."
@@ -93,7 +97,10 @@ def read_state(path: Path, say: Callable[[str], None] = lambda line: None) -> di
     if found is None:
         found, _ = _load(previous)
         if found is None:
-            raise RunFolderError(f"The checkpoint {path} cannot be read ({problem}). Start the run anew.")
+            raise RunFolderError(
+                f"The checkpoint {path} cannot be read ({problem}), nor can one before it. "
+                f"{start[0].upper() + start[1:] if (start := learning_on(path.parent)) else 'Start a new run'}."
+            )
         say(f"The checkpoint {path} cannot be read ({problem}); going on with the one before.")
     if int(found.get("format", FORMAT)) > FORMAT:
         raise RunFolderError(
@@ -101,6 +108,12 @@ def read_state(path: Path, say: Callable[[str], None] = lambda line: None) -> di
             "(pip install -U visionlora), or start a new run."
         )
     return found
+
+
+def learning_on(folder: Path) -> str:
+    """How to learn on from the newest adapter among the checkpoints of a run; empty where there is none."""
+    adapters = [*folder.glob("best.safetensors"), *sorted(folder.glob("step-*.safetensors"))]
+    return f"start a new run that learns on: start_from={shlex.quote(str(adapters[-1]))}" if adapters else ""
 
 
 def promote(path: Path) -> None:

@@ -19,6 +19,8 @@ from visionlora.training.checkpoint import PREVIOUS_FILE, STATE_FILE, write_stat
 
 from ...doubles import Ears
 
+STATE = {"fit": {}, "history": [], "data": ""}
+"""What each state has."""
 FILLED = TrainSDConfig(images="dog", steps=12, batch_size=2, learning_rate=0.01)
 
 
@@ -35,7 +37,7 @@ def a_run(folder: str, config: object = FILLED, step: int | None = 3, age: int =
     (path / "checkpoints").mkdir(parents=True)
     (path / "config.yaml").write_text(to_yaml(config))
     if step is not None:
-        write_state(path / "checkpoints" / STATE_FILE, {"step": step, "settings": plain(config), **state})
+        write_state(path / "checkpoints" / STATE_FILE, {**STATE, "step": step, "settings": plain(config), **state})
     for file in (path / "config.yaml", path / "checkpoints" / STATE_FILE):
         if file.exists():
             os.utime(file, (1_000_000_000 - age,) * 2)
@@ -98,13 +100,52 @@ def test_a_run_without_a_step_starts_anew_in_its_folder() -> None:
     (folder / "samples" / "base_00.png").write_text("old")
     (folder / "mine.txt").write_text("mine")
     (folder / "checkpoints" / ".state.pt.77.tmp").write_text("half")
-    found, (line,) = started(resume="auto", output="r", steps=7)
+    found, (line, changes) = started(resume="auto", output="r", steps=7)
+    assert changes == "It starts with changes: steps: 12 -> 7."
     assert line == "The run in r was cut off before its first checkpoint; it starts anew, nothing is lost."
     assert found.state is None and found.config.steps == 7
     found.open(found.config)
     assert "steps: 7" in (folder / "config.yaml").read_text()
     left = sorted(p.name for p in folder.rglob("*") if p.is_file())
     assert left == ["config.yaml", "mine.txt"]
+
+
+def test_a_run_that_starts_anew_has_the_settings_that_it_was_begun_with() -> None:
+    """It trained another model, at defaults."""
+    a_run("r", dataclasses.replace(FILLED, model="my/base", rank=2), step=None)
+    found, lines = started(resume="auto", output="r", steps=7)
+    assert found.config == dataclasses.replace(FILLED, model="my/base", rank=2, steps=7)
+    assert found.asked["rank"] == 2 and lines[-1] == "It starts with changes: steps: 12 -> 7."
+    with pytest.raises(ConfigError, match=r"begun with other settings \(rank: 2 -> 4\)\. It has learned nothing yet"):
+        started(resume="auto", output="r", rank=4)
+
+
+def test_resume_and_another_output() -> None:
+    a_run("r")
+    with pytest.raises(ConfigError, match=r"--resume r goes on in that folder, and --output s is another"):
+        started(resume="r", output="s")
+    assert started(resume="r", output="./r")[0].folder == Path("r")
+
+
+def test_adapters_are_pointed_at_where_no_state_is_left() -> None:
+    folder = a_run("r", step=None) / "checkpoints"
+    with pytest.raises(RunFolderError, match=r"ended before its first one\. Start it anew: --resume auto --output r"):
+        started(resume="r")
+    (folder / "step-000006.safetensors").write_text("")
+    learn_on = "a new run that learns on: start_from=r/checkpoints/step-000006.safetensors"
+    with pytest.raises(
+        RunFolderError, match=f"There is no checkpoint at .* any more. Put it back, or start {learn_on}"
+    ):
+        started(resume="r")
+    (folder / STATE_FILE).write_bytes(b"half")
+    with pytest.raises(RunFolderError, match=f"cannot be read .*, nor can one before it. Start {learn_on}"):
+        started(resume="r")
+
+
+def test_a_state_that_is_another_file() -> None:
+    torch.save({"weight": torch.ones(1)}, a_run("r") / "checkpoints" / STATE_FILE)
+    with pytest.raises(RunFolderError, match=r"is no checkpoint of a run \(it has no fit, history, data\)"):
+        started(resume="r")
 
 
 def test_the_newest_run_without_a_step_starts_anew_too() -> None:
@@ -295,7 +336,7 @@ def test_a_run_with_settings_of_a_newer_version() -> None:
     folder = a_run("r")
     (folder / "config.yaml").write_text((folder / "config.yaml").read_text() + "telepathy: true\n")
     with pytest.raises(
-        RunFolderError, match=r"does not know: telepathy\. Another version made it; go on with that one"
+        RunFolderError, match=r"does not know: telepathy\. .*if another version made the run, go on with that one"
     ):
         started(resume="r")
 
@@ -314,9 +355,9 @@ def test_the_state_before_stands_in_for_one_that_cannot_be_read(damage: str) -> 
     folder = a_run("r")
     state = folder / "checkpoints" / STATE_FILE
     values = torch.arange(1000.0)
-    write_state(state, {"step": 4, "settings": plain(FILLED), "values": values})
+    write_state(state, {**STATE, "step": 4, "settings": plain(FILLED), "values": values})
     good = state.read_bytes()
-    write_state(state, {"step": 5, "settings": plain(FILLED), "values": values})
+    write_state(state, {**STATE, "step": 5, "settings": plain(FILLED), "values": values})
     if damage == "gone":
         state.unlink()
     else:
@@ -335,7 +376,7 @@ def test_the_state_before_stands_in_for_one_that_cannot_be_read(damage: str) -> 
 def test_no_state_can_be_read() -> None:
     folder = a_run("r")
     (folder / "checkpoints" / STATE_FILE).write_bytes(b"no state")
-    with pytest.raises(RunFolderError, match=r"cannot be read \(BadZipFile\)\. Start the run anew"):
+    with pytest.raises(RunFolderError, match=r"cannot be read \(BadZipFile\), nor can one before it\. Start a new run"):
         started(resume="r")
 
 
