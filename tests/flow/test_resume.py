@@ -342,7 +342,9 @@ def test_a_run_whose_settings_are_gone_says_so(tmp_path: Path, whole: Path, cli)
     (whole / "run.json").unlink()
     code, _, err = cli("train-sd", "--resume", whole)
     assert code == 2 and "images" not in err
-    assert "it has no config.yaml. Put that file back, with the settings of the run, or start a new run that learns" in err
+    assert (
+        "it has no config.yaml. Put that file back, with the settings of the run, or start a new run that learns" in err
+    )
     assert f"start_from={whole / 'checkpoints' / 'step-000012.safetensors'}" in err
     (tmp_path / "empty").mkdir()
     for name in ("empty", "nowhere"):
