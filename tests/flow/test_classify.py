@@ -649,22 +649,20 @@ def test_losses_that_are_not_finite_cost_the_steps_that_had_them_alone(
     assert [json.loads(line)["loss"] is None for line in lines] == [False] * 5 + [True] * 2 + [False] * 3
 
 
+def of_eight_steps(images: Path, model: Path, output: Path) -> vl.ClassifyConfig:
+    """Two moments, after steps 4 and 8."""
+    return vl.ClassifyConfig(
+        images=str(images), model=str(model), output=str(output), steps=8, evaluations=2, baselines=("none",)
+    )
+
+
 @pytest.mark.parametrize(("lost", "looked_at"), [(7, 8), (3, 5)])
 def test_a_moment_whose_step_is_lost_is_made_up_for(
     shapes: Path, tiny_vit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: int, looked_at: int
 ) -> None:
     """Nothing was evaluated then: lost in the last step, all that was learned since the last moment was thrown away."""
     monkeypatch.setattr(Fit, "advance", not_finite_after(lost, 0, until=lost + 1))
-    result = vl.classify(
-        vl.ClassifyConfig(
-            images=str(shapes),
-            model=str(tiny_vit),
-            steps=8,
-            evaluations=2,
-            baselines=("none",),
-            output=str(tmp_path / "run"),
-        )
-    )
+    result = vl.classify(of_eight_steps(shapes, tiny_vit, tmp_path / "run"))
     rows = [json.loads(line) for line in (result.folder / "validation.jsonl").read_text().splitlines()]
     assert looked_at in [row["step"] for row in rows] and len(rows) == 3
 
@@ -674,14 +672,7 @@ def test_a_last_step_after_ruined_weights_ends_the_run_in_its_last_good_state(
 ) -> None:
     monkeypatch.setattr(Fit, "advance", not_finite_after(7, 0, until=8))
     monkeypatch.setattr(Fit, "first_loss", lambda self, task: math.nan)
-    asked = vl.ClassifyConfig(
-        images=str(shapes),
-        model=str(tiny_vit),
-        steps=8,
-        evaluations=2,
-        baselines=("none",),
-        output=str(tmp_path / "run"),
-    )
+    asked = of_eight_steps(shapes, tiny_vit, tmp_path / "run")
     with pytest.raises(TrainingError, match=r"The last step was skipped.*What was learned up to step 4 is kept"):
         vl.classify(asked)
 

@@ -22,8 +22,9 @@ from visionlora.pipelines.train_sd import train_sd
 import visionlora as vl
 from visionlora.errors import ConfigError, RunFinished, RunFolderError, TrainingError, VisionLoRAError
 from visionlora.report.listener import Listener
+from visionlora.report.logbook import Logbook
 from visionlora.training.checkpoint import STATE_FILE, read_state, write_state
-from visionlora.training.loop import Fit
+from visionlora.training.loop import Fit, Progress
 
 from ..doubles import Ears, not_finite_after
 
@@ -202,6 +203,26 @@ def test_a_moment_whose_step_is_lost_is_made_up_for(
     monkeypatch.setattr(Fit, "advance", not_finite_after(11, 0, until=12))
     folder = tmp_path / "run"
     train_sd(config(tiny_model, dogs, folder, checkpoints=2, sample_columns=0, val_share=0.4))
+    rows = [json.loads(line) for line in (folder / "validation.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 6, 12]
+
+
+def test_a_moment_is_owed_after_an_interruption_too(
+    tiny_model: Path, dogs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add, folder = Logbook.add, tmp_path / "run"
+
+    def add_and_interrupt(self: Logbook, progress: Progress, what: str, detail: str) -> None:
+        add(self, progress, what, detail)
+        if progress.step == 12:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Fit, "advance", not_finite_after(11, 0, until=12))
+        broken.setattr(Logbook, "add", add_and_interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            train_sd(config(tiny_model, dogs, folder, checkpoints=2, sample_columns=0, val_share=0.4))
+    train_sd(resumed(folder))
     rows = [json.loads(line) for line in (folder / "validation.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 6, 12]
 

@@ -170,6 +170,7 @@ class Logbook:
             "asked": dict(self.start.asked),
             "processes": self.fit.accelerator.num_processes,
             "images_per_step": self.fit.images_per_step,
+            "owed": self.owed,
             **self.data.state(),
             **more,
         }
@@ -214,7 +215,7 @@ class Logbook:
                 f"{done} steps of this run are done already, more than {steps}. Ask for {done} or more, or start a new run."
             )
         self.fit.restore({"images_seen": seen, **kept["fit"]})
-        self.kept = self.fit.step
+        self.kept, self.owed = self.fit.step, bool(kept.get("owed"))
         self.changes = [dict(change) for change in kept.get("changes", ())]
         what = [*self.start.changes, *filter(None, (other, batch))]
         if what:

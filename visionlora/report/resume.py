@@ -441,12 +441,12 @@ def _begun_with(folder: Path, config: C, tell: Listener) -> C:
     """The settings of a run that was cut off before its first checkpoint, with those that are given in their place.
 
     Raises:
-        ConfigError: when one is given by which others were filled in when the run began.
+        ConfigError: for one that shapes the adapter, as others were filled in by it when the run began.
     """
     before = _settings_in(folder, type(config))
     changed = _differences(config, before, {})
     lines = [f"{name}: {_shown(getattr(before, name))} -> {_shown(now)}" for name, now in changed.items()]
-    if any(name in REASONS for name in changed):
+    if any(name in SHAPING for name in changed):
         raise ConfigError(
             f"The run in {folder} was begun with other settings ({'; '.join(lines)}). It has learned nothing yet: leave them "
             "out to start it as it was begun, or start a new run in another folder."

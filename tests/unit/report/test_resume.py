@@ -113,9 +113,9 @@ def test_a_run_without_a_step_starts_anew_in_its_folder() -> None:
 def test_a_run_that_starts_anew_has_the_settings_that_it_was_begun_with() -> None:
     """It trained another model, at defaults."""
     a_run("r", dataclasses.replace(FILLED, model="my/base", rank=2), step=None)
-    found, lines = started(resume="auto", output="r", steps=7)
-    assert found.config == dataclasses.replace(FILLED, model="my/base", rank=2, steps=7)
-    assert found.asked["rank"] == 2 and lines[-1] == "It starts with changes: steps: 12 -> 7."
+    found, lines = started(resume="auto", output="r", steps=7, seed=3)
+    assert found.config == dataclasses.replace(FILLED, model="my/base", rank=2, steps=7, seed=3)
+    assert found.asked["rank"] == 2 and lines[-1] == "It starts with changes: steps: 12 -> 7; seed: 0 -> 3."
     with pytest.raises(ConfigError, match=r"begun with other settings \(rank: 2 -> 4\)\. It has learned nothing yet"):
         started(resume="auto", output="r", rank=4)
 
