@@ -87,7 +87,7 @@ def measure_speed(dtype: torch.dtype) -> dict[str, Any]:
     attach(twin, many, scales={n: float(n in ("m0", "m1")) for n in many}, mode="stacked")
     runs["2 of 100 stacked"] = lambda: call(twin, inputs)
     with torch.no_grad():
-        t = take_turns(runs)
+        t = take_turns(runs, 15)
     found["over_bare"] = {name: seconds / t["bare"] for name, seconds in t.items()}
     # Eight pictures, each with an adapter of its own.
     wide = {
@@ -97,7 +97,7 @@ def measure_speed(dtype: torch.dtype) -> dict[str, Any]:
     other = sharing(base, unet_of_sd15).eval()
     attach(other, adapters, scales={n: Scale(images=[float(i == k) for i in range(8)]) for k, n in enumerate(adapters)})
     with torch.no_grad():
-        t = take_turns({"bare": lambda: call(base, wide), "batched": lambda: call(other, wide)}, 3)
+        t = take_turns({"bare": lambda: call(base, wide), "batched": lambda: call(other, wide)}, 5)
     found["eight_pictures_eight_adapters_over_bare"] = t["batched"] / t["bare"]
     return found
 
