@@ -153,14 +153,9 @@ class AdaptedLinear(AdaptedLayer):
             if batch.gain_with_bias is not None:
                 out = out + each(batch.gain_with_bias) * base
             if batch.lora_A is not None and batch.lora_B is not None:
-                rows = (
-                    x.to(batch.lora_A.dtype)
-                    .reshape(times, b, -1, x.shape[-1])
-                    .transpose(0, 1)
-                    .reshape(b, -1, x.shape[-1])
-                )
-                part = torch.bmm(torch.bmm(rows, batch.lora_A.mT), batch.lora_B.mT)
-                out = out + part.view(b, times, -1, out.shape[-1]).transpose(0, 1).reshape(out.shape)
+                rows = x.to(batch.lora_A.dtype).reshape(times, b, -1, x.shape[-1])
+                for row, added_to in zip(rows, out.view(times, b, -1, out.shape[-1]), strict=True):
+                    added_to.baddbmm_(torch.bmm(row, batch.lora_A.mT), batch.lora_B.mT)
             return out
 
     def stacked(self, x: Tensor, weight: Tensor, bias: Tensor | None, active: list[Method]) -> Tensor:
