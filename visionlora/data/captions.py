@@ -190,8 +190,18 @@ def _read_above(found: _Findings, file: str, levels: int) -> None:
             except Unusable as error:
                 found.problems.append(f"{shown} line {line} {error}")
     except Unusable as error:
-        found.problems.append(f"{shown} {error}")
+        if _names_what_lies_in(above / file, inside):  # other files of that name are no concern of this folder
+            found.problems.append(f"{shown} {error}")
     found.take_rows(captions, shown)
+
+
+def _names_what_lies_in(file: Path, folder: str) -> bool:
+    """Whether a file that cannot be read as a table has names below `folder/`, in whatever encoding."""
+    try:
+        content = file.read_bytes().replace(b"\0", b"").replace(b"\\", b"/")
+    except OSError:
+        return False
+    return folder.encode() in content
 
 
 def _rows(path: Path) -> Iterator[tuple[int, str | dict[str, Any], str]]:

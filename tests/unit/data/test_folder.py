@@ -617,6 +617,21 @@ def test_captions_above_that_cannot_be_read_are_told(tmp_path: Path) -> None:
     picture(tmp_path / "val" / "c.png", 1)
     (tmp_path / "metadata.csv").write_bytes("file_name,text\nval/c.png,a caf\xe9".encode("cp1252"))
     assert "../metadata.csv is not UTF-8 text" in said(tmp_path / "val")
+    (tmp_path / "metadata.csv").write_text("image,caption\nval\\c.png,a dog")
+    assert '../metadata.csv needs the columns "file_name" and "text"' in said(tmp_path / "val")
+    (tmp_path / "metadata.csv").write_text("file_name,text\nval/c.png,a dog", encoding="utf-16")
+    assert "../metadata.csv is UTF-16 text" in said(tmp_path / "val")
+
+
+@pytest.mark.parametrize(
+    "content", [b"id,name\n1,b\n", "id;na\xefve\n".encode("cp1252"), b"", b"PK\x03\x04\x00\x00"]
+)
+@pytest.mark.parametrize("levels", [0, 1])
+def test_metadata_above_that_is_of_something_else_is_no_concern(tmp_path: Path, content: bytes, levels: int) -> None:
+    """A table of anything by that name, one or two above, kept a folder without captions from being read."""
+    picture(tmp_path / "val" / "dog" / "c.png", 1)
+    (tmp_path / ("val", "")[levels] / "metadata.csv").write_bytes(content)
+    assert read_image_folder(tmp_path / "val" / "dog").items[0].caption == "sks dog"
 
 
 def test_what_a_file_beside_the_folder_says_wrongly_of_its_pictures(tmp_path: Path) -> None:
