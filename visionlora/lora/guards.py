@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from safetensors.torch import save_file
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from visionlora.errors import ConfigError
@@ -79,11 +82,52 @@ def save_pretrained(target: Any, *args: Any, **kwargs: Any) -> Any:
     """In place of that of a model or pipeline, and of their copies."""
     if not (names := adapters_on(target)):
         return type(target).save_pretrained(target, *args, **kwargs)
+    if args and BY_LOOPS in kwargs and not any(written_anew(m) for m in target.modules()):
+        return save_checkpoint(target, Path(args[0]), kwargs[BY_LOOPS], kwargs.get("is_main_process", True))
     raise ConfigError(
         f"Adapters are on this {type(target).__name__} ({', '.join(names)}): what it would save is neither the base nor a "
         "model that other programs read. For the base take them off first (mix.detach(), handle.eject()); for an adapter "
         "that trains call handle.save(path); for a model with them in its weights use vl.bake or vl.export with their files."
     )
+
+
+BY_LOOPS = "state_dict"
+"""What the Trainer of transformers, and loops written with accelerate, say when they save a model, and others do not."""
+CHECKPOINT = "model.safetensors"
+"""From which the Trainer goes on."""
+
+
+def save_checkpoint(model: nn.Module, folder: Path, state: Mapping[str, Tensor] | None, is_main_process: bool) -> None:
+    """Writes what a training loop goes on from, as the Trainer does for a model that is not transformers'.
+
+    `save_pretrained` may respell the names of a model, and by others the Trainer finds nothing again.
+
+    Args:
+        model: that trains, with adapters on it that are in no weights.
+        folder: of the checkpoint; without a config it is none of a model that others would open without the adapters.
+        state: what is to be written; all of the model where it is not given.
+        is_main_process: whether this process is to write.
+    """
+    warnings.warn(
+        f"Adapters are on this {type(model).__name__} ({', '.join(adapters_on(model))}): its checkpoints hold what training "
+        "goes on from (trainer.train(resume_from_checkpoint=…), with the same adapters on), no model that from_pretrained "
+        "opens. For the adapter call handle.save(path).",
+        stacklevel=3,
+    )
+    if is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(on_their_own(model.state_dict() if state is None else state), folder / CHECKPOINT, {"format": "pt"})
+
+
+def on_their_own(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of which none shares memory with another, as safetensors wants them."""
+    found: dict[str, Tensor] = {}
+    taken: set[int] = set()
+    for name, t in tensors.items():
+        place = t.untyped_storage().data_ptr()
+        found[name] = t.detach().clone() if place in taken else t.detach().contiguous()
+        taken.add(place)
+    return found
 
 
 def check_loading(module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:

@@ -71,6 +71,9 @@ def inject(
 ) -> Handle:  # fmt: skip
     """Adds a new adapter to `model` and freezes everything else. The output of the model does not change by a bit.
 
+    Checkpoints of a training loop (`state_dict`, accelerate's `save_state`, the Trainer of transformers) hold the adapter too,
+    and are loaded once the same is injected again. `save_pretrained` is refused meanwhile; `Handle.save` writes the adapter.
+
     Args:
         model: any module; its base weights keep their names and identity.
         config: method, rank, targets.

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
-from transformers import ViTConfig, ViTForImageClassification
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification
 
 import visionlora as vl
 from visionlora.errors import ConfigError
@@ -30,6 +32,11 @@ class Saved(nn.Module):
 
     def save_pretrained(self, names: list[str]) -> None:
         names += self.state_dict()
+
+
+def vit() -> ViTForImageClassification:
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return ViTForImageClassification(ViTConfig(**sizes, image_size=8, patch_size=8))
 
 
 def lora(**more: AdapterModule) -> Adapter:
@@ -66,14 +73,61 @@ def test_what_trains_in_full_is_a_model_to_save() -> None:
 
 
 def test_a_vision_transformer_and_a_compiled_model(tmp_path: Path) -> None:
-    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
-    model = ViTForImageClassification(ViTConfig(**sizes, image_size=8, patch_size=8))
+    model = vit()
     handle = inject(torch.compile(model), AdapterConfig(rank=2, targets=("attn",)))
     with pytest.raises(ConfigError, match=SAID):
         model.save_pretrained(tmp_path / "m")
     handle.eject()
     model.save_pretrained(tmp_path / "m")
     assert len(list((tmp_path / "m").glob("*.safetensors"))) == 1
+
+
+class Pictures(Dataset[dict[str, object]]):
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, i: int) -> dict[str, object]:
+        return {"pixel_values": torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(i)), "labels": i % 2}
+
+
+CHECKPOINTS = r"Adapters are on this .* \(default\): its checkpoints hold .* no model .* handle.save\(path\)"
+
+
+def trained(folder: Path, from_checkpoint: Path | None = None) -> dict[str, torch.Tensor]:
+    """What an adapter learns by the Trainer of transformers in four steps, with a checkpoint after each second."""
+    torch.manual_seed(0)
+    handle = inject(vit(), AdapterConfig(rank=2, targets=("attn",), train="classifier"))
+    args = {"max_steps": 4, "save_steps": 2, "learning_rate": 0.1, "per_device_train_batch_size": 4}
+    quiet = {"report_to": [], "use_cpu": True, "disable_tqdm": True}
+    Trainer(handle.model, TrainingArguments(str(folder), **args, **quiet), train_dataset=Pictures()).train(
+        None if from_checkpoint is None else str(from_checkpoint)
+    )
+    return handle.model.state_dict()
+
+
+def test_the_trainer_of_transformers_goes_on_from_its_checkpoints(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=CHECKPOINTS):
+        whole = trained(tmp_path)
+    assert load_file(tmp_path / "checkpoint-4" / "model.safetensors").keys() == whole.keys()
+    with pytest.warns(UserWarning, match=CHECKPOINTS):
+        again = trained(tmp_path, tmp_path / "checkpoint-2")
+    assert all(torch.equal(again[name], value) for name, value in whole.items())
+
+
+def test_a_checkpoint_with_adapters_in_its_weights_is_refused(tmp_path: Path) -> None:
+    model = vit()
+    handle = inject(model, AdapterConfig(rank=2, targets=("attn",)))
+    handle.merge()
+    with pytest.raises(ConfigError, match=SAID):
+        model.save_pretrained(tmp_path / "m", state_dict=None)
+    handle.unmerge()
+    tied = model.state_dict() | {"again": model.classifier.weight}
+    with pytest.warns(UserWarning, match=CHECKPOINTS):
+        model.save_pretrained(tmp_path / "m", state_dict=tied, is_main_process=False)
+    assert not (tmp_path / "m").exists()
+    with pytest.warns(UserWarning, match=CHECKPOINTS):
+        model.save_pretrained(tmp_path / "m", state_dict=tied)
+    assert torch.equal(load_file(tmp_path / "m" / "model.safetensors")["again"], model.classifier.weight)
 
 
 def test_one_that_cannot_be_put_on_leaves_nothing() -> None:
