@@ -41,6 +41,7 @@ from visionlora.lora.config import AdapterConfig
 from visionlora.lora.further import further_config, method_for
 from visionlora.lora.inject import check_targets
 from visionlora.models.base import BaseModel, open_base
+from visionlora.models.kinds import check_trains
 from visionlora.report.listener import Listener
 from visionlora.report.resume import Start
 from visionlora.training.loop import new_accelerator
@@ -96,6 +97,7 @@ def prepare(start: Start[TrainSDConfig], tell: Listener) -> Ready:
     folder, apart = pictures_of(config, first, tell)
     model, _, named_by = named_base(config, first)
     base = open_base(model, named_by=named_by)
+    check_trains(base.id, base.pipe.unet)
     config = trained_alike(config, first, base)
     base = base.reading(config.clip_skip, config.windows)
     tell.say(base.why)

@@ -1,6 +1,7 @@
 """train-sd and generate on Stable Diffusion 2.x and XL, through the real command."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,21 @@ def test_a_family_trains_draws_and_loads_in_diffusers(
                            "--output", tmp_path / "g", *more)  # fmt: skip
         assert code == 0, err
     assert len(list((tmp_path / "g").glob("*.png"))) == 2
+
+
+def test_a_model_of_few_steps_draws_but_does_not_train(cli, tiny_model: Path, dogs: Path, tmp_path: Path) -> None:
+    """Its UNet reads the guidance too, which a step of training has not."""
+    from diffusers import UNet2DConditionModel
+
+    model = tmp_path / "lcm"
+    shutil.copytree(tiny_model, model)
+    config = UNet2DConditionModel.load_config(model / "unet")
+    UNet2DConditionModel.from_config({**config, "time_cond_proj_dim": 8}).save_pretrained(model / "unet")
+    code, _, err = cli("train-sd", "--images", dogs, "--model", model, "--output", tmp_path / "r", *SMALL)
+    assert code == 2 and "made to draw in a few steps" in err and "time_cond_proj_dim 8" in err
+    assert not (tmp_path / "r").exists()
+    code, _, err = cli("generate", "--prompt", "a dog", "--model", model, "--steps", 2, "--output", tmp_path / "g")
+    assert code == 0, err
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -91,3 +92,20 @@ def check_kinds(id: str, pipe: Any) -> None:
             f"The VAE of {id} is of the kind {kind}; visionlora trains on the latents of an AutoencoderKL. Put that of the "
             "base it came from into its folder, and its name into model_index.json."
         )
+    scale = pipe.vae.config.get("scaling_factor")
+    if not isinstance(scale, (int, float)) or not 0 < scale < math.inf:
+        raise ModelError(
+            f"The VAE of {id} has the scaling_factor {scale!r} in its config.json, by which latents are multiplied. Write it "
+            "there as its author says: 0.18215 for Stable Diffusion 1.x and 2.x, 0.13025 for XL."
+        )
+
+
+def check_trains(id: str, unet: Any) -> None:
+    """Raises ModelError for a UNet that reads the guidance beside the text: training has none to give it."""
+    if unet.config.get("time_cond_proj_dim") is None:
+        return
+    raise ModelError(
+        f"{id} was made to draw in a few steps, as latent consistency models are: its UNet reads the guidance too "
+        f"(time_cond_proj_dim {unet.config.time_cond_proj_dim}), and would unlearn that. Train on the base that it was made "
+        "from; vl.attach puts that adapter on a pipeline of this model too."
+    )

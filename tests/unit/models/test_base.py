@@ -195,6 +195,8 @@ def test_a_model_of_another_kind_is_refused(tiny_model: Path, tmp_path: Path) ->
                        "use_flow_sigmas": True}, "flow matching"),
         ("vae", {"latents_mean": [0.1, 0.2, 0.3, 0.4], "latents_std": [1.0] * 4}, "latents_mean"),
         ("vae", {"shift_factor": 0.1}, "shift_factor"),
+        ("vae", {"scaling_factor": None}, r"has the scaling_factor None in its config.json, .* 0.13025 for XL"),
+        ("vae", {"scaling_factor": 0}, r"has the scaling_factor 0 in its config.json"),
     ],
 )  # fmt: skip
 def test_noise_and_latents_that_training_does_not_know_are_refused(
