@@ -122,3 +122,29 @@ def test_a_kohya_file_with_the_projection_of_the_second_text_encoder(
         theirs.load_lora_weights(tmp_path, weight_name="a.safetensors")
         torch.testing.assert_close(theirs.text_encoder_2(ids).text_embeds, expected, rtol=1e-4, atol=1e-4)
     assert (expected - plain).abs().max() > 0.1
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("format", ["kohya", "diffusers", "diffusers-folded"])
+@pytest.mark.parametrize("layers", [("q_proj", "v_proj"), ("k_proj", "fc1"), ("fc1",), ("fc2",), ("out_proj", "fc2")])
+def test_a_text_encoder_adapted_in_a_few_layers(
+    layers: tuple[str, ...], format: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    """diffusers tells the spelling of such a part by single layers, and passes by or refuses the others without them."""
+    from diffusers import StableDiffusionPipeline
+
+    ours, theirs = (StableDiffusionPipeline.from_pretrained(tiny_model, safety_checker=None) for _ in range(2))
+    handle = inject(ours.text_encoder, AdapterConfig(rank=2, alpha=3.0, targets=layers))
+    for lora in handle.methods.values():
+        lora.lora_B.data.normal_(std=0.3, generator=torch.Generator().manual_seed(0))
+    vl.save_adapter(handle.adapter(), tmp_path / "a.safetensors", format)
+    found = load_adapter(tmp_path / "a.safetensors").modules.values()
+    lacking = [("q_proj", "v_proj"), ("k_proj", "fc1")] if format == "kohya" else [("fc1",), ("fc2",)]
+    assert len(found) - len(handle.methods) == sum(m.is_zero() for m in found) == int(layers in lacking)
+    ids = torch.tensor([[0, 3, 4, 5, *[1] * 12]])
+    with torch.no_grad():
+        expected = ours.text_encoder(ids)[0]
+        theirs.load_lora_weights(tmp_path, weight_name="a.safetensors")
+        torch.testing.assert_close(theirs.text_encoder(ids)[0], expected, rtol=1e-4, atol=1e-4)
+        handle.set_scale(0)
+        assert (expected - ours.text_encoder(ids)[0]).abs().max() > 1e-2

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 
 import torch
 
@@ -75,7 +76,8 @@ def pipeline_layers(adapter: Adapter, format: str) -> Iterator[tuple[str, str, A
                 f"{format} holds adapters for {', '.join(PIPELINE_PARTS)}; this one is for {component!r}. Formats visionlora "
                 "and peft keep it."
             )
-        for path, module in whole_layers(adapter, component, format).items():
+        layers = whole_layers(adapter, component, format)
+        for path, module in (layers | told_by(component, layers, format)).items():
             first = seen.setdefault(f"{component}.{spelling_key(path)}", path)
             if first != path:
                 raise AdapterFileError(
@@ -83,3 +85,28 @@ def pipeline_layers(adapter: Adapter, format: str) -> Iterator[tuple[str, str, A
                     "for it. Merge the adapters that it came from again."
                 )
             yield component, path, module
+
+
+LAYER = re.compile(r"(.*\blayers\.\d+\.)(self_attn\.[qkv]_proj|mlp\.fc[12])")
+"""Of a text encoder; what comes before its block, and which of its layers it is."""
+TOLD_BY = "self_attn.out_proj"
+"""The layer of a block by which diffusers tells spellings."""
+
+
+def told_by(component: str, layers: Mapping[str, AdapterModule], format: str) -> dict[str, AdapterModule]:
+    """A LoRA of zeros by which diffusers (0.42) reads all of a text encoder's; empty where it does without.
+
+    In kohya's files it passes the attention by where no output projection is adapted; its own it refuses without a layer of the
+    attention. For a DoRA that would need the base's weights.
+    """
+    if not component.startswith("text_encoder") or any(m.kind != "lora" or m.options for m in layers.values()):
+        return {}
+    found = [(match[1], match[2], m) for path, m in layers.items() if (match := LAYER.fullmatch(path))]
+    attention = [layer for layer in found if layer[1].startswith("self_attn.")]
+    candidates = attention if format == "kohya" else [] if attention else found
+    if not candidates or any(path.endswith(TOLD_BY) for path in layers):
+        return {}
+    block, layer, m = candidates[0]
+    down, up = m.tensors["lora_A"], m.tensors["lora_B"]
+    width = len(up) if layer.endswith("fc2") else down.shape[1]
+    return {block + TOLD_BY: AdapterModule.lora(down.new_zeros(m.rank, width), up.new_zeros(width, m.rank), m.alpha)}
