@@ -33,7 +33,7 @@ from visionlora.diffusion.conditioning import (
 from visionlora.errors import ConfigError, ModelError
 from visionlora.lora.damage import damaged
 from visionlora.models.base import BaseModel
-from visionlora.models.fingerprint import settings_fingerprint, weights_fingerprint
+from visionlora.models.fingerprint import content_fingerprint, settings_fingerprint
 
 PIXELS_AT_ONCE = {"cuda": 8 * 512 * 512, "cpu": 512 * 512}
 """By device: a processor is no faster with more, and needs less memory with fewer."""
@@ -409,19 +409,20 @@ def latent_keys(
 ) -> list[str]:
     """Where the cache keeps the latents of pictures."""
     vae, made = base.pipe.vae, [variant.key for variant in variants]
-    vae_id = (weights_fingerprint(vae), settings_fingerprint(vae.config), f"{vae.dtype}{' bf16' if in_bf16 else ''}")
-    return [key_of("latents 3", *vae_id, i.content, repr(f), *made) for i, f in zip(items, framings, strict=True)]
+    content = content_fingerprint(vae.encoder, vae.quant_conv)
+    vae_id = (content, settings_fingerprint(vae.config), f"{vae.dtype}{' bf16' if in_bf16 else ''}")
+    return [key_of("latents 4", *vae_id, i.content, repr(f), *made) for i, f in zip(items, framings, strict=True)]
 
 
 def text_keys(base: BaseModel, captions: Sequence[str], salt: str = "") -> list[str]:
     """Where the cache keeps the embeddings of captions: by what the encoders compute, and in what, from which tokens.
 
-    A word that was taught later has a row of its own among thousands, which the fingerprint of the weights may pass over; the
-    rows that a caption reads are part of its key.
+    Of the table of words the rows that a caption reads are in its key, so that a word that was taught later changes no other.
     """
     parts = base.text_parts()
-    encoders = [f"{weights_fingerprint(e)} {settings_fingerprint(e.config)} {e.dtype}" for _, _, e in parts]
-    fixed = ("text 3", *encoders, f"clip_skip {base.clip_skip}", salt)
+    contents = [content_fingerprint(e, without=e.get_input_embeddings()) for _, _, e in parts]
+    settings = [f"{settings_fingerprint(e.config)} {e.dtype}" for _, _, e in parts]
+    fixed = ("text 4", *contents, *settings, f"clip_skip {base.clip_skip}", salt)
     read = [_tokens_of(base, t, e, captions) for _, t, e in parts]
     return [key_of(*fixed, *own) for own in zip(*read, strict=True)]
 

@@ -112,6 +112,10 @@ def test_the_key_of_a_text_tells_all_that_its_embedding_follows_from(tiny_model:
     encoder.get_input_embeddings().weight.data[row] += 1
     assert text_keys(base, ["a dog", "a cat"])[0] != plain and text_keys(base, ["a cat"]) == [other], "a word"
     encoder.get_input_embeddings().weight.data[row] -= 1
+    layer = encoder.get_submodule(next(n for n, _ in encoder.named_modules() if n.endswith("fc1")))
+    layer.weight.data[1, 2] += 1
+    assert text_keys(base, ["a cat"]) != [other], "weights tuned in one place, or damaged there"
+    layer.weight.data[1, 2] -= 1
     encoder.config.hidden_act = "gelu_new"
     assert text_keys(base, ["a cat"]) != [other], "the activation, which no weight tells"
     encoder.config.hidden_act = "quick_gelu"
@@ -128,6 +132,14 @@ def test_the_key_of_latents_tells_what_the_vae_computes_in(tiny_model: Path, dog
         return set(latent_keys(base, items, [plan.framing(i) for i in items], plan.variants, False))
 
     exact = keys()
+    base.pipe.vae.decoder.conv_in.weight.data += 1
+    assert keys() == exact, "what decodes encodes nothing"
+    weight = base.pipe.vae.encoder.conv_out.weight.data
+    before = weight.clone()
+    weight[1, 2, 0, 1] += 1e-3
+    assert not exact & keys(), "weights tuned in one place, or damaged there"
+    weight.copy_(before)
+    assert keys() == exact
     base.pipe.vae.to(torch.float16)
     half = keys()
     base.pipe.vae.to(torch.float32).register_to_config(norm_num_groups=2)

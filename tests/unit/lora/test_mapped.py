@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from visionlora.lora.mapped import Mappings, cast
-from visionlora.models.fingerprint import weights_fingerprint
+from visionlora.models.fingerprint import content_fingerprint, weights_fingerprint
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells what is mapped")
 SIZE = 2**20
@@ -45,7 +45,7 @@ def test_mapped_weights_stay_unread(model: nn.Module) -> None:
     mappings = Mappings()
     assert [mappings.file_of(p) is None for p in model.parameters()] == [False] * 8 + [True] * 2
     before = resident()
-    assert len(weights_fingerprint(model)) == 16
+    assert len(weights_fingerprint(model)) == 16 and len(content_fingerprint(model)) == 16
     assert resident() - before < 4 * SIZE // 1024
     cast(model, torch.bfloat16)
     assert resident() - before < 4 * SIZE // 1024  # all eight take 32 MiB

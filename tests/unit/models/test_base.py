@@ -13,7 +13,7 @@ from visionlora.lora.config import AdapterConfig
 from visionlora.lora.inject import inject
 from visionlora.models.base import DEFAULT_ON_GPU, SPREADS, choose, fetch_default, load_single_file, open_base
 from visionlora.models.checkpoint_header import read_checkpoint_header
-from visionlora.models.fingerprint import architecture_fingerprint, weights_fingerprint
+from visionlora.models.fingerprint import architecture_fingerprint, content_fingerprint, weights_fingerprint
 
 STYLE = Path(__file__).parents[3] / "assets" / "adapters" / "fxemoji"
 
@@ -81,6 +81,8 @@ def test_fingerprints_tell_weights_and_architectures_apart(tiny_model: Path) -> 
     assert weights_fingerprint(a) == weights_fingerprint(b)
     inject(b, AdapterConfig(rank=2))
     assert weights_fingerprint(a) == weights_fingerprint(b), "an adapter does not count"
+    assert content_fingerprint(a) == content_fingerprint(b.to(memory_format=torch.channels_last))
+    assert content_fingerprint(a, without=a.mid_block) != content_fingerprint(a) != content_fingerprint(a.mid_block)
     assert architecture_fingerprint(a) == architecture_fingerprint(b)
     b.conv_in.weight.data += 0.1
     assert weights_fingerprint(a) != weights_fingerprint(b)
