@@ -31,8 +31,9 @@ LISTED_BY_TORCH = [re.compile(rf"{kind} key\(s\) in state_dict: (.*)") for kind 
 QUOTED = re.compile('"(.*?)"')
 NOTHING: Mapping[str, Any] = {"missing_keys": (), "unexpected_keys": (), "mismatched_keys": ()}
 """What a library tells of the loading where all went well."""
-NEW_NORM = re.compile(r"(^|\.)(pooler\.layernorm|fc_norm|head\.norm)\.|^norm\.")
-"""At the end of a backbone, which masked pretraining has not (BEiT, ConvNeXt V2); at first it changes nothing."""
+NEW_NORM = re.compile(r"(^|\.)(pooler\.layernorm|fc_norm|head\.norm)\.|^(norm|layernorm)\.")
+"""At the end of a backbone, which masked pretraining (BEiT, ConvNeXt V2), or a model saved without its head (CvT), has not; at
+first it changes nothing."""
 
 
 def loaded(what: str, library: str, kind: Any, source: str | Path, **more: Any) -> tuple[nn.Module, dict[str, Any]]:

@@ -27,7 +27,15 @@ from visionlora.models.heads import CHOOSE, LAST, FlatLinear, append_head, as_lo
 from visionlora.models.input_size import set_input_size
 from visionlora.models.loading import check_loaded, loaded, misfit, told_by_timm
 from visionlora.models.processors import as_preprocessing
-from visionlora.models.state_dicts import as_spelled_now, classifiers, differences, head_names, renaming, weights_in
+from visionlora.models.state_dicts import (
+    as_spelled_now,
+    classifiers,
+    differences,
+    head_names,
+    of_backbone,
+    renaming,
+    weights_in,
+)
 
 EMBEDDED = "emoji-vit"
 DEFAULT_ON_GPU = "vit_base_patch16_224.augreg2_in21k_ft_in1k"
@@ -36,6 +44,8 @@ SMALL = 20_000_000
 """Parameters below which a backbone learns at a higher rate and full fine-tuning is cheap."""
 HEAD_STD = 0.02
 NO_PICTURES = {
+    "imagegpt": "reads pictures as words for 512 colours, visionlora gives their values. Another model reads those: --model "
+    "vit_small_patch16_224",
     "pp_lcnet": "reads pictures as BGR, visionlora gives RGB. timm has the same model for RGB: --model lcnet_100",
     "siglip2": "reads patches of pictures of any shape (NaFlex), visionlora gives square pictures. SigLIP 2 of one size is "
     "saved as siglip: --model google/siglip2-base-patch16-224",
@@ -258,6 +268,11 @@ def from_folder(path: Path, weights: str | None) -> VisionModel:
         raise ModelError(
             f"{path} is no model folder: its config.json cannot be read ({e}). Name a folder that timm or transformers saved."
         ) from None
+    if "architecture" in config and "model_type" in config and not config.get("pretrained_cfg"):
+        raise ModelError(
+            f"{path}/config.json has no pretrained_cfg, by which a model of timm says what pictures it reads. Give its weights "
+            f"to timm's own: --model {config['architecture']} --weights {path}/model.safetensors"
+        )
     if "architecture" in config:
         return replace(from_timm(str(path), f"local-dir:{path}", weights), folder=path)
     if "model_type" in config:
@@ -439,12 +454,13 @@ def read_state(opened: VisionModel, path: Path) -> str:
         raise ModelError(str(e)) from None
     own = opened.model.state_dict()
     found, note = weights_in(tensors, own)
+    found, more = of_backbone(opened.model, found, own)
     found = as_spelled_now(opened.model, found, own)
     heads = head_names(opened.model, opened.head)
     found = {n: t for n, t in found.items() if n in own or not n.startswith(heads)}
     check_state(opened.id, path, own, found)
     opened.model.load_state_dict(found)
-    return note
+    return note + more
 
 
 def check_state(id: str, path: Path, own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:

@@ -183,7 +183,12 @@ def test_classifiers_of_transformers_learn_other_classes(
 
 
 @pytest.mark.parametrize(
-    ("name", "said"), [("PPLCNet", "BGR.*--model lcnet_100"), ("Siglip2", "any shape.*google/siglip2-base-patch16-224")]
+    ("name", "said"),
+    [
+        ("PPLCNet", "BGR.*--model lcnet_100"),
+        ("Siglip2", "any shape.*google/siglip2-base-patch16-224"),
+        ("ImageGPT", "words for 512 colours.*--model vit_small_patch16_224"),
+    ],
 )
 def test_classifiers_that_read_no_rgb_squares_are_refused(name: str, said: str, tmp_path: Path) -> None:
     import transformers
@@ -275,6 +280,44 @@ def test_a_state_dict_in_the_names_of_an_older_transformers(tmp_path: Path) -> N
     save_file(state, tmp_path / "own.safetensors")
     with pytest.raises(ModelError, match=r"lacks 1 tensor \(first 'vit.layernorm.weight'\)"):
         open_backbone(str(folder), weights=str(tmp_path / "own.safetensors"))
+
+
+@pytest.mark.parametrize("pooler", [True, False])
+def test_a_state_dict_of_a_model_without_a_head(tmp_path: Path, pooler: bool) -> None:
+    """Its names do not begin with what a classifier's do."""
+    from transformers import ViTConfig, ViTModel
+
+    folder = transformers_folder(tmp_path / "a")
+    model = ViTModel(ViTConfig.from_pretrained(folder), add_pooling_layer=pooler)
+    model.save_pretrained(tmp_path / "b")
+    opened = open_backbone(str(folder), weights=str(tmp_path / "b" / "model.safetensors"))
+    got = opened.model.vit.state_dict()
+    assert all(torch.equal(t, got[n]) for n, t in model.state_dict().items() if not n.startswith("pooler."))
+    assert opened.why.endswith("the pooler was left out, which a classifier has not (2 tensors).") == pooler
+
+
+def test_a_model_without_a_head_lacks_the_norm_of_its_classifier(tmp_path: Path) -> None:
+    from transformers import CvtConfig, CvtModel
+
+    model = CvtModel(CvtConfig(embed_dim=[8, 8, 8], num_heads=[1, 1, 1], depth=[1, 2, 10])).eval()
+    model.save_pretrained(tmp_path)
+    opened = open_backbone(str(tmp_path))
+    got = opened.model.cvt.state_dict()
+    assert all(torch.equal(t, got[n]) for n, t in model.state_dict().items())
+    assert bool((opened.model.layernorm.weight == 1).all()) and not opened.model.layernorm.bias.any()
+
+
+def test_models_of_timm_that_transformers_saved(tmp_path: Path) -> None:
+    from transformers import AutoModel, TimmWrapperConfig, TimmWrapperModel
+
+    folder = timm_folder(tmp_path / "a")
+    AutoModel.from_pretrained(folder).save_pretrained(tmp_path / "b")
+    assert open_backbone(str(tmp_path / "b")).fingerprints() == open_backbone(str(folder)).fingerprints()
+    config = TimmWrapperConfig(architecture="vit_tiny_patch16_224", model_args=SMALL)
+    TimmWrapperModel(config).save_pretrained(tmp_path / "c")
+    said = r"c/config.json has no pretrained_cfg, .* --model vit_tiny_patch16_224 --weights .*c/model.safetensors"
+    with pytest.raises(ModelError, match=said):
+        open_backbone(str(tmp_path / "c"))
 
 
 def gated_folder(path: Path) -> Path:
