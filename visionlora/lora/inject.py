@@ -137,6 +137,7 @@ def learning_on(model: nn.Module, config: AdapterConfig, modules: Mapping[str, A
         TargetError: when one does not fit the model.
         ConfigError: when one is not of the configuration's method.
     """
+    modules = cut_modules(model, modules)
     methods, replaced, skipped = fit(model, modules, "model")
     if skipped:
         raise misfits(model, "model", skipped, len(modules))

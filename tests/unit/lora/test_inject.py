@@ -230,6 +230,20 @@ def test_an_adapter_of_a_layer_that_is_two_now_is_cut(kind: str, name: str) -> N
     assert len(handle.report.hits) == 4
 
 
+@pytest.mark.parametrize(("kind", "method"), [("lora", "lora"), ("dora", "dora"), ("ia3", "ia3")])
+def test_an_adapter_of_a_layer_that_is_two_now_learns_on(kind: str, method: str) -> None:
+    newer = nn.ModuleDict({"mlp": nn.ModuleDict({"gate_proj": nn.Linear(6, 8), "up_proj": nn.Linear(6, 8)})})
+    x, modules = torch.randn(3, 6), {"mlp.weights_in": GATED_IN[kind]}
+    attached = attach(newer, Adapter({"net.mlp.weights_in": GATED_IN[kind]}), "net")
+    expected = [half(x) for half in newer["mlp"].values()]
+    attached.eject()
+    handle = inject(newer, AdapterConfig(method=method, rank=2, targets=("re:.*",)), start_from=modules)
+    torch.testing.assert_close([half(x) for half in newer["mlp"].values()], expected)
+    sum(half(x).square().sum() for half in newer["mlp"].values()).backward()
+    assert handle.report.trained_parameters and all(p.grad is not None for p in handle.parameters())
+    assert len({p.data_ptr() for p in handle.parameters()}) == len(handle.parameters()), "each half learns for itself"
+
+
 def test_a_layer_that_cannot_be_cut_is_named() -> None:
     newer = nn.ModuleDict({"mlp": nn.ModuleDict({"gate_proj": nn.Linear(6, 8), "up_proj": nn.Linear(6, 8)})})
     by_columns = {"lora_A": torch.randn(2, 6), "lora_B": torch.randn(16, 2), "magnitude": torch.rand(6) + 1}
