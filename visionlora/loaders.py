@@ -24,7 +24,7 @@ from visionlora.lora.arithmetic import Progress, Result, Size
 from visionlora.lora.combine import Options
 from visionlora.lora.guards import refuse_saving
 from visionlora.lora.handle import Handle
-from visionlora.lora.inject import attach
+from visionlora.lora.inject import attach, inner_names
 from visionlora.models.base import BaseModel, open_base
 from visionlora.models.words import add_word
 
@@ -329,6 +329,13 @@ def follow_noise(base: BaseModel, adapters: Iterable[Adapter]) -> bool:
     return wanted
 
 
+def check_scaled(scales: Iterable[str], adapters: Iterable[str]) -> None:
+    """Raises ConfigError for a scale of what is not attached."""
+    for given in scales:
+        if given not in (there := list(adapters)):
+            raise ConfigError(f"There is a scale for {given!r}, which is not attached. {nearest(given, there)}")
+
+
 def load_pipeline(
     adapters: Mapping[str, str | Path | Adapter],
     model: str = "auto",
@@ -345,7 +352,12 @@ def load_pipeline(
         model: the base model; `auto` takes the one that the first adapter names.
         scales: name -> scale; 1 where not given.
         force: see `check_base`.
+
+    Raises:
+        ConfigError: for a scale of what is not there.
+        AdapterFileError, ModelError, TargetError: see `load_adapter`, `open_base` and `apply`.
     """
+    check_scaled(scales or {}, adapters)
     loaded = {n: a if isinstance(a, Adapter) else load_adapter(a) for n, a in adapters.items()}
     for name, adapter in loaded.items():
         check_draws(adapter, name)
@@ -353,8 +365,9 @@ def load_pipeline(
         model = str(next(iter(loaded.values())).info.get("base", {}).get("id", "auto"))
     base = open_base(model)
     follow_noise(base, loaded.values())
+    inner = inner_names(loaded)
     for name, adapter in loaded.items():
-        apply(base, adapter, name, (scales or {}).get(name, 1.0), force)
+        apply(base, adapter, inner[name], (scales or {}).get(name, 1.0), force)
         if adapter.clip_skip != 1 and not base.is_xl:  # kohya writes it for SDXL too, where it is nothing
             warnings.warn(
                 f"{name} was trained with clip_skip {adapter.clip_skip}, and the pipeline reads the last layer unless a call "

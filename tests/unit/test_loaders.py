@@ -44,7 +44,7 @@ def test_two_adapters_at_their_scales_equal_the_sum_of_their_changes_in_the_weig
     base = open_base(str(tiny_model))
     a, b = random_adapter(base, 0), random_adapter(base, 1)
     plain = predict(base.pipe.unet)
-    pipe = load_pipeline({"a": a, "b": b}, scales={"b": 0.5})
+    pipe = load_pipeline({"a": a, "dog-v1.5": b}, scales={"dog-v1.5": 0.5})
     merged = open_base(str(tiny_model)).pipe.unet
     modules = dict(merged.named_modules())
     for adapter, scale in ((a, 1.0), (b, 0.5)):
@@ -52,6 +52,8 @@ def test_two_adapters_at_their_scales_equal_the_sum_of_their_changes_in_the_weig
             modules[name.removeprefix("unet.")].weight.data += scale * delta
     assert not torch.allclose(plain, predict(merged), atol=1e-3)
     torch.testing.assert_close(predict(pipe.unet), predict(merged), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ConfigError, match=r"There is a scale for 'dog', which is not attached\. Did you mean 'dogs'"):
+        load_pipeline({"dogs": a}, scales={"dog": 0.5})
 
 
 def test_a_pipeline_that_was_loaded_with_adapters_is_not_saved_in_part(tiny_model: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -463,3 +464,14 @@ def check_name(layers: Iterable[nn.Module], name: str) -> None:
                     f"An adapter named {name!r} is on this model already (there: {', '.join(sorted(taken))}). "
                     "Eject it first or choose another name."
                 )
+
+
+def inner_names(names: Iterable[str]) -> dict[str, str]:
+    """By name: what an adapter is called on layers, where not every word can be."""
+    found: dict[str, str] = {}
+    for name in names:
+        inner = re.sub(r"[.:]", "_", name) or "_"
+        while hasattr(nn.ModuleDict, inner) or inner in found.values():
+            inner += "_"
+        found[name] = inner
+    return found

@@ -8,8 +8,8 @@ from typing import Any, overload
 
 from torch import nn
 
-from visionlora.errors import ConfigError, nearest
-from visionlora.loaders import load_adapter
+from visionlora.errors import ConfigError
+from visionlora.loaders import check_scaled, load_adapter
 from visionlora.lora.adapter import Adapter
 from visionlora.lora.handle import Handle
 from visionlora.lora.inject import attach as attach_one
@@ -82,9 +82,7 @@ def attach(
     mix = Mix(target, mode, compose, allow_partial, **options)
     wanted = adapters if isinstance(adapters, Mapping) else {name: adapters}
     by_name = scales if isinstance(scales, Mapping) else {} if scales is None else dict.fromkeys(wanted, scales)
-    for given in by_name:
-        if given not in wanted:
-            raise ConfigError(f"There is a scale for {given!r}, which is not attached. {nearest(given, wanted)}")
+    check_scaled(by_name, wanted)
     mix.change({n: mix.member(n, a, by_name.get(n, 1.0)) for n, a in wanted.items()})
     return mix
 

@@ -15,8 +15,7 @@ batched when pictures have scales of their own or the composition evaluates adap
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -31,6 +30,7 @@ from visionlora.lora.adapter import Adapter, in_one_spelling
 from visionlora.lora.guards import allow_saving, refuse_saving
 from visionlora.lora.handle import Handle
 from visionlora.lora.inject import attach as attach_one
+from visionlora.lora.inject import inner_names
 from visionlora.lora.merge import check_scale, merge_together
 from visionlora.lora.names import resolve_names
 from visionlora.lora.overlap import PairOverlap, overlap
@@ -479,17 +479,6 @@ class Mix:
             return (blended, *output[1:])
         output[next(iter(output))] = blended  # sample of diffusers, logits of transformers
         return output
-
-
-def inner_names(names: Iterable[str]) -> dict[str, str]:
-    """By name: what an adapter is called on layers, where not every word can be."""
-    found: dict[str, str] = {}
-    for name in names:
-        inner = re.sub(r"[.:]", "_", name) or "_"
-        while hasattr(nn.ModuleDict, inner) or inner in found.values():
-            inner += "_"
-        found[name] = inner
-    return found
 
 
 def silent(members: Mapping[str, Member]) -> set[str]:
