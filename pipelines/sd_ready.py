@@ -97,7 +97,7 @@ def prepare(start: Start[TrainSDConfig], tell: Listener) -> Ready:
     folder, apart = pictures_of(config, first, tell)
     model, _, named_by = named_base(config, first)
     base = open_base(model, named_by=named_by)
-    check_trains(base.id, base.pipe.unet)
+    check_trains(base.id, base.pipe)
     config = trained_alike(config, first, base)
     base = base.reading(config.clip_skip, config.windows)
     tell.say(base.why)

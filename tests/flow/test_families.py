@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 
 from visionlora.loaders import load_adapter
@@ -48,6 +49,29 @@ def test_a_family_trains_draws_and_loads_in_diffusers(
                            "--output", tmp_path / "g", *more)  # fmt: skip
         assert code == 0, err
     assert len(list((tmp_path / "g").glob("*.png"))) == 2
+
+
+def test_a_small_vae_draws_also_from_a_picture(cli, tiny_model: Path, dogs: Path, tmp_path: Path) -> None:
+    """TAESD's kind, which gives its latents without mean and spread."""
+    from diffusers import AutoencoderTiny
+
+    model, channels = (
+        tmp_path / "small",
+        {"encoder_block_out_channels": (8,) * 3, "decoder_block_out_channels": (8,) * 3},
+    )
+    shutil.copytree(tiny_model, model)
+    shutil.rmtree(model / "vae")
+    vae = AutoencoderTiny(**channels, num_encoder_blocks=(1, 1, 1), num_decoder_blocks=(1, 1, 1))
+    vae.save_pretrained(model / "vae")
+    index = json.loads((model / "model_index.json").read_text())
+    (model / "model_index.json").write_text(json.dumps({**index, "vae": ["diffusers", "AutoencoderTiny"]}))
+    Image.new("L", (32, 32), 255).save(mask := tmp_path / "mask.png")
+    given = next(dogs.glob("*.png"))
+    for name, extra in (("plain", ()), ("masked", ("--init-image", given, "--mask", mask, "--strength", 1))):
+        code, _, err = cli(
+            "generate", "--prompt", "a dog", "--model", model, "--steps", 2, *extra, "--output", tmp_path / name
+        )
+        assert code == 0 and len(list((tmp_path / name).glob("*.png"))) == 1, err
 
 
 def test_a_model_of_few_steps_draws_but_does_not_train(cli, tiny_model: Path, dogs: Path, tmp_path: Path) -> None:

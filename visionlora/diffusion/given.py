@@ -170,7 +170,8 @@ class Given:
         size, vae = (batch[0].width, batch[0].height), pipe.vae
         if size not in self.latents:
             pixels = pipe.image_processor.preprocess(self.start.resize(size, Image.Resampling.LANCZOS))
-            latents = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mean
+            encoded = vae.encode(pixels.to(vae.device, vae.dtype))
+            latents = encoded.latent_dist.mean if hasattr(encoded, "latent_dist") else encoded.latents
             self.latents[size] = latents * vae.config.scaling_factor
         clean = self.latents[size]
         mask = self.mask.resize((clean.shape[3], clean.shape[2]), Image.Resampling.BOX)

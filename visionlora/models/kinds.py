@@ -79,7 +79,7 @@ def check_noise(id: str, pipe: Any) -> None:
 
 
 def check_kinds(id: str, pipe: Any) -> None:
-    """Raises ModelError for a UNet that wants more than text, or a VAE of another kind: training would end in a traceback."""
+    """Raises ModelError for a UNet that wants more than text, or a VAE that does not say how its latents are scaled."""
     config = pipe.unet.config
     added = {"text_time"} if hasattr(pipe, "text_encoder_2") else set()
     settings = ("class_embed_type", "num_class_embeds", "encoder_hid_dim_type", "addition_embed_type")
@@ -87,11 +87,6 @@ def check_kinds(id: str, pipe: Any) -> None:
     if wants:
         said = ", ".join(f"{name} {value!r}" for name, value in wants.items())
         raise not_ours(id, f"a model whose UNet reads more than text ({said})")
-    if (kind := type(pipe.vae).__name__) != "AutoencoderKL":
-        raise ModelError(
-            f"The VAE of {id} is of the kind {kind}; visionlora trains on the latents of an AutoencoderKL. Put that of the "
-            "base it came from into its folder, and its name into model_index.json."
-        )
     scale = pipe.vae.config.get("scaling_factor")
     if not isinstance(scale, (int, float)) or not 0 < scale < math.inf:
         raise ModelError(
@@ -100,8 +95,18 @@ def check_kinds(id: str, pipe: Any) -> None:
         )
 
 
-def check_trains(id: str, unet: Any) -> None:
-    """Raises ModelError for a UNet that reads the guidance beside the text: training has none to give it."""
+def check_trains(id: str, pipe: Any) -> None:
+    """Raises ModelError for what draws and does not train.
+
+    That is a VAE whose latents have no mean and spread, and a UNet that reads the guidance beside the text: training has
+    none to give it.
+    """
+    unet = pipe.unet
+    if (kind := type(pipe.vae).__name__) not in ("AutoencoderKL", "AsymmetricAutoencoderKL"):
+        raise ModelError(
+            f"The VAE of {id} is of the kind {kind}; visionlora trains on the latents of an AutoencoderKL. Put that of the "
+            "base it came from into its folder, and its name into model_index.json."
+        )
     if unet.config.get("time_cond_proj_dim") is None:
         return
     raise ModelError(

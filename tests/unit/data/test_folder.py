@@ -623,9 +623,7 @@ def test_captions_above_that_cannot_be_read_are_told(tmp_path: Path) -> None:
     assert "../metadata.csv is UTF-16 text" in said(tmp_path / "val")
 
 
-@pytest.mark.parametrize(
-    "content", [b"id,name\n1,b\n", "id;na\xefve\n".encode("cp1252"), b"", b"PK\x03\x04\x00\x00"]
-)
+@pytest.mark.parametrize("content", [b"id,name\n1,b\n", "id;na\xefve\n".encode("cp1252"), b"", b"PK\x03\x04\x00\x00"])
 @pytest.mark.parametrize("levels", [0, 1])
 def test_metadata_above_that_is_of_something_else_is_no_concern(tmp_path: Path, content: bytes, levels: int) -> None:
     """A table of anything by that name, one or two above, kept a folder without captions from being read."""
