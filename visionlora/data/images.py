@@ -224,6 +224,7 @@ def _upright(image: Image.Image) -> Decoded:
     if method is not None:
         rgb, alpha = rgb.transpose(method), alpha and alpha.transpose(method)
         notes.append("turned upright by its EXIF orientation")
+    rgb.info = {}  # what it said (which side is up, which colour is clear) has been done, and must not be done again
     return Decoded(rgb, "; ".join(notes) or None, alpha, "; ".join(note for note in notes if note in _RULES))
 
 

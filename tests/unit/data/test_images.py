@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from visionlora.data.images import IMAGE_SUFFIXES, decode, decode_noted, fit, printable
+from visionlora.data.images import IMAGE_SUFFIXES, as_seen, decode, decode_noted, fit, printable
 from visionlora.errors import DataError
 
 RNG = np.random.default_rng(0)
@@ -230,6 +230,25 @@ def test_exif_orientation(tmp_path: Path, orientation: int) -> None:
     decoded = decode_noted(tmp_path / "a.png")
     np.testing.assert_array_equal(np.asarray(decoded.image), upright)
     assert decoded.note == (None if orientation == 1 else "turned upright by its EXIF orientation")
+
+
+def test_a_decoded_picture_is_as_seen(tmp_path: Path) -> None:
+    """Seen again it was turned again, and a colour of the same value as the clear one became white."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(turned := tmp_path / "turned.png", exif=exif)
+    palette = Image.frombytes("P", (2, 1), bytes([1, 2]))
+    palette.putpalette([0] * 6 + [200, 30, 30] + [0] * 759)
+    palette.save(clear := tmp_path / "clear.png", transparency=0)
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    Image.fromarray(pixels).save(profiled := tmp_path / "profiled.png", icc_profile=profile)
+    for path in (turned, clear, profiled):
+        with Image.open(path) as opened:
+            once = as_seen(opened)
+        for seen in (once, decode(path)):
+            assert np.array_equal(np.asarray(as_seen(seen)), np.asarray(once)), path.name
+            assert not seen.info and not seen.getexif()
 
 
 def test_tiff_orientation_is_applied_once(tmp_path: Path) -> None:
