@@ -653,3 +653,21 @@ def test_show_says_what_is_no_longer_the_same(loras: Path, tiny_model: Path, dog
     told = run("show", picture)
     assert f"{adapter} has other contents than when the picture was drawn. The command draws another picture" in told
     assert f"{start} is not here." in told and f"{start} is not here." in vl.show(picture).changed
+
+
+def test_show_knows_models_and_masks_of_regions(loras: Path, tiny_model: Path, tmp_path: Path) -> None:
+    """Of which it said nothing."""
+    model, mask, out = tmp_path / "base", tmp_path / "left.png", tmp_path / "out"
+    shutil.copytree(tiny_model, model)
+    Image.new("L", (8, 8), 255).save(mask)
+    run(
+        "generate", "--prompt", "a dog", "--model", model, *COMMON, "--lora", loras / "dog.safetensors",
+        "--region", f"dog={mask}", "--output", out,
+    )  # fmt: skip
+    (picture,) = out.iterdir()
+    assert not vl.show(picture).changed
+    Image.new("L", (8, 8), 9).save(mask)
+    assert vl.show(picture).changed == (f"{mask} has other contents than when the picture was drawn.",)
+    mask.unlink()
+    shutil.rmtree(model)
+    assert vl.show(picture).changed == (f"{model} is not here.", f"{mask} is not here.")

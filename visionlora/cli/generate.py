@@ -174,7 +174,7 @@ def show(
 ) -> None:
     """Print the command that draws a picture again, byte for byte: `visionlora show pictures/a-dog-0-1a2b3c4d.png`.
 
-    Files of it that are not here, or have changed since, are named.
+    Adapters and pictures of it that are not here, or have changed since, are named, and models that are not here.
     """
     from visionlora.pipelines.show import show as run
 

@@ -9,7 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from visionlora.config import GenerateConfig
-from visionlora.config.choices import WEIGHT_SUFFIXES
+from visionlora.config.choices import EMBEDDED_SD, WEIGHT_SUFFIXES
 from visionlora.diffusion.given import named
 from visionlora.diffusion.recipe import LoraUse, Recipe, take_tags
 from visionlora.errors import AdapterFileError, ConfigError, DataError, nearest
@@ -86,11 +86,15 @@ def hashes_in_state(files: tuple[tuple[Path, int, int], ...]) -> tuple[str, str]
 
 def changed_since(recipe: Recipe) -> list[str]:
     """A line about each file of a recipe that is not here, or is no longer what it was."""
+    regions = recipe.compose_options.get("regions", {})
+    pictures = {
+        recipe.init_image: recipe.init_hash, recipe.mask: recipe.mask_hash, recipe.control: recipe.control_hash,
+        **{str(regions[name]): hash for name, hash in recipe.region_hashes.items()},
+    }  # fmt: skip
     before = {use.path: (use.hash, use.file_hash) for use in recipe.loras}
-    for field, hash in (("init_image", recipe.init_hash), ("mask", recipe.mask_hash), ("control", recipe.control_hash)):
-        before |= {path: ("", hash)} if (path := getattr(recipe, field)) else {}
+    before |= {path: ("", hash) for path, hash in pictures.items() if path}
     uses = {use.path: use for use in recipe.loras}
-    lines = []
+    lines = [f"{model} is not here." for model in (recipe.model, recipe.controlnet) if is_missing(model)]
     for path, hashes in before.items():
         try:
             if path in uses:
@@ -104,3 +108,9 @@ def changed_since(recipe: Recipe) -> list[str]:
         if any(was and was != found for was, found in zip(hashes, now, strict=True)):
             lines.append(f"{path} has other contents than when the picture was drawn.")
     return lines
+
+
+def is_missing(model: str) -> bool:
+    """Whether a model is one of a folder or file that is not there; what looks like an id of the Hub may be one."""
+    on_hub = model.count("/") == 1 and not model.startswith((".", "/", "~"))
+    return model not in ("", EMBEDDED_SD) and not on_hub and not Path(model).expanduser().exists()
