@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from visionlora.atomic import check_new
 from visionlora.config.choices import dtype_name
 from visionlora.config.generate import use_from
@@ -94,9 +96,9 @@ def bake(
             if overwrite and output.exists():
                 output.rename(Path(temporary) / "before")
             (Path(temporary) / "model").rename(output)
-    except OSError as e:
+    except (OSError, SafetensorError) as e:  # of a full disk; safetensors raises its own
         raise ModelError(
-            f"The model cannot be written to {output}: {e.strerror or e}. Choose another folder."
+            f"The model cannot be written to {output}: {getattr(e, 'strerror', None) or e}. Choose another folder."
         ) from None
     return output
 

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import visionlora as vl
 from visionlora.cli.main import app
-from visionlora.errors import ConfigError, VisionLoRAError
+from visionlora.errors import ConfigError, ModelError, TargetError, VisionLoRAError
 from visionlora.loaders import apply
 from visionlora.lora.adapter import Adapter, AdapterModule
 from visionlora.models.base import open_base
@@ -464,6 +464,38 @@ def test_merge_refuses_scales_that_are_not_finite(tmp_path: Path) -> None:
 
     with pytest.raises(VisionLoRAError, match="The scale of dog is inf; it must be a finite number"):
         merge([("dog", float("inf"))], tmp_path / "x.safetensors")
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="limits of files are of Linux")
+def test_bake_onto_a_full_disk(files: Path, tiny_model: Path, tmp_path: Path) -> None:
+    """safetensors has an error of its own for it."""
+    import resource
+    import signal
+
+    limits, before = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+        with pytest.raises(ModelError, match=r"The model cannot be written to .*baked: .*File too large"):
+            vl.bake(str(tiny_model), [str(files / "dog.safetensors")], tmp_path / "out" / "baked")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_delta_weights_of_a_method_that_needs_the_base(tiny_model: Path, tmp_path: Path) -> None:
+    """The base may be a pipeline."""
+    base = open_base(str(tiny_model))
+    handle = vl.inject(base.pipe.unet, vl.AdapterConfig(method="dora", rank=2))
+    handle.save(tmp_path / "dora.safetensors")
+    handle.eject()
+    adapter = vl.load_adapter(tmp_path / "dora.safetensors")
+    deltas = adapter.delta_weights(base.pipe)
+    assert len(deltas) == len(adapter.modules)
+    for name, delta in adapter.delta_weights(base.pipe.unet).items():
+        assert torch.equal(deltas[name], delta)
+    with pytest.raises(TargetError, match=r"The adapter changes unet\..*, which the base has not"):
+        adapter.delta_weights(object())
 
 
 def test_bake_refuses_a_classifier(tmp_path: Path) -> None:

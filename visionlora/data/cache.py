@@ -30,7 +30,7 @@ def default_cache_folder() -> Path:
     """`$VISIONLORA_CACHE`, else the user's cache folder."""
     if folder := os.environ.get("VISIONLORA_CACHE"):
         return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "visionlora"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "visionlora"
 
 
 def key_of(*parts: str) -> str:

@@ -241,12 +241,16 @@ class Adapter:
     unused: tuple[str, ...] = ()
     """Tensors of the file that nothing here takes; always empty unless the file was read with `allow_partial`."""
 
-    def delta_weights(self, base: nn.Module | None = None) -> dict[str, Tensor]:
+    def delta_weights(self, base: nn.Module | Any = None) -> dict[str, Tensor]:
         """{module name: ΔW in fp32}, each in the shape of its base weight.
 
         Args:
-            base: the base model, with components as children; see `AdapterModule.delta_weight` for who needs it.
+            base: the base model: a pipeline, or a module with components as children; see `AdapterModule.delta_weight` for who
+                needs it.
         """
+        if base is not None and not isinstance(base, nn.Module):
+            parts = getattr(base, "components", {})
+            base = nn.ModuleDict({name: part for name, part in parts.items() if isinstance(part, nn.Module)})
         weights = {} if base is None else base_weights(base, list(self.modules))
         return {name: m.delta_weight(weights.get(name)) for name, m in self.modules.items()}
 
@@ -313,5 +317,6 @@ def base_weights(base: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
         try:
             found[name] = parameters[path] if path in parameters else site_at(base, path).weight
         except TargetError:
-            raise TargetError(f"The adapter changes {name}, which {type(base).__name__} has not.") from None
+            kind = "the base" if isinstance(base, nn.ModuleDict) else type(base).__name__
+            raise TargetError(f"The adapter changes {name}, which {kind} has not.") from None
     return found

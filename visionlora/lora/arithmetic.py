@@ -92,8 +92,9 @@ def additive(name: str, module: AdapterModule, what: str) -> AdapterModule:
         )
     if module.kind == "full":
         raise AdapterFileError(
-            f"{name} was trained in full: it means something on its own base alone, so it cannot be {what}. Export the whole "
-            "to a model (`visionlora export`), or make an adapter without it."
+            f"{name} was trained in full: it means something on its own base alone, so it cannot be {what}. Make a "
+            "model of it (`visionlora bake` for Stable Diffusion, `visionlora export` for a classifier), or an adapter "
+            "without it."
         )
     kind = {"dora": "DoRA", "ia3": "(IA)³", "oft": "OFT", "vera": "VeRA"}.get(module.kind, module.kind)
     raise AdapterFileError(

@@ -60,9 +60,15 @@ def write_state(path: Path, state: Mapping[str, Any]) -> None:
                     raise into.error from None
                 raise
     except OSError as e:
+        run = shlex.quote(str(path.parent.parent))
+        there = path.exists() or path.with_name(PREVIOUS_FILE).exists()
         raise WriteError(
-            f"The checkpoint {path} cannot be written ({e.strerror or e}); the last one is still whole. Free some space and "
-            f"go on with --resume {shlex.quote(str(path.parent.parent))}."
+            f"The checkpoint {path} cannot be written ({e.strerror or e}); "
+            + (
+                f"the last one is still whole. Free some space and go on with --resume {run}."
+                if there
+                else f"it is the first one. Free some space and start anew: --resume auto --output {run}."
+            )
         ) from None
 
 

@@ -86,3 +86,6 @@ def test_the_folder_follows_the_environment(monkeypatch, tmp_path: Path) -> None
     monkeypatch.delenv("VISIONLORA_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert default_cache_folder() == tmp_path / "visionlora"
+    for unset in ("", None):
+        monkeypatch.setenv("XDG_CACHE_HOME", "") if unset == "" else monkeypatch.delenv("XDG_CACHE_HOME")
+        assert default_cache_folder() == Path.home() / ".cache" / "visionlora"

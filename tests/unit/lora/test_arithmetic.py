@@ -295,7 +295,7 @@ MESSAGES = {
     "head": (
         lambda: resize_adapter(Adapter({"model.head.weight": AdapterModule("full", {"value": torch.ones(2, 2)}, 1.0)}),
                                Size(rank=1)),
-        "was trained in full: it means something on its own base alone, so it cannot be resized. Export the whole",
+        "was trained in full: it means something on its own base alone, so it cannot be resized. Make a model of it",
     ),
     "nothing": (lambda: merge_adapters([]), "There is nothing to merge: give at least one adapter."),
     "method": (lambda: merge_adapters([(adapter(0), 1.0)], "tis"), "There is no combination 'tis'. Did you mean 'ties'?"),

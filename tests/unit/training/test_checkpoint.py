@@ -52,10 +52,12 @@ def test_a_full_disk_leaves_the_state_before(tmp_path: Path) -> None:
     import resource
     import signal
 
-    write_state(tmp_path / "state.pt", {"step": 1})
     limits, before = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+        with pytest.raises(WriteError, match=r"it is the first one\. .* start anew: --resume auto --output"):
+            write_state(tmp_path / "state.pt", {"step": 0, "values": torch.zeros(100_000)})
+        write_state(tmp_path / "state.pt", {"step": 1})
         with pytest.raises(WriteError, match=r"cannot be written .*the last one is still whole"):
             write_state(tmp_path / "state.pt", {"step": 2, "values": torch.zeros(100_000)})
     finally:
