@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,8 @@ def save_adapter(adapter: Adapter | Result | str | Path, path: str | Path, forma
             f"The adapter has NaN or infinite values in {bad!r}, so {path} was not written: its training diverged, or a scale "
             "was too large."
         )
+    if format != "visionlora":
+        adapter = replace(adapter, modules={n: m.with_rank_for_no_alpha() for n, m in adapter.modules.items()})
     WRITERS[format](adapter, Path(path).expanduser())
 
 

@@ -121,6 +121,22 @@ def test_an_adapter_of_another_transformers_is_for_the_same_text_encoder(tiny_mo
     check_base(adapter, other, force=True)
 
 
+@pytest.mark.parametrize("format", ["visionlora", "kohya", "diffusers", "diffusers-folded", "peft"])
+@pytest.mark.parametrize("alphas", [(0.0, 0.0), (0.0, 2.0)])
+def test_layers_of_alpha_zero_do_nothing_in_every_format(format: str, alphas: tuple[float, ...], tmp_path: Path) -> None:
+    """They came back at full strength: others' 0 is read as the rank."""
+    site = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.{}"
+    modules = {
+        site.format(name): AdapterModule.lora(torch.ones(2, 8), torch.ones(8, 2), alpha)
+        for name, alpha in zip(("to_q", "to_k"), alphas, strict=True)
+    }
+    path = tmp_path / ("a" if format == "peft" else "a.safetensors")
+    vl.save_adapter(Adapter(modules), path, format=format)
+    found = vl.load_adapter(path).delta_weights()
+    for name, module in modules.items():
+        torch.testing.assert_close(found[name], module.delta_weight())
+
+
 def test_files_and_results_are_adapters_too(tmp_path: Path) -> None:
     first, second = (
         Adapter({"unet.a": AdapterModule.lora(torch.randn(2, 4), torch.randn(3, 2), 2.0)}) for _ in range(2)
