@@ -123,7 +123,9 @@ def test_an_adapter_of_another_transformers_is_for_the_same_text_encoder(tiny_mo
 
 @pytest.mark.parametrize("format", ["visionlora", "kohya", "diffusers", "diffusers-folded", "peft"])
 @pytest.mark.parametrize("alphas", [(0.0, 0.0), (0.0, 2.0)])
-def test_layers_of_alpha_zero_do_nothing_in_every_format(format: str, alphas: tuple[float, ...], tmp_path: Path) -> None:
+def test_layers_of_alpha_zero_do_nothing_in_every_format(
+    format: str, alphas: tuple[float, ...], tmp_path: Path
+) -> None:
     """They came back at full strength: others' 0 is read as the rank."""
     site = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.{}"
     modules = {

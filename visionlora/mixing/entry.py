@@ -11,6 +11,7 @@ from torch import nn
 from visionlora.errors import ConfigError
 from visionlora.loaders import check_scaled, load_adapter
 from visionlora.lora.adapter import Adapter
+from visionlora.lora.guards import adapters_on
 from visionlora.lora.handle import Handle
 from visionlora.lora.inject import attach as attach_one
 from visionlora.mixing.compose import Composition
@@ -92,7 +93,17 @@ def detach(target: Any) -> None:
 
     Args:
         target: the pipeline or module, or one that shares parts with it.
+
+    Raises:
+        ConfigError: when adapters are on it, and none of them by a mix of its own.
     """
-    for part in parts_of(target).values():
+    parts, found = parts_of(target).values(), False
+    for part in parts:
         if (mix := mix_on(part)) is not None:
             mix.detach()
+            found = True
+    if not found and (names := dict.fromkeys(name for part in parts for name in adapters_on(part))):
+        raise ConfigError(
+            f"The adapters on this {type(target).__name__} ({', '.join(names)}) are of no mix on it: a handle takes its own "
+            "off (handle.eject()). A copy that was made while a mix was on the original keeps them: copy it after mix.detach()."
+        )

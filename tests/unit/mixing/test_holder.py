@@ -44,3 +44,21 @@ def test_a_compiled_model_is_the_same_model(tiny_model: Path, tmp_path: Path) ->
         plain.save_pretrained(tmp_path)
     vl.detach(plain)
     assert not {"save_pretrained", "_mix"} & {*vars(plain), *vars(pipe)}
+
+
+def test_a_copy_cannot_be_rid_of_its_adapters(tiny_model: Path) -> None:
+    """vl.detach left them on it without a word."""
+    pipe = open_base(str(tiny_model)).pipe
+    with vl.attach(pipe, {"dog": adapter(pipe, 0, ("lora",), text=False)}):
+        twin = copy.deepcopy(pipe.unet)
+        with pytest.raises(
+            ConfigError, match=r"on this UNet2DConditionModel \(dog\) are of no mix on it: .* copy it after"
+        ):
+            vl.detach(twin)
+    vl.detach(pipe)
+    handle = vl.attach(pipe.unet, adapter(pipe, 0, ("lora",), text=False), component="unet")
+    with pytest.raises(ConfigError, match=r"a handle takes its own off \(handle.eject\(\)\)"):
+        vl.detach(pipe)
+    handle.eject()
+    vl.detach(pipe)
+    assert "_guard" not in vars(pipe.unet)
