@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from torch import nn
-from torch.func import functional_call, grad, vmap
+from torch.func import functional_call, grad, jvp, vmap
 from torch.utils.checkpoint import checkpoint
 
 from visionlora.errors import ConfigError
@@ -665,10 +665,18 @@ def check_each(model: nn.Module, handle: Handle, own: dict, loss, x: torch.Tenso
 
 @pytest.mark.parametrize("method", ["lora", "lora-fa", "dora", "ia3", "vera", "adalora"])
 @pytest.mark.parametrize("lean", [False, True])
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own, at the first jvp
 def test_transforms_of_functions(method: str, lean: bool) -> None:
     model, x = network(), torch.randn(3, 3, 4, 4)
     handle, own, loss = losses(model, x, method=method, targets=("0", "3", "5"), save_memory=lean)
     check_each(model, handle, own, loss, x)
+    tangent = {n: torch.randn_like(p) for n, p in own.items()}
+    _, found = jvp(lambda given: loss(given, x[0]), (own,), (tangent,))
+    wanted = sum((slope * tangent[n]).sum() for n, slope in grad(loss)(own, x[0]).items())
+    if method == "lora-fa":  # its gradient is corrected, which a slope is not
+        near = [loss({n: p + step * tangent[n] for n, p in own.items()}, x[0]) for step in (1e-3, -1e-3)]
+        wanted = (near[0] - near[1]) / 2e-3
+    torch.testing.assert_close(found, wanted, rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")

@@ -41,6 +41,10 @@ class CorrectedGradient(torch.autograd.Function):
         wide = torch.promote_types(grad.dtype, correction.dtype)
         return (grad.flatten(1).to(wide) @ correction.to(wide)).to(grad.dtype).view_as(grad), None
 
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:  # noqa: D102
+        return tangent.view_as(tangent)
+
 
 class LoRA(Method):
     """The two factors of one adapter on one site."""
