@@ -25,7 +25,7 @@ from visionlora.config.checking import COMMANDS, commands_for, unknown
 from visionlora.config.reading import GIVEN
 from visionlora.errors import ConfigError, RunFinished, RunFolderError, VisionLoRAError
 from visionlora.report.listener import Listener
-from visionlora.report.runfolder import RunFolder, check_run_folder, default_run_folder, open_run_folder
+from visionlora.report.runfolder import RunFolder, check_run_folder, default_run_folder, open_run_folder, taken
 
 C = TypeVar("C", bound=TrainingConfig)
 P = ParamSpec("P")
@@ -339,9 +339,7 @@ def _check_unfinished(folder: Path, config: TrainingConfig) -> None:
 
 def _take(folder: Path) -> None:
     if not hold(folder):
-        raise RunFolderError(
-            f"Another process is training in {folder} right now. Wait for it, end it, or choose another --output."
-        )
+        raise taken(folder)
 
 
 def _unfinished(place: Path, config: TrainingConfig) -> list[Path]:

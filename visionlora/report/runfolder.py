@@ -20,7 +20,7 @@ from typing import Any
 
 from PIL import Image
 
-from visionlora.atomic import replace_file
+from visionlora.atomic import hold, replace_file
 from visionlora.config.choices import WEIGHT_SUFFIXES
 from visionlora.data.images import IMAGE_SUFFIXES
 from visionlora.errors import RunFolderError, WriteError
@@ -192,7 +192,16 @@ def _check_above(path: Path) -> None:
         )
 
 
+def taken(path: Path) -> RunFolderError:
+    """What to say of a folder that another process holds."""
+    return RunFolderError(
+        f"Another process is training in {_shown(path)} right now. Wait for it, end it, or choose another --output."
+    )
+
+
 def _in_use(path: Path, held: list[str]) -> RunFolderError:
+    if not hold(path):
+        return taken(path)
     shown = ", ".join(held[:5]) + (f" and {len(held) - 5} more" if len(held) > 5 else "")
     what = "already holds a run" if any(name in RUN_FILES for name in held) else "is not empty"
     if "run.json" not in held and (path / "checkpoints" / "state.pt").is_file():

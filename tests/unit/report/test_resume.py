@@ -205,7 +205,7 @@ def test_a_run_that_trains_right_now_is_left_alone() -> None:
     try:
         assert other.stdout.readline() == "held\n"
         assert started(resume="auto")[0].folder == Path("runs/b")
-        for given in ({"resume": "runs/a"}, {"resume": "auto", "output": "runs/a"}):
+        for given in ({"resume": "runs/a"}, {"resume": "auto", "output": "runs/a"}, {"output": "runs/a"}):
             with pytest.raises(RunFolderError, match="Another process is training in runs/a right now"):
                 started(**given)
     finally:
