@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -79,7 +80,23 @@ def opened(config: GenerateConfig, say: Callable[[str], None]) -> Opened:
         base.pipe.to(device=device, dtype=BASE_DTYPES[precision])
     for adapter in adapters.values():
         make_fit(adapter, base, config)
+    for line in words_left_behind(adapters, config.prompts, base):
+        say(line)
     return Opened(base, adapters, None if config.controlnet is None else open_controlnet(config.controlnet, base))
+
+
+def words_left_behind(adapters: Mapping[str, Adapter], prompts: Sequence[str], base: BaseModel) -> Iterator[str]:
+    """A line for each adapter whose learned word is in a prompt and in no file: some formats keep it in one of its own."""
+    known = {
+        token for adapter in adapters.values() for token in adapter.embeddings
+    } | base.pipe.tokenizer.get_vocab().keys()
+    for path, adapter in adapters.items():
+        word = str(adapter.info.get("trigger") or "")
+        if re.fullmatch(r"<[^<>\s]+>", word) and word not in known and any(word in prompt for prompt in prompts):
+            yield (
+                f"{path} was trained with the word {word}, whose vectors are not in it: give the file that has them too "
+                "(--lora FILE), which whoever converted it got beside it. The word means nothing without."
+            )
 
 
 def clip_skip_of(config: GenerateConfig, adapters: Mapping[str, Adapter]) -> int:

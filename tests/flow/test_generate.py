@@ -655,6 +655,17 @@ def test_show_says_what_is_no_longer_the_same(loras: Path, tiny_model: Path, dog
     assert f"{start} is not here." in told and f"{start} is not here." in vl.show(picture).changed
 
 
+def test_a_learned_word_that_is_not_in_the_file_is_missed(loras: Path, tiny_model: Path, tmp_path: Path) -> None:
+    """As after convert --to diffusers, which writes it beside; the prompt's word then meant nothing, without a word."""
+    dog = vl.load_adapter(loras / "dog.safetensors")
+    vl.save_adapter(replace(dog, info={**dog.info, "trigger": "<rex>"}), alone := tmp_path / "alone.safetensors")
+    asked = ("generate", "--model", tiny_model, *COMMON, "--output", tmp_path / "out", "--lora", alone)
+    said = f"{alone} was trained with the word <rex>, whose vectors are not in it"
+    assert said in run(*asked, "--prompt", "a <rex>")
+    assert said not in run(*asked, "--prompt", "a dog")
+    assert said not in run(*asked, "--prompt", "a <rex>", "--lora", loras / "rex.safetensors")
+
+
 def test_show_knows_models_and_masks_of_regions(loras: Path, tiny_model: Path, tmp_path: Path) -> None:
     """Of which it said nothing."""
     model, mask, out = tmp_path / "base", tmp_path / "left.png", tmp_path / "out"
