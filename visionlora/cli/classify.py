@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from visionlora.cli import options
-from visionlora.cli.console import ConsoleListener, duration
+from visionlora.cli.console import ConsoleListener, duration, speaks, tell
 from visionlora.config import ClassifyConfig, read_yaml
 
 if TYPE_CHECKING:
@@ -80,18 +80,18 @@ def command(
             from visionlora.pipelines.classify_dry_run import classify_dry_run
 
             planned = classify_dry_run(resolved, listener)
-        options.tell(json.dumps(dataclasses.asdict(planned)) if as_json else "\n".join(planned.lines()))
+        tell(json.dumps(dataclasses.asdict(planned)) if as_json else "\n".join(planned.lines()))
         return
     if (line := options.finished(resolved)) is not None:
-        options.tell(line, err=as_json)
+        tell(line, err=as_json)
         if as_json:
-            options.tell(json.dumps({**found_before(Path(resolved.output or "")), "finished": True}))
+            tell(json.dumps({**found_before(Path(resolved.output or "")), "finished": True}))
         return
     with ConsoleListener(quiet=as_json) as listener:
         from visionlora.pipelines.classify import classify
 
         result = classify(resolved, listener)
-    if options.speaks():
+    if speaks():
         show(result, resolved, as_json)
 
 
@@ -182,6 +182,8 @@ def predict(
             model=model, device=device, force=force, weights=weights, skip_broken=skip_broken, overwrite=overwrite,
             all_scores=all_scores, path_column=path_column, listener=listener,
         )  # fmt: skip
+    if not speaks():
+        return
     if as_json:
         typer.echo(json.dumps([record(one) for one in found], ensure_ascii=False))
         return

@@ -8,20 +8,52 @@ import time
 from pathlib import Path
 from typing import IO, Any, NoReturn, cast
 
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from visionlora.atomic import is_full
+from visionlora.models.devices import process_of
 from visionlora.report.listener import Listener
 
 SECONDS_BETWEEN_LINES = 10.0
 """Without a terminal a stage prints at most one line in this time, and its last."""
 
 
+PATIENCE = 10.0
+"""Seconds in which the first process of a launch may say what another was about to."""
+
+
+def speaks() -> bool:
+    """Whether this process tells what a run has found: of several, the first."""
+    return process_of()[0] == 0
+
+
+def tell(text: str, err: bool = False) -> None:
+    """Prints, in the process that speaks."""
+    if speaks():
+        typer.echo(text, err=err)
+
+
 def fail(message: str, code: int) -> NoReturn:
     """Prints an error and ends the process."""
-    print(f"Error: {message}", file=sys.stderr, flush=True)
+    leave_to_first(code)
+    where = "" if speaks() else f" on rank {process_of()[0]}"
+    print(f"Error{where}: {message}", file=sys.stderr, flush=True)
     sys.exit(code)
+
+
+def leave_to_first(code: int) -> None:
+    """Returns where an error has to be told by this process: by the first of a launch, or by one that has it alone.
+
+    What all have is the first one's to tell, and then the launcher ends the others. An error of one alone is left standing
+    meanwhile: the first may wait for it, but goes on.
+    """
+    if not speaks():
+        try:
+            time.sleep(PATIENCE)
+        except KeyboardInterrupt:
+            sys.exit(code)
 
 
 def file_problem(error: OSError) -> str:
@@ -86,13 +118,15 @@ class Lasting:
 
 
 class ConsoleListener(Listener):
-    """Draws what a pipeline reports; use as a context manager."""
+    """Draws what a pipeline reports, in the process that speaks; use as a context manager."""
 
     def __init__(self, quiet: bool = False) -> None:
         """Args: `quiet` keeps standard output free for a program's answer; what is told goes to standard error."""
         stream = Lasting(sys.stderr if quiet else sys.stdout)
-        self.console = Console(highlight=False, emoji=False, soft_wrap=True, file=cast(IO[str], stream))
-        self.live = self.console.is_terminal
+        self.console = Console(
+            highlight=False, emoji=False, soft_wrap=True, quiet=not speaks(), file=cast(IO[str], stream)
+        )
+        self.live = self.console.is_terminal and not self.console.quiet
         self.bars = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=28),

@@ -16,11 +16,13 @@ import typer
 from visionlora import __version__
 from visionlora.atomic import is_full
 from visionlora.cli import adapters, cache, classify, configs, generate, grid, inspect, overlap, plugins, train_sd
-from visionlora.cli.console import fail, file_problem
+from visionlora.cli.console import fail, file_problem, leave_to_first, speaks
 from visionlora.errors import VisionLoRAError
 from visionlora.training.interrupts import listen
 
 INTERRUPTED = 130
+SHARED = ("train-sd", "classify", "predict", "generate", "grid")
+"""Verbs whose work the processes of a launch share; any other is the first one's alone."""
 
 app = typer.Typer(
     name="visionlora",
@@ -60,9 +62,12 @@ def show_version(wanted: bool) -> None:
 
 @app.callback()
 def root(
+    context: typer.Context,
     version: Annotated[bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print it.")] = False,
 ) -> None:
     """Fine-tunes image models with LoRA adapters and applies several of them at once."""
+    if context.invoked_subcommand not in SHARED and not speaks():
+        raise typer.Exit
 
 
 def main() -> None:
@@ -72,7 +77,10 @@ def main() -> None:
         # Windows writes files and pipes in an encoding that has not every sign.
         sys.stdout.reconfigure(errors="replace")
     try:
-        app()
+        if speaks():
+            app()
+        else:
+            sys.exit(app(standalone_mode=False))  # which leaves to us what is said of words that it does not know
     except VisionLoRAError as e:
         if os.environ.get("VISIONLORA_DEBUG"):
             raise
@@ -89,11 +97,18 @@ def main() -> None:
         if e.code == INTERRUPTED:  # what typer makes of Ctrl-C
             interrupted()
         raise
+    except Exception as e:
+        leave_to_first(code := getattr(e, "exit_code", 1))
+        if speaks() or not hasattr(e, "show"):
+            raise
+        e.show()
+        sys.exit(code)
 
 
 def interrupted() -> NoReturn:
     """Ends the process after Ctrl-C."""
-    print("Interrupted.", file=sys.stderr, flush=True)
+    if speaks():
+        print("Interrupted.", file=sys.stderr, flush=True)
     sys.exit(INTERRUPTED)
 
 

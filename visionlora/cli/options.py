@@ -13,7 +13,6 @@ from visionlora.config import OPTIMIZERS, PRECISIONS, RESUME_AUTO, TrainingConfi
 from visionlora.config.checking import COMMANDS, commands_for, unknown
 from visionlora.config.reading import MOST_NAMED
 from visionlora.errors import ConfigError
-from visionlora.models.devices import process_of
 
 C = TypeVar("C", bound=TrainingConfig)
 
@@ -88,17 +87,6 @@ def settings_for(kind: type[TrainingConfig], name: str) -> dict[str, Any]:
             f"--images FOLDER --config {shlex.quote(name)}"
         )
     return settings
-
-
-def speaks() -> bool:
-    """Whether this process tells what a run has found: of several, the first."""
-    return process_of()[0] == 0
-
-
-def tell(text: str, err: bool = False) -> None:
-    """Prints, in the process that speaks."""
-    if speaks():
-        typer.echo(text, err=err)
 
 
 def finished(config: TrainingConfig) -> str | None:

@@ -7,7 +7,7 @@ from typing import Annotated, Optional
 import typer
 
 from visionlora.cli import options
-from visionlora.cli.console import ConsoleListener, duration
+from visionlora.cli.console import ConsoleListener, duration, speaks, tell
 from visionlora.config import TrainSDConfig
 
 
@@ -58,16 +58,16 @@ def command(
             from visionlora.pipelines.dry_run import dry_run as estimate
 
             found = estimate(resolved, listener)
-        options.tell("\n".join(found.lines()))
+        tell("\n".join(found.lines()))
         return
     if (line := options.finished(resolved)) is not None:
-        options.tell(line)
+        tell(line)
         return
     with ConsoleListener() as listener:
         from visionlora.pipelines.train_sd import train_sd
 
         result = train_sd(resolved, listener)
-    if not options.speaks():
+    if not speaks():
         return
     typer.echo(f"Done in {duration(result.seconds)}.")
     typer.echo(f"  adapter  {result.adapter}")

@@ -50,6 +50,39 @@ def test_errors_go_to_standard_error_with_their_code(capsys: pytest.CaptureFixtu
     assert capsys.readouterr().err == "Error: It broke.\n"
 
 
+def test_what_all_processes_of_a_launch_have_to_tell_is_left_to_the_first(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The launcher ends the others when the first has ended; an error that one has alone is told by it."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    waited: list[float] = []
+    monkeypatch.setattr(console.time, "sleep", waited.append)
+    with pytest.raises(SystemExit) as caught:
+        fail("It broke.", 2)
+    assert caught.value.code == 2 and waited == [console.PATIENCE]
+    assert capsys.readouterr().err == "Error on rank 1: It broke.\n"
+
+    def ended(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(console.time, "sleep", ended)
+    with pytest.raises(SystemExit) as caught:
+        fail("It broke.", 2)
+    assert caught.value.code == 2 and capsys.readouterr().err == ""
+
+
+def test_one_process_of_a_launch_draws_bars_and_lines(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    with ConsoleListener() as listener, ConsoleListener(quiet=True) as other:
+        for ears in (listener, other):
+            ears.say("Base: x")
+            ears.progress("Training", 3, 3)
+    assert capsys.readouterr() == ("", "")
+
+
 def test_a_file_that_cannot_be_used_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OSError) as caught:

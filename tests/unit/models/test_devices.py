@@ -4,7 +4,7 @@ import pytest
 import torch
 from visionlora.pipelines.generate import place_of
 
-from visionlora.cli.options import speaks
+from visionlora.cli.console import speaks
 from visionlora.config import GenerateConfig
 from visionlora.errors import ConfigError
 from visionlora.models.devices import process_of, usable_device
