@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,8 +25,11 @@ from visionlora.mixing.entry import attach
 from visionlora.mixing.mix import Mix
 from visionlora.mixing.scales import Scale
 from visionlora.models.base import BaseModel
+from visionlora.models.devices import process_of
 
 Progress = Callable[[int, int], None]
+SILENT = 10.0
+"""Seconds that the first process waits for others before it says so."""
 
 
 @dataclass(frozen=True)
@@ -48,13 +52,54 @@ class Drawn:
     """Whether it was drawn now; otherwise it was there already."""
 
 
+def draw_together(
+    recipes: Sequence[Recipe],
+    ready: Opened,
+    config: GenerateConfig,
+    say: Callable[[str], None],
+    progress: Progress,
+    share: slice,
+    tells_adapters: bool = True,
+) -> list[Drawn]:
+    """Every picture; the processes of a launch share them, and the first waits until the others' are there.
+
+    Args:
+        recipes: of the whole run, whose pictures are told apart by their names.
+        ready: what to draw with.
+        config: the settings that are not in recipes.
+        say: told what is used, and for what the first process waits.
+        progress: called with (pictures done, pictures), first of the share, then of all.
+        share: of this process.
+        tells_adapters: whether `say` is told of each adapter that is put on.
+
+    Returns:
+        All of them in the first process, its own in another.
+    """
+    started = time.time()
+    own = draw_all(recipes, ready, config, say if tells_adapters else lambda line: None, progress, share)
+    rank, processes = process_of()
+    if rank or processes == 1:
+        return own
+    paths = places_of(recipes, config.output)
+    waits_from = time.monotonic()
+    while missing := sum(not path.exists() for path in paths):
+        progress(len(paths) - missing, len(paths))
+        if waits_from and time.monotonic() - waits_from > SILENT:
+            say(f"Waiting for {missing} pictures of the other processes: WORLD_SIZE says that there are {processes}.")
+            waits_from = 0.0
+        time.sleep(0.1)
+    found = [Drawn(path, recipe, path.stat().st_mtime >= started) for path, recipe in zip(paths, recipes, strict=True)]
+    found[share] = own
+    return found
+
+
 def draw_all(
     recipes: Sequence[Recipe],
     ready: Opened,
     config: GenerateConfig,
     say: Callable[[str], None],
     progress: Progress,
-    share: slice = slice(None),
+    share: slice,
 ) -> list[Drawn]:
     """Draws what is not there yet, changing adapters only where the next pictures want others.
 

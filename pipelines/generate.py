@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from visionlora.pipelines.drawing import Drawn, Opened, Progress, draw_all, scheduler_of
+from visionlora.pipelines.drawing import Drawn, Opened, Progress, draw_together, scheduler_of
 
 from visionlora.config import PRECISIONS, GenerateConfig
 from visionlora.diffusion.given import PICTURES, check_regions, named, shape_of, sized
@@ -34,7 +34,7 @@ def generate(
     """Draws pictures, each a file that says how it came to be.
 
     A picture whose file is there already is not drawn again, so an interrupted run goes on where it stopped. Under
-    `accelerate launch` the processes share the pictures.
+    `accelerate launch` the processes share the pictures, and the first alone returns all of them.
 
     Raises:
         ConfigError: when a setting is out of range or a prompt names an unknown adapter.
@@ -49,7 +49,7 @@ def generate(
     plans = [(prompt, uses_of(prompt, config)) for prompt in config.prompts]
     recipes = settled(recipes_of(config, ready, plans), ready, config, say)
     rank, processes = process_of()
-    drawn: list[Drawn] = draw_all(recipes, ready, config, say, progress, slice(rank, None, processes))
+    drawn: list[Drawn] = draw_together(recipes, ready, config, say, progress, slice(rank, None, processes))
     return drawn
 
 

@@ -3,29 +3,25 @@
 from __future__ import annotations
 
 import io
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from PIL import Image
-from visionlora.pipelines.drawing import Drawn, Opened, Progress, draw_all, places_of
+from visionlora.pipelines.drawing import Drawn, Progress, draw_together
 from visionlora.pipelines.generate import loaded, make_fit, opened, recipes_of, settled
 
 from visionlora.atomic import replace_file
 from visionlora.config import GenerateConfig, parse_composition
 from visionlora.config.generate import one_or_more
 from visionlora.diffusion.axes import Axis, axis_from, sheets_of
-from visionlora.diffusion.recipe import Recipe, take_tags
+from visionlora.diffusion.recipe import take_tags
 from visionlora.diffusion.uses import uses_of
 from visionlora.errors import ConfigError
 from visionlora.mixing.compose import composition
 from visionlora.models.devices import process_of
 from visionlora.report.grid import draw_grid
 from visionlora.report.grid_page import caption_of, page_of
-
-SILENT = 10.0
-"""Seconds that the first process waits for others before it says so."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +55,6 @@ def grid(
         ConfigError: when an axis or setting cannot be used.
         AdapterFileError, ModelError, DataError, RunFolderError: see `visionlora.pipelines.generate.generate`.
     """
-    started = time.time()
     across, down = axis_from(x), None if y is None else axis_from(y)
     more = [axis_from(a) for a in one_or_more(others)]
     axes = [a for a in (across, down, *more) if a is not None]
@@ -91,9 +86,11 @@ def grid(
             base.check_resolution(size)
     # Drawn in an order in which adapters change as seldom as can be.
     order = sorted(range(len(cells)), key=lambda k: (repr(cells[k].loras), cells[k].compose, k))
-    done = draw_together([cells[k] for k in order], ready, start, say, progress, started)
+    rank, processes = process_of()
+    share = slice(*(len(cells) * k // processes for k in (rank, rank + 1)))
+    done = draw_together([cells[k] for k in order], ready, start, say, progress, share, tells_adapters=False)
     page = config.output / "index.html"
-    if process_of()[0]:
+    if rank:
         return GridResult(page, (), tuple(done))
     drawn = [d for _, d in sorted(zip(order, done, strict=True), key=lambda pair: pair[0])]
     pictures = [Image.open(d.path).convert("RGB") for d in drawn]
@@ -110,36 +107,6 @@ def grid(
         paths.append(place)
     replace_file(page, page_of(sheets, [(d.path, d.recipe) for d in drawn], caption_of(recipe, axes)).encode())
     return GridResult(page, tuple(paths), tuple(drawn))
-
-
-def draw_together(
-    recipes: Sequence[Recipe],
-    ready: Opened,
-    config: GenerateConfig,
-    say: Callable[[str], None],
-    progress: Progress,
-    started: float,
-) -> list[Drawn]:
-    """Every picture; the processes of a launch share them, and the first waits until the others' are there.
-
-    Returns:
-        All of them in the first process, its own in another.
-    """
-    rank, processes = process_of()
-    first, end = (len(recipes) * k // processes for k in (rank, rank + 1))
-    own: list[Drawn] = draw_all(recipes, ready, config, lambda line: None, progress, slice(first, end))
-    if rank or processes == 1:
-        return own
-    paths = places_of(recipes, config.output)
-    waits_from = time.monotonic()
-    while missing := sum(not path.exists() for path in paths):
-        progress(len(paths) - missing, len(paths))
-        if waits_from and time.monotonic() - waits_from > SILENT:
-            say(f"Waiting for {missing} pictures of the other processes: WORLD_SIZE says that there are {processes}.")
-            waits_from = 0.0
-        time.sleep(0.1)
-    others = zip(paths[end:], recipes[end:], strict=True)
-    return [*own, *(Drawn(path, recipe, path.stat().st_mtime >= started) for path, recipe in others)]
 
 
 def save_sheet(picture: Image.Image, path: Path) -> None:

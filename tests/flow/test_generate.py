@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -227,24 +228,26 @@ def test_an_interrupted_run_goes_on_where_it_stopped(loras: Path, tiny_model: Pa
 
 
 def test_processes_share_the_pictures(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first waits for the others' pictures and tells of all."""
+    words = ("generate", "--prompt", "a dog", "--num-images", 3, "--model", tiny_model, *COMMON, "--output")
+    alone = run(*words, tmp_path / "alone")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    found = []
-    for rank in ("0", "1"):
-        monkeypatch.setenv("RANK", rank)
-        run(
-            "generate",
-            "--prompt",
-            "a dog",
-            "--num-images",
-            3,
-            "--model",
-            tiny_model,
-            *COMMON,
-            "--output",
-            tmp_path / rank,
-        )
-        found.append({read_recipe(p).seed for p in (tmp_path / rank).iterdir()})
-    assert found == [{0, 2}, {1}]
+    monkeypatch.setenv("RANK", "0")
+    out, waits = tmp_path / "out", []
+
+    def other(seconds: float) -> None:
+        waits.append({read_recipe(p).seed for p in out.iterdir()})
+        monkeypatch.setenv("RANK", "1")
+        assert run(*words, out) == ""
+        monkeypatch.setenv("RANK", "0")
+
+    monkeypatch.setattr(time, "sleep", other)
+    text = run(*words, out)
+    assert waits == [{0, 2}]
+    assert text.splitlines()[-3:] == [line.replace("alone", "out") for line in alone.splitlines()[-3:]]
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == {
+        p.name: p.read_bytes() for p in (tmp_path / "alone").iterdir()
+    }
 
 
 TOGETHER = {

@@ -296,7 +296,7 @@ def test_processes_share_the_cells_and_the_first_waits_for_the_others(
         monkeypatch.setenv("RANK", "0")
 
     monkeypatch.setattr(time, "sleep", other)
-    monkeypatch.setattr("visionlora.pipelines.grid.SILENT", -1.0)
+    monkeypatch.setattr("visionlora.pipelines.drawing.SILENT", -1.0)
     text = run(*words, out)
     assert text.count("Waiting for 3 pictures of the other processes: WORLD_SIZE says that there are 2.") == 1
     assert len(waits) == 1 and len(waits[0]) == 3

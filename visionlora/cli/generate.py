@@ -10,7 +10,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from visionlora.cli.console import ConsoleListener
+from visionlora.cli.console import ConsoleListener, tell
 from visionlora.config import GenerateConfig, parse_composition, parse_lora_use, parse_region
 from visionlora.errors import ConfigError
 
@@ -119,7 +119,7 @@ def command(
         config = config_of(options, prompts=wanted, num_images=num_images)
         drawn = generate(config, listener.say, lambda done, total: listener.progress("Drawing", done, total))
     for i, picture in enumerate(drawn, 1):
-        typer.echo(f"{i}. {picture.path}" + ("" if picture.new else "  (was there already)"))
+        tell(f"{i}. {picture.path}" + ("" if picture.new else "  (was there already)"))
 
 
 def config_of(options: Mapping[str, Any], **own: Any) -> GenerateConfig:
