@@ -21,8 +21,10 @@ from visionlora.data.parquet import PARQUET
 from visionlora.data.tables import TABLE_SUFFIXES
 from visionlora.data.wording import MAX_LINES, beside_pictures
 from visionlora.errors import ConfigError, DataError, nearest
+from visionlora.models.devices import process_of
 from visionlora.report.listener import Listener
 from visionlora.report.runfolder import write_atomic
+from visionlora.training.loop import process_state
 
 OUTPUTS = (".csv", ".json", ".parquet")
 
@@ -41,6 +43,17 @@ class Predicted:
     def shown(self) -> str:
         """What the output calls it, safe to print."""
         return self.name or printable(self.path)
+
+
+@dataclass
+class Batch:
+    """What was said of pictures that went through the model together."""
+
+    start: int
+    """Position of the first."""
+    found: list[Predicted] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    """Of those that cannot be read."""
 
 
 @dataclass
@@ -81,6 +94,8 @@ def predict(
 ) -> list[Predicted]:
     """Predicts every picture of files, folders and tables, and writes the table whole or not at all.
 
+    Under `accelerate launch` the processes share the pictures, each returns all predictions, and the first writes them.
+
     Args:
         adapter: a file or run folder of `visionlora classify`.
         images: files, folders (with their subfolders) and tables (a row for each picture), or one.
@@ -104,6 +119,7 @@ def predict(
         AdapterFileError, ModelError: see `visionlora.classifier.load_classifier`.
     """
     check_asked(top_k, batch_size, threshold)
+    rank, processes = shares()
     tell = listener or Listener()
     target = None if output is None else writable(Path(output).expanduser(), overwrite)
     places = [images] if isinstance(images, (str, Path)) else images
@@ -116,16 +132,24 @@ def predict(
     total = len(given.pictures) + len(given.problems)
     classifier = load_classifier(adapter, model, device, force, weights)
     tell.say(f"{classifier.backbone.why} {len(classifier.tasks[classifier.names[0]].classes)} classes.")
-    found: list[Predicted] = []
-    for start in range(0, len(given.pictures), batch_size):
-        opened = list(readable(given.pictures[start : start + batch_size], given.problems))
+    batches: list[Batch] = []
+    for start in range(0, len(given.pictures), batch_size)[rank::processes]:
+        batch = Batch(start)
+        opened = list(readable(given.pictures[start : start + batch_size], batch.problems))
         if opened:
             said = classifier.predict(
                 [picture for _, _, picture in opened], top_k=top_k, batch_size=batch_size, threshold=threshold,
                 all_scores=all_scores,
             )  # fmt: skip
-            found += [Predicted(path, s, name) for (name, path, _), s in zip(opened, said, strict=True)]
-        tell.progress("Predicting", min(start + batch_size, len(given.pictures)), len(given.pictures))
+            batch.found += [Predicted(path, s, name) for (name, path, _), s in zip(opened, said, strict=True)]
+        batches.append(batch)
+        tell.progress("Predicting", min(start + batch_size * processes, len(given.pictures)), len(given.pictures))
+    if processes > 1:
+        from accelerate.utils import gather_object
+
+        batches = sorted(gather_object(batches), key=lambda batch: batch.start)
+    found = [one for batch in batches for one in batch.found]
+    given.problems += [line for batch in batches for line in batch.problems]
     if given.problems:
         if not skip_broken or not found:
             raise DataError(
@@ -133,9 +157,17 @@ def predict(
                 "--skip-broken leaves them out; nothing was written."
             )
         tell.say(f"Left out, as they cannot be read:\n{given.told()}")
-    if target is not None:
+    if target is not None and not rank:
         write_atomic(target, table(found, target.suffix))
     return found
+
+
+def shares() -> tuple[int, int]:
+    """Which of how many processes this is, that together see to all pictures."""
+    if process_of()[1] == 1:
+        return 0, 1
+    state = process_state()
+    return state.process_index, state.num_processes
 
 
 def writable(target: Path, overwrite: bool) -> Path:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -59,15 +60,28 @@ def test_two_processes_give_the_gradients_of_one(tmp_path: Path, method: str) ->
     assert done.stdout.count("agreed") == 2, done.stdout + done.stderr
 
 
-def launch(tmp_path: Path, *words: object, processes: int) -> None:
+def launched(
+    tmp_path: Path, *words: object, processes: int, program: tuple[str, ...] = ("-m", "visionlora")
+) -> subprocess.CompletedProcess[str]:
     """Runs the command line as one process, or as several over gloo (`accelerate launch --cpu` would start but one)."""
-    command = [sys.executable, "-m", "visionlora", *words]
+    command = [sys.executable, *program, *words]
     if processes > 1:
         command[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([*map(str, command)], cwd=tmp_path, capture_output=True, text=True, env=env, timeout=300)
+    return subprocess.run([*map(str, command)], cwd=tmp_path, capture_output=True, text=True, env=env, timeout=300)
+
+
+def errors_in(done: subprocess.CompletedProcess[str]) -> list[str]:
+    """What our processes, not the launcher, say of what went wrong."""
+    return [line for line in done.stderr.splitlines() if line.startswith(("Error", "Interrupted", "[rank"))]
+
+
+def launch(tmp_path: Path, *words: object, processes: int, once: str = "Done in") -> str:
+    """What is said where all goes well, some of it by one process alone."""
+    done = launched(tmp_path, *words, processes=processes)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("Done in") == 1, "one process speaks for all"
+    assert done.stdout.count(once) == 1, f"one process speaks for all: {done.stdout}"
+    return done.stdout
 
 
 def check_same_adapter(one: Path, two: Path) -> None:
@@ -111,3 +125,64 @@ def test_sizes_and_text_encoders_on_two_processes(tiny_model: Path, dogs: Path, 
     launch(tmp_path, *words, "--batch-size", 4, "--output", "one", processes=1)
     launch(tmp_path, *words, "--batch-size", 2, "--output", "two", processes=2)
     check_same_adapter(tmp_path / "one", tmp_path / "two")
+
+
+ALONE = """
+import os
+from visionlora.cli import console
+from visionlora.errors import ModelError
+from visionlora.pipelines import predict
+
+def opened(*words):
+    if os.environ["RANK"] == "1":
+        raise ModelError("My disk is broken.")
+    return found(*words)
+
+found, predict.load_classifier, console.PATIENCE = predict.load_classifier, opened, 1.0
+from visionlora.cli.main import main
+main()
+"""
+
+
+@pytest.mark.slow
+def test_predict_on_two_processes(shapes: Path, tiny_vit: Path, tmp_path: Path) -> None:
+    words = ["--images", shapes, "--model", tiny_vit, "--steps", 2, "--rank", 2, "--baselines", "none"]
+    launch(tmp_path, "classify", *words, "--output", "run", processes=1)
+    broken = shutil.copytree(shapes, tmp_path / "broken")
+    (broken / "cross" / "07.png").write_bytes(b"no picture")
+    (broken / "square" / "11.png").write_bytes(b"no picture")
+    predict = ["predict", "--adapter", "run", "--batch-size", 8, "--all-scores"]
+    for processes, name in ((1, "one.csv"), (2, "two.csv")):
+        launch(tmp_path, *predict, shapes, "--output", name, processes=processes, once="Wrote 60 predictions")
+        refused = launched(tmp_path, *predict, broken, "--output", f"broken-{name}", processes=processes)
+        assert refused.returncode != 0 and not (tmp_path / f"broken-{name}").exists()
+        assert errors_in(refused) == ["Error: 2 of 60 pictures cannot be read:"], refused.stderr
+        assert refused.stderr.index("cross/07.png") < refused.stderr.index("square/11.png")
+        said = launch(
+            tmp_path, *predict, broken, "--skip-broken", "--output", f"broken-{name}", processes=processes, once="Left out"
+        )  # fmt: skip
+        assert said.count("square/11.png") == 1 and "Wrote 58 predictions" in said
+    for name in ("one.csv", "broken-one.csv"):
+        assert (tmp_path / name).read_text() == (tmp_path / name.replace("one", "two")).read_text()
+
+    (tmp_path / "alone.py").write_text(ALONE)
+    done = launched(tmp_path, *predict, shapes, "--output", "none.csv", processes=2, program=("alone.py",))
+    assert done.returncode != 0 and not (tmp_path / "none.csv").exists()
+    assert errors_in(done)[0] == "Error on rank 1: My disk is broken.", done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (("train-sd", "--images", "nowhere"), "Error: There is no folder nowhere"),
+        (("train-sd", "--images", ".", "--resume", "nowhere"), "Error: nowhere is no run that can be resumed"),
+        (("classify", "--rnak", 4), "Error: No such option: --rnak"),
+        (("inspect", "nothing.safetensors"), "Error: There is no adapter file at nothing.safetensors."),
+    ],
+)
+def test_mistakes_are_told_once(tmp_path: Path, words: tuple[object, ...], line: str) -> None:
+    done = launched(tmp_path, *words, processes=2)
+    assert done.returncode != 0 and "exitcode  : 2 " in done.stderr
+    (told,) = errors_in(done)
+    assert told.startswith(line)
