@@ -27,7 +27,7 @@ from visionlora.data.decoded import check_pictures
 from visionlora.data.learned import Learned
 from visionlora.data.splits import split
 from visionlora.data.wording import first_names
-from visionlora.errors import ConfigError, DataError, TrainingError
+from visionlora.errors import ConfigError, DataError, ProcessLost, TrainingError
 from visionlora.lora.adapter import Adapter
 from visionlora.lora.config import AdapterConfig
 from visionlora.lora.further import further_config, method_for
@@ -361,6 +361,8 @@ def baselines(
         fitting = Fitting(material, handle, accelerator, None, tell, ready.header(adapter), start)
         try:
             found.append(fitting.finished(folder / file, **more))
+        except ProcessLost:
+            raise
         except TrainingError as error:
             missing.append(f"The baseline {adapter.method} is missing: {error}")
         handle.eject()

@@ -10,6 +10,7 @@
     │   ├── RunFinished                  a run that has nothing left to do
     │   └── WriteError                   a file of a run that cannot be written, for instance on a full disk
     └── TrainingError (RuntimeError)     training that cannot go on
+        └── ProcessLost                  another process of the launch is gone
 
 Every message says what was given, what is allowed, the nearest valid choice and what to do next.
 """
@@ -65,6 +66,10 @@ class TrainingError(VisionLoRAError, RuntimeError):
     """Training that cannot go on."""
 
     exit_code = 1
+
+
+class ProcessLost(TrainingError):
+    """Another process of the launch has ended, and this one cannot go on without it."""
 
 
 def nearest(given: str, allowed: Iterable[str], most: int | None = None) -> str:

@@ -186,3 +186,49 @@ def test_mistakes_are_told_once(tmp_path: Path, words: tuple[object, ...], line:
     assert done.returncode != 0 and "exitcode  : 2 " in done.stderr
     (told,) = errors_in(done)
     assert told.startswith(line)
+
+
+CUT = """
+import os, signal
+from visionlora.cli.main import main
+from visionlora.report.logbook import Logbook
+
+add = Logbook.add
+
+def add_and_end(self, progress, *more):
+    add(self, progress, *more)
+    if progress.step == 3 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGNAL)
+
+Logbook.add = add_and_end
+main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("signal", "said"),
+    [("SIGTERM", "Interrupted at step 3 of 6"), ("SIGKILL", "Another process of this launch has ended")],
+)
+@pytest.mark.parametrize("command", ["train-sd", "classify"])
+def test_what_ends_one_process_ends_all_and_nothing_is_lost(
+    tiny_model: Path, dogs: Path, tiny_vit: Path, shapes: Path, tmp_path: Path, command: str, signal: str, said: str
+) -> None:
+    """A process that was asked to end left the others waiting for it, and what they had learned was lost with them."""
+    sd = ["--images", dogs, "--model", tiny_model, "sample_steps=1", "sample_columns=0", "checkpoints=1"]
+    vit = ["--images", shapes, "--model", tiny_vit, "--baselines", "none", "evaluations=1"]
+    words = [*(sd if command == "train-sd" else vit), "--steps", 6, "--rank", 2, "--batch-size", 2]
+    launch(tmp_path, command, *words, "--output", "whole", processes=2)
+    (tmp_path / "cut.py").write_text(CUT.replace("SIGNAL", signal))
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, "cut.py"]
+    done = subprocess.run(
+        [*map(str, (sys.executable, *torchrun, command, *words, "--output", "cut"))], cwd=tmp_path, capture_output=True,
+        text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )  # fmt: skip
+    told = done.stdout + done.stderr
+    assert done.returncode != 0 and told.count(said) == 1 and "training/loop.py" not in told, told
+    assert told.count(f"Go on with: visionlora {command} --resume cut") == 1, told
+    out = launch(tmp_path, command, "--resume", "cut", processes=2)
+    assert "Going on at step 3 of 6." in out
+    first, second = (load_file(tmp_path / name / "adapter.safetensors") for name in ("whole", "cut"))
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)

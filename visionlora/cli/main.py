@@ -18,6 +18,7 @@ from visionlora.atomic import is_full
 from visionlora.cli import adapters, cache, classify, configs, generate, grid, inspect, overlap, plugins, train_sd
 from visionlora.cli.console import fail, file_problem, leave_to_first, speaks
 from visionlora.errors import VisionLoRAError
+from visionlora.models.devices import process_lost
 from visionlora.training.interrupts import listen
 
 INTERRUPTED = 130
@@ -98,6 +99,8 @@ def main() -> None:
             interrupted()
         raise
     except Exception as e:
+        if (lost := process_lost(e)) is not None and not os.environ.get("VISIONLORA_DEBUG"):
+            fail(str(lost), lost.exit_code)
         leave_to_first(code := getattr(e, "exit_code", 1))
         if speaks() or not hasattr(e, "show"):
             raise

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from visionlora.errors import ConfigError
+from visionlora.errors import ConfigError, ProcessLost
 
 if TYPE_CHECKING:
     import torch
@@ -56,3 +56,14 @@ def usable_device(word: str | torch.device = AUTO) -> torch.device:
 def process_of() -> tuple[int, int]:
     """Which of how many processes of a launch this is, as torchrun and `accelerate launch` say."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def process_lost(error: Exception) -> ProcessLost | None:
+    """What is said where another process of the launch has ended while this one waited for it; None of other errors."""
+    reason = str(error).strip().split("\n")[0].split(". ")[0]
+    if type(error).__name__ not in ("DistBackendError", "DistNetworkError") and "gloo" not in reason:
+        return None
+    return ProcessLost(
+        "Another process of this launch has ended, for a reason that it may have told, and this one cannot go on without it "
+        f"({reason.rstrip('.')})."
+    )

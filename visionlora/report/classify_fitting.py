@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from visionlora.config import ClassifyConfig, to_yaml
-from visionlora.errors import TrainingError
+from visionlora.errors import ProcessLost, TrainingError
 from visionlora.formats import native
 from visionlora.lora.handle import Handle
 from visionlora.report.classify_page import Contender
@@ -24,6 +24,7 @@ from visionlora.report.listener import Listener
 from visionlora.report.logbook import Logbook
 from visionlora.report.resume import Start
 from visionlora.report.runfolder import RunFolder
+from visionlora.training.interrupts import Interrupts
 from visionlora.training.learner import LayeredLearner, rates_by_depth
 from visionlora.training.loop import Fit, NotFinite, Progress, StopTraining
 from visionlora.training.rate import find_rate
@@ -184,7 +185,16 @@ class Fitting:
                 self.tell.say(
                     f"Interrupted at step {self.fit.step} of {self.fit.config.steps}. {self.log.go_on('classify')}"
                 )
+            self.fit.wait_for_saving()
             raise
+        except ProcessLost as e:
+            if self.run is None:
+                raise
+            with Interrupts():  # the launcher asks this process to end, too
+                if self.log.history and self.fit.whole:
+                    self.checkpoint()
+            where = f"It was at step {self.fit.step} of {self.fit.config.steps}."
+            raise ProcessLost(f"{e} {where}\n{self.log.go_on('classify')}") from e
         except NotFinite as e:
             if self.run is None:  # of a baseline
                 raise

@@ -13,7 +13,7 @@ from typing import Any
 from visionlora.config import TrainSDConfig
 from visionlora.diffusion.task import DenoisingTask
 from visionlora.diffusion.validation import Evaluation, Validation
-from visionlora.errors import TrainingError
+from visionlora.errors import ProcessLost, TrainingError
 from visionlora.formats import native
 from visionlora.lora.adapter import Adapter
 from visionlora.report.listener import Listener
@@ -21,6 +21,7 @@ from visionlora.report.logbook import Logbook
 from visionlora.report.resume import LearnedFrom, Start
 from visionlora.report.runfolder import RunFolder
 from visionlora.report.samples import SampleSheet, sample_moments
+from visionlora.training.interrupts import Interrupts
 from visionlora.training.learner import JointLearner
 from visionlora.training.loop import Fit, NotFinite, Progress, StopTraining
 from visionlora.training.settings import loop_config
@@ -170,7 +171,14 @@ class Fitting:
             if self.log.history and self.main:
                 place = self.keep() if self.fit.whole else ""
                 self.tell.say(f"Interrupted at step {self.fit.step} of {steps}{place}.\n{self.log.go_on('train-sd')}")
+            self.fit.wait_for_saving()
             raise
+        except ProcessLost as e:
+            with Interrupts():  # the launcher asks this process to end, too
+                place = self.keep() if self.log.history and self.main and self.fit.whole else ""
+            raise ProcessLost(
+                f"{e} It was at step {self.fit.step} of {steps}{place}.\n{self.log.go_on('train-sd')}"
+            ) from e
         except NotFinite as e:
             sound = self.log.is_sound(self.fit.first_loss(task))
             place = self.keep() if sound and self.main else ""

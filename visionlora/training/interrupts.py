@@ -44,13 +44,16 @@ class Interrupts:
     Python cannot listen to signals, nothing changes.
     """
 
-    def __init__(self, told: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self, told: Callable[[], None] | None = None, agree: Callable[[bool], bool] = lambda asked: asked
+    ) -> None:
         """Nothing is listened to yet.
 
         Args:
             told: called at the first one, to say that it was heard.
+            agree: from whether this process was asked to end to whether any was, where several end together.
         """
-        self.told, self.asked = told, False
+        self.told, self.agree, self.asked = told, agree, False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Interrupts:
@@ -71,7 +74,7 @@ class Interrupts:
 
     def check(self) -> None:
         """Raises KeyboardInterrupt when there was a Ctrl-C or a signal like it."""
-        if self.asked:
+        if self.agree(self.asked):
             raise KeyboardInterrupt
 
     def _heard(self, number: int, frame: FrameType | None) -> None:

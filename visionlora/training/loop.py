@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from visionlora.data.groups import Group
 from visionlora.errors import ConfigError, ModelError, TrainingError
 from visionlora.lora.damage import damaged
+from visionlora.models.devices import process_lost
 from visionlora.training.ema import EMA
 from visionlora.training.interrupts import Interrupts
 from visionlora.training.noise import MOST_PARAMETERS, GradientNoise
@@ -244,6 +245,8 @@ class Fit:
         """Steps in a row, up to now, that the scaler of fp16 left out."""
         self.whole = True
         """Whether the last step is done with all that follows from it, so that its state may be kept."""
+        self.together = False
+        """Whether all processes end now, as one of them was asked to."""
 
     @property
     def images_per_step(self) -> int:
@@ -257,7 +260,8 @@ class Fit:
         """Runs the steps that are left; `on_step` is called after each, and an exception it raises ends the run.
 
         Ctrl-C waits for the end of a step and its `on_step`, after `on_interrupt` was called; a second one does not. In the
-        last step, too, it ends in KeyboardInterrupt: what comes after the loop may be long.
+        last step, too, it ends in KeyboardInterrupt: what comes after the loop may be long. Whichever process of several heard
+        it, all end after the same step.
 
         Each step sees batch_size x gradient_accumulation pictures on every process; all processes draw the random numbers
         of the whole step and take their share, so the curve is the same on one process and on several. A step whose loss
@@ -265,16 +269,35 @@ class Fit:
 
         Raises:
             NotFinite: when three steps in a row are so; the weights are those of the last good one, and may be kept.
+            ProcessLost: when another process has ended.
         """
         into_training(self.model)
-        with Interrupts(on_interrupt) as interrupts:
-            self._run(task, on_step, interrupts)
+        with Interrupts(on_interrupt, self._any) as interrupts:
+            try:
+                self._run(task, on_step, interrupts)
+            except RuntimeError as e:
+                if (lost := process_lost(e)) is None:
+                    raise
+                raise lost from e
+
+    def _any(self, asked: bool) -> bool:
+        """Whether any process was asked to end: one alone would leave the others waiting, with what they have learned."""
+        accelerator = self.accelerator
+        if accelerator.num_processes > 1:
+            asked = bool(accelerator.reduce(torch.tensor(float(asked), device=accelerator.device), "sum"))
+            self.together = asked
+        return asked
+
+    def wait_for_saving(self) -> None:
+        """Where all processes end together: waits until all has been saved, as a launcher ends all with the first that ends."""
+        if self.together:
+            self.accelerator.wait_for_everyone()
 
     def _run(self, task: Task, on_step: Callable[[Progress], None], interrupts: Interrupts) -> None:
         first, spent = self.step, 0.0
         while self.step < self.config.steps:
             interrupts.check()
-            start, self.whole = time.monotonic(), False
+            start = time.monotonic()
             try:
                 loss, norm = self.advance(task, rate_at(self.step, self.config))
                 self.skipped = 0
@@ -284,6 +307,7 @@ class Fit:
                 if self.skipped >= MOST_SKIPPED:
                     self.skipped, self.whole = 0, True  # kept so, the run may go on at another rate
                     raise
+                self.whole = False
                 self._count()
                 loss, norm = e.value, math.nan
             spent += time.monotonic() - start  # what `on_step` draws and writes is not training
@@ -316,6 +340,7 @@ class Fit:
         norm = accelerator.clip_grad_norm_(self.trained, config.max_grad_norm)
         if accelerator.scaler is None and not math.isfinite(norm):  # a scaler of fp16 skips such steps by itself
             raise self._base_damaged() or NotFinite("gradient", float(norm), self.step + 1, rate)
+        self.whole = False  # up to here the state is that of the step before
         if self.noise is not None:
             self.noise.add(float(norm), max(1.0, (float(norm) + 1e-6) / config.max_grad_norm))
         self.optimizer.step()

@@ -6,8 +6,8 @@ from visionlora.pipelines.generate import place_of
 
 from visionlora.cli.console import speaks
 from visionlora.config import GenerateConfig
-from visionlora.errors import ConfigError
-from visionlora.models.devices import process_of, usable_device
+from visionlora.errors import ConfigError, ProcessLost
+from visionlora.models.devices import process_lost, process_of, usable_device
 
 
 def with_gpus(monkeypatch: pytest.MonkeyPatch, count: int, mps: bool = False) -> None:
@@ -72,3 +72,14 @@ def test_which_process_of_a_launch_speaks(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert process_of() == (1, 2) and not speaks()
+
+
+def test_an_error_that_another_process_has_caused_is_known() -> None:
+    lost = process_lost(
+        RuntimeError("[gloo/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:42374. This is typically\n…")
+    )
+    assert lost is not None and str(lost).endswith(
+        "([gloo/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:42374)."
+    )
+    assert isinstance(process_lost(torch.distributed.DistBackendError("NCCL timed out")), ProcessLost)
+    assert process_lost(RuntimeError("shapes do not fit")) is None and process_lost(ValueError()) is None

@@ -99,3 +99,18 @@ def test_hang_ups_that_nohup_ignores_stay_ignored() -> None:
     finally:
         for n, was in before.items():
             signal.signal(n, was)
+
+
+def test_another_process_may_have_been_asked() -> None:
+    """All of a launch end together, also the one that has heard nothing."""
+    heard: list[bool] = []
+
+    def agree(asked: bool) -> bool:
+        heard.append(asked)
+        return len(heard) == 2
+
+    with pytest.raises(KeyboardInterrupt), Interrupts(agree=agree) as interrupts:
+        interrupts.check()
+        interrupts.check()
+        pytest.fail("it went on")
+    assert heard == [False, False]

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from visionlora.data.groups import Group
-from visionlora.errors import ConfigError, ModelError, TrainingError
+from visionlora.errors import ConfigError, ModelError, ProcessLost, TrainingError
 from visionlora.training.loop import (
     Fit,
     LoopConfig,
@@ -167,6 +167,39 @@ def test_ctrl_c_waits_for_the_end_of_a_step() -> None:
     with pytest.raises(ZeroDivisionError):
         fit.run(Regression(), lambda p: 1 / 0)
     assert fit.step == 6 and not fit.whole, "nobody has seen that step"
+
+
+class Gone(Regression):
+    """Ends in an error from the fifth step on."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__()
+        self.error, self.calls = error, 0
+
+    def losses(self, *arguments) -> Tensor:
+        self.calls += 1
+        if self.calls > 4:
+            raise self.error
+        return super().losses(*arguments)
+
+
+@pytest.mark.parametrize(
+    "error", [KeyboardInterrupt(), RuntimeError("[third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer")]
+)  # fmt: skip
+def test_what_cuts_a_step_off_before_the_weights_change_costs_that_step_alone(error: BaseException) -> None:
+    expected = KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else ProcessLost
+    fit = Fit(Accelerator(cpu=True), Learner(nn.Linear(1, 1, bias=False)), CONFIG)
+    with pytest.raises(expected):
+        fit.run(Gone(error), lambda p: None)
+    assert fit.step == 4 and fit.whole
+
+
+def test_other_errors_stay_what_they_are() -> None:
+    error = RuntimeError("shapes do not fit")
+    fit = Fit(Accelerator(cpu=True), Learner(nn.Linear(1, 1, bias=False)), CONFIG)
+    with pytest.raises(RuntimeError) as caught:
+        fit.run(Gone(error), lambda p: None)
+    assert caught.value is error
 
 
 @pytest.mark.parametrize("enough", [4, CONFIG.steps + 1])
