@@ -114,6 +114,20 @@ def test_train_sd_on_two_processes(tiny_model: Path, dogs: Path, tmp_path: Path)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("command", ["train-sd", "classify"])
+def test_rank_auto_on_two_processes(
+    tiny_model: Path, dogs: Path, tiny_vit: Path, shapes: Path, tmp_path: Path, command: str
+) -> None:
+    """Each measured on its own part of a batch alone, so that ranks hung on the number of processes."""
+    sd = ["--images", dogs, "--model", tiny_model, "sample_columns=0", "learning_rate=0.001"]
+    vit = ["--images", shapes, "--model", tiny_vit, "--baselines", "none"]
+    words = [command, *(sd if command == "train-sd" else vit), "--steps", 3, "--rank", "auto", "rank_budget=2"]
+    launch(tmp_path, *words, "--batch-size", 4, "--output", "one", processes=1)
+    launch(tmp_path, *words, "--batch-size", 2, "--output", "two", processes=2)
+    check_same_adapter(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.slow
 def test_sizes_and_text_encoders_on_two_processes(tiny_model: Path, dogs: Path, tmp_path: Path) -> None:
     from PIL import Image
 

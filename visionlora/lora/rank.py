@@ -64,9 +64,20 @@ def block_of(name: str) -> str:
 
 
 def gradient_halves(
-    model: nn.Module, sites: tuple[Site, ...], loss_of: Callable[[int], Tensor], batches: int
+    model: nn.Module,
+    sites: tuple[Site, ...],
+    loss_of: Callable[[int], Tensor],
+    batches: int,
+    shared: Callable[[Tensor], Tensor] = lambda found: found,
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Mean gradient of each site's weight over the even and over the odd batches, fp32.
+
+    Args:
+        model: the base model.
+        sites: whose weights.
+        loss_of: from a batch number to the training loss of that batch, as a scalar.
+        batches: how many.
+        shared: the mean of a tensor over processes, where several each have a share of every batch.
 
     Raises:
         TrainingError: when a loss is NaN or infinite.
@@ -98,6 +109,7 @@ def gradient_halves(
     finally:
         for p, flag in flags.items():
             p.requires_grad_(flag)
+    halves = [{key: shared(grad) for key, grad in half.items()} for half in halves]
     found = {}
     for site in sites:
         key = id(weights[id(site.layer), site.weight_name])
@@ -128,6 +140,7 @@ def choose_ranks(
     batches: int = 16,
     budget: int | None = None,
     stored: bool = False,
+    shared: Callable[[Tensor], Tensor] = lambda found: found,
 ) -> RankChoice:
     """Spreads the parameters that a uniform `config.rank` would take over the layers that need them.
 
@@ -138,6 +151,7 @@ def choose_ranks(
         batches: 2 or more; each is a forward and a backward pass.
         budget: parameters to spend; by default what `config.rank` everywhere would take.
         stored: let the budget be of the numbers in the file, which has both factors of init pissa twice, and of LoRA-FA A too.
+        shared: the mean of a tensor over processes, where several each have a share of every batch.
 
     Raises:
         ConfigError: when there are too few batches, or the method has no ranks.
@@ -150,7 +164,7 @@ def choose_ranks(
     sites = resolve(model, config).sites
     config = named_patterns(config, sites)
     mean = config.rank if budget is None else uniform_rank([(model, config)], budget, stored)
-    halves = gradient_halves(model, sites, loss_of, batches)
+    halves = gradient_halves(model, sites, loss_of, batches, shared)
     energies = {s.name: triplet_energies(*halves[s.name], min(WIDEST * mean, smaller_side(s))) for s in sites}
     cost, by_name = method_class(config.method).numbers, {s.name: s for s in sites}
     budget = sum(cost(s, config.rank, config, stored) for s in sites) if budget is None else budget

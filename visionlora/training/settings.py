@@ -14,7 +14,7 @@ from visionlora.config.choices import WHOLE
 from visionlora.errors import ConfigError
 from visionlora.lora.config import AdapterConfig
 from visionlora.lora.rank import Part, RankChoice, choose_ranks, narrowest, numbers_at, uniform_rank
-from visionlora.training.loop import LoopConfig, Task
+from visionlora.training.loop import LoopConfig, Task, process_state
 from visionlora.training.order import generator_at, positions_at
 
 C = TypeVar("C", bound=TrainingConfig)
@@ -146,7 +146,7 @@ def automatic_ranks(
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     taken: int = 0,
 ) -> RankChoice:
-    """Ranks by layer, measured on the training pictures before the first step.
+    """Ranks by layer, measured on the training pictures before the first step; processes share those of each batch.
 
     Args:
         model: the base model.
@@ -158,17 +158,24 @@ def automatic_ranks(
         taken: of a budget that is no mean rank, by other parts of the model.
     """
     kind, amount = budget_of(config.rank_budget) or ("rank", 8)
-    batch = config.batch_size or 1
+    state, own = process_state(), config.batch_size or 1
+    batch, first = own * state.num_processes, own * state.process_index
 
     def loss_of(number: int) -> Tensor:
         on_batch(number + 1, CALIBRATION_BATCHES)
         index = positions_at(config.seed, number * batch, batch, batch, task.groups)
         generator = generator_at(config.seed, number * batch, "calibration")
         with autocast():
-            return task.losses(model, index, generator, slice(0, batch)).mean()
+            return task.losses(model, index, generator, slice(first, first + own)).mean()
+
+    def shared(found: Tensor) -> Tensor:
+        from accelerate.utils import reduce
+
+        mean: Tensor = reduce(found, "mean") if state.num_processes > 1 else found
+        return mean
 
     budget = None if kind == "rank" else amount - taken
-    return choose_ranks(model, adapter, loss_of, CALIBRATION_BATCHES, budget, stored=kind == "numbers")
+    return choose_ranks(model, adapter, loss_of, CALIBRATION_BATCHES, budget, stored=kind == "numbers", shared=shared)
 
 
 def rank_alike(config: TrainingConfig, parts: Sequence[Part]) -> int:

@@ -60,6 +60,30 @@ def test_alpha_that_is_given_keeps_its_scaling_at_every_rank(method: str, wanted
     assert scalings == pytest.approx({"needed": wanted, "fine": wanted / 4})
 
 
+def test_processes_that_share_the_batches_find_what_one_finds() -> None:
+    model, config, _ = problem(5)
+    change = torch.randn(12, 5) @ torch.randn(5, 12)
+
+    def of(part: slice):
+        def loss_of(batch: int) -> Tensor:
+            x = torch.randn(64, 12, generator=torch.Generator().manual_seed(batch))[part]
+            first = model["needed"](x) - (model["needed"](x).detach() + x @ change.T)
+            return first.square().mean() + (model["fine"](x) - model["fine"](x).detach() + x).square().mean()
+
+        return loss_of
+
+    whole = choose_ranks(model, config, of(slice(None)))
+    others: list[Tensor] = []
+
+    def told(found: Tensor) -> Tensor:
+        others.append(found)
+        return found
+
+    choose_ranks(model, config, of(slice(32, None)), shared=told)
+    both = choose_ranks(model, config, of(slice(32)), shared=lambda found: (found + others.pop(0)) / 2)
+    assert both.ranks == whole.ranks and both.energies == pytest.approx(whole.energies, rel=1e-4)
+
+
 @pytest.mark.parametrize("budget", [None, 150])
 @pytest.mark.parametrize("method", ["lora", "lora-fa", "dora", "adalora", "lora+", "pissa"])
 def test_the_budget_is_kept_as_the_method_trains(method: str, budget: int | None) -> None:
