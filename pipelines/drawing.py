@@ -59,6 +59,7 @@ def draw_together(
     say: Callable[[str], None],
     progress: Progress,
     share: slice,
+    started: float,
     tells_adapters: bool = True,
 ) -> list[Drawn]:
     """Every picture; the processes of a launch share them, and the first waits until the others' are there.
@@ -70,12 +71,12 @@ def draw_together(
         say: told what is used, and for what the first process waits.
         progress: called with (pictures done, pictures), first of the share, then of all.
         share: of this process.
+        started: when the run began, seconds since 1970: what others have drawn since then is new.
         tells_adapters: whether `say` is told of each adapter that is put on.
 
     Returns:
         All of them in the first process, its own in another.
     """
-    started = time.time()
     own = draw_all(recipes, ready, config, say if tells_adapters else lambda line: None, progress, share)
     rank, processes = process_of()
     if rank or processes == 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -43,13 +44,14 @@ def generate(
         DataError: when the picture to start from, its mask or the one to follow cannot be read.
         RunFolderError: when the output cannot be a folder.
     """
+    started = time.time()
     if config.num_images < 1:
         raise ConfigError(f"num_images is {config.num_images}; it must be at least 1.")
     ready = opened(config, say)
     plans = [(prompt, uses_of(prompt, config)) for prompt in config.prompts]
     recipes = settled(recipes_of(config, ready, plans), ready, config, say)
     rank, processes = process_of()
-    drawn: list[Drawn] = draw_together(recipes, ready, config, say, progress, slice(rank, None, processes))
+    drawn: list[Drawn] = draw_together(recipes, ready, config, say, progress, slice(rank, None, processes), started)
     return drawn
 
 

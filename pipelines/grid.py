@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -55,6 +56,7 @@ def grid(
         ConfigError: when an axis or setting cannot be used.
         AdapterFileError, ModelError, DataError, RunFolderError: see `visionlora.pipelines.generate.generate`.
     """
+    started = time.time()
     across, down = axis_from(x), None if y is None else axis_from(y)
     more = [axis_from(a) for a in one_or_more(others)]
     axes = [a for a in (across, down, *more) if a is not None]
@@ -88,7 +90,7 @@ def grid(
     order = sorted(range(len(cells)), key=lambda k: (repr(cells[k].loras), cells[k].compose, k))
     rank, processes = process_of()
     share = slice(*(len(cells) * k // processes for k in (rank, rank + 1)))
-    done = draw_together([cells[k] for k in order], ready, start, say, progress, share, tells_adapters=False)
+    done = draw_together([cells[k] for k in order], ready, start, say, progress, share, started, tells_adapters=False)
     page = config.output / "index.html"
     if rank:
         return GridResult(page, (), tuple(done))
