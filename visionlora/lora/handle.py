@@ -199,7 +199,10 @@ class Handle:
                     f"The checkpoint's {key!r} has shape {tuple(tensor.shape)}, not {tuple(own[key].shape)}."
                 )
         known = {*self.methods, *(["full"] if self.in_full else [])}
-        if own.keys() - state.keys() or by_site.keys() - known:
+        # What a method measures step by step is not there before the first.
+        needed = {f"{site}|{n}" for site, m in self.methods.items() for n, _ in m.named_parameters()}
+        needed |= {f"full|{path}" for path in self.in_full}
+        if needed - state.keys() or by_site.keys() - known:
             raise ConfigError("The checkpoint is of another adapter: its layers are not those of this one.")
         for site, values in by_site.items():
             if site != "full":

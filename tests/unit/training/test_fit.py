@@ -236,6 +236,15 @@ class Lost(Task):
         return super().losses(model, index, generator, part) * (float("nan") if self.steps == 5 else 1.0)
 
 
+def test_the_search_for_a_rate_forgets_what_adalora_has_measured() -> None:
+    """It ended in an error: a state of before the first step lacks the sensitivities."""
+    handle = model_with("adalora")
+    fit, before = fit_of(handle), values(handle)
+    find_rate(fit, Task(), steps=20)
+    after = values(handle)
+    assert before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in before)
+
+
 def test_a_sweep_that_ends_in_nan_leaves_no_gradients() -> None:
     fit = fit_of(model_with("lora"))
     find_rate(fit, Lost(), steps=20)

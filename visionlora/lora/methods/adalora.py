@@ -121,6 +121,7 @@ class AdaLoRA(Method):
         """With the smoothed sensitivities."""
         super().remember(values)
         for name, kept in (("sensitivity", self.sensitivity), ("deviation", self.deviation)):
+            kept.clear()  # before the first step there were none
             given = {n.removeprefix(name + "."): t for n, t in values.items() if n.startswith(name + ".")}
             kept |= {n: t.to(getattr(self, n).device, copy=True) for n, t in given.items()}
 
