@@ -82,13 +82,27 @@ def save_pretrained(target: Any, *args: Any, **kwargs: Any) -> Any:
     """In place of that of a model or pipeline, and of their copies."""
     if not (names := adapters_on(target)):
         return type(target).save_pretrained(target, *args, **kwargs)
-    if args and BY_LOOPS in kwargs and not any(written_anew(m) for m in target.modules()):
-        return save_checkpoint(target, Path(args[0]), kwargs[BY_LOOPS], kwargs.get("is_main_process", True))
+    place = args[0] if args else kwargs.get("save_directory")
+    folder = Path(place) if isinstance(place, (str, Path)) and isinstance(target, nn.Module) else None
+    if folder and BY_LOOPS in kwargs and not any(written_anew(m) for m in target.modules()):
+        return save_checkpoint(target, folder, kwargs[BY_LOOPS], kwargs.get("is_main_process", True))
     raise ConfigError(
         f"Adapters are on this {type(target).__name__} ({', '.join(names)}): what it would save is neither the base nor a "
         "model that other programs read. For the base take them off first (mix.detach(), handle.eject()); for an adapter "
         "that trains call handle.save(path); for a model with them in its weights use vl.bake or vl.export with their files."
+        + (left_behind(folder) if folder else "")
     )
+
+
+def left_behind(folder: Path) -> str:
+    """A sentence on what a pipeline has written before the part that this folder was for; empty where it has not.
+
+    A pipeline writes one part after the other, and cannot be asked before where it does not know of the adapter.
+    """
+    written = [n for n in ("text_encoder", "text_encoder_2", "tokenizer", "vae") if (folder.parent / n).is_dir()]
+    if not written or (folder.parent / "model_index.json").exists():
+        return ""
+    return f" What {folder.parent} holds by now ({', '.join(written)}) is no whole model."
 
 
 BY_LOOPS = "state_dict"
@@ -139,9 +153,10 @@ def check_loading(module: nn.Module, state_dict: Mapping[str, Any], prefix: str,
     for path, inner in module.named_modules(prefix=prefix.removesuffix("."), remove_duplicate=False):
         for name, how in written_anew(inner).items():
             if (lost := f"{path}.{name}" if path else name) in state_dict:
+                around = f" Some of what is around {prefix[:-1]} may be loaded by now." if prefix else ""
                 raise ConfigError(
                     f"Adapters are {how[0]} {lost}, and what is loaded there would be gone with them: take them {how[1]}, "
-                    "load, and put them on again."
+                    f"load, and put them on again.{around}"
                 )
 
 
