@@ -57,6 +57,12 @@ OTHER_NOISE = (
     "was trained with EDM noise levels; visionlora trains models whose noise is given by betas, Stable Diffusion 1.x, 2.x and "
     "XL."
 )
+GUIDANCE = ".cond_proj.weight"
+"""Ends the name of the layer by which a UNet reads the guidance, which diffusers leaves out."""
+FEW_STEPS = (
+    "was made to draw in a few steps, as latent consistency models are, and the layer by which its UNet reads the guidance "
+    "is not read from single files: take its diffusers folder."
+)
 PREDICTION = "modelspec.prediction_type"
 """Says in the metadata what a model predicts."""
 ARCHITECTURE = "modelspec.architecture"
@@ -143,6 +149,8 @@ def lacking(names: Collection[str]) -> str | None:
         return NO_UNET
     if has(*EDM):
         return OTHER_NOISE
+    if any(name.startswith(UNET) and name.endswith(GUIDANCE) for name in names):
+        return FEW_STEPS
     if any(name.endswith(SCALES) for name in names):
         return "holds weights in eight bits with scales beside them, which only some programs read: take it in fp16."
     missing = [part for part, starts in IN_CHECKPOINTS.items() if not has(*starts)]

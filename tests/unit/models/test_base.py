@@ -341,6 +341,10 @@ def test_a_checkpoint_that_predicts_what_nobody_knows_is_refused(tmp_path: Path,
             r"has no text encoder \(it has one in the oldest layout",
         ),
         ((*WHOLE_XL, "edm_vpred.sigma_max"), "was trained with EDM noise levels"),
+        (
+            (*WHOLE_XL, "model.diffusion_model.time_embed.cond_proj"),
+            "made to draw in a few steps, .* its diffusers folder",
+        ),
         (("input_blocks.0",), "is a UNet alone: name the folder"),
     ],
 )
@@ -350,7 +354,7 @@ def test_a_checkpoint_that_lacks_a_part_is_refused(
 ) -> None:
     """diffusers said so in its own words, or took the part of another model that it had fetched before."""
     tensors, file = (
-        {f"{part}.x": torch.zeros(1) for part in parts},
+        {f"{part}.{'weight' if 'cond_proj' in part else 'x'}": torch.zeros(1) for part in parts},
         tmp_path / ("a.ckpt" if pickled else "a.safetensors"),
     )
     torch.save({"state_dict": tensors}, file) if pickled else save_file(tensors, file)

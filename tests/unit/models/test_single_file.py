@@ -173,6 +173,19 @@ def test_other_families_are_refused(tiny_model: Path) -> None:
         single_file(open_base(str(tiny_model)).pipe)
 
 
+def test_the_guidance_that_a_unet_reads_is_in_no_checkpoint(sd15_in_small: Path) -> None:
+    """diffusers leaves it out in silence."""
+    from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+
+    pipe = open_base(str(sd15_in_small)).pipe
+    config, tensors = dict(pipe.unet.config), single_file(pipe)
+    more = {f"model.diffusion_model.{n}.cond_proj.weight": torch.ones(2) for n in ("time_embed", "time_embedding")}
+    assert convert_ldm_unet_checkpoint(tensors | more, config).keys() == pipe.unet.state_dict().keys()
+    pipe.unet.register_to_config(time_cond_proj_dim=8)
+    with pytest.raises(ModelError, match="no guidance that the UNet reads"):
+        single_file(pipe)
+
+
 def test_an_added_word_is_beside_the_checkpoint_and_not_in_its_table(sd15_in_small: Path, tmp_path: Path) -> None:
     """A1111 and ComfyUI refuse a table that is longer than CLIP's."""
     vectors = torch.randn(1, 16)
