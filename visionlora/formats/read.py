@@ -15,6 +15,7 @@ from visionlora.formats.embeddings import take_embeddings
 from visionlora.formats.header import info_in
 from visionlora.formats.names import FLAT_PREFIXES
 from visionlora.formats.parts import Scale, check_used, rank_as_alpha, take_modules
+from visionlora.formats.whole import without_told_by
 from visionlora.lora.adapter import Adapter
 from visionlora.lora.inject import no_garbage_collection
 
@@ -55,7 +56,7 @@ def read(path: Path, allow_partial: bool = False) -> Adapter:
         modules, unused = take_modules(path, tensors, scale_in(contents))
     check_used(path, unused, bool(modules or embeddings), allow_partial)
     return Adapter(
-        modules,
+        without_told_by(modules),
         info_in(contents.metadata),
         embeddings,
         format_of(contents.tensors),

@@ -110,3 +110,13 @@ def told_by(component: str, layers: Mapping[str, AdapterModule], format: str) ->
     down, up = m.tensors["lora_A"], m.tensors["lora_B"]
     width = len(up) if layer.endswith("fc2") else down.shape[1]
     return {block + TOLD_BY: AdapterModule.lora(down.new_zeros(m.rank, width), up.new_zeros(width, m.rank), m.alpha)}
+
+
+def without_told_by(modules: Mapping[str, AdapterModule]) -> dict[str, AdapterModule]:
+    """The modules of a file without what `told_by` has added: no training leaves both factors zero."""
+
+    def is_told_by(name: str, m: AdapterModule) -> bool:
+        ours = name.startswith("text_encoder") and name.endswith(f".{TOLD_BY}") and m.kind == "lora"
+        return ours and not any(bool(t.any()) for t in m.tensors.values())
+
+    return {n: m for n, m in modules.items() if not is_told_by(n, m)} or dict(modules)
