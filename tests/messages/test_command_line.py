@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 import visionlora
 
 
@@ -46,3 +48,11 @@ def test_ctrl_c_is_said() -> None:
     code += "from visionlora.cli.main import main\nmain()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (130, "Interrupted.\n")
+
+
+def test_what_processes_do_not_share_the_first_does_alone(cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, listed in (("0", True), ("1", False)):
+        monkeypatch.setenv("RANK", rank)
+        code, out, err = cli("configs")
+        assert (code, err, "emoji64_dog" in out, bool(out)) == (0, "", listed, listed)
