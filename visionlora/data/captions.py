@@ -7,11 +7,13 @@ picture, or a list of them. Or, where that is wanted, the names themselves (`cap
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import zip_longest
+from itertools import product, zip_longest
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -198,10 +200,15 @@ def _read_above(found: _Findings, file: str, levels: int) -> None:
 def _names_what_lies_in(file: Path, folder: str) -> bool:
     """Whether a file that cannot be read as a table has names below `folder/`, in whatever encoding."""
     try:
-        content = file.read_bytes().replace(b"\0", b"").replace(b"\\", b"/")
+        content = file.read_bytes()
     except OSError:
         return False
-    return folder.encode() in content
+    spelled = [unicodedata.normalize("NFC", folder), unicodedata.normalize("NFD", folder)]
+    for name, end, encoding in product(spelled, "/\\", ("utf-8", "cp1252", "utf-16-le", "utf-16-be")):
+        with contextlib.suppress(UnicodeEncodeError):
+            if content.find(name.replace("/", end).encode(encoding)) >= 0:
+                return True
+    return False
 
 
 def _rows(path: Path) -> Iterator[tuple[int, str | dict[str, Any], str]]:

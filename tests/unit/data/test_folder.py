@@ -619,8 +619,11 @@ def test_captions_above_that_cannot_be_read_are_told(tmp_path: Path) -> None:
     assert "../metadata.csv is not UTF-8 text" in said(tmp_path / "val")
     (tmp_path / "metadata.csv").write_text("image,caption\nval\\c.png,a dog")
     assert '../metadata.csv needs the columns "file_name" and "text"' in said(tmp_path / "val")
-    (tmp_path / "metadata.csv").write_text("file_name,text\nval/c.png,a dog", encoding="utf-16")
-    assert "../metadata.csv is UTF-16 text" in said(tmp_path / "val")
+    picture(tmp_path / "Hünde" / "c.png", 1)
+    for folder in ("val", "Hünde"):
+        for encoding, wrong in (("utf-16", "is UTF-16 text"), ("cp1252", "is not UTF-8 text")):
+            (tmp_path / "metadata.csv").write_text(f"file_name,text\n{folder}/c.png,a caf\xe9", encoding=encoding)
+            assert f"../metadata.csv {wrong}" in said(tmp_path / folder)
 
 
 @pytest.mark.parametrize("content", [b"id,name\n1,b\n", "id;na\xefve\n".encode("cp1252"), b"", b"PK\x03\x04\x00\x00"])
