@@ -86,3 +86,11 @@ def adapter_of(folder: Path, classes: tuple[str, ...], seed: int = 0, method: st
     }  # fmt: skip
     base = {"id": str(folder), "fingerprints": fingerprints}
     return Adapter(handle.modules("model"), {"base": base, "classifier": about})
+
+
+LAUNCH = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+
+
+def launched(rank: int, processes: int = 2) -> dict[str, str]:
+    """What the environment of one process of a launch says."""
+    return dict(zip(LAUNCH, map(str, (rank, rank, processes)), strict=True))

@@ -18,6 +18,7 @@ from visionlora.diffusion.axes import Axis, cell_of, parse_axis
 from visionlora.diffusion.recipe import Recipe, read_recipe
 from visionlora.errors import ConfigError
 
+from ..doubles import launched
 from .test_generate import COMMON, loras, run, save_loras
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -284,8 +285,8 @@ def test_processes_share_the_cells_and_the_first_waits_for_the_others(
     )  # fmt: skip
     run(*words, tmp_path / "alone")
     out, alone = tmp_path / "out", {p.name: p.read_bytes() for p in (tmp_path / "alone" / "cells").iterdir()}
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "0")
+    for name, value in launched(0).items():
+        monkeypatch.setenv(name, value)
     waits = []
 
     def other(seconds: float) -> None:

@@ -7,6 +7,8 @@ import pytest
 
 import visionlora
 
+from ..doubles import launched
+
 
 def test_help_imports_no_torch() -> None:
     code = "import sys; sys.argv = ['visionlora', '--help']\nfrom visionlora.cli.main import main\n"
@@ -51,8 +53,8 @@ def test_ctrl_c_is_said() -> None:
 
 
 def test_what_processes_do_not_share_the_first_does_alone(cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    for rank, listed in (("0", True), ("1", False)):
-        monkeypatch.setenv("RANK", rank)
+    for rank, listed in ((0, True), (1, False)):
+        for name, value in launched(rank).items():
+            monkeypatch.setenv(name, value)
         code, out, err = cli("configs")
         assert (code, err, "emoji64_dog" in out, bool(out)) == (0, "", listed, listed)

@@ -105,5 +105,6 @@ def detach(target: Any) -> None:
     if not found and (names := dict.fromkeys(name for part in parts for name in adapters_on(part))):
         raise ConfigError(
             f"The adapters on this {type(target).__name__} ({', '.join(names)}) are of no mix on it: a handle takes its own "
-            "off (handle.eject()). A copy that was made while a mix was on the original keeps them: copy it after mix.detach()."
+            "off (handle.eject()). A copy that was made while a mix was on the original keeps them: copy it after "
+            "mix.detach(). vl.load_pipeline gives a pipeline for good: vl.attach puts adapters on one so that they come off."
         )

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import TYPE_CHECKING
 
-from visionlora.errors import ConfigError, ProcessLost
+from visionlora.errors import ConfigError, ProcessLost, VisionLoRAError
 
 if TYPE_CHECKING:
     import torch
@@ -54,16 +55,30 @@ def usable_device(word: str | torch.device = AUTO) -> torch.device:
 
 
 def process_of() -> tuple[int, int]:
-    """Which of how many processes of a launch this is, as torchrun and `accelerate launch` say."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    """Which of how many processes of a launch this is, as torchrun and `accelerate launch` say.
+
+    Both say LOCAL_RANK too; without it the others are those of the machine, such as a pod of a cluster, where this process is
+    started by hand.
+    """
+    try:
+        rank, processes = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE"))
+    except (KeyError, ValueError):
+        return 0, 1
+    return (
+        (rank, processes) if os.environ.get("LOCAL_RANK", "-1") not in ("", "-1") and 0 <= rank < processes else (0, 1)
+    )
 
 
 def process_lost(error: Exception) -> ProcessLost | None:
     """What is said where another process of the launch has ended while this one waited for it; None of other errors."""
     reason = str(error).strip().split("\n")[0].split(". ")[0]
-    if type(error).__name__ not in ("DistBackendError", "DistNetworkError") and "gloo" not in reason:
+    of_launch = type(error).__name__ in ("DistBackendError", "DistNetworkError") or re.search(
+        r"\bgloo/|\[gloo\b", reason
+    )
+    if process_of()[1] == 1 or isinstance(error, VisionLoRAError) or not of_launch:
         return None
     return ProcessLost(
-        "Another process of this launch has ended, for a reason that it may have told, and this one cannot go on without it "
+        "Another process of this launch has ended or does not answer, for a reason that it may have told, and this one cannot "
+        "go on without it "
         f"({reason.rstrip('.')})."
     )

@@ -69,10 +69,11 @@ def single_file(pipe: Any) -> dict[str, Tensor]:
         or getattr(pipe, "text_encoder_2", None) is not None
         or config.use_linear_projection
         or config.time_cond_proj_dim is not None
+        or type(pipe.vae).__name__ != "AutoencoderKL"
     ):
         raise ModelError(
             "One checkpoint can be written for Stable Diffusion 1.x alone (two layers in each block, one CLIP text encoder, no "
-            "guidance that the UNet reads). "
+            "guidance that the UNet reads, an AutoencoderKL). "
             "Name a folder as the output: it keeps any model."
         )
     attends = frozenset(i for i, kind in enumerate(config.up_block_types) if "CrossAttn" in kind)

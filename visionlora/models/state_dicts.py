@@ -57,12 +57,12 @@ def weights_in(tensors: Mapping[str, Tensor], own: Collection[str]) -> tuple[dic
 def of_backbone(model: nn.Module, tensors: Mapping[str, Tensor], own: Collection[str]) -> tuple[dict[str, Tensor], str]:
     """The weights of a model of transformers that was saved without a head (`ViTModel`), and a sentence on what was left out.
 
-    Their names lack what a classifier's begin with; any other weights are given as they are.
+    Their names lack what a classifier's begin with; the names of any other weights are given as they are.
     """
     prefix, note = f"{getattr(model, 'base_model_prefix', '')}.", ""
-    if prefix == "." or any(n in own or n.startswith(prefix) for n in tensors):
-        return dict(tensors), note
-    found = {prefix + n: t for n, t in tensors.items()}
+    whole = prefix == "." or any(n in own or n.startswith(prefix) for n in tensors)
+    bare = not whole and any(prefix + n in own for n in tensors)
+    found = {prefix + n if bare else n: t for n, t in tensors.items()}
     if pooler := [n for n in found if n.startswith(f"{prefix}pooler.") and n not in own]:
         note = f" Of its weights file the pooler was left out, which a classifier has not ({len(pooler)} tensors)."
     return {n: t for n, t in found.items() if n not in pooler}, note

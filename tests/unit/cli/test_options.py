@@ -15,6 +15,8 @@ from visionlora.config import ClassifyConfig, TrainSDConfig, build, to_yaml
 from visionlora.errors import ConfigError
 from visionlora.vision.metrics import Metrics
 
+from ...doubles import launched
+
 COMMAND = """
 import sys
 from visionlora.cli.main import app
@@ -35,7 +37,10 @@ def test_a_run_that_is_finished_is_told_once_and_at_once(tmp_path: Path) -> None
     words = ["classify", "--images", ".", "--output", str(tmp_path), "--resume", "auto", "--json"]
     for rank in ("0", "1"):
         done = subprocess.run(
-            [sys.executable, "-c", COMMAND, *words], capture_output=True, text=True, env={**os.environ, "RANK": rank}
+            [sys.executable, "-c", COMMAND, *words],
+            capture_output=True,
+            text=True,
+            env={**os.environ, **launched(int(rank))},
         )
         *told, loaded = done.stdout.splitlines()
         assert loaded == "[]", done.stderr

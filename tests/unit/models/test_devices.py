@@ -6,8 +6,10 @@ from visionlora.pipelines.generate import place_of
 
 from visionlora.cli.console import speaks
 from visionlora.config import GenerateConfig
-from visionlora.errors import ConfigError, ProcessLost
+from visionlora.errors import ConfigError, ModelError, ProcessLost
 from visionlora.models.devices import process_lost, process_of, usable_device
+
+from ...doubles import LAUNCH, launched
 
 
 def with_gpus(monkeypatch: pytest.MonkeyPatch, count: int, mps: bool = False) -> None:
@@ -66,20 +68,39 @@ def test_a_gpu_too_many_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_which_process_of_a_launch_speaks(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "WORLD_SIZE"):
+    for name in LAUNCH:
         monkeypatch.delenv(name, raising=False)
     assert process_of() == (0, 1) and speaks()
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in launched(1).items():
+        monkeypatch.setenv(name, value)
     assert process_of() == (1, 2) and not speaks()
 
 
-def test_an_error_that_another_process_has_caused_is_known() -> None:
+@pytest.mark.parametrize(
+    "said",
+    [{"RANK": "1"}, {"RANK": ""}, {"WORLD_SIZE": ""}, {"RANK": "1", "WORLD_SIZE": "2"}, {"RANK": "a"},
+     {**launched(1), "LOCAL_RANK": "-1"}, launched(1, 1), launched(-1)],
+)  # fmt: skip
+def test_an_environment_that_is_of_no_launch(said: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a pod of a cluster, where one process is started by hand: commands ended in a traceback, or did nothing."""
+    for name in LAUNCH:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in said.items():
+        monkeypatch.setenv(name, value)
+    assert process_of() == (0, 1)
+
+
+def test_an_error_that_another_process_has_caused_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = torch.distributed.DistBackendError("NCCL timed out")
+    assert process_lost(broken) is None, "there is no other"
+    for name, value in launched(0).items():
+        monkeypatch.setenv(name, value)
     lost = process_lost(
         RuntimeError("[gloo/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:42374. This is typically\n…")
     )
     assert lost is not None and str(lost).endswith(
         "([gloo/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:42374)."
     )
-    assert isinstance(process_lost(torch.distributed.DistBackendError("NCCL timed out")), ProcessLost)
-    assert process_lost(RuntimeError("shapes do not fit")) is None and process_lost(ValueError()) is None
+    assert isinstance(process_lost(broken), ProcessLost)
+    for other in (RuntimeError("shapes do not fit"), ValueError(), OSError("no igloo/unet.bin"), ModelError("gloo/x")):
+        assert process_lost(other) is None

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import AutoencoderTiny, DDIMScheduler
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -171,6 +171,15 @@ def test_a_checkpoint_of_the_refiner_is_told_by_its_header(tmp_path: Path) -> No
 def test_other_families_are_refused(tiny_model: Path) -> None:
     with pytest.raises(ModelError, match=r"for Stable Diffusion 1\.x alone .* Name a folder as the output"):
         single_file(open_base(str(tiny_model)).pipe)
+
+
+def test_a_vae_of_another_kind_is_in_no_checkpoint(sd15_in_small: Path) -> None:
+    """Its tensors have other names, which nothing reads from one."""
+    pipe = open_base(str(sd15_in_small)).pipe
+    pipe.vae = AutoencoderTiny(encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8),
+                               num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1))  # fmt: skip
+    with pytest.raises(ModelError, match="an AutoencoderKL"):
+        single_file(pipe)
 
 
 def test_the_guidance_that_a_unet_reads_is_in_no_checkpoint(sd15_in_small: Path) -> None:

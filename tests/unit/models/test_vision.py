@@ -283,14 +283,21 @@ def test_a_state_dict_in_the_names_of_an_older_transformers(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("pooler", [True, False])
-def test_a_state_dict_of_a_model_without_a_head(tmp_path: Path, pooler: bool) -> None:
-    """Its names do not begin with what a classifier's do."""
+@pytest.mark.parametrize("prefix", ["", "vit."])
+def test_a_state_dict_of_a_model_without_a_head(tmp_path: Path, pooler: bool, prefix: str) -> None:
+    """Its names do not begin with what a classifier's do; from within a larger model they may."""
     from transformers import ViTConfig, ViTModel
 
     folder = transformers_folder(tmp_path / "a")
     model = ViTModel(ViTConfig.from_pretrained(folder), add_pooling_layer=pooler)
     model.save_pretrained(tmp_path / "b")
-    opened = open_backbone(str(folder), weights=str(tmp_path / "b" / "model.safetensors"))
+    file = tmp_path / "b" / "model.safetensors"
+    save_file({prefix + n: t for n, t in load_file(file).items()}, file)
+    classifier = (
+        {} if not prefix else {n: t for n, t in load_file(folder / "model.safetensors").items() if "classifier" in n}
+    )
+    save_file({**load_file(file), **classifier}, file)
+    opened = open_backbone(str(folder), weights=str(file))
     got = opened.model.vit.state_dict()
     assert all(torch.equal(t, got[n]) for n, t in model.state_dict().items() if not n.startswith("pooler."))
     assert opened.why.endswith("the pooler was left out, which a classifier has not (2 tensors).") == pooler
