@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -93,12 +92,12 @@ def words_left_behind(adapters: Mapping[str, Adapter], prompts: Sequence[str], b
         token for adapter in adapters.values() for token in adapter.embeddings
     } | base.pipe.tokenizer.get_vocab().keys()
     for path, adapter in adapters.items():
-        word = str(adapter.info.get("trigger") or "")
-        if re.fullmatch(r"<[^<>\s]+>", word) and word not in known and any(word in prompt for prompt in prompts):
-            yield (
-                f"{path} was trained with the word {word}, whose vectors are not in it: give the file that has them too "
-                "(--lora FILE), which whoever converted it got beside it. The word means nothing without."
-            )
+        for word in adapter.info.get("words", []):
+            if word not in known and any(word in prompt for prompt in prompts):
+                yield (
+                    f"{path} was trained with the word {word}, whose vectors are not in it: give the file that has them too "
+                    "(--lora FILE), which whoever converted it got beside it. The word means nothing without."
+                )
 
 
 def clip_skip_of(config: GenerateConfig, adapters: Mapping[str, Adapter]) -> int:

@@ -16,7 +16,7 @@ from visionlora.diffusion.objective import zero_terminal
 from visionlora.errors import AdapterFileError, ConfigError, nearest
 from visionlora.formats import diffusers, kohya, native, peft
 from visionlora.formats.families import context_width, family_of, family_of_unet, flat_shapes
-from visionlora.formats.header import PIPELINE_PARTS
+from visionlora.formats.header import PIPELINE_PARTS, most_common
 from visionlora.formats.parts import first_not_finite
 from visionlora.formats.read import read
 from visionlora.lora import arithmetic
@@ -107,7 +107,9 @@ def save_adapter(adapter: Adapter | Result | str | Path, path: str | Path, forma
             "was too large."
         )
     if format != "visionlora":
-        adapter = replace(adapter, modules={n: m.with_rank_for_no_alpha() for n, m in adapter.modules.items()})
+        alphas = [m.alpha for m in adapter.modules.values() if m.rank and m.alpha]
+        usual = most_common(alphas) if alphas else None
+        adapter = replace(adapter, modules={n: m.with_alpha_for_none(usual) for n, m in adapter.modules.items()})
     WRITERS[format](adapter, Path(path).expanduser())
 
 

@@ -25,6 +25,8 @@ from visionlora.errors import ConfigError
 from visionlora.lora.adapter import Adapter, AdapterModule
 from visionlora.models.base import open_base
 
+from ..doubles import launched
+
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
@@ -231,8 +233,8 @@ def test_processes_share_the_pictures(tiny_model: Path, tmp_path: Path, monkeypa
     """The first waits for the others' pictures and tells of all."""
     words = ("generate", "--prompt", "a dog", "--num-images", 3, "--model", tiny_model, *COMMON, "--output")
     alone = run(*words, tmp_path / "alone")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "0")
+    for name, value in launched(0).items():
+        monkeypatch.setenv(name, value)
     out, waits = tmp_path / "out", []
 
     def other(seconds: float) -> None:
@@ -660,8 +662,9 @@ def test_show_says_what_is_no_longer_the_same(loras: Path, tiny_model: Path, dog
 
 def test_a_learned_word_that_is_not_in_the_file_is_missed(loras: Path, tiny_model: Path, tmp_path: Path) -> None:
     """As after convert --to diffusers, which writes it beside; the prompt's word then meant nothing, without a word."""
-    dog = vl.load_adapter(loras / "dog.safetensors")
-    vl.save_adapter(replace(dog, info={**dog.info, "trigger": "<rex>"}), alone := tmp_path / "alone.safetensors")
+    dog, rex = (vl.load_adapter(loras / f"{name}.safetensors") for name in ("dog", "rex"))
+    vl.save_adapter(replace(dog, embeddings=rex.embeddings), whole := tmp_path / "whole.safetensors")
+    vl.convert(whole, alone := tmp_path / "alone.safetensors", to="diffusers")
     asked = ("generate", "--model", tiny_model, *COMMON, "--output", tmp_path / "out", "--lora", alone)
     said = f"{alone} was trained with the word <rex>, whose vectors are not in it"
     assert said in run(*asked, "--prompt", "a <rex>")

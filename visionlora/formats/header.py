@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import struct
@@ -19,7 +20,9 @@ from visionlora.formats.families import family_of, flat_shapes
 from visionlora.formats.names import without_text_model
 from visionlora.lora.adapter import Adapter, AdapterModule
 
-OWN = ("visionlora", "lora_adapter_metadata", "format")
+WORDS = "visionlora.words"
+"""JSON list of the words whose vectors were learned with an adapter, wherever these are."""
+OWN = ("visionlora", WORDS, "lora_adapter_metadata", "format")
 HASHES = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
 """True of one file only, so they are never carried over to another."""
 PIPELINE_PARTS = ("unet", "text_encoder", "text_encoder_2")
@@ -94,6 +97,8 @@ def drawing_metadata(adapter: Adapter) -> dict[str, str]:
     found = {}
     if trigger := adapter.info.get("trigger"):
         found["modelspec.trigger_phrase"] = str(trigger)
+    if adapter.embeddings:
+        found[WORDS] = json.dumps(sorted(adapter.embeddings))
     if adapter.clip_skip != 1:
         found["ss_clip_skip"] = str(adapter.clip_skip)
     if adapter.zero_terminal_snr:
@@ -111,6 +116,9 @@ def info_in(metadata: Mapping[str, str]) -> dict[str, Any]:
         info["method"] = module.rpartition(".")[2]
     if trigger := metadata.get("modelspec.trigger_phrase"):
         info["trigger"] = trigger
+    with contextlib.suppress(ValueError):
+        if isinstance(words := json.loads(metadata.get(WORDS, "null")), list):
+            info["words"] = [str(word) for word in words]
     if name := metadata.get("ss_sd_model_name"):
         info["base_name"] = name
     numbers = {name: metadata.get(f"ss_{name}", "") for name in ("steps", "clip_skip", "max_token_length")}

@@ -87,13 +87,13 @@ class AdapterModule:
         wide_up = torch.cat([up, up.new_zeros(len(up), more, *up.shape[2:])], dim=1)
         return AdapterModule.lora(wide_down, wide_up, self.alpha * rank / self.rank)
 
-    def with_rank_for_no_alpha(self) -> AdapterModule:
-        """The same ΔW, none, by a factor of zeros where alpha is 0, which other programs take for the rank."""
+    def with_alpha_for_none(self, alpha: float | None) -> AdapterModule:
+        """The same ΔW, none, by a factor of zeros and this alpha where alpha is 0, which other programs take for the rank."""
         if self.alpha or not self.rank:
             return self
         zeros = ["lora_B"] if "lora_B" in self.tensors else list(self.product_tensors)
         tensors = {name: torch.zeros_like(t) if name in zeros else t for name, t in self.tensors.items()}
-        return replace(self, tensors=tensors, alpha=float(self.rank))
+        return replace(self, tensors=tensors, alpha=alpha or float(self.rank))
 
     def is_zero(self) -> bool:
         """Whether ΔW is zero whatever the base: a factor is."""
