@@ -24,6 +24,7 @@ from visionlora.formats import native
 from visionlora.loaders import load_adapter
 from visionlora.lora.adapter import Adapter
 from visionlora.models.vision import open_backbone
+from visionlora.report.classify_fitting import Fitting
 from visionlora.training.loop import Fit
 
 from ..doubles import Ears, adapter_of, not_finite_after
@@ -45,8 +46,8 @@ def trained(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_run_leaves_everything(trained: Path) -> None:
     assert {p.name for p in trained.iterdir()} >= {
-        "config.yaml", "metrics.jsonl", "adapter.safetensors", "baselines", "checkpoints", "loss.png", "confusion.png",
-        "reliability.png", "overlays.png", "metrics.json", "report.html", "README.md", "run.json",
+        "asked.yaml", "config.yaml", "metrics.jsonl", "adapter.safetensors", "baselines", "checkpoints", "loss.png",
+        "confusion.png", "reliability.png", "overlays.png", "metrics.json", "report.html", "README.md", "run.json",
     }  # fmt: skip
     metrics = json.loads((trained / "metrics.json").read_text())
     assert metrics["evaluated_on"] == "test" and metrics["pictures"] == 9
@@ -647,6 +648,34 @@ def test_losses_that_are_not_finite_cost_the_steps_that_had_them_alone(
     assert code == 0 and "Going on at step 7 of 10." in out, err
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["loss"] is None for line in lines] == [False] * 5 + [True] * 2 + [False] * 3
+
+
+def test_killed_before_its_first_checkpoint_the_same_command_runs_as_if_it_had_not_been(
+    shapes: Path, tiny_vit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rate that it found and the steps that its epochs became were settings that nobody may give again."""
+
+    class Killed(BaseException):
+        pass
+
+    def killed(self: Fitting) -> None:
+        raise Killed
+
+    def asked(output: Path) -> vl.ClassifyConfig:
+        return vl.ClassifyConfig(
+            images=str(shapes), model=str(tiny_vit), output=str(output), epochs=3, evaluations=1, baselines=("none",),
+            find_rate=True, targets="auto", resume="auto",
+        )  # fmt: skip
+
+    with monkeypatch.context() as broken, pytest.raises(Killed):
+        broken.setattr(Fitting, "checkpoint", killed)
+        vl.classify(asked(tmp_path / "cut"))
+    ears = Ears()
+    vl.classify(asked(tmp_path / "cut"), ears)
+    assert not any("starts with changes" in line for line in ears.lines)
+    vl.classify(asked(tmp_path / "whole"))
+    for name in ("config.yaml", "adapter.safetensors"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 
 
 def of_eight_steps(images: Path, model: Path, output: Path) -> vl.ClassifyConfig:

@@ -28,7 +28,7 @@ def test_a_run_leaves_everything_and_its_config_runs_again_to_the_same_bytes(
     assert "sks dog" in out, "the made-up prompt is said"
     run = tmp_path / "a"
     found = {p.name for p in run.iterdir()}
-    assert found == {"config.yaml", "metrics.jsonl", "adapter.safetensors", "checkpoints", "samples", "grid.png",
+    assert found == {"asked.yaml", "config.yaml", "metrics.jsonl", "adapter.safetensors", "checkpoints", "samples", "grid.png",
                      "loss.png", "README.md", "run.json"}  # fmt: skip
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [m["step"] for m in metrics] == [1, 2, 3, 4]

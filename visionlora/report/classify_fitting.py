@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from visionlora.config import ClassifyConfig, to_yaml
+from visionlora.config import ClassifyConfig
 from visionlora.errors import ProcessLost, TrainingError
 from visionlora.formats import native
 from visionlora.lora.handle import Handle
@@ -112,7 +112,7 @@ class Fitting:
                 run.path / "rate.png", {"loss": points}, xlabel="learning rate, power of ten", ylabel="loss",
                 title=f"Taken: {rate:.1e}",
             )  # fmt: skip
-            run.write_text("config.yaml", to_yaml(config))
+            self.start.write_settings(run, config)
 
     def evaluate(self, step: int) -> None:
         """Looks at the validation pictures; the best moment so far is kept."""

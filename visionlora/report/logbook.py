@@ -224,8 +224,7 @@ class Logbook:
         self.history = [Progress(**p) for p in kept["history"]]
         self.tell.say(f"Going on at step {self.fit.step} of {self.fit.config.steps}.")
         if self.run is not None:
-            text, file = to_yaml(self.config), self.run.path / "config.yaml"
-            if text != file.read_text(encoding="utf-8"):
-                self.run.write_text(file.name, text)
+            if to_yaml(self.config) != (self.run.path / "config.yaml").read_text(encoding="utf-8"):
+                self.start.write_settings(self.run, self.config)
             self.run.write_jsonl("metrics.jsonl", [dataclasses.asdict(p) for p in self.history])
         return bool(what)

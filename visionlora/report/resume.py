@@ -31,6 +31,10 @@ C = TypeVar("C", bound=TrainingConfig)
 P = ParamSpec("P")
 T = TypeVar("T")
 
+ASKED_FILE = "asked.yaml"
+"""Beside a run's config.yaml: its settings as they were given, and what was filled in when the two were written."""
+SETTINGS_FILES = (ASKED_FILE, "config.yaml")
+"""What a run writes first."""
 NOT_COMPARED = ("output", "resume", "force", "images", "folders")
 """Settings that a resumed run does not compare; the pictures themselves are compared."""
 SHAPING = ("model", "weights", "method", "rank", "rank_budget", "alpha", "targets", "init", "basis_index",
@@ -150,15 +154,30 @@ class Start(Generic[C]):
             sweep(run.path, run.checkpoints, run.samples)
         _take(self.folder)
         if self.anew:
-            for path in (*run.samples.glob("*.png"), *run.checkpoints.glob("best.*"), run.path / "validation.jsonl"):
+            old = [*run.samples.glob("*.png"), *run.checkpoints.glob("best.*"), run.path / "validation.jsonl"]
+            if (run.path / ASKED_FILE).is_file():  # says all that config.yaml does, which must not look like edited
+                old.append(run.path / "config.yaml")
+            for path in old:
                 path.unlink(missing_ok=True)
         if self.from_previous:
             from visionlora.training.checkpoint import STATE_FILE, promote
 
             promote(run.checkpoints / STATE_FILE)
         if self.state is None:
-            run.write_text("config.yaml", to_yaml(config))
+            self.write_settings(run, config)
         return run
+
+    def write_settings(self, run: RunFolder, config: C) -> None:
+        """Writes what was asked for, from which a run that has no checkpoint yet starts anew, then the config.yaml.
+
+        Args:
+            run: where.
+            config: the settings with all defaults filled in.
+        """
+        words = "# What this run was asked for, and what was made of it. To run it again, take config.yaml.\n"
+        record = {"asked": dict(self.asked), "filled_in": plain(config)}
+        run.write_text(ASKED_FILE, words + yaml.safe_dump(record, sort_keys=False, allow_unicode=True))
+        run.write_text("config.yaml", to_yaml(config))
 
 
 def begin(config: C, kind: str, tell: Listener) -> Start[C]:
@@ -177,7 +196,7 @@ def begin(config: C, kind: str, tell: Listener) -> Start[C]:
     folder, how, line = _agreed(lambda: _choose(config, kind))
     if line:
         tell.say(line)
-    if how == "anew" and (folder / "config.yaml").is_file():
+    if how == "anew" and any((folder / name).is_file() for name in SETTINGS_FILES):
         config = _begun_with(folder, config, tell)
         _agreed(lambda: None)  # nobody changes what another has still to read
     if how != "on":
@@ -196,7 +215,8 @@ def finished_run(config: TrainingConfig) -> str | None:
     line = f"The run in {folder} is finished; nothing is left to do."
     try:
         before = _settings_in(folder, type(config))
-        differing = set(_differences(config, before, {})) - {"epochs", *FIRST_STEP}
+        noted = _noted_in(folder)
+        differing = set(_differences(config, before, noted[0] if noted else {})) - {"epochs", *FIRST_STEP}
     except VisionLoRAError:
         return line
     if differing:
@@ -326,7 +346,8 @@ def _is_unstarted(folder: Path) -> bool:
     if any(True for pattern in worth for _ in folder.glob(pattern)):
         return False
     names = [entry.name for entry in folder.iterdir()]
-    return "config.yaml" in names or bool(names and all(re.fullmatch(r"\.config\.yaml\.\d+\.tmp", n) for n in names))
+    half = re.compile(r"\.(asked|config)\.yaml\.\d+\.tmp")
+    return any(name in SETTINGS_FILES for name in names) or bool(names and all(map(half.fullmatch, names)))
 
 
 def _check_unfinished(folder: Path, config: TrainingConfig) -> None:
@@ -412,9 +433,9 @@ def _going_on(folder: Path, config: C, tell: Listener) -> Start[C]:
     asked = state.get("asked", {})
     changed = _differences(config, before, asked)
     told = {**plain(written), **{name: value for name, value in plain(config).items() if name in changed}}
-    for f in dataclasses.fields(before):  # what was edited in the file counts as given
-        if (now := getattr(written, f.name)) != getattr(before, f.name) and f.name not in NOT_COMPARED:
-            changed.setdefault(f.name, now)
+    for name, now in _edited(written, before).items():  # what was edited in the file counts as given
+        if name not in NOT_COMPARED:
+            changed.setdefault(name, now)
     changes = [f"{name}: {_shown(getattr(before, name))} -> {_shown(now)}" for name, now in changed.items()]
     never = [name for name in changed if name in REASONS]
     if changed and (never or not config.force):
@@ -429,31 +450,76 @@ def _going_on(folder: Path, config: C, tell: Listener) -> Start[C]:
             f"The run in {folder} had other settings:\n" + "\n".join(lines) + f"\nEither {', or '.join(ways)}."
         )
     asked = {**asked, **{name: told[name] for name in changed}}
-    if "epochs" in changed:
-        changed["steps"] = None
-    own = dataclasses.replace(before, **changed, **_moved(config), output=None, resume=None, force=False)
+    own = _with(before, {**changed, **_moved(config), "output": None, "resume": None, "force": False})
     return Start(folder, own, asked, state, tuple(changes), config.force, from_previous=bool(warned))
+
+
+def _noted_in(folder: Path) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """What was asked for and what was filled in, as `write_settings` notes it; None in the folder of an older version.
+
+    Raises:
+        RunFolderError: when the file holds something else.
+    """
+    file = folder / ASKED_FILE
+    if not file.is_file():
+        return None
+    noted = read_yaml(str(file))
+    asked, filled = noted.get("asked"), noted.get("filled_in")
+    if not isinstance(asked, dict) or not isinstance(filled, dict):
+        raise RunFolderError(
+            f"{file} does not say what the run was asked for: `asked` and `filled_in` must hold settings. Put it right, or "
+            "remove it, and the settings in config.yaml count."
+        )
+    return asked, filled
 
 
 def _begun_with(folder: Path, config: C, tell: Listener) -> C:
     """The settings of a run that was cut off before its first checkpoint, with those that are given in their place.
 
+    What was filled in is left out: other settings, pictures and machines have other defaults. The config.yaml of an older
+    version does not tell it apart; there all counts as asked for.
+
     Raises:
-        ConfigError: for one that shapes the adapter, as others were filled in by it when the run began.
+        ConfigError: when the given ones do not go with the others; of an older version, also for one that shapes the adapter.
     """
-    before = _settings_in(folder, type(config))
+    noted, kind = _noted_in(folder), type(config)
+    written = _settings_in(folder, kind) if (folder / "config.yaml").is_file() else None
+    if noted is None:
+        assert written is not None
+        before = written
+    else:
+        asked, filled = (build(kind, settings) for settings in noted)
+        before = asked if written is None else _with(asked, _edited(written, filled))
     changed = _differences(config, before, {})
     lines = [f"{name}: {_shown(getattr(before, name))} -> {_shown(now)}" for name, now in changed.items()]
-    if any(name in SHAPING for name in changed):
+    if noted is None and any(name in SHAPING for name in changed):
         raise ConfigError(
             f"The run in {folder} was begun with other settings ({'; '.join(lines)}). It has learned nothing yet: leave them "
             "out to start it as it was begun, or start a new run in another folder."
         )
+    try:
+        settings = _with(before, {**changed, **_moved(config)})
+    except ConfigError as e:
+        raise ConfigError(
+            f"{e}\nWhat is not given counts as the run in {folder} was begun with it: give it too, or start a new run in "
+            "another folder."
+        ) from None
     if lines:
         tell.say(f"It starts with changes: {'; '.join(lines)}.")
-    if "epochs" in changed:
-        changed["steps"] = None
-    return dataclasses.replace(before, **changed, **_moved(config))
+    return settings
+
+
+def _with(config: C, changed: Mapping[str, Any]) -> C:
+    """The settings with others in their place; of steps and epochs the one that is given counts."""
+    instead = {"epochs": "steps", "steps": "epochs"}
+    off = {instead[name]: None for name in instead if changed.get(name) is not None}
+    return dataclasses.replace(config, **{**off, **changed})
+
+
+def _edited(written: C, before: C) -> dict[str, Any]:
+    """The settings in a config.yaml that are not as the run had written them, and what they are now."""
+    pairs = {f.name: (getattr(before, f.name), getattr(written, f.name)) for f in dataclasses.fields(written)}
+    return {name: now for name, (was, now) in pairs.items() if now != was}
 
 
 def _differences(config: C, before: C, asked: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from visionlora.atomic import hold, let_go
-from visionlora.config import ClassifyConfig, TrainSDConfig, build, to_yaml
+from visionlora.config import ClassifyConfig, TrainingConfig, TrainSDConfig, build, to_yaml
 from visionlora.errors import ConfigError, RunFinished, RunFolderError
 from visionlora.report.resume import LearnedFrom, Start, begin, finished_run, holding, plain
 from visionlora.training.checkpoint import PREVIOUS_FILE, STATE_FILE, write_state
@@ -107,7 +107,7 @@ def test_a_run_without_a_step_starts_anew_in_its_folder() -> None:
     found.open(found.config)
     assert "steps: 7" in (folder / "config.yaml").read_text()
     left = sorted(p.name for p in folder.rglob("*") if p.is_file())
-    assert left == ["config.yaml", "mine.txt"]
+    assert left == ["asked.yaml", "config.yaml", "mine.txt"]
 
 
 def test_a_run_that_starts_anew_has_the_settings_that_it_was_begun_with() -> None:
@@ -118,6 +118,74 @@ def test_a_run_that_starts_anew_has_the_settings_that_it_was_begun_with() -> Non
     assert found.asked["rank"] == 2 and lines[-1] == "It starts with changes: steps: 12 -> 7; seed: 0 -> 3."
     with pytest.raises(ConfigError, match=r"begun with other settings \(rank: 2 -> 4\)\. It has learned nothing yet"):
         started(resume="auto", output="r", rank=4)
+
+
+def begun(kind: type[TrainingConfig], asked: dict[str, object], **filled_in: object) -> TrainingConfig:
+    """A run in `r` that is killed before its first checkpoint; returns what it was asked for."""
+    given = build(kind, {"images": "dog", "output": "r", "resume": "auto", **asked})
+    start = begin(given, "sd", Ears())
+    start.open(dataclasses.replace(start.config, **filled_in))
+    let_go()
+    return start.config
+
+
+@pytest.mark.parametrize(
+    ("kind", "asked", "filled_in"),
+    [
+        (TrainSDConfig, {"auto_batch": True, "gradient_accumulation": 4},
+         {"auto_batch": False, "batch_size": 32, "gradient_accumulation": 1, "steps": 600}),
+        (TrainSDConfig, {}, {"steps": 600, "learning_rate": 1e-3, "model": "emoji-64"}),
+        (ClassifyConfig, {"epochs": 2}, {"epochs": None, "steps": 40}),
+        (ClassifyConfig, {"targets": "auto"}, {"targets": "attn.qv"}),
+        (ClassifyConfig, {"find_rate": True}, {"find_rate": False, "learning_rate": 0.1, "head_learning_rate": 0.1}),
+    ],
+)  # fmt: skip
+def test_the_same_command_starts_anew_as_it_began(
+    kind: type[TrainingConfig], asked: dict[str, object], filled_in: dict[str, object]
+) -> None:
+    """What was filled in counted as asked for: 32 pictures a step became 128, and targets=auto was a change."""
+    first = begun(kind, asked, **filled_in)
+    for _ in range(2):
+        found, lines = started(build(kind, {"images": "dog", "output": "r", "resume": "auto", **asked}))
+        assert found.config == first
+        assert lines == ["The run in r was cut off before its first checkpoint; it starts anew, nothing is lost."]
+        found.open(dataclasses.replace(found.config, **filled_in))
+        let_go()
+    (Path("r") / "config.yaml").unlink()  # cut off between the two files
+    assert started(build(kind, {"images": "dog", "output": "r", "resume": "auto"}))[0].config == first
+
+
+def test_a_run_that_starts_anew_takes_other_settings_too() -> None:
+    begun(TrainSDConfig, {"rank": 2, "epochs": 2}, epochs=None, steps=40, alpha=2.0)
+    found, lines = started(resume="auto", output="r", rank=4, steps=7)
+    assert (found.config.rank, found.config.steps, found.config.epochs, found.config.alpha) == (4, 7, None, None)
+    assert lines[-1] == "It starts with changes: steps: none -> 7; rank: 2 -> 4."
+    assert found.asked["rank"] == 4 and found.asked["steps"] == 7
+
+
+def test_settings_that_do_not_go_with_those_that_a_run_was_begun_with() -> None:
+    begun(ClassifyConfig, {"find_rate": True}, find_rate=False, learning_rate=0.1)
+    given = {"images": "dog", "output": "r", "resume": "auto", "learning_rate": 0.2}
+    with pytest.raises(ConfigError, match=r"(?s)find_rate is True.*as the run in r was begun with it: give it too"):
+        started(build(ClassifyConfig, given))
+    assert started(build(ClassifyConfig, {**given, "find_rate": False}))[0].config.learning_rate == 0.2
+
+
+def test_an_edited_config_file_counts_when_a_run_starts_anew() -> None:
+    begun(ClassifyConfig, {"epochs": 2}, epochs=None, steps=40)
+    file = Path("r/config.yaml")
+    file.write_text(file.read_text().replace("steps: 40", "steps: 15").replace("images: dog", "images: cat"))
+    found, lines = started(build(ClassifyConfig, {"images": "cat", "output": "r", "resume": "auto"}))
+    assert (found.config.steps, found.config.epochs, found.config.images) == (15, None, "cat") and len(lines) == 1
+
+
+def test_a_record_of_what_was_asked_that_is_something_else() -> None:
+    begun(TrainSDConfig, {})
+    Path("r/asked.yaml").write_text("rank: 3\n")
+    with pytest.raises(
+        RunFolderError, match=r"`asked` and `filled_in` must hold settings\. Put it right, or remove it"
+    ):
+        started(resume="auto", output="r")
 
 
 def test_resume_and_another_output() -> None:
@@ -155,12 +223,13 @@ def test_the_newest_run_without_a_step_starts_anew_too() -> None:
     assert line == "The last run of dog, runs/a, was cut off before its first checkpoint; it starts anew."
 
 
-def test_a_folder_that_was_cut_off_while_its_first_file_was_written() -> None:
+@pytest.mark.parametrize("name", [".asked.yaml.77.tmp", ".config.yaml.77.tmp"])
+def test_a_folder_that_was_cut_off_while_its_first_file_was_written(name: str) -> None:
     Path("r").mkdir()
-    Path("r/.config.yaml.77.tmp").write_text("half")
+    Path("r", name).write_text("half")
     found, _ = started(resume="auto", output="r")
     found.open(found.config)
-    assert [p.name for p in Path("r").iterdir() if p.is_file()] == ["config.yaml"]
+    assert sorted(p.name for p in Path("r").iterdir() if p.is_file()) == ["asked.yaml", "config.yaml"]
 
 
 def test_adapters_without_a_state_are_not_thrown_away() -> None:
@@ -191,6 +260,8 @@ def test_a_finished_run_is_success() -> None:
         "The run in r is finished; nothing is left to do. It had another alpha, rank; a new run needs an --output of its own."
     )
     assert said() is None and said(resume="r") is None
+    (folder / "asked.yaml").write_text("asked: {rank: 3}\nfilled_in: {}\n")
+    assert said(resume="auto", rank=3) == "The run in r is finished; nothing is left to do."
     with pytest.raises(RunFinished, match="The run in r is finished"):
         started(resume="auto", output="r")
 
