@@ -25,6 +25,7 @@ from visionlora.loaders import load_adapter
 from visionlora.lora.adapter import Adapter
 from visionlora.models.vision import open_backbone
 from visionlora.report.classify_fitting import Fitting
+from visionlora.report.logbook import Logbook
 from visionlora.training.loop import Fit
 
 from ..doubles import Ears, adapter_of, not_finite_after
@@ -650,16 +651,19 @@ def test_losses_that_are_not_finite_cost_the_steps_that_had_them_alone(
     assert [json.loads(line)["loss"] is None for line in lines] == [False] * 5 + [True] * 2 + [False] * 3
 
 
+class Killed(BaseException):
+    """As sudden as a power cut, within one process."""
+
+
+def killed(self: object) -> None:
+    """In place of a method."""
+    raise Killed
+
+
 def test_killed_before_its_first_checkpoint_the_same_command_runs_as_if_it_had_not_been(
     shapes: Path, tiny_vit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The rate that it found and the steps that its epochs became were settings that nobody may give again."""
-
-    class Killed(BaseException):
-        pass
-
-    def killed(self: Fitting) -> None:
-        raise Killed
 
     def asked(output: Path) -> vl.ClassifyConfig:
         return vl.ClassifyConfig(
@@ -694,6 +698,18 @@ def test_a_moment_whose_step_is_lost_is_made_up_for(
     result = vl.classify(of_eight_steps(shapes, tiny_vit, tmp_path / "run"))
     rows = [json.loads(line) for line in (result.folder / "validation.jsonl").read_text().splitlines()]
     assert looked_at in [row["step"] for row in rows] and len(rows) == 3
+
+
+def test_a_moment_that_is_made_up_for_at_the_end_is_owed_no_more(
+    shapes: Path, tiny_vit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as broken, pytest.raises(Killed):
+        broken.setattr(Fit, "advance", not_finite_after(7, 0, until=8))
+        broken.setattr(Logbook, "end", killed)
+        vl.classify(of_eight_steps(shapes, tiny_vit, tmp_path / "run"))
+    vl.classify(vl.ClassifyConfig(images="x", resume=str(tmp_path / "run")))
+    rows = [json.loads(line) for line in (tmp_path / "run" / "validation.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 4, 8]
 
 
 def test_a_last_step_after_ruined_weights_ends_the_run_in_its_last_good_state(

@@ -227,6 +227,24 @@ def test_a_moment_is_owed_after_an_interruption_too(
     assert [row["step"] for row in rows] == [0, 6, 12]
 
 
+def test_a_moment_that_is_made_up_for_at_the_end_is_owed_no_more(
+    tiny_model: Path, dogs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed while it wrote its report, the run looked at its last step twice."""
+    folder = tmp_path / "run"
+
+    def killed(self: Logbook) -> None:
+        raise Killed
+
+    with monkeypatch.context() as broken, pytest.raises(Killed):
+        broken.setattr(Fit, "advance", not_finite_after(11, 0, until=12))
+        broken.setattr(Logbook, "end", killed)
+        train_sd(config(tiny_model, dogs, folder, checkpoints=2, sample_columns=0, val_share=0.4))
+    train_sd(resumed(folder))
+    rows = [json.loads(line) for line in (folder / "validation.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 6, 12]
+
+
 def test_values_that_are_not_finite_from_the_first_step_on_are_not_blamed_on_the_rate(
     tiny_model: Path, dogs: Path, tmp_path: Path
 ) -> None:

@@ -177,6 +177,7 @@ class Fitting:
             if self.log.owed:
                 self.log.check_end(self.material.task, None if self.run is None else "classify")
                 self.evaluate(self.fit.step)
+                self.log.owed = False
                 self.checkpoint()
         except KeyboardInterrupt:
             if self.log.history and self.written is not None:

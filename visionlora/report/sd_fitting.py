@@ -166,6 +166,7 @@ class Fitting:
             if self.log.owed:
                 self.log.check_end(task, "train-sd")
                 self.evaluate(self.fit.step)
+                self.log.owed = False
                 self.checkpoint()
         except KeyboardInterrupt:
             if self.log.history and self.main:
