@@ -280,8 +280,9 @@ def _choose(config: TrainingConfig, kind: str) -> tuple[Path, How, str]:
         folder = Path(config.resume)
         if config.output and Path(config.output).resolve() != folder.resolve():
             raise ConfigError(
-                f"--resume {folder} goes on in that folder, and --output {config.output} is another. Leave --output out, or "
-                "copy the run there and resume the copy."
+                f"--resume {folder} goes on in that folder, and the output {config.output} (of the command line or a config "
+                f"file) is another. Give --output {shlex.quote(str(folder))}, or none at all; or copy the run to "
+                f"{config.output} and resume the copy."
             )
         if not (folder / "config.yaml").is_file():
             raise RunFolderError(f"{folder} is no run that can be resumed: it has no config.yaml. {_instead(folder)}")

@@ -190,7 +190,8 @@ def test_a_record_of_what_was_asked_that_is_something_else() -> None:
 
 def test_resume_and_another_output() -> None:
     a_run("r")
-    with pytest.raises(ConfigError, match=r"--resume r goes on in that folder, and --output s is another"):
+    another = r"the output s \(of the command line or a config file\) is another\. Give --output r, or none at all"
+    with pytest.raises(ConfigError, match=f"--resume r goes on in that folder, and {another}"):
         started(resume="r", output="s")
     assert started(resume="r", output="./r")[0].folder == Path("r")
 
