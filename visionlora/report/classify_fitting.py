@@ -203,7 +203,7 @@ class Fitting:
             if sound and self.written is not None:
                 self.checkpoint()
             self.accelerator.wait_for_everyone()  # a launcher ends all processes with the first
-            raise TrainingError(f"{e}\n{self.log.not_finite('classify', '' if sound else None)}") from e
+            raise TrainingError(self.log.not_finite(e, "classify", "" if sound else None)) from e
         if self.enough and self.best is not None:
             self.tell.say(f"Stopped at step {self.fit.step}: no better since step {self.best[0]}.")
         self.log.end()

@@ -16,7 +16,7 @@ from visionlora.report.resume import LearnedFrom, Start, plain
 from visionlora.report.runfolder import RunFolder
 from visionlora.report.trackers import Trackers
 from visionlora.training.checkpoint import STATE_FILE, go_back, read_state, write_state
-from visionlora.training.loop import MOST_SKIPPED, Fit, Progress, Task, recent_loss
+from visionlora.training.loop import MOST_SKIPPED, Fit, NotFinite, Progress, Task, recent_loss
 from visionlora.training.noise import noise_lines
 
 TRACKED = ("loss", "learning_rate", "grad_norm", "images_per_second", "noise_scale")
@@ -128,20 +128,34 @@ class Logbook:
             TrainingError: when the step before has ruined the weights.
         """
         if not self.is_sound(self.fit.first_loss(task)):
-            more = "The steps before have ruined the weights." if command is None else self.not_finite(command, None)
+            more = (
+                "The steps before have ruined the weights."
+                if command is None
+                else self._after_not_finite(command, None)
+            )
             raise TrainingError(f"The last step was skipped: its loss or gradient was not finite. {more}")
 
-    def not_finite(self, command: str, kept: str | None) -> str:
-        """What is left after values that were not finite, and how to go on.
+    def not_finite(self, error: NotFinite, command: str, kept: str | None) -> str:
+        """What has ended the run, what is left, and how to go on.
 
         Args:
+            error: that ended it; what usually causes it is left out where it cannot be that.
             command: of the run.
             kept: put after what was kept of the last good step; None where that step had ruined the weights.
         """
-        if not any(math.isfinite(p.loss) for p in self.history):
+        return f"{error if self._ever_finite else error.event}\n{self._after_not_finite(command, kept)}"
+
+    @property
+    def _ever_finite(self) -> bool:
+        """Whether any step was good."""
+        return any(math.isfinite(p.loss) for p in self.history)
+
+    def _after_not_finite(self, command: str, kept: str | None) -> str:
+        """The same, without the error."""
+        if not self._ever_finite:
             return (
                 "It was so from the first step on, so the learning rate is not the cause, and nothing was learned. Look at the "
-                "precision, the alpha, the base model and the pictures, and start a new run."
+                "precision (in fp16, try --precision bf16), the alpha, the base model and the pictures, and start a new run."
             )
         if kept is not None:
             return f"All up to the last good step is kept{kept}.\n{self.go_on_slower(command)}"

@@ -184,7 +184,7 @@ class Fitting:
             sound = self.log.is_sound(self.fit.first_loss(task))
             place = self.keep() if sound and self.main else ""
             self.accelerator.wait_for_everyone()  # a launcher ends all processes with the first
-            raise TrainingError(f"{e}\n{self.log.not_finite('train-sd', place if sound else None)}") from e
+            raise TrainingError(self.log.not_finite(e, "train-sd", place if sound else None)) from e
         if self.enough:
             best = min(self.evaluations, key=lambda e: e.loss)
             self.tell.say(

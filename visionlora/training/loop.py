@@ -176,9 +176,11 @@ class NotFinite(TrainingError):
     """A loss or gradient that is NaN or infinite; the weights are as before the step."""
 
     def __init__(self, what: str, value: float, step: int, rate: float) -> None:
+        self.event = f"The {what} became {value} at step {step}."
+        """What happened, without its causes."""
         super().__init__(
-            f"The {what} became {value} at step {step}. The usual causes: a learning rate that is too high (now {rate:g}; try "
-            "a third of it), fp16 (try --precision bf16), or a picture that is not like the others."
+            f"{self.event} The usual causes: a learning rate that is too high (now {rate:g}; try a third of it), fp16 (try "
+            "--precision bf16), or a picture that is not like the others."
         )
         self.value = value
         """NaN or infinite."""
