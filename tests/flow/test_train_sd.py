@@ -94,6 +94,8 @@ IGNORING = ("sh", "-c", "trap '' INT; exec \"$@\"", "sh")
 def test_an_interrupt_keeps_the_adapter(
     tiny_model: Path, dogs: Path, tmp_path: Path, number: signal.Signals, before: tuple[str, ...]
 ) -> None:
+    if signal.getsignal(number) is signal.SIG_IGN:
+        pytest.skip("under nohup, which the run respects")
     process = subprocess.Popen(
         [*before, sys.executable, "-m", "visionlora", "train-sd", "--images", str(dogs), "--model", str(tiny_model),
          "--steps", "100000", "--output", str(tmp_path / "r"), *map(str, SMALL)],
