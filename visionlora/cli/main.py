@@ -18,7 +18,7 @@ from visionlora.atomic import is_full
 from visionlora.cli import adapters, cache, classify, configs, generate, grid, inspect, overlap, plugins, train_sd
 from visionlora.cli.console import fail, file_problem, leave_to_first, speaks
 from visionlora.errors import VisionLoRAError
-from visionlora.models.devices import process_lost
+from visionlora.models.devices import leave_launch, process_lost
 from visionlora.training.interrupts import listen
 
 INTERRUPTED = 130
@@ -97,6 +97,8 @@ def main() -> None:
     except SystemExit as e:
         if e.code == INTERRUPTED:  # what typer makes of Ctrl-C
             interrupted()
+        if not e.code:
+            leave_launch()
         raise
     except Exception as e:
         if (lost := process_lost(e)) is not None and not os.environ.get("VISIONLORA_DEBUG"):

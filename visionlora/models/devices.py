@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from typing import TYPE_CHECKING
 
 from visionlora.errors import ConfigError, ProcessLost, VisionLoRAError
@@ -67,6 +68,19 @@ def process_of() -> tuple[int, int]:
     return (
         (rank, processes) if os.environ.get("LOCAL_RANK", "-1") not in ("", "-1") and 0 <= rank < processes else (0, 1)
     )
+
+
+def leave_launch() -> None:
+    """Ends what connects this process with the others of a launch, before it ends itself.
+
+    What still runs of it then may abort the process, and the launcher takes that for a failure and ends the others, which may
+    still be writing.
+    """
+    if process_of()[1] > 1 and "torch" in sys.modules:
+        from torch import distributed
+
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.destroy_process_group()
 
 
 def process_lost(error: Exception) -> ProcessLost | None:

@@ -7,7 +7,7 @@ from visionlora.pipelines.generate import place_of
 from visionlora.cli.console import speaks
 from visionlora.config import GenerateConfig
 from visionlora.errors import ConfigError, ModelError, ProcessLost
-from visionlora.models.devices import process_lost, process_of, usable_device
+from visionlora.models.devices import leave_launch, process_lost, process_of, usable_device
 
 from ...doubles import LAUNCH, launched
 
@@ -88,6 +88,21 @@ def test_an_environment_that_is_of_no_launch(said: dict[str, str], monkeypatch: 
     for name, value in said.items():
         monkeypatch.setenv(name, value)
     assert process_of() == (0, 1)
+
+
+def test_a_process_that_ends_leaves_the_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that ended while gloo still ran was aborted now and then, and the launcher then ended the first as it wrote."""
+    left: list[bool] = []
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: left.append(True))
+    for name in LAUNCH:
+        monkeypatch.delenv(name, raising=False)
+    leave_launch()
+    assert not left, "there is none"
+    for name, value in launched(1).items():
+        monkeypatch.setenv(name, value)
+    leave_launch()
+    assert left == [True]
 
 
 def test_an_error_that_another_process_has_caused_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
