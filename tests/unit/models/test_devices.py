@@ -1,5 +1,7 @@
 """A device is one that is there."""
 
+import os
+
 import pytest
 import torch
 from visionlora.pipelines.generate import place_of
@@ -92,17 +94,13 @@ def test_an_environment_that_is_of_no_launch(said: dict[str, str], monkeypatch: 
 
 def test_a_process_that_ends_leaves_the_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     """One that ended while gloo still ran was aborted now and then, and the launcher then ended the first as it wrote."""
-    left: list[bool] = []
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: left.append(True))
-    for name in LAUNCH:
-        monkeypatch.delenv(name, raising=False)
-    leave_launch()
-    assert not left, "there is none"
-    for name, value in launched(1).items():
-        monkeypatch.setenv(name, value)
-    leave_launch()
-    assert left == [True]
+    left: list[int] = []
+    monkeypatch.setattr(os, "_exit", left.append)
+    for rank, ended in ((0, []), (1, [0])):
+        for name, value in launched(rank).items():
+            monkeypatch.setenv(name, value)
+        leave_launch()
+        assert left == ended
 
 
 def test_an_error_that_another_process_has_caused_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
