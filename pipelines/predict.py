@@ -13,7 +13,7 @@ from typing import Any
 from PIL import Image
 
 from visionlora.atomic import check_new
-from visionlora.classifier import Prediction, check_asked, load_classifier
+from visionlora.classifier import Classifier, Prediction, check_asked, load_classifier
 from visionlora.data.class_tables import pictures_of
 from visionlora.data.files import list_folder, suffix_of
 from visionlora.data.images import IMAGE_SUFFIXES, decode_noted, printable
@@ -132,22 +132,10 @@ def predict(
     total = len(given.pictures) + len(given.problems)
     classifier = load_classifier(adapter, model, device, force, weights)
     tell.say(f"{classifier.backbone.why} {len(classifier.tasks[classifier.names[0]].classes)} classes.")
-    batches: list[Batch] = []
-    for start in range(0, len(given.pictures), batch_size)[rank::processes]:
-        batch = Batch(start)
-        opened = list(readable(given.pictures[start : start + batch_size], batch.problems))
-        if opened:
-            said = classifier.predict(
-                [picture for _, _, picture in opened], top_k=top_k, batch_size=batch_size, threshold=threshold,
-                all_scores=all_scores,
-            )  # fmt: skip
-            batch.found += [Predicted(path, s, name) for (name, path, _), s in zip(opened, said, strict=True)]
-        batches.append(batch)
-        tell.progress("Predicting", min(start + batch_size * processes, len(given.pictures)), len(given.pictures))
-    if processes > 1:
-        from accelerate.utils import gather_object
-
-        batches = sorted(gather_object(batches), key=lambda batch: batch.start)
+    batches = in_batches(
+        classifier, given.pictures, batch_size, (rank, processes), tell,
+        top_k=top_k, threshold=threshold, all_scores=all_scores,
+    )  # fmt: skip
     found = [one for batch in batches for one in batch.found]
     given.problems += [line for batch in batches for line in batch.problems]
     if given.problems:
@@ -160,6 +148,37 @@ def predict(
     if target is not None and not rank:
         write_atomic(target, table(found, target.suffix))
     return found
+
+
+def in_batches(
+    classifier: Classifier, pictures: Sequence[tuple[str, Path]], batch_size: int, share: tuple[int, int], tell: Listener,
+    **asked: Any,
+) -> list[Batch]:  # fmt: skip
+    """What is said of all pictures, in order; processes take turns with the batches.
+
+    Args:
+        classifier: that says it.
+        pictures: names and files.
+        batch_size: pictures per forward pass.
+        share: see `shares`.
+        tell: hears how far it is.
+        asked: of `Classifier.predict`.
+    """
+    rank, processes = share
+    batches: list[Batch] = []
+    for start in range(0, len(pictures), batch_size)[rank::processes]:
+        batch = Batch(start)
+        opened = list(readable(pictures[start : start + batch_size], batch.problems))
+        if opened:
+            said = classifier.predict([picture for _, _, picture in opened], batch_size=batch_size, **asked)
+            batch.found += [Predicted(path, s, name) for (name, path, _), s in zip(opened, said, strict=True)]
+        batches.append(batch)
+        tell.progress("Predicting", min(start + batch_size * processes, len(pictures)), len(pictures))
+    if processes > 1:
+        from accelerate.utils import gather_object
+
+        batches = sorted(gather_object(batches), key=lambda batch: batch.start)
+    return batches
 
 
 def shares() -> tuple[int, int]:

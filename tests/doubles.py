@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -91,6 +92,12 @@ def adapter_of(folder: Path, classes: tuple[str, ...], seed: int = 0, method: st
 LAUNCH = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
 
 
-def launched(rank: int, processes: int = 2) -> dict[str, str]:
+def environment_of(rank: int, processes: int = 2) -> dict[str, str]:
     """What the environment of one process of a launch says."""
     return dict(zip(LAUNCH, map(str, (rank, rank, processes)), strict=True))
+
+
+def become_process(monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
+    """Makes this process one of two of a launch."""
+    for name, value in environment_of(rank).items():
+        monkeypatch.setenv(name, value)

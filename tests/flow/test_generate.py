@@ -25,7 +25,7 @@ from visionlora.errors import ConfigError
 from visionlora.lora.adapter import Adapter, AdapterModule
 from visionlora.models.base import open_base
 
-from ..doubles import launched
+from ..doubles import become_process
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -233,15 +233,14 @@ def test_processes_share_the_pictures(tiny_model: Path, tmp_path: Path, monkeypa
     """The first waits for the others' pictures and tells of all."""
     words = ("generate", "--prompt", "a dog", "--num-images", 3, "--model", tiny_model, *COMMON, "--output")
     alone = run(*words, tmp_path / "alone")
-    for name, value in launched(0).items():
-        monkeypatch.setenv(name, value)
+    become_process(monkeypatch, 0)
     out, waits = tmp_path / "out", []
 
     def other(seconds: float) -> None:
         waits.append({read_recipe(p).seed for p in out.iterdir()})
-        monkeypatch.setenv("RANK", "1")
+        become_process(monkeypatch, 1)
         assert run(*words, out) == ""
-        monkeypatch.setenv("RANK", "0")
+        become_process(monkeypatch, 0)
 
     monkeypatch.setattr(time, "sleep", other)
     text = run(*words, out)

@@ -18,7 +18,7 @@ from visionlora.diffusion.axes import Axis, cell_of, parse_axis
 from visionlora.diffusion.recipe import Recipe, read_recipe
 from visionlora.errors import ConfigError
 
-from ..doubles import launched
+from ..doubles import become_process
 from .test_generate import COMMON, loras, run, save_loras
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -285,16 +285,15 @@ def test_processes_share_the_cells_and_the_first_waits_for_the_others(
     )  # fmt: skip
     run(*words, tmp_path / "alone")
     out, alone = tmp_path / "out", {p.name: p.read_bytes() for p in (tmp_path / "alone" / "cells").iterdir()}
-    for name, value in launched(0).items():
-        monkeypatch.setenv(name, value)
+    become_process(monkeypatch, 0)
     waits = []
 
     def other(seconds: float) -> None:
         waits.append({p.name for p in (out / "cells").iterdir()})
         assert not (out / "grid.png").exists()
-        monkeypatch.setenv("RANK", "1")
+        become_process(monkeypatch, 1)
         assert "pictures" not in run(*words, out) and not (out / "index.html").exists()
-        monkeypatch.setenv("RANK", "0")
+        become_process(monkeypatch, 0)
 
     monkeypatch.setattr(time, "sleep", other)
     monkeypatch.setattr("visionlora.pipelines.drawing.SILENT", -1.0)

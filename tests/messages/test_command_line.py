@@ -7,7 +7,7 @@ import pytest
 
 import visionlora
 
-from ..doubles import launched
+from ..doubles import become_process
 
 
 def test_help_imports_no_torch() -> None:
@@ -54,7 +54,6 @@ def test_ctrl_c_is_said() -> None:
 
 def test_what_processes_do_not_share_the_first_does_alone(cli, monkeypatch: pytest.MonkeyPatch) -> None:
     for rank, listed in ((0, True), (1, False)):
-        for name, value in launched(rank).items():
-            monkeypatch.setenv(name, value)
+        become_process(monkeypatch, rank)
         code, out, err = cli("configs")
         assert (code, err, "emoji64_dog" in out, bool(out)) == (0, "", listed, listed)

@@ -98,3 +98,12 @@ def dtype_name(word: str) -> str:
     if found not in DTYPES.values():
         raise ConfigError(f"dtype is {word!r}. {nearest(word, [*DTYPES, *DTYPES.values()])}")
     return found
+
+
+def may_be_on_hub(model: str) -> bool:
+    """Whether a model is named as the Hugging Face Hub does, owner/name; a folder may be too.
+
+    >>> may_be_on_hub("stabilityai/sdxl"), may_be_on_hub("./model"), may_be_on_hub("emoji-64")
+    (True, False, False)
+    """
+    return model.count("/") == 1 and not model.startswith((".", "/", "~"))

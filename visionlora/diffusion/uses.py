@@ -9,7 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from visionlora.config import GenerateConfig
-from visionlora.config.choices import EMBEDDED_SD, WEIGHT_SUFFIXES
+from visionlora.config.choices import EMBEDDED_SD, WEIGHT_SUFFIXES, may_be_on_hub
 from visionlora.diffusion.given import named
 from visionlora.diffusion.recipe import LoraUse, Recipe, take_tags
 from visionlora.errors import AdapterFileError, ConfigError, DataError, nearest
@@ -112,5 +112,4 @@ def changed_since(recipe: Recipe) -> list[str]:
 
 def is_missing(model: str) -> bool:
     """Whether a model is one of a folder or file that is not there; what looks like an id of the Hub may be one."""
-    on_hub = model.count("/") == 1 and not model.startswith((".", "/", "~"))
-    return model not in ("", EMBEDDED_SD) and not on_hub and not Path(model).expanduser().exists()
+    return model not in ("", EMBEDDED_SD) and not may_be_on_hub(model) and not Path(model).expanduser().exists()

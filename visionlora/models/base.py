@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from visionlora.config.choices import EMBEDDED_SD
+from visionlora.config.choices import EMBEDDED_SD, may_be_on_hub
 from visionlora.errors import AdapterFileError, ModelError, first_line, nearest
 from visionlora.formats.container import is_pickle, pickled
 from visionlora.formats.families import by_context, family_of_unet
@@ -279,7 +279,7 @@ def open_base(model: str = "auto", dtype: torch.dtype = torch.float32, named_by:
                 "Name the folder that holds model_index.json, unet, vae and text_encoder."
             )
         return _opened(str(path), str(path.resolve()), why, *load_folder(str(path), dtype))
-    if chosen.count("/") == 1 and not chosen.startswith((".", "/", "~")):
+    if may_be_on_hub(chosen):
         return _opened(chosen, chosen, why, *load_folder(chosen, dtype))
     named = f", which {named_by} names" if named_by else ""
     hint = nearest(path.name, [*models_beside(path), EMBEDDED], MOST_NAMED)

@@ -17,6 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from visionlora.config.choices import may_be_on_hub
 from visionlora.data.preprocess import INTERPOLATIONS, Preprocessing
 from visionlora.errors import AdapterFileError, ModelError, first_line, nearest
 from visionlora.lora.damage import damaged
@@ -287,7 +288,7 @@ def from_name(name: str, weights: str | None) -> VisionModel:
     plain = name.removeprefix("hf-hub:").removeprefix("hf_hub:")
     if timm.is_model(name.split(".")[0]):
         return from_timm(name, name, weights)
-    if plain.count("/") == 1 and not plain.startswith((".", "/", "~")):
+    if may_be_on_hub(plain):
         return (
             from_timm(name, f"hf-hub:{plain}", weights)
             if plain.startswith("timm/")

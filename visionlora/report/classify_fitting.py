@@ -24,6 +24,7 @@ from visionlora.report.listener import Listener
 from visionlora.report.logbook import Logbook
 from visionlora.report.resume import Start
 from visionlora.report.runfolder import RunFolder
+from visionlora.report.settings import write_settings
 from visionlora.training.interrupts import Interrupts
 from visionlora.training.learner import LayeredLearner, rates_by_depth
 from visionlora.training.loop import Fit, NotFinite, Progress, StopTraining
@@ -112,7 +113,7 @@ class Fitting:
                 run.path / "rate.png", {"loss": points}, xlabel="learning rate, power of ten", ylabel="loss",
                 title=f"Taken: {rate:.1e}",
             )  # fmt: skip
-            self.start.write_settings(run, config)
+            write_settings(run, self.start.asked, config)
 
     def evaluate(self, step: int) -> None:
         """Looks at the validation pictures; the best moment so far is kept."""

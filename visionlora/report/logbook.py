@@ -12,8 +12,9 @@ from typing import Any
 from visionlora.config import TrainingConfig, to_yaml
 from visionlora.errors import ConfigError, TrainingError
 from visionlora.report.listener import Listener
-from visionlora.report.resume import LearnedFrom, Start, plain
+from visionlora.report.resume import LearnedFrom, Start
 from visionlora.report.runfolder import RunFolder
+from visionlora.report.settings import plain, write_settings
 from visionlora.report.trackers import Trackers
 from visionlora.training.checkpoint import STATE_FILE, go_back, read_state, write_state
 from visionlora.training.loop import MOST_SKIPPED, Fit, NotFinite, Progress, Task, recent_loss
@@ -239,6 +240,6 @@ class Logbook:
         self.tell.say(f"Going on at step {self.fit.step} of {self.fit.config.steps}.")
         if self.run is not None:
             if to_yaml(self.config) != (self.run.path / "config.yaml").read_text(encoding="utf-8"):
-                self.start.write_settings(self.run, self.config)
+                write_settings(self.run, self.start.asked, self.config)
             self.run.write_jsonl("metrics.jsonl", [dataclasses.asdict(p) for p in self.history])
         return bool(what)

@@ -16,40 +16,33 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic, Literal, ParamSpec, TypeVar
 
-import yaml
-
-from visionlora import __version__
 from visionlora.atomic import hold, let_go, sweep
-from visionlora.config import RESUME_AUTO, TrainingConfig, build, given_names, read_yaml, to_yaml
+from visionlora.config import RESUME_AUTO, TrainingConfig, build, read_yaml
 from visionlora.config.checking import COMMANDS, commands_for, unknown
-from visionlora.config.reading import GIVEN
 from visionlora.errors import ConfigError, RunFinished, RunFolderError, VisionLoRAError
 from visionlora.report.listener import Listener
 from visionlora.report.runfolder import RunFolder, check_run_folder, default_run_folder, open_run_folder, taken
+from visionlora.report.settings import (
+    ASKED_FILE,
+    FIRST_STEP,
+    NOT_COMPARED,
+    REASONS,
+    SETTINGS_FILES,
+    begun_with,
+    differences,
+    edited,
+    moved,
+    noted_in,
+    plain,
+    replaced,
+    settings_in,
+    shown,
+    write_settings,
+)
 
 C = TypeVar("C", bound=TrainingConfig)
 P = ParamSpec("P")
 T = TypeVar("T")
-
-ASKED_FILE = "asked.yaml"
-"""Beside a run's config.yaml: its settings as they were given, and what was filled in when the two were written."""
-SETTINGS_FILES = (ASKED_FILE, "config.yaml")
-"""What a run writes first."""
-NOT_COMPARED = ("output", "resume", "force", "images", "folders")
-"""Settings that a resumed run does not compare; the pictures themselves are compared."""
-SHAPING = ("model", "weights", "method", "rank", "rank_budget", "alpha", "targets", "init", "basis_index",
-           "start_from", "train_text_encoder", "token", "token_vectors", "optimizer", "betas", "ema_decay")  # fmt: skip
-"""Settings that shape the adapter or the state of its optimizer: no run can go on with others."""
-APART = ("seed", "validation", "val_share", "test_share", "group_column", "split_column")
-"""Settings by which pictures are kept apart: with others, the run would be judged by what it has learned from."""
-FIRST_STEP = ("find_rate", "head_init", "token_initializer")
-"""Settings that count before the first step alone."""
-REASONS = {
-    **dict.fromkeys(SHAPING, "it shapes the adapter or its optimizer"),
-    **dict.fromkeys(APART, "it decides which pictures are kept apart"),
-    **dict.fromkeys(FIRST_STEP, "it counts before the first step alone"),
-}
-"""Why a setting can never change."""
 
 
 @dataclass(frozen=True)
@@ -164,20 +157,8 @@ class Start(Generic[C]):
 
             promote(run.checkpoints / STATE_FILE)
         if self.state is None:
-            self.write_settings(run, config)
+            write_settings(run, self.asked, config)
         return run
-
-    def write_settings(self, run: RunFolder, config: C) -> None:
-        """Writes what was asked for, from which a run that has no checkpoint yet starts anew, then the config.yaml.
-
-        Args:
-            run: where.
-            config: the settings with all defaults filled in.
-        """
-        words = "# What this run was asked for, and what was made of it. To run it again, take config.yaml.\n"
-        record = {"asked": dict(self.asked), "filled_in": plain(config)}
-        run.write_text(ASKED_FILE, words + yaml.safe_dump(record, sort_keys=False, allow_unicode=True))
-        run.write_text("config.yaml", to_yaml(config))
 
 
 def begin(config: C, kind: str, tell: Listener) -> Start[C]:
@@ -197,7 +178,7 @@ def begin(config: C, kind: str, tell: Listener) -> Start[C]:
     if line:
         tell.say(line)
     if how == "anew" and any((folder / name).is_file() for name in SETTINGS_FILES):
-        config = _begun_with(folder, config, tell)
+        config = begun_with(folder, config, tell)
         _agreed(lambda: None)  # nobody changes what another has still to read
     if how != "on":
         own = dataclasses.replace(config, output=None, resume=None, force=False)
@@ -214,9 +195,9 @@ def finished_run(config: TrainingConfig) -> str | None:
     folder = Path(config.output)
     line = f"The run in {folder} is finished; nothing is left to do."
     try:
-        before = _settings_in(folder, type(config))
-        noted = _noted_in(folder)
-        differing = set(_differences(config, before, noted[0] if noted else {})) - {"epochs", *FIRST_STEP}
+        before = settings_in(folder, type(config))
+        noted = noted_in(folder)
+        differing = set(differences(config, before, noted[0] if noted else {})) - {"epochs", *FIRST_STEP}
     except VisionLoRAError:
         return line
     if differing:
@@ -293,7 +274,7 @@ def _choose(config: TrainingConfig, kind: str) -> tuple[Path, How, str]:
         _check_unfinished(fresh, config)
         _take(fresh)
         if (fresh / "config.yaml").is_file():
-            _settings_in(fresh, type(config))
+            settings_in(fresh, type(config))
         if _is_unstarted(fresh):
             line = f"The run in {fresh} was cut off before its first checkpoint; it starts anew, nothing is lost."
             return fresh, "anew", line
@@ -389,28 +370,6 @@ def _unfinished(place: Path, config: TrainingConfig) -> list[Path]:
 # ------------------------------------------------------------------------------------------------------ going on
 
 
-def _settings_in(folder: Path, kind: type[C]) -> C:
-    """The settings in a run folder.
-
-    Raises:
-        RunFolderError: when it is a run of another command or version.
-    """
-    settings = read_yaml(str(folder / "config.yaml"))
-    (command,) = (word for word, known in COMMANDS.items() if issubclass(kind, known))
-    if command not in (others := commands_for(settings)):
-        raise RunFolderError(
-            f"{folder} is a run of `visionlora {others[0]}`, not of `visionlora {command}`. Go on with it by: "
-            f"visionlora {others[0]} --resume {shlex.quote(str(folder))}"
-        )
-    if names := unknown(command, settings):
-        raise RunFolderError(
-            f"The run in {folder} has settings that visionlora {__version__} does not know: {', '.join(names)}. If "
-            "config.yaml was edited, put them right (`visionlora check` names the nearest); if another version made "
-            "the run, go on with that one (pip install -U visionlora), or start a new run."
-        )
-    return build(kind, settings)
-
-
 def _going_on(folder: Path, config: C, tell: Listener) -> Start[C]:
     """Goes on with the run in a folder.
 
@@ -420,7 +379,7 @@ def _going_on(folder: Path, config: C, tell: Listener) -> Start[C]:
     """
     from visionlora.training.checkpoint import STATE_FILE, read_state
 
-    written = _settings_in(folder, type(config))
+    written = settings_in(folder, type(config))
     warned: list[str] = []
     state = read_state(folder / "checkpoints" / STATE_FILE, warned.append)
     for line in warned:
@@ -432,12 +391,12 @@ def _going_on(folder: Path, config: C, tell: Listener) -> Start[C]:
         )
     before = build(type(config), state["settings"]) if "settings" in state else written
     asked = state.get("asked", {})
-    changed = _differences(config, before, asked)
+    changed = differences(config, before, asked)
     told = {**plain(written), **{name: value for name, value in plain(config).items() if name in changed}}
-    for name, now in _edited(written, before).items():  # what was edited in the file counts as given
+    for name, now in edited(written, before).items():  # what was edited in the file counts as given
         if name not in NOT_COMPARED:
             changed.setdefault(name, now)
-    changes = [f"{name}: {_shown(getattr(before, name))} -> {_shown(now)}" for name, now in changed.items()]
+    changes = [f"{name}: {shown(getattr(before, name))} -> {shown(now)}" for name, now in changed.items()]
     never = [name for name in changed if name in REASONS]
     if changed and (never or not config.force):
         lines = [
@@ -451,105 +410,5 @@ def _going_on(folder: Path, config: C, tell: Listener) -> Start[C]:
             f"The run in {folder} had other settings:\n" + "\n".join(lines) + f"\nEither {', or '.join(ways)}."
         )
     asked = {**asked, **{name: told[name] for name in changed}}
-    own = _with(before, {**changed, **_moved(config), "output": None, "resume": None, "force": False})
+    own = replaced(before, {**changed, **moved(config), "output": None, "resume": None, "force": False})
     return Start(folder, own, asked, state, tuple(changes), config.force, from_previous=bool(warned))
-
-
-def _noted_in(folder: Path) -> tuple[dict[str, Any], dict[str, Any]] | None:
-    """What was asked for and what was filled in, as `write_settings` notes it; None in the folder of an older version.
-
-    Raises:
-        RunFolderError: when the file holds something else.
-    """
-    file = folder / ASKED_FILE
-    if not file.is_file():
-        return None
-    noted = read_yaml(str(file))
-    asked, filled = noted.get("asked"), noted.get("filled_in")
-    if not isinstance(asked, dict) or not isinstance(filled, dict):
-        raise RunFolderError(
-            f"{file} does not say what the run was asked for: `asked` and `filled_in` must hold settings. Put it right, or "
-            "remove it, and the settings in config.yaml count."
-        )
-    return asked, filled
-
-
-def _begun_with(folder: Path, config: C, tell: Listener) -> C:
-    """The settings of a run that was cut off before its first checkpoint, with those that are given in their place.
-
-    What was filled in is left out: other settings, pictures and machines have other defaults. The config.yaml of an older
-    version does not tell it apart; there all counts as asked for.
-
-    Raises:
-        ConfigError: when the given ones do not go with the others; of an older version, also for one that shapes the adapter.
-    """
-    noted, kind = _noted_in(folder), type(config)
-    written = _settings_in(folder, kind) if (folder / "config.yaml").is_file() else None
-    if noted is None:
-        assert written is not None
-        before = written
-    else:
-        asked, filled = (build(kind, settings) for settings in noted)
-        before = asked if written is None else _with(asked, _edited(written, filled))
-    changed = _differences(config, before, {})
-    lines = [f"{name}: {_shown(getattr(before, name))} -> {_shown(now)}" for name, now in changed.items()]
-    if noted is None and any(name in SHAPING for name in changed):
-        raise ConfigError(
-            f"The run in {folder} was begun with other settings ({'; '.join(lines)}). It has learned nothing yet: leave them "
-            "out to start it as it was begun, or start a new run in another folder."
-        )
-    try:
-        settings = _with(before, {**changed, **_moved(config)})
-    except ConfigError as e:
-        raise ConfigError(
-            f"{e}\nWhat is not given counts as the run in {folder} was begun with it: give it too, or start a new run in "
-            "another folder."
-        ) from None
-    if lines:
-        tell.say(f"It starts with changes: {'; '.join(lines)}.")
-    return settings
-
-
-def _with(config: C, changed: Mapping[str, Any]) -> C:
-    """The settings with others in their place; of steps and epochs the one that is given counts."""
-    instead = {"epochs": "steps", "steps": "epochs"}
-    off = {instead[name]: None for name in instead if changed.get(name) is not None}
-    return dataclasses.replace(config, **{**off, **changed})
-
-
-def _edited(written: C, before: C) -> dict[str, Any]:
-    """The settings in a config.yaml that are not as the run had written them, and what they are now."""
-    pairs = {f.name: (getattr(before, f.name), getattr(written, f.name)) for f in dataclasses.fields(written)}
-    return {name: now for name, (was, now) in pairs.items() if now != was}
-
-
-def _differences(config: C, before: C, asked: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that are given and are neither the run's nor what it was asked for, and what they are now."""
-    words, given = plain(config), given_names(config)
-    return {
-        f.name: now
-        for f in dataclasses.fields(config)
-        if f.name in given
-        and f.name not in NOT_COMPARED
-        and (now := getattr(config, f.name)) != getattr(before, f.name)
-        and (f.name not in asked or words[f.name] != asked[f.name])
-    }
-
-
-def _moved(config: TrainingConfig) -> dict[str, Any]:
-    """Where the pictures are now, when that was said on the command line; whether they are the same is seen later."""
-    said = config.__dict__.get(GIVEN, frozenset())
-    several = {"folders": getattr(config, "folders", ())} if hasattr(config, "folders") else {}
-    return {"images": config.images, **several} if said & {"images", "folders"} else {}
-
-
-def plain(config: TrainingConfig) -> dict[str, Any]:
-    """The settings as a YAML file would hold them."""
-    plain: dict[str, Any] = yaml.safe_load(to_yaml(config))
-    return plain
-
-
-def _shown(value: Any) -> str:
-    if value is None or value == ():
-        return "none"
-    return ", ".join(map(_shown, value)) if isinstance(value, tuple | list) else str(value)

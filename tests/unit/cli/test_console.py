@@ -9,7 +9,7 @@ from visionlora.atomic import replace_file
 from visionlora.cli import console
 from visionlora.cli.console import ConsoleListener, fail, file_problem
 
-from ...doubles import launched
+from ...doubles import become_process
 
 
 def test_plain_lines_name_the_stage_its_end_and_the_detail(capsys: pytest.CaptureFixture[str]) -> None:
@@ -56,8 +56,7 @@ def test_what_all_processes_of_a_launch_have_to_tell_is_left_to_the_first(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The launcher ends the others when the first has ended; an error that one has alone is told by it."""
-    for name, value in launched(1).items():
-        monkeypatch.setenv(name, value)
+    become_process(monkeypatch, 1)
     waited: list[float] = []
     monkeypatch.setattr(console.time, "sleep", waited.append)
     with pytest.raises(SystemExit) as caught:
@@ -77,8 +76,7 @@ def test_what_all_processes_of_a_launch_have_to_tell_is_left_to_the_first(
 def test_one_process_of_a_launch_draws_bars_and_lines(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, value in launched(1).items():
-        monkeypatch.setenv(name, value)
+    become_process(monkeypatch, 1)
     with ConsoleListener() as listener, ConsoleListener(quiet=True) as other:
         for ears in (listener, other):
             ears.say("Base: x")

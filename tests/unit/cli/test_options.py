@@ -15,7 +15,7 @@ from visionlora.config import ClassifyConfig, TrainSDConfig, build, to_yaml
 from visionlora.errors import ConfigError
 from visionlora.vision.metrics import Metrics
 
-from ...doubles import launched
+from ...doubles import environment_of
 
 COMMAND = """
 import sys
@@ -40,7 +40,7 @@ def test_a_run_that_is_finished_is_told_once_and_at_once(tmp_path: Path) -> None
             [sys.executable, "-c", COMMAND, *words],
             capture_output=True,
             text=True,
-            env={**os.environ, **launched(int(rank))},
+            env={**os.environ, **environment_of(int(rank))},
         )
         *told, loaded = done.stdout.splitlines()
         assert loaded == "[]", done.stderr

@@ -11,7 +11,7 @@ from visionlora.config import GenerateConfig
 from visionlora.errors import ConfigError, ModelError, ProcessLost
 from visionlora.models.devices import leave_launch, process_lost, process_of, usable_device
 
-from ...doubles import LAUNCH, launched
+from ...doubles import LAUNCH, become_process, environment_of
 
 
 def with_gpus(monkeypatch: pytest.MonkeyPatch, count: int, mps: bool = False) -> None:
@@ -73,15 +73,14 @@ def test_which_process_of_a_launch_speaks(monkeypatch: pytest.MonkeyPatch) -> No
     for name in LAUNCH:
         monkeypatch.delenv(name, raising=False)
     assert process_of() == (0, 1) and speaks()
-    for name, value in launched(1).items():
-        monkeypatch.setenv(name, value)
+    become_process(monkeypatch, 1)
     assert process_of() == (1, 2) and not speaks()
 
 
 @pytest.mark.parametrize(
     "said",
     [{"RANK": "1"}, {"RANK": ""}, {"WORLD_SIZE": ""}, {"RANK": "1", "WORLD_SIZE": "2"}, {"RANK": "a"},
-     {**launched(1), "LOCAL_RANK": "-1"}, launched(1, 1), launched(-1)],
+     {**environment_of(1), "LOCAL_RANK": "-1"}, environment_of(1, 1), environment_of(-1)],
 )  # fmt: skip
 def test_an_environment_that_is_of_no_launch(said: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a pod of a cluster, where one process is started by hand: commands ended in a traceback, or did nothing."""
@@ -97,8 +96,7 @@ def test_a_process_that_ends_leaves_the_launch(monkeypatch: pytest.MonkeyPatch) 
     left: list[int] = []
     monkeypatch.setattr(os, "_exit", left.append)
     for rank, ended in ((0, []), (1, [0])):
-        for name, value in launched(rank).items():
-            monkeypatch.setenv(name, value)
+        become_process(monkeypatch, rank)
         leave_launch()
         assert left == ended
 
@@ -106,8 +104,7 @@ def test_a_process_that_ends_leaves_the_launch(monkeypatch: pytest.MonkeyPatch) 
 def test_an_error_that_another_process_has_caused_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     broken = torch.distributed.DistBackendError("NCCL timed out")
     assert process_lost(broken) is None, "there is no other"
-    for name, value in launched(0).items():
-        monkeypatch.setenv(name, value)
+    become_process(monkeypatch, 0)
     lost = process_lost(
         RuntimeError("[gloo/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:42374. This is typically\n…")
     )

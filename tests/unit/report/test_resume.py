@@ -14,7 +14,8 @@ import torch
 from visionlora.atomic import hold, let_go
 from visionlora.config import ClassifyConfig, TrainingConfig, TrainSDConfig, build, to_yaml
 from visionlora.errors import ConfigError, RunFinished, RunFolderError
-from visionlora.report.resume import LearnedFrom, Start, begin, finished_run, holding, plain
+from visionlora.report.resume import LearnedFrom, Start, begin, finished_run, holding
+from visionlora.report.settings import plain
 from visionlora.training.checkpoint import PREVIOUS_FILE, STATE_FILE, write_state
 
 from ...doubles import Ears

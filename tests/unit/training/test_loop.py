@@ -22,7 +22,7 @@ from visionlora.training.loop import (
 )
 from visionlora.training.schedules import rate_at
 
-from ...doubles import Learner, launched
+from ...doubles import Learner, become_process
 
 CONFIG = LoopConfig(steps=20, batch_size=2, gradient_accumulation=1, learning_rate=0.1, warmup_steps=2,
                     weight_decay=0.0, max_grad_norm=1.0, seed=0)  # fmt: skip
@@ -191,8 +191,7 @@ def test_what_cuts_a_step_off_before_the_weights_change_costs_that_step_alone(
 ) -> None:
     expected = KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else ProcessLost
     fit = Fit(Accelerator(cpu=True), Learner(nn.Linear(1, 1, bias=False)), CONFIG)
-    for name, value in launched(0).items():
-        monkeypatch.setenv(name, value)
+    become_process(monkeypatch, 0)
     with pytest.raises(expected):
         fit.run(Gone(error), lambda p: None)
     assert fit.step == 4 and fit.whole
