@@ -52,48 +52,6 @@ class Drawn:
     """Whether it was drawn now; otherwise it was there already."""
 
 
-def draw_together(
-    recipes: Sequence[Recipe],
-    ready: Opened,
-    config: GenerateConfig,
-    say: Callable[[str], None],
-    progress: Progress,
-    share: slice,
-    started: float,
-    tells_adapters: bool = True,
-) -> list[Drawn]:
-    """Every picture; the processes of a launch share them, and the first waits until the others' are there.
-
-    Args:
-        recipes: of the whole run, whose pictures are told apart by their names.
-        ready: what to draw with.
-        config: the settings that are not in recipes.
-        say: told what is used, and for what the first process waits.
-        progress: called with (pictures done, pictures), first of the share, then of all.
-        share: of this process.
-        started: when the run began, seconds since 1970: what others have drawn since then is new.
-        tells_adapters: whether `say` is told of each adapter that is put on.
-
-    Returns:
-        All of them in the first process, its own in another.
-    """
-    own = draw_all(recipes, ready, config, say if tells_adapters else lambda line: None, progress, share)
-    rank, processes = process_of()
-    if rank or processes == 1:
-        return own
-    paths = places_of(recipes, config.output)
-    waits_from = time.monotonic()
-    while missing := sum(not path.exists() for path in paths):
-        progress(len(paths) - missing, len(paths))
-        if waits_from and time.monotonic() - waits_from > SILENT:
-            say(f"Waiting for {missing} pictures of the other processes: WORLD_SIZE says that there are {processes}.")
-            waits_from = 0.0
-        time.sleep(0.1)
-    found = [Drawn(path, recipe, path.stat().st_mtime >= started) for path, recipe in zip(paths, recipes, strict=True)]
-    found[share] = own
-    return found
-
-
 def draw_all(
     recipes: Sequence[Recipe],
     ready: Opened,
@@ -153,6 +111,37 @@ def draw_all(
     return [
         Drawn(path, recipe, missing.pop(path, None) is not None) for path, recipe in zip(paths, recipes, strict=True)
     ]
+
+
+def with_others(
+    own: list[Drawn], recipes: Sequence[Recipe], folder: Path, share: slice, started: float, say: Callable[[str], None],
+    progress: Progress,
+) -> list[Drawn]:  # fmt: skip
+    """Every picture, in the first process of a launch, which waits until the others' are there; its own in another.
+
+    Args:
+        own: pictures of this process.
+        recipes: of the whole run.
+        folder: of the pictures.
+        share: of this process.
+        started: when the run began, seconds since 1970: what others have drawn since then is new.
+        say: told for what is waited.
+        progress: called with (pictures done, pictures).
+    """
+    rank, processes = process_of()
+    if rank or processes == 1:
+        return own
+    paths = places_of(recipes, folder)
+    waits_from = time.monotonic()
+    while missing := sum(not path.exists() for path in paths):
+        progress(len(paths) - missing, len(paths))
+        if waits_from and time.monotonic() - waits_from > SILENT:
+            say(f"Waiting for {missing} pictures of the other processes: WORLD_SIZE says that there are {processes}.")
+            waits_from = 0.0
+        time.sleep(0.1)
+    found = [Drawn(path, recipe, path.stat().st_mtime >= started) for path, recipe in zip(paths, recipes, strict=True)]
+    found[share] = own
+    return found
 
 
 def out_of_memory(error: RuntimeError) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from visionlora.pipelines.drawing import Drawn, Opened, Progress, draw_together, scheduler_of
+from visionlora.pipelines.drawing import Drawn, Opened, Progress, draw_all, scheduler_of, with_others
 
 from visionlora.config import PRECISIONS, GenerateConfig
 from visionlora.diffusion.given import PICTURES, check_regions, named, shape_of, sized
@@ -50,7 +50,9 @@ def generate(
     plans = [(prompt, uses_of(prompt, config)) for prompt in config.prompts]
     recipes = settled(recipes_of(config, ready, plans), ready, config, say)
     rank, processes = process_of()
-    drawn: list[Drawn] = draw_together(recipes, ready, config, say, progress, slice(rank, None, processes), started)
+    share = slice(rank, None, processes)
+    own = draw_all(recipes, ready, config, say, progress, share)
+    drawn: list[Drawn] = with_others(own, recipes, config.output, share, started, say, progress)
     return drawn
 
 

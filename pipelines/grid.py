@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from PIL import Image
-from visionlora.pipelines.drawing import Drawn, Progress, draw_together
+from visionlora.pipelines.drawing import Drawn, Progress, draw_all, with_others
 from visionlora.pipelines.generate import loaded, make_fit, opened, recipes_of, settled
 
 from visionlora.atomic import replace_file
@@ -90,7 +90,9 @@ def grid(
     order = sorted(range(len(cells)), key=lambda k: (repr(cells[k].loras), cells[k].compose, k))
     rank, processes = process_of()
     share = slice(*(len(cells) * k // processes for k in (rank, rank + 1)))
-    done = draw_together([cells[k] for k in order], ready, start, say, progress, share, started, tells_adapters=False)
+    recipes = [cells[k] for k in order]
+    own = draw_all(recipes, ready, start, lambda line: None, progress, share)
+    done = with_others(own, recipes, start.output, share, started, say, progress)
     page = config.output / "index.html"
     if rank:
         return GridResult(page, (), tuple(done))
