@@ -334,17 +334,38 @@ def follow_noise(base: BaseModel, adapters: Iterable[Adapter]) -> bool:
     return wanted
 
 
-def check_scaled(scales: Iterable[str], adapters: Iterable[str]) -> None:
-    """Raises ConfigError for a scale of what is not attached."""
-    for given in scales:
+def named(adapters: Any, name: str = "default") -> Mapping[str, str | Path | Adapter]:
+    """Adapters by name: one path or `Adapter` goes by `name`.
+
+    Raises:
+        ConfigError: for anything else.
+    """
+    if isinstance(adapters, (Adapter, str, Path)):
+        return {name: adapters}
+    if not isinstance(adapters, Mapping):
+        raise ConfigError(
+            f"adapters is {type(adapters).__name__}: give them by name, such as {{'dog': 'dog.safetensors'}}, or one path."
+        )
+    return adapters
+
+
+def scales_of(scales: Any, adapters: Iterable[str]) -> Mapping[str, Any]:
+    """Scales by name: one that is not by name is of all.
+
+    Raises:
+        ConfigError: for a scale of what is not there.
+    """
+    by_name = scales if isinstance(scales, Mapping) else {} if scales is None else dict.fromkeys(adapters, scales)
+    for given in by_name:
         if given not in (there := list(adapters)):
             raise ConfigError(f"There is a scale for {given!r}, which is not attached. {nearest(given, there)}")
+    return by_name
 
 
 def load_pipeline(
-    adapters: Mapping[str, str | Path | Adapter],
+    adapters: Mapping[str, str | Path | Adapter] | str | Path | Adapter,
     model: str = "auto",
-    scales: Mapping[str, float] | None = None,
+    scales: Mapping[str, float] | float | None = None,
     force: bool = False,
 ) -> Any:
     """A `StableDiffusionPipeline` with adapters on it, each with its own scale, in fp32 on the CPU; its `to` moves and casts
@@ -353,16 +374,17 @@ def load_pipeline(
     Warns where an adapter was trained with a `clip_skip`, which a pipeline is told at each call.
 
     Args:
-        adapters: name -> file, run folder or `Adapter`.
+        adapters: name -> file, run folder or `Adapter`; or one of these.
         model: the base model; `auto` takes the one that the first adapter names.
-        scales: name -> scale; 1 where not given.
+        scales: name -> scale, 1 where not given; or one scale for all.
         force: see `check_base`.
 
     Raises:
-        ConfigError: for a scale of what is not there.
+        ConfigError: for adapters without names, and a scale of what is not there.
         AdapterFileError, ModelError, TargetError: see `load_adapter`, `open_base` and `apply`.
     """
-    check_scaled(scales or {}, adapters)
+    adapters = named(adapters)
+    by_name = scales_of(scales, adapters)
     loaded = {n: a if isinstance(a, Adapter) else load_adapter(a) for n, a in adapters.items()}
     for name, adapter in loaded.items():
         check_draws(adapter, name)
@@ -372,7 +394,7 @@ def load_pipeline(
     follow_noise(base, loaded.values())
     inner = inner_names(loaded)
     for name, adapter in loaded.items():
-        apply(base, adapter, inner[name], (scales or {}).get(name, 1.0), force)
+        apply(base, adapter, inner[name], by_name.get(name, 1.0), force)
         if adapter.clip_skip != 1 and not base.is_xl:  # kohya writes it for SDXL too, where it is nothing
             warnings.warn(
                 f"{name} was trained with clip_skip {adapter.clip_skip}, and the pipeline reads the last layer unless a call "

@@ -56,6 +56,14 @@ def test_two_adapters_at_their_scales_equal_the_sum_of_their_changes_in_the_weig
         load_pipeline({"dogs": a}, scales={"dog": 0.5})
 
 
+def test_one_adapter_needs_no_name(tiny_model: Path) -> None:
+    adapter = random_adapter(open_base(str(tiny_model)), 0)
+    alone, with_name = load_pipeline(adapter, scales=0.5), load_pipeline({"a": adapter}, scales={"a": 0.5})
+    torch.testing.assert_close(predict(alone.unet), predict(with_name.unet), rtol=0, atol=0)
+    with pytest.raises(ConfigError, match=r"adapters is list: give them by name, such as \{'dog': 'dog\.safetensors'\}"):
+        load_pipeline(["dog.safetensors"])  # type: ignore[arg-type]
+
+
 def test_a_pipeline_that_was_loaded_with_adapters_is_not_saved_in_part(tiny_model: Path, tmp_path: Path) -> None:
     pipe = load_pipeline({"a": random_adapter(open_base(str(tiny_model)), 0)})
     with pytest.raises(ConfigError, match=r"Adapters are on this StableDiffusionPipeline \(a\)"):

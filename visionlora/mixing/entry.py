@@ -9,7 +9,7 @@ from typing import Any, overload
 from torch import nn
 
 from visionlora.errors import ConfigError
-from visionlora.loaders import check_scaled, load_adapter
+from visionlora.loaders import load_adapter, named, scales_of
 from visionlora.lora.adapter import Adapter
 from visionlora.lora.guards import adapters_on
 from visionlora.lora.handle import Handle
@@ -66,10 +66,7 @@ def attach(
         AdapterFileError: when a file cannot be read or is for another family of base models.
         TargetError: when an adapter does not fit; the target is left as it was.
     """
-    if not isinstance(adapters, (Mapping, Adapter, str, Path)):
-        raise ConfigError(
-            f"adapters is {type(adapters).__name__}: give them by name, such as {{'dog': 'dog.safetensors'}}, or one path."
-        )
+    wanted = named(adapters, name)
     if isinstance(target, nn.Module) and not isinstance(adapters, Mapping):
         if scales is not None or mode != "auto" or compose != "sum" or options:
             raise ConfigError(
@@ -81,9 +78,7 @@ def attach(
     if component:
         raise ConfigError(f"component is {component!r}, but a mix finds the part of each layer itself: leave it out.")
     mix = Mix(target, mode, compose, allow_partial, **options)
-    wanted = adapters if isinstance(adapters, Mapping) else {name: adapters}
-    by_name = scales if isinstance(scales, Mapping) else {} if scales is None else dict.fromkeys(wanted, scales)
-    check_scaled(by_name, wanted)
+    by_name = scales_of(scales, wanted)
     mix.change({n: mix.member(n, a, by_name.get(n, 1.0)) for n, a in wanted.items()})
     return mix
 
