@@ -90,8 +90,9 @@ def save_adapter(adapter: Adapter | Result | str | Path, path: str | Path, forma
     Args:
         adapter: from a file or a handle; what `merge_adapters` and its like return; or the path of a file.
         path: a file, or for `peft` a folder.
-        format: `visionlora` (our own, which diffusers reads too), `kohya` (A1111, Forge, ComfyUI), `diffusers`,
-            `diffusers-folded` (for versions of diffusers that do not read scales from the header) or `peft`.
+        format: `visionlora` (our own, which diffusers reads too), `kohya` (A1111, Forge, ComfyUI; diffusers 0.42 drops the
+            magnitudes of a text encoder's DoRA from it, and says so), `diffusers`, `diffusers-folded` (for versions of
+            diffusers that do not read scales from the header) or `peft`.
 
     Raises:
         AdapterFileError: when the format is unknown or cannot hold the adapter, a value is NaN or infinite, or the path cannot
