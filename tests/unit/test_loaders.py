@@ -60,7 +60,9 @@ def test_one_adapter_needs_no_name(tiny_model: Path) -> None:
     adapter = random_adapter(open_base(str(tiny_model)), 0)
     alone, with_name = load_pipeline(adapter, scales=0.5), load_pipeline({"a": adapter}, scales={"a": 0.5})
     torch.testing.assert_close(predict(alone.unet), predict(with_name.unet), rtol=0, atol=0)
-    with pytest.raises(ConfigError, match=r"adapters is list: give them by name, such as \{'dog': 'dog\.safetensors'\}"):
+    with pytest.raises(
+        ConfigError, match=r"adapters is list: give them by name, such as \{'dog': 'dog\.safetensors'\}"
+    ):
         load_pipeline(["dog.safetensors"])  # type: ignore[arg-type]
 
 
