@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from visionlora.pipelines.sd_learning import batch_in_memory, material_of, new_adapter, room_of
+from visionlora.pipelines.sd_learning import Learning, Material, batch_in_memory, material_of, new_adapter, room_of
 from visionlora.pipelines.sd_ready import Ready, one_pass, prepare
 from visionlora.pipelines.timing import PROBED, cost_of_step, seconds_of_step, timed, with_rank
 from visionlora.pipelines.train_sd import default_prompts
@@ -35,12 +35,15 @@ from visionlora.diffusion.settings import (
     validation_plan,
     whole_captions,
 )
+from visionlora.diffusion.validation import AT_ONCE, levels_in, losses_at
 from visionlora.lora.rank import at_rank
 from visionlora.models.base import BaseModel
+from visionlora.models.evaluation import evaluating, in_one_pass
 from visionlora.report.listener import Listener
 from visionlora.report.resume import begin, holding
+from visionlora.report.samples import sample_moments
 from visionlora.report.sd_run import pictures_per_step
-from visionlora.training.loop import Fit, process_state
+from visionlora.training.loop import Fit, LoopConfig, process_state
 from visionlora.training.memory import peak_memory
 from visionlora.training.settings import loop_config, targets_of
 
@@ -65,6 +68,8 @@ class Estimate:
     """Of all sample pictures."""
     class_seconds: float
     """Of the class pictures that have to be drawn."""
+    validation_seconds: float
+    """Of all looks at the validation pictures."""
     beside: int
     """Pictures of the class and to judge by, which are encoded too."""
     peak_bytes: int
@@ -84,11 +89,13 @@ class Estimate:
     @property
     def seconds(self) -> float:
         """Of the whole run."""
-        return self.steps * self.step_seconds + self.encoding_seconds + self.drawing_seconds + self.class_seconds
+        beside = self.encoding_seconds, self.drawing_seconds, self.class_seconds, self.validation_seconds
+        return self.steps * self.step_seconds + sum(beside)
 
     def lines(self) -> list[str]:
         """For a person."""
         of_class = f", {self.class_seconds:.0f} s to draw class pictures" if self.class_seconds else ""
+        judged = f", {self.validation_seconds:.0f} s on validation pictures" if self.validation_seconds else ""
         sizes = ", ".join(f"{w}x{h}: {n}" for (h, w), n in sorted(self.sizes.items(), key=lambda s: -s[1]))
         layers = f"{self.layers} layers, " if self.layers else ""
         return [
@@ -97,7 +104,7 @@ class Estimate:
             f"Pictures    {sum(self.sizes.values())}, width x height in px: {sizes}",
             f"Steps       {self.steps} of {self.pictures_per_step} pictures, {self.epochs:.1f} times over all pictures",
             f"Time        {self.seconds / 60:.1f} minutes: {self.step_seconds:.2f} s a step, "
-            f"{self.encoding_seconds:.0f} s to encode, {self.drawing_seconds:.0f} s for samples{of_class}",
+            f"{self.encoding_seconds:.0f} s to encode, {self.drawing_seconds:.0f} s for samples{judged}{of_class}",
             f"Memory      {self.peak_bytes / 2**30:.2f} GiB at the peak, of the {self.device}{self.too_large}",
             f"Cache       {(self.latent_bytes + self.text_bytes) / 2**30:.2f} GiB: latents of "
             f"{sum(self.sizes.values()) + self.beside} pictures {self.latent_bytes / 2**30:.2f}, text of {self.captions} "
@@ -160,12 +167,13 @@ def dry_run(config: TrainSDConfig, listener: Listener | None = None) -> Estimate
 
         with attention_kernel(config.attention):
             step = cost_of_step(loop.batch_size, room_of(ready, material, learning), seconds_with)
+            judging = validation_seconds(ready, material, learning, loop) if ready.apart else 0.0
         drawing = 0.0
         if config.sample_columns:
-            learner.model.eval()
             prompts = config.sample_prompts or default_prompts(config, ready.folder)
             one = SamplingConfig(1, config.guidance_scale or 1.0, config.seed)
-            drawing = timed(lambda: draw(ready.base, prompts, ready.size, one), ready.accelerator)
+            with evaluating(learner.model):
+                drawing = timed(lambda: draw(ready.base, prompts, ready.size, one), ready.accelerator)
     columns = config.sample_columns + 1 if config.sample_columns else 0
     pictures = pictures_per_step(loop)
     return Estimate(
@@ -181,6 +189,7 @@ def dry_run(config: TrainSDConfig, listener: Listener | None = None) -> Estimate
         encoding_seconds=encoding * (len(items) + len(of_class) + len(apart) / len(plan.variants)),
         drawing_seconds=drawing * config.sample_steps * columns,
         class_seconds=class_seconds,
+        validation_seconds=judging,
         beside=len(of_class) + len(apart),
         peak_bytes=peak_memory() + step.more_bytes,
         too_large=step.note(", or auto_batch=true"),
@@ -209,6 +218,23 @@ def class_sizes(config: TrainSDConfig, base: BaseModel) -> tuple[list[Size], int
         return [], 0
     items, _ = class_pictures(Path(config.prior_images).expanduser(), config.prior_prompt, config.skip_broken, base)
     return [item.size or decode(item.path).size[::-1] for item in items], max(0, config.prior_count - len(items))
+
+
+def validation_seconds(ready: Ready, material: Material, learning: Learning, loop: LoopConfig) -> float:
+    """What all looks at the validation pictures take, measured on training pictures of the largest size at one noise level."""
+    config, model = ready.config, learning.learner.model
+    levels = levels_in(config.timestep_range)
+    with evaluating(model), torch.no_grad():
+        one = timed(
+            lambda: losses_at(
+                model, ready.noise_scheduler, material.data, levels[:1], config.seed, material.tokens,
+                config.unmasked_weight, in_one_pass(loop.batch_size, AT_ONCE),
+            ),
+            ready.accelerator,
+        ) / len(material.data)  # fmt: skip
+    looks = 1 + len(sample_moments(loop.steps, config.checkpoints))
+    seconds: float = one * len(levels) * len(ready.apart) * looks / ready.accelerator.num_processes
+    return seconds
 
 
 def class_picture_seconds(ready: Ready) -> float:

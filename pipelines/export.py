@@ -26,11 +26,11 @@ from visionlora.loaders import check_classifies, check_fingerprints, load_adapte
 from visionlora.lora.adapter import Adapter, AdapterModule
 from visionlora.lora.inject import attach
 from visionlora.lora.merge import bake
+from visionlora.models.evaluation import forget_biases
 from visionlora.models.heads import LAST, as_logits
 from visionlora.models.input_size import patch_embeds
 from visionlora.models.vision import VisionModel, open_backbone
 from visionlora.report.runfolder import check_place
-from visionlora.vision.explain import forget_biases
 
 TARGETS = ("timm", "transformers", "state-dict", "peft", "onnx")
 FOLDERS = ("timm", "transformers", "peft")

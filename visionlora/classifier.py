@@ -36,9 +36,9 @@ from visionlora.lora.handle import Handle
 from visionlora.lora.inject import attach
 from visionlora.lora.merge import merge_together
 from visionlora.models.devices import usable_device
+from visionlora.models.evaluation import forget_biases
 from visionlora.models.heads import as_logits
 from visionlora.models.vision import VisionModel, open_backbone
-from visionlora.vision.explain import forget_biases
 
 COMPONENT = "model"
 """Of the backbone in adapter files."""

@@ -84,14 +84,17 @@ def launch(tmp_path: Path, *words: object, processes: int, once: str = "Done in"
     return done.stdout
 
 
+def losses_in(file: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in file.read_text().splitlines()]
+
+
 def check_same_adapter(one: Path, two: Path) -> None:
     """The factors agree to what the order of a sum can change, and so does every loss on the way."""
     first, second = (load_file(f / "adapter.safetensors") for f in (one, two))
     assert first.keys() == second.keys()
     for name, tensor in first.items():
         torch.testing.assert_close(second[name], tensor, rtol=1e-4, atol=1e-6)
-    losses = [[json.loads(line)["loss"] for line in (f / "metrics.jsonl").read_text().splitlines()] for f in (one, two)]
-    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+    assert losses_in(two / "metrics.jsonl") == pytest.approx(losses_in(one / "metrics.jsonl"), rel=1e-6)
 
 
 @pytest.mark.slow
@@ -133,12 +136,18 @@ def test_sizes_and_text_encoders_on_two_processes(tiny_model: Path, dogs: Path, 
 
     for i in range(3):
         Image.effect_noise((64, 32), 40 + 20 * i).convert("RGB").save(dogs / f"wide{i}.png")
+    judges = tmp_path / "judges"
+    judges.mkdir()
+    for i, size in enumerate([(32, 32), (32, 32), (64, 32)]):
+        Image.effect_noise(size, 30 + 20 * i).convert("RGB").save(judges / f"{i}.png")
     words = ["train-sd", "--images", dogs, "--model", tiny_model, "--steps", 6, "--rank", 2, "sample_steps=1",
              "sample_columns=1", "learning_rate=0.001", "train_text_encoder=true", "text_encoder_stop=0.5",
-             "token=<it>", "--prompt", "a <it> dog", "prior_prompt=a dog"]  # fmt: skip
+             "token=<it>", "--prompt", "a <it> dog", "prior_prompt=a dog", "--validation", judges]  # fmt: skip
     launch(tmp_path, *words, "--batch-size", 4, "--output", "one", processes=1)
     launch(tmp_path, *words, "--batch-size", 2, "--output", "two", processes=2)
     check_same_adapter(tmp_path / "one", tmp_path / "two")
+    one, two = (losses_in(tmp_path / n / "validation.jsonl") for n in ("one", "two"))
+    assert two == pytest.approx(one, rel=1e-5)
 
 
 ALONE = """

@@ -54,6 +54,8 @@ def test_pictures_of_the_class_and_to_judge_by_count(tiny_model: Path, dogs: Pat
     )
     assert found.latent_bytes == 3 * plain.latent_bytes
     assert plain.class_seconds == 0 < found.class_seconds < found.seconds
+    assert plain.validation_seconds == 0 < found.validation_seconds < found.seconds
+    assert "s on validation pictures, " in found.lines()[4] and "validation" not in plain.lines()[4]
     assert "latents of 9 pictures" in found.lines()[-1] and len(list((tmp_path / "class").iterdir())) == 1
 
 

@@ -181,7 +181,7 @@ def fixed_losses(
     latents: Tensor,
     conditioning: Conditioning,
     timesteps: tuple[int, ...],
-    seed: int,
+    noise: Tensor,
     batch: int = 32,
     mask: Tensor | None = None,
 ) -> Tensor:
@@ -193,11 +193,11 @@ def fixed_losses(
         latents: (pictures, c, h, w), scaled.
         conditioning: of the pictures.
         timesteps: those that are looked at.
-        seed: of the noise.
+        noise: (pictures, c, h, w), standard normal.
         batch: pictures in one forward pass.
         mask: see `Batch.mask`.
     """
-    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed)).to(latents)
+    noise = noise.to(latents)
     columns = []
     for t in timesteps:
         parts = []

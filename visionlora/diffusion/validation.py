@@ -18,11 +18,14 @@ from visionlora.diffusion.encode import Encoded
 from visionlora.diffusion.objective import fixed_losses
 from visionlora.diffusion.task import Captions
 from visionlora.errors import DataError
+from visionlora.models.evaluation import evaluating
 
 LEVELS = (100, 300, 500, 700, 900)
 """Noise levels, in thousandths of the model's own."""
 MOST = 64
 """Pictures by which a run is judged; more would cost time and tell little more."""
+AT_ONCE = 32
+"""Pictures in one forward pass at most."""
 
 
 @dataclass(frozen=True)
@@ -50,14 +53,23 @@ class Validation:
     """Noise levels that are looked at, in thousandths of the model's own."""
 
     @torch.no_grad()
-    def evaluate(self, unet: nn.Module, step: int) -> Evaluation:
-        """The loss as the model is now."""
-        training = unet.training
-        unet.eval()
-        found = losses_at(
-            unet, self.noise_scheduler, self.data, self.levels, self.seed, self.tokens, self.unmasked_weight
-        )
-        unet.train(training)
+    def evaluate(self, unet: nn.Module, step: int, batch: int = AT_ONCE, accelerator: Any = None) -> Evaluation:
+        """The loss as the model is now.
+
+        Args:
+            unet: the model.
+            step: what is said of the moment.
+            batch: pictures in one forward pass.
+            accelerator: its processes share the pictures, and each sees what all have found.
+        """
+        first, every = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
+        with evaluating(unet):
+            found = losses_at(
+                unet, self.noise_scheduler, self.data, self.levels, self.seed, self.tokens, self.unmasked_weight, batch,
+                first, every,
+            )  # fmt: skip
+        if every > 1:
+            found = accelerator.reduce(found.to(accelerator.device), "sum").cpu()
         losses = found.mean(0).tolist()
         return Evaluation(step, sum(losses) / len(losses), dict(zip(map(str, self.levels), losses, strict=True)))
 
@@ -74,7 +86,7 @@ def levels_in(timestep_range: Sequence[int]) -> tuple[int, ...]:
 
 def losses_at(
     unet: Any, noise_scheduler: Any, data: Encoded, levels: Sequence[int], seed: int,
-    tokens: Captions | None = None, unmasked_weight: float = 0.0,
+    tokens: Captions | None = None, unmasked_weight: float = 0.0, batch: int = AT_ONCE, first: int = 0, every: int = 1,
 ) -> Tensor:  # fmt: skip
     """Losses at fixed noise levels and fixed noise, (pictures, levels), size by size.
 
@@ -86,6 +98,9 @@ def losses_at(
         seed: of the noise.
         tokens: see `Validation.tokens`.
         unmasked_weight: see `Validation.unmasked_weight`.
+        batch: pictures in one forward pass.
+        first: of each size the picture to begin with.
+        every: of each size one picture in so many; the losses of the others are 0.
     """
     count = len(data)
     trained, device = noise_scheduler.config.num_train_timesteps, next(unet.parameters()).device
@@ -94,12 +109,15 @@ def losses_at(
     for i in range(count):
         by_size.setdefault(data.framings[i].bucket, []).append(i)
     found = torch.zeros(count, len(levels))
-    for own in by_size.values():
+    for same in by_size.values():
+        if not (own := same[first::every]):
+            continue
         latents = torch.stack([data.latent(i, 0) for i in own]).to(device)
         plain, mask = [0] * len(own), data.masks(own, [0] * len(own), unmasked_weight)
         conditioning = (tokens or data).conditioning(own, [data.caption_of[i][0] for i in own], plain).to(device)
         mask = None if mask is None else mask.to(device)
-        found[own] = fixed_losses(unet, noise_scheduler, latents, conditioning, timesteps, seed, mask=mask).cpu()
+        noise = torch.randn(len(same), *latents.shape[1:], generator=torch.Generator().manual_seed(seed))[first::every]
+        found[own] = fixed_losses(unet, noise_scheduler, latents, conditioning, timesteps, noise, batch, mask).cpu()
     return found
 
 

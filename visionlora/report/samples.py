@@ -9,6 +9,7 @@ from PIL import Image
 
 from visionlora.diffusion.sampling import SamplingConfig, draw
 from visionlora.models.base import BaseModel
+from visionlora.models.evaluation import evaluating
 from visionlora.report.grid import draw_grid
 from visionlora.report.listener import Listener
 from visionlora.report.runfolder import RunFolder
@@ -53,9 +54,8 @@ class SampleSheet:
             self.tell.progress(f"Drawing samples ({label})", done, len(self.prompts))
 
         self.learner.set_scale(scale)
-        self.learner.model.eval()
-        pictures = draw(self.base, self.prompts, self.size, self.settings, count)
-        self.learner.model.train()
+        with evaluating(self.learner.model):
+            pictures = draw(self.base, self.prompts, self.size, self.settings, count)
         self.learner.set_scale(1.0)
         for (_, place), picture in zip(self.places(label), pictures, strict=True):
             self.run.write_picture(place, picture)

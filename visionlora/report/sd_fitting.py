@@ -12,10 +12,11 @@ from typing import Any
 
 from visionlora.config import TrainSDConfig
 from visionlora.diffusion.task import DenoisingTask
-from visionlora.diffusion.validation import Evaluation, Validation
+from visionlora.diffusion.validation import AT_ONCE, Evaluation, Validation
 from visionlora.errors import ProcessLost, TrainingError
 from visionlora.formats import native
 from visionlora.lora.adapter import Adapter
+from visionlora.models.evaluation import in_one_pass
 from visionlora.report.listener import Listener
 from visionlora.report.logbook import Logbook
 from visionlora.report.resume import LearnedFrom, Start
@@ -116,7 +117,8 @@ class Fitting:
         if self.validation is None:
             return
         with self.fit.averaged():
-            found = self.validation.evaluate(self.learner.model, step)
+            at_once = in_one_pass(self.fit.config.batch_size, AT_ONCE)
+            found = self.validation.evaluate(self.learner.model, step, at_once, self.accelerator)
             best = not self.evaluations or found.loss < min(e.loss for e in self.evaluations)
             self.evaluations.append(found)
             self.log.measured(step, validation_loss=found.loss)

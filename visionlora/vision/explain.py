@@ -9,8 +9,7 @@ Letters in shapes: n pictures, h height, w width, t tokens, c channels, gh and g
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from typing import Any, cast
 
 import numpy as np
@@ -23,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from visionlora.errors import ConfigError, DataError, ModelError
 from visionlora.models.class_token import whole
+from visionlora.models.evaluation import evaluating
 from visionlora.models.heads import as_logits
 from visionlora.vision.places import as_map, default_layer, first_tensor, input_size, patch_grid, submodule
 
@@ -213,30 +213,6 @@ def attention_weights(
         boolean = attn_mask.dtype == torch.bool
         scores = scores.masked_fill(~attn_mask, -math.inf) if boolean else scores + attn_mask.float()
     return scores.softmax(-1)
-
-
-def forget_biases(model: nn.Module) -> None:
-    """Clears the biases of attention that timm's LeViT, TinyViT and EfficientFormer keep from evaluation to evaluation.
-
-    They are of the weights as they were then, and timm clears them in `train()` alone.
-    """
-    for m in model.modules():
-        if kept := getattr(m, "attention_bias_cache", None):
-            cast(dict[str, Tensor], kept).clear()
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Every module in evaluation mode, and back; without `train()`, which some models use to change their weights."""
-    forget_biases(model)
-    training = [m for m in model.modules() if m.training]
-    for m in training:
-        m.training = False
-    try:
-        yield
-    finally:
-        for m in training:
-            m.training = True
 
 
 def checked(classes: Tensor, logits: Tensor) -> Tensor:

@@ -21,14 +21,15 @@ from visionlora.data.decoded import Checked
 from visionlora.data.labelled import LabelledData
 from visionlora.data.splits import Splits
 from visionlora.errors import ConfigError, nearest
+from visionlora.models.evaluation import evaluating, in_one_pass
 from visionlora.models.heads import as_logits
 from visionlora.models.vision import VisionModel
 from visionlora.vision.augment import Augmentation
-from visionlora.vision.explain import evaluating
 from visionlora.vision.metrics import AnyMetrics, evaluate, evaluate_multi_label, score
 from visionlora.vision.task import ClassificationTask, Objective
 
-EVALUATED_AT_ONCE = 64
+AT_ONCE = 64
+"""Pictures that are looked at in one forward pass at most."""
 
 
 @dataclass(frozen=True)
@@ -156,10 +157,11 @@ def logits_of(material: Material, side: Sequence[int], accelerator: Any = None) 
     share = -(-len(side) // processes)
     padded = [*side, *[side[0]] * (share * processes - len(side))]
     own = padded if accelerator is None else padded[accelerator.process_index * share :][:share]
+    at_once = in_one_pass(material.config.batch_size or 1, AT_ONCE)
     device, found = next(model.parameters()).device, []
     with evaluating(model):
-        for start in range(0, len(own), EVALUATED_AT_ONCE):
-            x = preprocessing.batch(material.checked.pictures.stored(own[start : start + EVALUATED_AT_ONCE]))
+        for start in range(0, len(own), at_once):
+            x = preprocessing.batch(material.checked.pictures.stored(own[start : start + at_once]))
             found.append(as_logits(model(x.to(device))).float())
     whole = torch.cat(found)
     return (whole if processes == 1 else accelerator.gather(whole)).cpu()[: len(side)]

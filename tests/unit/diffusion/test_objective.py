@@ -164,7 +164,7 @@ def test_fixed_losses_repeat(tiny_model) -> None:
 
     base = open_base(str(tiny_model))
     latents, text = torch.randn(3, 4, 8, 8), Conditioning(torch.randn(3, 16, 16))
-    args = (base.pipe.unet, base.pipe.scheduler, latents, text, (100, 900), 7)
+    args = (base.pipe.unet, base.pipe.scheduler, latents, text, (100, 900), torch.randn(3, 4, 8, 8))
     first = fixed_losses(*args)
     assert first.shape == (3, 2)
     torch.testing.assert_close(first, fixed_losses(*args, batch=2), rtol=1e-5, atol=1e-6)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -17,8 +18,18 @@ import visionlora as vl
 from visionlora.data.cache import TensorCache
 from visionlora.data.folder import ImageFolder, ImageItem, read_image_folder
 from visionlora.diffusion import validation
-from visionlora.diffusion.encode import encode_dataset
-from visionlora.diffusion.validation import MOST, Evaluation, Validation, hold_out, judges, verdict
+from visionlora.diffusion.encode import Plan, encode_dataset
+from visionlora.diffusion.objective import fixed_losses
+from visionlora.diffusion.validation import (
+    LEVELS,
+    MOST,
+    Evaluation,
+    Validation,
+    hold_out,
+    judges,
+    losses_at,
+    verdict,
+)
 from visionlora.errors import ConfigError, DataError
 from visionlora.loaders import load_adapter
 from visionlora.models.base import open_base
@@ -194,6 +205,40 @@ def test_what_is_masked_counts_as_in_training(tiny_model: Path, dogs: Path, tmp_
     whole, masks = loss(None, 0.0), str(tmp_path / "masks")
     assert loss(masks, 1.0) == pytest.approx(whole, rel=1e-5)
     assert len({round(loss(masks, weight), 4) for weight in (0.0, 0.1, 1.0)}) == 3
+
+
+@pytest.mark.parametrize("processes", [2, 5])
+def test_processes_share_the_pictures(tiny_model: Path, dogs: Path, tmp_path: Path, processes: int) -> None:
+    """Of each size; together they find what one alone would."""
+    Image.effect_noise((64, 32), 40).convert("RGB").save(dogs / "wide.png")
+    base = open_base(str(tiny_model))
+    data = encode_dataset(base, read_image_folder(dogs).items, Plan(32, 8), TensorCache(tmp_path / "c"))
+    assert len({f.bucket for f in data.framings}) == 2
+
+    def losses(**share: int) -> torch.Tensor:
+        with torch.no_grad():
+            return losses_at(base.pipe.unet, base.noise_scheduler, data, (100, 900), 0, **share)
+
+    shares = torch.stack([losses(first=k, every=processes) for k in range(processes)])
+    assert ((shares != 0).sum(0) == 1).all()
+    torch.testing.assert_close(shares.sum(0), losses(), rtol=1e-5, atol=0)
+
+
+def test_judging_needs_no_more_memory_than_learning(
+    tiny_model: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All pictures went through the model at once, where there was memory to learn from one."""
+    sizes: list[int] = []
+
+    def counted(unet: torch.nn.Module, noise_scheduler: object, latents: torch.Tensor, *more: object) -> torch.Tensor:
+        hook = unet.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+        found = fixed_losses(unet, noise_scheduler, latents, *more)
+        hook.remove()
+        return found
+
+    monkeypatch.setattr(validation, "fixed_losses", counted)
+    run(tiny_model, pictures, tmp_path / "run", val_share=0.5, steps=1, batch_size=1, checkpoints=1)
+    assert sizes == [4, 1] * len(LEVELS) * 2, "5 pictures, before and after"
 
 
 @pytest.fixture
