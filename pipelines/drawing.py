@@ -26,6 +26,7 @@ from visionlora.mixing.mix import Mix
 from visionlora.mixing.scales import Scale
 from visionlora.models.base import BaseModel
 from visionlora.models.devices import process_of
+from visionlora.models.memory import out_of_memory
 
 Progress = Callable[[int, int], None]
 SILENT = 10.0
@@ -144,11 +145,6 @@ def with_others(
     return found
 
 
-def out_of_memory(error: RuntimeError) -> bool:
-    """Whether a device had no memory left; for the GPUs of Macs torch has no error of its own."""
-    return isinstance(error, torch.OutOfMemoryError) or "MPS backend out of memory" in str(error)
-
-
 def places_of(recipes: Iterable[Recipe], folder: Path) -> list[Path]:
     """Where the pictures lie or will lie; a key that is another's too, in this run or in the folder, is made longer."""
     found: dict[Path, str] = {}
@@ -222,8 +218,7 @@ def draw_batch(pipe: Any, batch: Sequence[Recipe], given: Given) -> list[Image.I
             ).images
     finally:
         pipe.scheduler = original
-    # Decoded one by one: this is where large pictures take most of the memory.
-    return [given.finished(picture) for row in latents.split(1) for picture in pictures_of(pipe, row)]
+    return [given.finished(picture) for picture in pictures_of(pipe, latents)]
 
 
 def scheduler_of(pipe: Any, recipe: Recipe) -> Any:

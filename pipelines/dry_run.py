@@ -25,7 +25,7 @@ from visionlora.data.images import decode
 from visionlora.diffusion.encode import cache_bytes, encode_dataset, window_count
 from visionlora.diffusion.prior import class_pictures
 from visionlora.diffusion.recipe import Recipe
-from visionlora.diffusion.sampling import SamplingConfig, draw
+from visionlora.diffusion.sampling import SamplingConfig, draw, sampling_of
 from visionlora.diffusion.settings import (
     attention_kernel,
     captions_of,
@@ -171,7 +171,7 @@ def dry_run(config: TrainSDConfig, listener: Listener | None = None) -> Estimate
         drawing = 0.0
         if config.sample_columns:
             prompts = config.sample_prompts or default_prompts(config, ready.folder)
-            one = SamplingConfig(1, config.guidance_scale or 1.0, config.seed)
+            one = dataclasses.replace(sampling_of(config, loop.batch_size), steps=1)
             with evaluating(learner.model):
                 drawing = timed(lambda: draw(ready.base, prompts, ready.size, one), ready.accelerator)
     columns = config.sample_columns + 1 if config.sample_columns else 0

@@ -15,7 +15,7 @@ from visionlora.pipelines.sd_ready import prepare
 
 from visionlora.config import TrainSDConfig
 from visionlora.data.folder import ImageFolder
-from visionlora.diffusion.sampling import SamplingConfig
+from visionlora.diffusion.sampling import sampling_of
 from visionlora.diffusion.settings import (
     attention_kernel,
     release,
@@ -77,7 +77,7 @@ def train_sd(config: TrainSDConfig, listener: Listener | None = None) -> RunResu
 
     # Training
     prompts = config.sample_prompts or default_prompts(config, ready.folder)
-    settings = SamplingConfig(config.sample_steps, config.guidance_scale or 1.0, config.seed)
+    settings = sampling_of(config, loop.batch_size)
     sheet = SampleSheet(base, learning.learner, prompts, ready.size, settings, run, tell)
     fitting = Fitting(
         config,

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from visionlora.config import TrainSDConfig
 from visionlora.diffusion.conditioning import as_long, empty_is_zero, words_or_states
 from visionlora.diffusion.encode import encode_text, window_count
 from visionlora.diffusion.recipe import SCHEDULERS
@@ -19,6 +20,8 @@ from visionlora.diffusion.settings import BASE_DTYPES
 from visionlora.errors import ConfigError, ModelError
 from visionlora.lora.damage import damaged
 from visionlora.models.base import BaseModel
+from visionlora.models.evaluation import in_one_pass
+from visionlora.models.memory import out_of_memory
 from visionlora.models.parts import PARTS
 
 
@@ -30,6 +33,13 @@ class SamplingConfig:
     guidance_scale: float = 2.0
     seed: int = 0
     batch_size: int = 16
+    """Pictures at once; half as many where these do not fit into memory."""
+
+
+def sampling_of(config: TrainSDConfig, batch_size: int) -> SamplingConfig:
+    """How the samples of a run are drawn, in no more memory than it takes to learn from a batch; guidance doubles them."""
+    at_once = in_one_pass(batch_size, 2 * SamplingConfig.batch_size) // 2
+    return SamplingConfig(config.sample_steps, config.guidance_scale or 1.0, config.seed, at_once)
 
 
 def sampling_scheduler(scheduler: Any, word: str = "dpm++") -> Any:
@@ -61,6 +71,8 @@ def starts_from_noise() -> list[str]:
 def pictures_of(pipe: Any, latents: Tensor) -> list[Image.Image]:
     """Latents as a pipeline gives them with `output_type="latent"`, (b, c, h, w), as RGB pictures.
 
+    They are decoded one by one: this is where large pictures take most of the memory.
+
     A VAE that gives NaN in half precision (SDXL's does) works in fp32 from then on.
 
     Raises:
@@ -70,7 +82,7 @@ def pictures_of(pipe: Any, latents: Tensor) -> list[Image.Image]:
         raise base_damaged(pipe) or not_finite(latents.dtype)
     vae = pipe.vae
     scaled = latents.to(vae.device, vae.dtype) / vae.config.scaling_factor
-    pixels = vae.decode(scaled, return_dict=False)[0]
+    pixels = torch.cat([vae.decode(row, return_dict=False)[0] for row in scaled.split(1)])
     if not torch.isfinite(pixels).all():
         if vae.dtype == torch.float32:
             raise base_damaged(pipe) or ModelError("The VAE gives NaN or infinite pixels: its weights are damaged.")
@@ -108,18 +120,24 @@ def draw(
     original = pipe.scheduler
     pipe.scheduler = sampling_scheduler(original)
     pictures: list[Image.Image] = []
+    at_once = config.batch_size
     with any_kernel(), restored(pipe, original):
-        for i in range(0, len(prompts), config.batch_size):
-            part = list(prompts[i : i + config.batch_size])
-            latents = pipe(
-                **(long_states(base, part) or words_or_states(pipe, part, "", base.clip_skip)),
-                height=size,
-                width=size,
-                num_inference_steps=config.steps,
-                guidance_scale=config.guidance_scale,
-                generator=[torch.Generator().manual_seed(config.seed) for _ in part],
-                output_type="latent",
-            ).images
+        while part := list(prompts[len(pictures) : len(pictures) + at_once]):
+            try:
+                latents = pipe(
+                    **(long_states(base, part) or words_or_states(pipe, part, "", base.clip_skip)),
+                    height=size,
+                    width=size,
+                    num_inference_steps=config.steps,
+                    guidance_scale=config.guidance_scale,
+                    generator=[torch.Generator().manual_seed(config.seed) for _ in part],
+                    output_type="latent",
+                ).images
+            except RuntimeError as e:
+                if len(part) == 1 or not out_of_memory(e):
+                    raise
+                at_once = len(part) // 2
+                continue
             pictures += pictures_of(pipe, latents)
             if progress is not None:
                 progress(len(part))
