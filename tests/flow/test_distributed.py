@@ -142,7 +142,7 @@ def test_sizes_and_text_encoders_on_two_processes(tiny_model: Path, dogs: Path, 
         Image.effect_noise(size, 30 + 20 * i).convert("RGB").save(judges / f"{i}.png")
     words = ["train-sd", "--images", dogs, "--model", tiny_model, "--steps", 6, "--rank", 2, "sample_steps=1",
              "sample_columns=1", "learning_rate=0.001", "train_text_encoder=true", "text_encoder_stop=0.5",
-             "token=<it>", "--prompt", "a <it> dog", "prior_prompt=a dog", "--validation", judges]  # fmt: skip
+             "token=<it>", "--prompt", "a <it> dog", "prior_prompt=a dog", f"validation={judges}"]  # fmt: skip
     launch(tmp_path, *words, "--batch-size", 4, "--output", "one", processes=1)
     launch(tmp_path, *words, "--batch-size", 2, "--output", "two", processes=2)
     check_same_adapter(tmp_path / "one", tmp_path / "two")
