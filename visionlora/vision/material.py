@@ -21,15 +21,15 @@ from visionlora.data.decoded import Checked
 from visionlora.data.labelled import LabelledData
 from visionlora.data.splits import Splits
 from visionlora.errors import ConfigError, nearest
-from visionlora.models.evaluation import evaluating, in_one_pass
+from visionlora.models.evaluation import evaluating
 from visionlora.models.heads import as_logits
 from visionlora.models.vision import VisionModel
 from visionlora.vision.augment import Augmentation
 from visionlora.vision.metrics import AnyMetrics, evaluate, evaluate_multi_label, score
 from visionlora.vision.task import ClassificationTask, Objective
 
-AT_ONCE = 64
-"""Pictures that are looked at in one forward pass at most."""
+PICTURES_AT_ONCE, PIXELS_AT_ONCE = 64, 64 * 224**2
+"""That are looked at in one forward pass at most; whatever the batch, on which the rounding of features would hang."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ def logits_of(material: Material, side: Sequence[int], accelerator: Any = None) 
     share = -(-len(side) // processes)
     padded = [*side, *[side[0]] * (share * processes - len(side))]
     own = padded if accelerator is None else padded[accelerator.process_index * share :][:share]
-    at_once = in_one_pass(material.config.batch_size or 1, AT_ONCE)
+    at_once = max(1, min(PICTURES_AT_ONCE, PIXELS_AT_ONCE // preprocessing.size**2))
     device, found = next(model.parameters()).device, []
     with evaluating(model):
         for start in range(0, len(own), at_once):
