@@ -376,7 +376,7 @@ def baselines(
         at_random = config.head_init == "random"
         config = dataclasses.replace(
             config, method="full", learning_rate=rate, head_learning_rate=rate, init="kaiming", start_from=None,
-            head_init="random" if at_random else "probe",
+            head_init="random" if at_random else "probe", rank=8, basis_index=0,  # what only adapters may be told
         )  # fmt: skip
         everything = adapter_config(config, train=backbone.head)
         new_head(material, None if at_random else probe)

@@ -11,6 +11,7 @@ from visionlora.formats.embeddings import files_beside
 from visionlora.loaders import adapter_of, check_format, check_name, load_adapter, save_adapter
 from visionlora.lora.adapter import Adapter
 from visionlora.lora.arithmetic import Result
+from visionlora.report.runfolder import check_place
 
 
 def convert(
@@ -53,10 +54,13 @@ def check_output(output: str | Path, to: str, overwrite: bool) -> None:
     Raises:
         AdapterFileError: when there is no such format.
         ConfigError: when other programs would not find an adapter under this name, or something is there already.
+        RunFolderError: when nothing can be written there.
     """
     check_format(to)
     check_name(output, to)
-    check_new(Path(output).expanduser(), overwrite)
+    path = Path(output).expanduser()
+    check_new(path, overwrite)
+    check_place(path if to == "peft" else path.parent)
 
 
 def save_new(adapter: Adapter, output: str | Path, to: str, overwrite: bool) -> None:

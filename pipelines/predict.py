@@ -16,14 +16,14 @@ from visionlora.atomic import check_new
 from visionlora.classifier import Classifier, Prediction, check_asked, load_classifier
 from visionlora.data.class_tables import pictures_of
 from visionlora.data.files import list_folder, suffix_of
-from visionlora.data.images import IMAGE_SUFFIXES, decode_noted, printable
+from visionlora.data.images import decode_noted, printable
 from visionlora.data.parquet import PARQUET
 from visionlora.data.tables import TABLE_SUFFIXES
-from visionlora.data.wording import MAX_LINES, beside_pictures
+from visionlora.data.wording import MAX_LINES, beside_pictures, linked_folders, no_pictures, other_pictures
 from visionlora.errors import ConfigError, DataError, nearest
 from visionlora.models.devices import process_of
 from visionlora.report.listener import Listener
-from visionlora.report.runfolder import write_atomic
+from visionlora.report.runfolder import check_place, write_atomic
 from visionlora.training.loop import process_state
 
 OUTPUTS = (".csv", ".json", ".parquet")
@@ -116,6 +116,7 @@ def predict(
     Raises:
         DataError: when there are no pictures, or some cannot be read: all of them are listed.
         ConfigError: when a setting is out of range, the output exists or there is no such device.
+        RunFolderError: when nothing can be written at the output.
         AdapterFileError, ModelError: see `visionlora.classifier.load_classifier`.
     """
     check_asked(top_k, batch_size, threshold)
@@ -146,6 +147,7 @@ def predict(
             )
         tell.say(f"Left out, as they cannot be read:\n{given.told()}")
     if target is not None and not rank:
+        target.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(target, table(found, target.suffix))
     return found
 
@@ -194,8 +196,12 @@ def writable(target: Path, overwrite: bool) -> Path:
 
     Raises:
         ConfigError: when it exists, or is of a kind that is not written.
+        RunFolderError: when nothing can be written there.
     """
     check_new(target, overwrite)
+    if target.is_dir():
+        raise ConfigError(f"{target} is a folder: name a file in it, such as {target / 'predictions.csv'}.")
+    check_place(target.parent)
     if target.suffix not in OUTPUTS:
         raise ConfigError(f"Predictions are written to {', '.join(OUTPUTS)} files. {nearest(target.suffix, OUTPUTS)}")
     if target.suffix == ".parquet":
@@ -216,7 +222,7 @@ def pictures_in(
     Raises:
         DataError: for a place that is not there, a table that cannot be read, or when there are no pictures at all.
     """
-    given = Given()
+    given, empty = Given(), []
     for place in places:
         if place.is_dir():
             listing = list_folder(place)
@@ -227,6 +233,10 @@ def pictures_in(
             else:
                 given.notes += beside_pictures([str(place / name) for name in shards])
             given.pictures += [(printable(place / name), place / name) for name in listing.pictures]
+            given.problems += [f"{printable(place)}: {line}" for line in listing.problems]
+            given.notes += [f"{printable(place)}: {line}" for line in linked_folders(listing) + other_pictures(listing)]
+            if not listing.pictures and not shards:
+                empty.append(no_pictures(place, listing, "holds no pictures."))
         elif place.suffix.lower() in TABLE_SUFFIXES and place.is_file():
             add_table(given, place, path_column, progress)
         elif place.is_file():
@@ -238,8 +248,7 @@ def pictures_in(
                 f"There is nothing at {printable(place)}." + (f" {hint}" if hint.startswith("Did you mean") else "")
             )
     if not given.pictures and not given.problems:
-        where = ", ".join(printable(p) for p in places) or "the list of files, which is empty"
-        raise DataError(f"There are no pictures in {where} ({', '.join(IMAGE_SUFFIXES)}).")
+        raise DataError("\n".join(empty) or "There are no pictures: the list of files is empty.")
     return given
 
 

@@ -359,9 +359,17 @@ def test_batches_too_small_for_the_search_keep_the_usual_rate(
     assert (tmp_path / "run" / "rate.png").exists()
 
 
-def test_a_start_that_full_fine_tuning_has_not(shapes: Path, tiny_vit: Path, tmp_path: Path) -> None:
-    config = vl.ClassifyConfig(images=str(shapes), model=str(tiny_vit), steps=2, rank=2, init="pissa",
-                               baselines=("full",), output=str(tmp_path / "run"))  # fmt: skip
+@pytest.mark.parametrize(
+    "settings",
+    [{"init": "pissa"}, {"init": "orthogonal", "basis_index": 1}, {"rank": "auto", "rank_budget": "2"}],
+    ids=["pissa", "basis", "rank auto"],
+)
+def test_a_start_that_full_fine_tuning_has_not(
+    shapes: Path, tiny_vit: Path, tmp_path: Path, settings: dict[str, object]
+) -> None:
+    """It ended the run when the adapter was trained."""
+    own = {"images": str(shapes), "model": str(tiny_vit), "steps": 2, "rank": 2, **settings}
+    config = vl.ClassifyConfig(**own, baselines=("full",), output=str(tmp_path / "run"))
     assert [c.name for c in vl.classify(config).contenders] == ["lora", "full"]
 
 

@@ -1,5 +1,6 @@
 """Bad input to classify, predict and export: what a person reads, and that nothing was written."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from visionlora.pipelines.predict import predict
 import visionlora as vl
 from visionlora.config import ClassifyConfig
 from visionlora.errors import VisionLoRAError
+
+from ..doubles import Ears
 
 
 def check_refused(call, folder: Path, *words: str) -> None:
@@ -66,6 +69,10 @@ def names_alike(own: Path) -> None:
     Image.new("RGB", (8, 8)).save(own / "Cross" / "a.png")
 
 
+def not_utf8(own: Path) -> None:
+    (own / "cross").rename(own / os.fsdecode(b"cr\xf6ss"))
+
+
 def no_pictures(own: Path) -> None:
     shutil.rmtree(own)
     own.mkdir()
@@ -85,6 +92,7 @@ SPOILED = {
     broken_picture: ["cross/00.png", "is not a picture", "--skip-broken"],
     in_two_classes: ["cross/00.png", "square/copy.png"],
     names_alike: ["cross", "Cross"],
+    not_utf8: ["cr\\udcf6ss", "not UTF-8", "rename"],
     no_pictures: ["no pictures"],
     no_classes: ["class"],
 }
@@ -176,6 +184,8 @@ def test_predict_explains_what_it_cannot_do(finished: Path, shapes: Path, tmp_pa
     check_refused(lambda: predict(run, [tmp_path / "there.csv"]), tmp_path, "has no column of picture paths")
     check_refused(lambda: predict(run, [good], tmp_path / "p.txt"), tmp_path, ".csv, .json, .parquet")
     check_refused(lambda: predict(run, [good], tmp_path / "there.csv"), tmp_path, "exists already", "--overwrite")
+    check_refused(lambda: predict(run, [good], tmp_path / "bad.png" / "p.csv"), tmp_path, "bad.png is a file")
+    check_refused(lambda: predict(run, [good], tmp_path / "none", overwrite=True), tmp_path, "none/predictions.csv")
     check_refused(
         lambda: predict(run, [good, tmp_path / "bad.png"], tmp_path / "p.csv"),
         tmp_path,
@@ -185,6 +195,31 @@ def test_predict_explains_what_it_cannot_do(finished: Path, shapes: Path, tmp_pa
     check_refused(lambda: predict(run / "nowhere", [good]), tmp_path, "nowhere")
     left = predict(run, [good, tmp_path / "bad.png"], tmp_path / "p.csv", skip_broken=True)
     assert len(left) == 1 and (tmp_path / "p.csv").exists()
+    predict(run, [good], tmp_path / "new" / "folder" / "p.csv")
+    assert (tmp_path / "new" / "folder" / "p.csv").exists()
+
+
+def test_predict_leaves_nothing_out_in_silence(
+    finished: Path, own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def scandir(path: Path) -> object:
+        if Path(path).name == "locked":
+            raise PermissionError(13, "Permission denied")
+        return opened(path)
+
+    shutil.move(own / "square", own / "cross" / "locked")
+    (own / "cross" / "circles").symlink_to(own / "circle")
+    (own / "cross" / "phone.heic").touch()
+    opened, run, told = os.scandir, finished / "run", Ears()
+    monkeypatch.setattr(os, "scandir", scandir)
+    where, why = tmp_path / "p.csv", f"{own}/cross: locked cannot be opened (Permission denied); check its permissions"
+    check_refused(lambda: predict(run, own / "cross", where), tmp_path, why, "--skip-broken")
+    assert len(predict(run, own / "cross", where, skip_broken=True, listener=told)) == 20
+    assert f"{own}/cross: left out, linked folders are not entered: circles" in told.lines
+    assert f"{own}/cross: left out, export as JPEG or PNG to use: phone.heic" in told.lines
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "circle").symlink_to(own / "circle")
+    check_refused(lambda: predict(run, tmp_path / "links"), tmp_path, "holds only linked folders", "circle; copy them")
 
 
 @pytest.mark.parametrize(("name", "value"), [("top_k", 0), ("batch_size", 0), ("threshold", 2.0)])

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -57,3 +58,10 @@ def test_what_processes_do_not_share_the_first_does_alone(cli, monkeypatch: pyte
         become_process(monkeypatch, rank)
         code, out, err = cli("configs")
         assert (code, err, "emoji64_dog" in out, bool(out)) == (0, "", listed, listed)
+
+
+def test_work_is_done_where_standard_output_was_closed(tmp_path: Path) -> None:
+    """As some daemons start their children."""
+    command = [sys.executable, "-m", "visionlora", "copy-config", "sd15_style", "mine.yaml"]
+    done = subprocess.run(["sh", "-c", 'exec "$@" >&-', "sh", *command], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "") and (tmp_path / "mine.yaml").exists()

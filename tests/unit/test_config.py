@@ -406,6 +406,25 @@ def test_wrong_types_from_python_come_in_one_message() -> None:
     assert FolderConfig(Path("a")).path == "a"
 
 
+def test_words_may_be_written_with_commas() -> None:
+    config = ClassifyConfig("a", baselines="probe, full", trackers=("tensorboard",))
+    assert config.baselines == ("probe", "full") and config.trackers == ("tensorboard",)
+
+
+@pytest.mark.parametrize(
+    ("kind", "own"),
+    [(TrainSDConfig, {"prompt": "caf\udce9"}), (TrainSDConfig, {"sample_prompts": ("a", "caf\udce9")}),
+     (GenerateConfig, {"prompts": "caf\udce9"})],
+    ids=["prompt", "sample_prompts", "prompts"],
+)  # fmt: skip
+def test_a_prompt_that_is_no_text(kind: type, own: dict[str, object]) -> None:
+    """It was a traceback of the tokenizer."""
+    needed = {} if kind is GenerateConfig else {"images": "a"}
+    with pytest.raises(ConfigError, match=rf"{next(iter(own))} is .*caf\\udce9.*, which is not UTF-8: check what the"):
+        kind(**needed, **own)
+    assert TrainSDConfig(images="caf\udce9").images == "caf\udce9", "the name of a folder may be so"
+
+
 @pytest.mark.parametrize("name", ["mixup", "cutmix"])
 def test_one_picture_cannot_be_mixed(name: str) -> None:
     with pytest.raises(ConfigError, match="mixup and cutmix mix the pictures of a batch"):

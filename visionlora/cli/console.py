@@ -126,7 +126,7 @@ class ConsoleListener(Listener):
         self.console = Console(
             highlight=False, emoji=False, soft_wrap=True, quiet=not speaks(), file=cast(IO[str], stream)
         )
-        self.live = self.console.is_terminal and not self.console.quiet
+        self.live = self.console.is_terminal and not self.console.is_dumb_terminal and not self.console.quiet
         self.bars = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=28),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import os
 import sys
+from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
@@ -74,6 +75,9 @@ def root(
 def main() -> None:
     """Runs the command line."""
     listen()
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # it was closed; what is told goes nowhere
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
         # Windows writes files and pipes in an encoding that has not every sign.
         sys.stdout.reconfigure(errors="replace")

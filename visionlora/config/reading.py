@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path, PurePath
@@ -94,6 +95,9 @@ def take(config: Any) -> None:
     problems = []
     for name, hint in get_type_hints(type(config)).items():
         given = getattr(config, name)
+        texts = given if "prompt" in name and isinstance(given, (str, list, tuple)) else ()
+        if UNDECODED.search("".join(map(str, texts))):
+            problems.append(f"{name} is {given!r}, which is not UTF-8: check what the terminal or file is encoded in")
         if isinstance(given, str) and str in (hint, *get_args(hint)) and get_origin(hint) not in LISTS:
             continue
         try:
@@ -105,6 +109,8 @@ def take(config: Any) -> None:
     raise_all(problems)
 
 
+UNDECODED = re.compile("[\ud800-\udfff]")
+"""What stands for bytes of the command line or of a file's name that are not UTF-8."""
 LISTS = (tuple, Sequence)
 """What a setting of several values is annotated with."""
 

@@ -120,6 +120,10 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         take(self)
+        for name in ("trackers", "baselines"):
+            words = [word.strip() for given in getattr(self, name, ()) for word in given.split(",")]
+            if words:
+                object.__setattr__(self, name, tuple(words))
         for name in ("output", "resume"):
             object.__setattr__(self, name, at_home(getattr(self, name)))
         rule = f"it must be a finite number, of at most {LARGEST:g}"

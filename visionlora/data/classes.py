@@ -191,6 +191,10 @@ def _from_class_folders(root: Path, listing: Listing, unlabelled: dict[str, list
     for folder in listing.folders:
         if folder.count("/") == depth - 1 and (depth == 1 or split_of(top_of(folder))):
             found.classes[folder.rsplit("/", 1)[-1]] = None
+    if undecoded := [name for name in found.classes if name.encode(errors="replace").decode() != name]:
+        raise DataError(
+            f"Class folders have names that are not UTF-8, as old archives give them: {first_names(undecoded)}; rename them."
+        )
     if len(found.classes) == 1 and (inner := _inner_folder(root, pictures)):
         raise DataError(
             f"{printable(root)} has only one class folder, {printable(inner.name)}, and that holds folders; did you mean "

@@ -94,3 +94,14 @@ def test_a_file_that_cannot_be_used_is_one_sentence(tmp_path: Path) -> None:
     assert file_problem(caught.value).endswith(
         f"none/x.png cannot be read or written: there is no folder {tmp_path}/none."
     )
+
+
+def test_a_terminal_without_cursor_gets_lines(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bars on it are first seen when all is done."""
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setenv("TERM", "dumb")
+    with ConsoleListener() as listener:
+        listener.progress("Training", 3, 3)
+        assert "Training 3/3" in capsys.readouterr().out
