@@ -747,6 +747,24 @@ def test_a_baseline_that_cannot_be_trained_costs_the_run_its_figures_alone(
     assert set(json.loads((result.folder / "metrics.json").read_text())["contenders"]) == {"lora", "linear-probe"}
 
 
+@pytest.mark.parametrize(("steps", "what"), [(4, "The loss became nan at step 3."), (1, "The last step was skipped")])
+def test_a_baseline_that_is_not_finite_from_the_first_step_on_does_not_blame_its_rate(
+    shapes: Path, tiny_vit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int, what: str
+) -> None:
+    """Its rate is not even a setting."""
+    monkeypatch.setattr(Fit, "advance", not_finite_after(0, 0.0009))
+    monkeypatch.setattr(Fit, "first_loss", lambda self, task: math.nan)
+    asked = vl.ClassifyConfig(
+        images=str(shapes), model=str(tiny_vit), steps=steps, learning_rate=0.0005, evaluations=1,
+        baselines=("full",), output=str(tmp_path / "run"),
+    )  # fmt: skip
+    ears = Ears()
+    vl.classify(asked, ears)
+    (line,) = (line for line in ears.lines if line.startswith(f"Warning: The baseline full is missing: {what}"))
+    assert "so the learning rate is not the cause" in line and "bf16), the base model and the pictures." in line
+    assert "too high" not in line and "new run" not in line and "ruined" not in line
+
+
 def test_a_run_that_is_finished_already_tells_the_same(cli, shapes: Path, tiny_vit: Path) -> None:
     words = ("classify", "--images", shapes, "--model", tiny_vit, "--steps", 2, "--output", "run", "--json")
     code, out, err = cli(*words)

@@ -199,7 +199,7 @@ class Fitting:
             raise ProcessLost(f"{e} {where}\n{self.log.go_on('classify')}") from e
         except NotFinite as e:
             if self.run is None:  # of a baseline
-                raise
+                raise TrainingError(self.log.not_finite(e, None, None)) from e
             sound = self.log.is_sound(self.fit.first_loss(self.material.task))
             if sound and self.written is not None:
                 self.checkpoint()

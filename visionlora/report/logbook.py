@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from visionlora.config import TrainingConfig, to_yaml
+from visionlora.config.choices import WHOLE
 from visionlora.errors import ConfigError, TrainingError
 from visionlora.report.listener import Listener
 from visionlora.report.resume import LearnedFrom, Start
@@ -129,21 +130,21 @@ class Logbook:
             TrainingError: when the step before has ruined the weights.
         """
         if not self.is_sound(self.fit.first_loss(task)):
-            more = (
-                "The steps before have ruined the weights."
-                if command is None
-                else self._after_not_finite(command, None)
+            raise TrainingError(
+                "The last step was skipped: its loss or gradient was not finite. "
+                + self._after_not_finite(command, None)
             )
-            raise TrainingError(f"The last step was skipped: its loss or gradient was not finite. {more}")
 
-    def not_finite(self, error: NotFinite, command: str, kept: str | None) -> str:
+    def not_finite(self, error: NotFinite, command: str | None, kept: str | None) -> str:
         """What has ended the run, what is left, and how to go on.
 
         Args:
             error: that ended it; what usually causes it is left out where it cannot be that.
-            command: of the run.
+            command: of the run; None of a baseline, which keeps nothing and cannot go on.
             kept: put after what was kept of the last good step; None where that step had ruined the weights.
         """
+        if command is None and self._ever_finite:
+            return str(error)
         return f"{error if self._ever_finite else error.event}\n{self._after_not_finite(command, kept)}"
 
     @property
@@ -151,13 +152,17 @@ class Logbook:
         """Whether any step was good."""
         return any(math.isfinite(p.loss) for p in self.history)
 
-    def _after_not_finite(self, command: str, kept: str | None) -> str:
+    def _after_not_finite(self, command: str | None, kept: str | None) -> str:
         """The same, without the error."""
         if not self._ever_finite:
+            alpha = "" if self.config.method in WHOLE else " the alpha,"
             return (
                 "It was so from the first step on, so the learning rate is not the cause, and nothing was learned. Look at the "
-                "precision (in fp16, try --precision bf16), the alpha, the base model and the pictures, and start a new run."
+                f"precision (in fp16, try --precision bf16),{alpha} the base model and the pictures"
+                + ("." if command is None else ", and start a new run.")
             )
+        if command is None:
+            return "The steps before have ruined the weights."
         if kept is not None:
             return f"All up to the last good step is kept{kept}.\n{self.go_on_slower(command)}"
         path = None if self.run is None else self.run.checkpoints / STATE_FILE
