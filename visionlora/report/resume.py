@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,9 +20,16 @@ from visionlora.config import RESUME_AUTO, TrainingConfig, build, read_yaml
 from visionlora.config.checking import COMMANDS, commands_for, unknown
 from visionlora.errors import ConfigError, RunFinished, RunFolderError, VisionLoRAError
 from visionlora.report.listener import Listener
-from visionlora.report.runfolder import RunFolder, check_run_folder, default_run_folder, open_run_folder, taken
-from visionlora.report.settings import (
+from visionlora.report.runfolder import (
     ASKED_FILE,
+    BEGINNING,
+    RunFolder,
+    check_run_folder,
+    default_run_folder,
+    open_run_folder,
+    taken,
+)
+from visionlora.report.settings import (
     FIRST_STEP,
     NOT_COMPARED,
     REASONS,
@@ -298,6 +304,8 @@ def _instead(folder: Path) -> str:
     """What to do where a folder has no config.yaml."""
     from visionlora.training.checkpoint import STATE_FILE, learning_on
 
+    if _is_unstarted(folder):
+        return f"The run was ended before it began. Start it anew: --resume auto --output {shlex.quote(str(folder))}."
     start = learning_on(folder / "checkpoints")
     if not start and not (folder / "checkpoints" / STATE_FILE).is_file():
         return "Name a run folder."
@@ -317,7 +325,7 @@ def _sources(config: TrainingConfig) -> list[str]:
 
 
 def _is_run(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in ("config.yaml", "run.json", "checkpoints/state.pt"))
+    return any((folder / name).is_file() for name in (*SETTINGS_FILES, "run.json", "checkpoints/state.pt"))
 
 
 def _is_unstarted(folder: Path) -> bool:
@@ -328,8 +336,7 @@ def _is_unstarted(folder: Path) -> bool:
     if any(True for pattern in worth for _ in folder.glob(pattern)):
         return False
     names = [entry.name for entry in folder.iterdir()]
-    half = re.compile(r"\.(asked|config)\.yaml\.\d+\.tmp")
-    return any(name in SETTINGS_FILES for name in names) or bool(names and all(map(half.fullmatch, names)))
+    return any(name in SETTINGS_FILES for name in names) or bool(names and all(map(BEGINNING.fullmatch, names)))
 
 
 def _check_unfinished(folder: Path, config: TrainingConfig) -> None:

@@ -1,6 +1,7 @@
 """The folder of one run: a free path -> a folder whose files are always whole.
 
-A run folder belongs to one run for ever: a folder that holds anything is refused, so no run overwrites another.
+A run folder belongs to one run for ever: a folder that holds anything but the beginning of a run that never had a
+config.yaml is refused, so no run overwrites another.
 Files are written to a temporary name and renamed, so a killed run leaves the old file or the new one, never a half.
 """
 
@@ -20,13 +21,17 @@ from typing import Any
 
 from PIL import Image
 
-from visionlora.atomic import hold, replace_file
+from visionlora.atomic import hold, replace_file, sweep
 from visionlora.config.choices import WEIGHT_SUFFIXES
 from visionlora.data.images import IMAGE_SUFFIXES
 from visionlora.errors import RunFolderError, WriteError
 
 RUN_FILES = ("run.json", "config.yaml", "adapter.safetensors")
 """Any of these marks a folder as the folder of a run."""
+ASKED_FILE = "asked.yaml"
+"""What a run writes first: its settings as they were given, and what was filled in when the config.yaml was written."""
+BEGINNING = re.compile(r"asked\.yaml|\.(asked|config)\.yaml\.\d+\.tmp")
+"""Names of what is left of a run that was cut off before its config.yaml was there; nothing of it is worth keeping."""
 
 
 @dataclass(frozen=True)
@@ -115,15 +120,16 @@ def open_run_folder(path: Path) -> RunFolder:
     """Check ``path`` and make the folder, with its parents.
 
     Raises:
-        RunFolderError: The path is a file, holds something already, or cannot be written.
+        RunFolderError: The path is a file, holds more than the beginning of a run, or cannot be written.
     """
     check_run_folder(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # A folder that appeared since the check belongs to another run: only an empty one seen before is taken over.
-        path.mkdir(exist_ok=path.is_dir() and not any(path.iterdir()))
+        # A folder that appeared since the check belongs to another run: only one seen before is taken over.
+        path.mkdir(exist_ok=path.is_dir() and all(BEGINNING.fullmatch(entry.name) for entry in path.iterdir()))
     except OSError as error:
         raise _cannot_write(path, error) from None
+    sweep(path)
     return RunFolder(path)
 
 
@@ -156,8 +162,11 @@ def write_atomic(path: Path, content: bytes) -> Path:
 
 def _check(path: Path) -> None:
     if path.is_dir():
-        if held := sorted(entry.name for entry in path.iterdir()):
+        held = sorted(entry.name for entry in path.iterdir())
+        if not all(map(BEGINNING.fullmatch, held)):
             raise _in_use(path, held)
+        if held and not hold(path):  # a run that begins right now
+            raise taken(path)
     elif path.exists() or path.is_symlink():
         raise RunFolderError(
             f"The output {_shown(path)} is a file, and a run needs a folder of its own. "

@@ -16,12 +16,10 @@ from visionlora.config.checking import COMMANDS, commands_for, unknown
 from visionlora.config.reading import GIVEN
 from visionlora.errors import ConfigError, RunFolderError
 from visionlora.report.listener import Listener
-from visionlora.report.runfolder import RunFolder
+from visionlora.report.runfolder import ASKED_FILE, RunFolder
 
 C = TypeVar("C", bound=TrainingConfig)
 
-ASKED_FILE = "asked.yaml"
-"""Beside a run's config.yaml: its settings as they were given, and what was filled in when the two were written."""
 SETTINGS_FILES = (ASKED_FILE, "config.yaml")
 """What a run writes first."""
 NOT_COMPARED = ("output", "resume", "force", "images", "folders")

@@ -234,6 +234,35 @@ def test_a_folder_that_was_cut_off_while_its_first_file_was_written(name: str) -
     assert sorted(p.name for p in Path("r").iterdir() if p.is_file()) == ["asked.yaml", "config.yaml"]
 
 
+@pytest.mark.parametrize("names", [("asked.yaml",), ("asked.yaml", ".config.yaml.77.tmp"), (".asked.yaml.77.tmp",)])
+def test_the_same_command_takes_a_folder_in_which_no_run_had_begun(names: tuple[str, ...]) -> None:
+    """A disk that was full between the two files: nothing of it is worth keeping, and the folder was said to be in use."""
+    Path("r").mkdir()
+    for name in names:
+        Path("r", name).write_text("half")
+    found, lines = started(output="r", rank=3)
+    assert found.config.rank == 3 and lines == [] and not found.anew
+    found.open(found.config)
+    assert sorted(p.name for p in Path("r").iterdir()) == ["asked.yaml", "config.yaml"]
+    assert "rank: 3" in Path("r/config.yaml").read_text()
+    with pytest.raises(RunFolderError, match="already holds a run"):
+        started(output="r")
+
+
+def test_a_run_that_had_not_begun_among_others() -> None:
+    begun(TrainSDConfig, {"rank": 2})
+    (Path("r") / "config.yaml").unlink()
+    with pytest.raises(RunFolderError, match=r"ended before it began\. Start it anew: --resume auto --output r\."):
+        started(resume="r")
+    for place in ("runs", "mine"):
+        Path(place).mkdir()
+        Path("r").rename(f"{place}/r")
+        found, (line,) = started(resume="auto", **({} if place == "runs" else {"output": place}))
+        assert found.folder.parent == Path(place) and found.folder.name.startswith("sd-dog-")
+        assert line == f"There is no unfinished run of dog in {place}; starting a new one in {found.folder}."
+        Path(place, "r").rename("r")
+
+
 def test_adapters_without_a_state_are_not_thrown_away() -> None:
     folder = a_run("r", step=None)
     (folder / "checkpoints" / "step-000009.safetensors").write_text("work")
@@ -271,8 +300,10 @@ def test_a_finished_run_is_success() -> None:
 def test_a_run_that_trains_right_now_is_left_alone() -> None:
     a_run("runs/a")
     a_run("runs/b", age=5)
+    Path("begins").mkdir()
+    Path("begins/asked.yaml").touch()
     code = "import sys\nfrom pathlib import Path\nfrom visionlora.atomic import hold\n"
-    code += "assert hold(Path('runs/a'))\nprint('held', flush=True)\nsys.stdin.read()\n"
+    code += "assert hold(Path('runs/a')) and hold(Path('begins'))\nprint('held', flush=True)\nsys.stdin.read()\n"
     other = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert other.stdin is not None and other.stdout is not None
     try:
@@ -281,6 +312,8 @@ def test_a_run_that_trains_right_now_is_left_alone() -> None:
         for given in ({"resume": "runs/a"}, {"resume": "auto", "output": "runs/a"}, {"output": "runs/a"}):
             with pytest.raises(RunFolderError, match="Another process is training in runs/a right now"):
                 started(**given)
+        with pytest.raises(RunFolderError, match="Another process is training in begins right now"):
+            started(output="begins")
     finally:
         other.kill()
         other.wait()
