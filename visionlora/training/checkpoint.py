@@ -99,6 +99,10 @@ def read_state(path: Path, say: Callable[[str], None] = lambda line: None) -> di
             f"There is no checkpoint at {path}: the run was ended before its first one. Start it anew: "
             f"--resume auto --output {shlex.quote(str(path.parent.parent))}."
         )
+    if path.exists() and not path.is_file():  # nor could the next one be written there
+        kind = "a folder" if path.is_dir() else "no regular file"
+        before = " Without it the run goes on with the one before." if previous.is_file() else ""
+        raise RunFolderError(f"The checkpoint {path} is {kind}. Move it away, and put the run's own back.{before}")
     found, problem = _load(path)
     if found is None:
         found, _ = _load(previous)
@@ -129,6 +133,8 @@ def promote(path: Path) -> None:
 
 def _load(path: Path) -> tuple[dict[str, Any] | None, str]:
     """The state, or what is wrong with it."""
+    if path.exists() and not path.is_file():
+        return None, "it is no file"
     try:
         with zipfile.ZipFile(path) as file:  # torch itself does not look at the checksums
             if (part := file.testzip()) is not None:

@@ -479,6 +479,24 @@ def test_the_state_before_stands_in_for_one_that_cannot_be_read(damage: str) -> 
     assert state.read_bytes() == good and not state.with_name(PREVIOUS_FILE).exists()
 
 
+@pytest.mark.parametrize("kind", ["folder", "pipe"])
+def test_a_state_that_is_no_file(kind: str) -> None:
+    """A folder ended in a traceback once the state before had been read, and a pipe was waited for without end."""
+    state = a_run("r") / "checkpoints" / STATE_FILE
+    state.replace(state.with_name(PREVIOUS_FILE))
+    state.mkdir() if kind == "folder" else os.mkfifo(state)
+    what = {"folder": "a folder", "pipe": "no regular file"}[kind]
+    with pytest.raises(RunFolderError, match=f"{STATE_FILE} is {what}. Move it away, .* goes on with the one before"):
+        started(resume="r")
+    state.rmdir() if kind == "folder" else state.unlink()
+    assert started(resume="r")[0].state is not None
+    state.with_name(PREVIOUS_FILE).unlink()
+    state.write_bytes(b"half")
+    state.with_name(PREVIOUS_FILE).mkdir() if kind == "folder" else os.mkfifo(state.with_name(PREVIOUS_FILE))
+    with pytest.raises(RunFolderError, match="nor can one before it"):
+        started(resume="r")
+
+
 def test_no_state_can_be_read() -> None:
     folder = a_run("r")
     (folder / "checkpoints" / STATE_FILE).write_bytes(b"no state")
