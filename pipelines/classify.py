@@ -115,13 +115,17 @@ def classify(config: ClassifyConfig, listener: Listener | None = None) -> Classi
         ready = dataclasses.replace(ready, material=fitting.material)
     finished = [fitting.finished(run.path / "adapter.safetensors")]
     handle.eject()
-    others, missing = baselines(ready, probe, probe_seconds, run.path / "baselines", start, tell)
-    finished += others
+    try:
+        others, missing = baselines(ready, probe, probe_seconds, run.path / "baselines", start, tell)
+        finished += others
 
-    # Report
-    seconds = time.monotonic() - started
-    if main:
-        report(run, fitting.material, finished, seconds, tell, fitting.log.changes, missing)
+        # Report
+        seconds = time.monotonic() - started
+        if main:
+            report(run, fitting.material, finished, seconds, tell, fitting.log.changes, missing)
+    except KeyboardInterrupt:
+        tell.say(f"Interrupted after the training, of which all is kept. {fitting.log.go_on('classify')}")
+        raise
     accelerator.wait_for_everyone()
     return ClassifyResult(
         run.path, run.path / "adapter.safetensors", run.path / "report.html", material.data.classes,

@@ -1,8 +1,10 @@
 """classify, predict and export end to end through the real commands, on the embedded backbone and real pictures."""
 
 import csv
+import dataclasses
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -26,7 +28,7 @@ from visionlora.lora.adapter import Adapter
 from visionlora.models.vision import open_backbone
 from visionlora.report.classify_fitting import Fitting
 from visionlora.report.logbook import Logbook
-from visionlora.training.loop import Fit
+from visionlora.training.loop import Fit, Progress
 
 from ..doubles import Ears, adapter_of, not_finite_after
 
@@ -763,6 +765,28 @@ def test_a_baseline_that_is_not_finite_from_the_first_step_on_does_not_blame_its
     (line,) = (line for line in ears.lines if line.startswith(f"Warning: The baseline full is missing: {what}"))
     assert "so the learning rate is not the cause" in line and "bf16), the base model and the pictures." in line
     assert "too high" not in line and "new run" not in line and "ruined" not in line
+
+
+def test_a_run_that_is_interrupted_in_a_baseline_says_how_to_go_on(
+    shapes: Path, tiny_vit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ears, add = Ears(), Logbook.add
+
+    def add_and_interrupt(self: Logbook, progress: Progress, what: str, detail: str) -> None:
+        add(self, progress, what, detail)
+        if what == "Training full":
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as broken, pytest.raises(KeyboardInterrupt):
+        broken.setattr(Logbook, "add", add_and_interrupt)
+        vl.classify(dataclasses.replace(of_eight_steps(shapes, tiny_vit, tmp_path / "run"), baselines=("full",)), ears)
+    folder = tmp_path / "run"
+    assert ears.lines[-2:] == [
+        "Stopping after this step; once more stops at once.",
+        f"Interrupted after the training, of which all is kept. Go on with: visionlora classify --resume {folder}",
+    ]
+    result = vl.classify(vl.ClassifyConfig(images="x", resume=str(folder)))
+    assert [one.name for one in result.contenders] == ["lora", "full"]
 
 
 def test_a_run_that_is_finished_already_tells_the_same(cli, shapes: Path, tiny_vit: Path) -> None:
