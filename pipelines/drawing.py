@@ -84,6 +84,7 @@ def draw_all(
     progress(done, len(recipes))
     batches = batches_of(list(missing.values()), config.batch_size, lambda prompt: in_words(pipe, prompt), adapters)
     mix, current = None, None
+    told: set[str] = set()
     while batches:
         batch = batches.pop(0)
         uses = adapters_of(batch)
@@ -93,7 +94,10 @@ def draw_all(
                 mix.detach()
             mix, current = mixed(pipe, uses, batch[0], adapters, config.allow_partial), wanted
             for name, pairs in mix.handles.items() if mix is not None else ():
-                say(f"Adapter {name}: " + "; ".join(str(handle.report) for _, handle in pairs) + ".")
+                line = f"Adapter {name}: " + "; ".join(str(handle.report) for _, handle in pairs) + "."
+                if line not in told:  # once, however often it comes and goes
+                    told.add(line)
+                    say(line)
         try:
             pictures = draw_batch(pipe, batch, given)
         except RuntimeError as e:

@@ -91,7 +91,7 @@ def grid(
     rank, processes = process_of()
     share = slice(*(len(cells) * k // processes for k in (rank, rank + 1)))
     recipes = [cells[k] for k in order]
-    own = draw_all(recipes, ready, start, lambda line: None, progress, share)
+    own = draw_all(recipes, ready, start, say, progress, share)
     done = with_others(own, recipes, start.output, share, started, say, progress)
     page = config.output / "index.html"
     if rank:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from visionlora.pipelines import drawing
 
 import visionlora as vl
 from visionlora.diffusion.axes import Axis, cell_of, parse_axis
@@ -48,6 +49,26 @@ def test_every_combination_labelled_and_on_one_page(loras: Path, tiny_model: Pat
     assert "8 pictures, 8 of them there already" in run(*words), "nothing is drawn twice"
     grown = [w if w != "lora:dog.scale=0,1" else "lora:dog.scale=0,0.5,1" for w in words]
     assert "12 pictures, 8 of them there already" in run(*grown), "a grid can grow"
+
+
+def test_what_is_told_while_cells_are_drawn(
+    loras: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was kept silent, with the line on batches that do not fit."""
+    draw = drawing.draw_batch
+
+    def small(pipe: object, batch: list[object], given: object) -> list[Image.Image]:
+        if len(batch) > 1:
+            raise torch.OutOfMemoryError("no room")
+        return draw(pipe, batch, given)
+
+    monkeypatch.setattr(drawing, "draw_batch", small)
+    told = run(
+        "grid", "--model", tiny_model, *COMMON, "--lora", f"{loras}/dog.safetensors", "--x", "lora:dog.scale=0.5,1",
+        "--prompt", "a dog", "--y", "seed=0,1", "--batch-size", 2, "--output", tmp_path / "out",
+    )  # fmt: skip
+    assert "A batch of 2 pictures does not fit into memory: drawing 1 at a time." in told
+    assert told.count("Adapter dog: ") == 1, "once, however often its scale changes"
 
 
 def test_files_blocks_and_seeds_as_axes(loras: Path, tiny_model: Path, tmp_path: Path) -> None:
