@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 
 import visionlora as vl
 from visionlora.errors import AdapterFileError, ConfigError
@@ -64,6 +65,16 @@ def test_one_adapter_needs_no_name(tiny_model: Path) -> None:
         ConfigError, match=r"adapters is list: give them by name, such as \{'dog': 'dog\.safetensors'\}"
     ):
         load_pipeline(["dog.safetensors"])  # type: ignore[arg-type]
+
+
+def test_a_base_that_was_made_into_an_lcm_takes_the_adapters_of_its_family_by_force(tiny_model: Path) -> None:
+    """It has one more parameter, for the guidance, which no adapter touches; vl.attach took them."""
+    adapter, base = random_adapter(open_base(str(tiny_model)), 0), open_base(str(tiny_model))
+    base.pipe.unet = UNet2DConditionModel.from_config({**base.pipe.unet.config, "time_cond_proj_dim": 8})
+    with pytest.raises(AdapterFileError, match="has the same architecture but other weights"):
+        apply(base, adapter)
+    (handle,) = apply(base, adapter, force=True)
+    assert len(handle.methods) == len(adapter.modules)
 
 
 def test_a_pipeline_that_was_loaded_with_adapters_is_not_saved_in_part(tiny_model: Path, tmp_path: Path) -> None:

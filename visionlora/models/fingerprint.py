@@ -21,6 +21,9 @@ THREADS = 8
 TEXT_MODEL = "text_model."
 """What transformers before 5.6 has before the names of all parameters of CLIP's text encoder, and later ones have not."""
 
+DISTILLED = ("time_embedding.cond_proj.weight",)
+"""What a UNet has more than its base that was distilled to be told the guidance (LCM, arXiv 2310.04378)."""
+
 
 def respelled(name: str) -> str:
     """A parameter of a text encoder as another transformers names it: with `TEXT_MODEL`, or without where it has it."""
@@ -37,13 +40,13 @@ def base_tensors(module: nn.Module, spell: Callable[[str], str] = str) -> Iterat
 
 
 def architecture_fingerprint(module: nn.Module, spell: Callable[[str], str] = str) -> str:
-    """16 hex digits over the names and shapes of all parameters; the same in every dtype.
+    """16 hex digits over the names and shapes of all parameters; the same in every dtype, and for a base made into an LCM.
 
     Args:
         module: the model.
         spell: how another version of its library names a parameter; those of one name it had in one, by rows.
     """
-    lines = [f"{name} {tuple(p.shape)}" for name, p in base_tensors(module, spell)]
+    lines = [f"{name} {tuple(p.shape)}" for name, p in base_tensors(module, spell) if name not in DISTILLED]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
