@@ -104,7 +104,7 @@ def predict(
         threshold: with several labels per picture, those above it apply.
         batch_size: pictures per forward pass.
         model: another place of the backbone than the adapter names.
-        device: to run on; auto takes a GPU where there is one: cuda, or mps on a Mac.
+        device: to run on; auto takes a GPU where there is one: cuda, xpu of Intel, or mps on a Mac.
         force: accept a backbone of the same architecture with other weights.
         weights: another place of the backbone's state dict.
         skip_broken: leave out pictures that cannot be read, and say so, instead of stopping.

@@ -138,7 +138,7 @@ class Classifier:
 
         Args:
             backbone: from `visionlora.models.vision.open_backbone`.
-            device: to run on; auto takes a GPU where there is one: cuda, or mps on a Mac.
+            device: to run on; auto takes a GPU where there is one: cuda, xpu of Intel, or mps on a Mac.
 
         Raises:
             ConfigError: when there is no such device.
@@ -387,7 +387,7 @@ def load_classifier(
     Args:
         adapters: one file, run folder or `Adapter`; or several by task name, on one backbone.
         model: the backbone; by default the one that the first adapter names.
-        device: to run on; auto takes a GPU where there is one: cuda, or mps on a Mac.
+        device: to run on; auto takes a GPU where there is one: cuda, xpu of Intel, or mps on a Mac.
         force: accept a backbone of the same architecture with other weights.
         weights: a state dict of the backbone, where it is no longer where the first adapter says.
 

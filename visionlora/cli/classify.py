@@ -163,7 +163,7 @@ def predict(
     model: Annotated[Optional[str], typer.Option(help="Another place of the backbone.")] = None,  # noqa: UP045
     weights: Annotated[Optional[str], typer.Option(help="Another place of its state dict.")] = None,  # noqa: UP045
     device: Annotated[
-        str, typer.Option(help="auto (cuda or a Mac's mps where there is one), cpu, cuda, mps.")
+        str, typer.Option(help="auto (cuda, Intel's xpu or a Mac's mps where there is one), cpu, cuda, xpu, mps.")
     ] = "auto",
     force: Annotated[bool, typer.Option("--force", help="Accept other weights of the same architecture.")] = False,
     skip_broken: Annotated[bool, typer.Option("--skip-broken", help="Leave out pictures that cannot be read.")] = False,

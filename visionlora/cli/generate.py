@@ -70,7 +70,9 @@ BatchSize = Annotated[
         help="Pictures drawn at once, each with its own prompt, seed and adapters; values may round otherwise than alone."
     ),
 ]
-Device = Annotated[str, typer.Option(help="auto (cuda or a Mac's mps where there is one), cpu, cuda, mps.")]
+Device = Annotated[
+    str, typer.Option(help="auto (cuda, Intel's xpu or a Mac's mps where there is one), cpu, cuda, xpu, mps.")
+]
 Precision = Annotated[str, typer.Option(help="auto (half on cuda, fp32 on mps and cpu), fp32, bf16 or fp16.")]
 Force = Annotated[bool, typer.Option("--force", help="Accept a fine-tune of the adapter's base.")]
 AllowPartial = Annotated[

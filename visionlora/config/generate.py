@@ -52,7 +52,7 @@ class GenerateConfig:
     batch_size: int = 1
     """Pictures drawn in one forward pass where they agree in all but prompt, seed and adapters."""
     device: str = "auto"
-    """To draw on; auto takes a GPU where there is one: cuda, or mps on a Mac."""
+    """To draw on; auto takes a GPU where there is one: cuda, xpu of Intel, or mps on a Mac."""
     precision: str = "auto"
     """fp32, bf16, fp16, or auto: half precision on cuda, fp32 on mps and on a CPU."""
     output: Path = Path("pictures")

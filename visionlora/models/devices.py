@@ -13,12 +13,12 @@ if TYPE_CHECKING:
     import torch
 
 AUTO = "auto"
-AUTOMATIC = ("cuda", "mps", "cpu")
+AUTOMATIC = ("cuda", "xpu", "mps", "cpu")
 """What auto takes, the first that is there: where accelerate trains too."""
 
 
 def usable_device(word: str | torch.device = AUTO) -> torch.device:
-    """A device that is there; auto takes a GPU where there is one: cuda, or mps on a Mac.
+    """A device that is there; auto takes a GPU where there is one: cuda, xpu of Intel, or mps on a Mac.
 
     Under `accelerate launch` or torchrun a GPU without a number is that of the process, where there are so many.
 
@@ -42,7 +42,7 @@ def usable_device(word: str | torch.device = AUTO) -> torch.device:
     except RuntimeError:
         device = None
     if device is None or device.type not in there:
-        raise ConfigError(f"device is {given!r}; it must be auto, cpu, mps or cuda (cuda:1 for the second).")
+        raise ConfigError(f"device is {given!r}; it must be auto, cpu, mps, xpu or cuda (cuda:1 for the second).")
     count = there[device.type]
     if not count:
         what = "GPU that torch can use" if device.type == "cuda" else f"{device.type} device that torch can use"

@@ -137,7 +137,7 @@ def process_state() -> Any:
 
     check_launch()
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    return PartialState(cpu=several and not torch.cuda.is_available())
+    return PartialState(cpu=several and not (torch.cuda.is_available() or torch.xpu.is_available()))
 
 
 def new_accelerator(

@@ -14,10 +14,11 @@ from visionlora.models.devices import leave_launch, process_lost, process_of, us
 from ...doubles import LAUNCH, become_process, environment_of
 
 
-def with_gpus(monkeypatch: pytest.MonkeyPatch, count: int, mps: bool = False) -> None:
+def with_gpus(monkeypatch: pytest.MonkeyPatch, count: int, mps: bool = False, xpu: int = 0) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
-    monkeypatch.setattr(torch.xpu, "is_available", lambda: False)
+    monkeypatch.setattr(torch.xpu, "is_available", lambda: xpu > 0)
+    monkeypatch.setattr(torch.xpu, "device_count", lambda: xpu)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
 
 
@@ -39,6 +40,18 @@ def test_auto_is_the_gpu_of_a_mac(monkeypatch: pytest.MonkeyPatch) -> None:
     assert usable_device() == torch.device("cuda")
 
 
+def test_auto_is_the_gpu_of_intel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training, by accelerate, took it; drawing and predicting took the CPU."""
+    with_gpus(monkeypatch, 0, mps=True, xpu=2)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert usable_device() == torch.device("xpu")
+    assert place_of(GenerateConfig(["a"])) == (torch.device("xpu"), "fp32"), "auto takes no risk in precision"
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert usable_device() == torch.device("xpu:1")
+    with_gpus(monkeypatch, 1, xpu=2)
+    assert usable_device("cuda") == usable_device() == torch.device("cuda")
+
+
 def test_each_process_of_several_has_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     with_gpus(monkeypatch, 2)
     for rank, expected in (("0", "cuda:0"), ("1", "cuda:1"), ("2", "cuda"), ("", "cuda")):
@@ -50,8 +63,8 @@ def test_each_process_of_several_has_its_own_gpu(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     ("word", "message"),
     [
-        ("foo", "device is 'foo'; it must be auto, cpu, mps or cuda"),
-        ("meta", "device is 'meta'; it must be auto, cpu, mps or cuda"),
+        ("foo", "device is 'foo'; it must be auto, cpu, mps, xpu or cuda"),
+        ("meta", "device is 'meta'; it must be auto, cpu, mps, xpu or cuda"),
         ("cuda", "device is 'cuda', but there is no GPU that torch can use. Take cpu."),
         ("mps", "device is 'mps', but there is no mps device that torch can use. Take cpu."),
     ],

@@ -286,3 +286,12 @@ def test_a_base_that_holds_nan_is_named_at_the_first_step() -> None:
     learner.parameter_groups = lambda lr, weight_decay: [{"params": [model[1].weight], "lr": lr}]
     with pytest.raises(ModelError, match=r"hold NaN or infinite values: 1 tensor of Sequential \(first '0\.weight'\)"):
         train(Accelerator(cpu=True), learner, Regression(), CONFIG, lambda _: None)
+
+
+@pytest.mark.parametrize(("xpu", "cpu"), [(True, False), (False, True)])
+def test_several_processes_stay_on_the_gpus_of_intel(xpu: bool, cpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    become_process(monkeypatch, 0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.xpu, "is_available", lambda: xpu)
+    monkeypatch.setattr("accelerate.PartialState", dict)
+    assert process_state() == {"cpu": cpu}
