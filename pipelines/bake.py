@@ -17,7 +17,7 @@ from visionlora.data.wording import first_names
 from visionlora.errors import ConfigError, ModelError
 from visionlora.formats.embeddings import files_beside, write_beside
 from visionlora.formats.header import hashed, write_file
-from visionlora.loaders import apply, check_draws, follow_noise, load_adapter
+from visionlora.loaders import apply, check_draws, follow_noise, load_adapter, words_elsewhere
 from visionlora.lora.handle import Handle
 from visionlora.lora.merge import bake as bake_handles
 from visionlora.mixing.scales import Scale, block_factors, scale_in_file
@@ -74,6 +74,11 @@ def bake(
         say(
             f"An adapter was trained with clip_skip {skips[-1]}, which a model cannot say of itself: set it where you draw "
             f"(visionlora: --clip-skip {skips[-1]}; diffusers, which counts from 0: clip_skip={skips[-1] - 1})."
+        )
+    for path, word in words_elsewhere({path: a for (path, _, _), (a, _) in zip(uses, loaded, strict=True)}, base.pipe):
+        say(
+            f"{path} was trained with the word {word}, whose vectors are not in it: the model does not know it. Bake the file "
+            "that has them too, as one adapter more."
         )
     # All are put on before any is merged: each adapter's effect is that on the untouched base.
     handles = [(apply(base, a, f"baked{i}", scale.strength, force), scale) for i, (a, scale) in enumerate(loaded)]

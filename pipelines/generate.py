@@ -16,7 +16,7 @@ from visionlora.diffusion.recipe import LoraUse, Recipe, take_tags
 from visionlora.diffusion.settings import BASE_DTYPES
 from visionlora.diffusion.uses import names_of, uses_of
 from visionlora.errors import ConfigError, nearest
-from visionlora.loaders import check_base, check_draws, ends_in_noise, load_adapter
+from visionlora.loaders import check_base, check_draws, ends_in_noise, load_adapter, words_elsewhere
 from visionlora.lora.adapter import Adapter
 from visionlora.mixing.compose import composition
 from visionlora.models.base import EMBEDDED, BaseModel, open_base, open_controlnet, quiet
@@ -90,16 +90,12 @@ def opened(config: GenerateConfig, say: Callable[[str], None]) -> Opened:
 
 def words_left_behind(adapters: Mapping[str, Adapter], prompts: Sequence[str], base: BaseModel) -> Iterator[str]:
     """A line for each adapter whose learned word is in a prompt and in no file: some formats keep it in one of its own."""
-    known = {
-        token for adapter in adapters.values() for token in adapter.embeddings
-    } | base.pipe.tokenizer.get_vocab().keys()
-    for path, adapter in adapters.items():
-        for word in adapter.info.get("words", []):
-            if word not in known and any(word in prompt for prompt in prompts):
-                yield (
-                    f"{path} was trained with the word {word}, whose vectors are not in it: give the file that has them too "
-                    "(--lora FILE), which whoever converted it got beside it. The word means nothing without."
-                )
+    for path, word in words_elsewhere(adapters, base.pipe):
+        if any(word in prompt for prompt in prompts):
+            yield (
+                f"{path} was trained with the word {word}, whose vectors are not in it: give the file that has them too "
+                "(--lora FILE), which whoever converted it got beside it. The word means nothing without."
+            )
 
 
 def clip_skip_of(config: GenerateConfig, adapters: Mapping[str, Adapter]) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -296,6 +296,17 @@ def add_tokens(base: BaseModel, adapter: Adapter) -> None:
                     f"The adapter has vectors of {token!r} for {component!r}, which {base.id} has not."
                 )
             add_token(base.pipe, token, vectors, tokenizers[component], encoder)
+
+
+def words_elsewhere(adapters: Mapping[str, Adapter], pipe: Any) -> Iterator[tuple[str, str]]:
+    """(name of an adapter, word) of each word that was learned with it and is in none of them: some formats keep it in a file
+    of its own.
+    """
+    known = {word for adapter in adapters.values() for word in adapter.embeddings} | pipe.tokenizer.get_vocab().keys()
+    for name, adapter in adapters.items():
+        for word in adapter.info.get("words", ()):
+            if word not in known:
+                yield name, word
 
 
 def add_token(pipe: Any, token: str, vectors: Tensor, tokenizer: Any, encoder: Any) -> None:

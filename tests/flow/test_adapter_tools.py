@@ -272,6 +272,24 @@ def test_a_word_of_an_adapter_for_diffusers(with_a_word: Path, tiny_model: Path,
         vl.save_adapter(vl.load_adapter(tmp_path / "d-rex.safetensors"), tmp_path / "e.safetensors", "diffusers")
 
 
+def test_words_whose_vectors_lie_beside_are_not_forgotten(with_a_word: Path, tiny_model: Path, tmp_path: Path) -> None:
+    """A merged or converted file did not say any more that it needs them, and a model was baked without them in silence."""
+    one, other, m = (tmp_path / f"{name}.safetensors" for name in ("d", "k", "m"))
+    run("convert", with_a_word, one, "--to", "diffusers")
+    run("convert", one, other, "--to", "kohya")
+    assert vl.load_adapter(other).info["words"] == ["<rex>"]
+    for to in ("kohya", "visionlora"):
+        told = run("merge", f"{one}:0.5", f"{other}:0.5", "--output", m, "--to", to, "--overwrite")
+        assert "The vectors of <rex> are in none of the adapters: they stay in files of their own" in told
+        assert vl.load_adapter(m).info["words"] == ["<rex>"]
+    beside = tmp_path / "<rex>.safetensors"
+    (tmp_path / "d-rex.safetensors").rename(beside)
+    told = run("merge", one, beside, "--output", m, "--overwrite")
+    assert "The vectors of" not in told and list(vl.load_adapter(m).embeddings) == ["<rex>"]
+    told = run("bake", tiny_model, f"{one}", "--output", tmp_path / "baked", "--force")
+    assert f"{one} was trained with the word <rex>, whose vectors are not in it: the model does not know it." in told
+
+
 @pytest.mark.parametrize(
     "words",
     [("merge", "{word}", "{word}:0.5"), ("resize", "{word}", "--rank", 1), ("convert", "{word}", "{out}")],

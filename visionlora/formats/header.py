@@ -97,8 +97,8 @@ def drawing_metadata(adapter: Adapter) -> dict[str, str]:
     found = {}
     if trigger := adapter.info.get("trigger"):
         found["modelspec.trigger_phrase"] = str(trigger)
-    if adapter.embeddings:
-        found[WORDS] = json.dumps(sorted(adapter.embeddings))
+    if words := {*adapter.embeddings, *adapter.info.get("words", ())}:
+        found[WORDS] = json.dumps(sorted(words))
     if adapter.clip_skip != 1:
         found["ss_clip_skip"] = str(adapter.clip_skip)
     if adapter.zero_terminal_snr:

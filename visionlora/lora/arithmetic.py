@@ -192,6 +192,11 @@ def merge_adapters(
             f"The adapters were trained with clip_skip {' and '.join(map(str, skips))}, and the merged one can say but one: it "
             f"says none. Draw with --clip-skip {skips[-1]} or without, whichever looks better.",
         )
+    if elsewhere := [word for word in info.get("words", ()) if word not in embeddings]:
+        notes += (
+            f"The vectors of {', '.join(elsewhere)} are in none of the adapters: they stay in files of their own, which are "
+            "needed to draw with those words.",
+        )
     if not any(scale for _, scale in adapters):
         notes += ("Every scale is 0, so the merged adapter changes nothing.",)
     return Result(Adapter(modules, info, embeddings), errors, notes)
@@ -248,6 +253,8 @@ def merged_info(adapters: Sequence[tuple[Adapter, float]], method: str) -> dict[
         info["base"] = bases[0]
     if triggers:
         info["trigger"] = ", ".join(dict.fromkeys(triggers))
+    if words := sorted({word for a, _ in adapters for word in a.info.get("words", ())}):
+        info["words"] = words
     training: dict[str, Any] = {}
     skips = {a.clip_skip for a, _ in adapters}
     if len(skips) == 1 and skips != {1}:
