@@ -237,7 +237,7 @@ def _take_row(
     name = row.get("file_name")
     if not isinstance(name, str) or not name.strip():
         raise Unusable(f'names no picture (it has {quoted(row)}); add a "file_name"')
-    picture = _picture_of(found, PurePosixPath(file).parent if folder is None else PurePosixPath(folder), name.strip())
+    picture = _picture_of(found, PurePosixPath(file).parent if folder is None else PurePosixPath(folder), name)
     if picture is None:
         return
     found.blamed.add(picture)  # for what may be raised below; a picture with a caption is taken out in the end
@@ -256,11 +256,12 @@ def _take_row(
 
 def _picture_of(found: _Findings, folder: PurePosixPath, name: str) -> str | None:
     """The picture that a row of a metadata file in `folder` means; None for one that is not wanted."""
-    shown = printable(name)
-    path = PurePosixPath(name.replace("\\", "/"))  # as Windows programs write it
-    if path.is_absolute() or PureWindowsPath(name).anchor or ".." in path.parts:
+    text = name.strip()
+    shown = printable(text)
+    path = PurePosixPath(text.replace("\\", "/"))  # as Windows programs write it
+    if path.is_absolute() or PureWindowsPath(text).anchor or ".." in path.parts:
         raise Unusable(f"names {shown}, which leaves the folder; use a path inside it, relative to the metadata file")
-    for named in ((folder / name).as_posix(), (folder / path).as_posix()):
+    for named in ((folder / name).as_posix(), (folder / text).as_posix(), (folder / path).as_posix()):
         if (picture := found.pictures.find(named)) is not None:
             return picture
     wanted = (folder / path).as_posix()

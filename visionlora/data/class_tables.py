@@ -211,7 +211,8 @@ class _Pictures:
 
     def __init__(self, root: Path, listing: Listing) -> None:
         self.root, self.others = root, frozenset(listing.others)
-        self.find = Names(listing.pictures).find
+        self.names = Names(listing.pictures)
+        self.find = self.names.find
         self.meant = Meant(listing.pictures)
 
     def named(self, cells: Mapping[str, Any], column: str, place: str = "") -> str:
@@ -220,7 +221,10 @@ class _Pictures:
         Raises:
             Unusable: when the cell is no path, or that of something else.
         """
-        name = _name(cells.get(column), column, self.root, place)
+        value = cells.get(column)
+        name = _name(value, column, self.root, place)
+        if (as_written := f"{PurePosixPath(place) / str(value)}") in self.names.exact:  # with spaces around
+            return as_written
         if name in self.others:
             raise Unusable(f"names {printable(name)}, which is no picture; {ENDINGS}")
         return name

@@ -80,16 +80,23 @@ def list_folder(root: Path, tops: Collection[str] | None = None) -> Listing:
 
 
 class Names:
-    """The names of files, found also where the accents of a wanted one are encoded otherwise (Unicode normal form)."""
+    """The names of files, found also where a wanted one differs in how accents are encoded (Unicode normal form), or in spaces
+    around it.
+    """
 
     def __init__(self, names: Iterable[str]) -> None:
         """Takes the names as they are; the order does not matter."""
         self.exact = frozenset(names)
-        self.composed = {composed(name): name for name in sorted(self.exact, reverse=True)}
+        self.alike = {_without_spaces(name): name for name in sorted(self.exact, reverse=True)}
 
     def find(self, name: str) -> str | None:
         """The name that is exactly so, else the one that looks the same."""
-        return name if name in self.exact else self.composed.get(composed(name))
+        return name if name in self.exact else self.alike.get(_without_spaces(name))
+
+
+def _without_spaces(name: str) -> str:
+    """A path without the spaces around its parts, which no eye sees; composed."""
+    return "/".join(part.strip() for part in composed(name).split("/"))
 
 
 def composed(name: str) -> str:

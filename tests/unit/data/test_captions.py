@@ -119,6 +119,14 @@ def test_bad_row(tmp_path: Path, line: str, problem: str) -> None:
     assert found.texts == {"b.png": "good"}
 
 
+def test_a_picture_whose_name_has_a_space_around_it(tmp_path: Path) -> None:
+    """A row that named it, space and all, was told that it is not there."""
+    rows = "".join(f'{{"file_name": "{n}", "text": "[{n}]"}}\n' for n in ("space.png", "a.png", " a.png", "b.png "))
+    found = read(tmp_path, {"metadata.jsonl": rows}, pictures=("a.png", "b.png", " space.png", " a.png"))
+    assert found.problems == ()
+    assert found.texts == {" space.png": "[space.png]", "a.png": "[a.png]", " a.png": "[ a.png]", "b.png": "[b.png ]"}
+
+
 @pytest.mark.parametrize("name", ["../secret.png", "sub/../../secret.png", "/etc/a.png", "C:\\a.png", "..\\a.png"])
 def test_a_row_cannot_leave_the_folder(tmp_path: Path, name: str) -> None:
     found = read(tmp_path / "in", {"metadata.csv": f"file_name,text\n{name},t\n"})

@@ -205,6 +205,15 @@ def test_a_class_name_is_composed_and_without_spaces_around(tmp_path: Path) -> N
     assert read_labelled(tmp_path).classes == ("café", "dog")
 
 
+def test_a_picture_of_a_table_whose_name_has_a_space_around_it(tmp_path: Path) -> None:
+    files(tmp_path, " a.png", "a.png", " b.png", "c.png")
+    (tmp_path / "metadata.csv").write_text('file_name,label\n" a.png",x\na.png,y\nb.png,x\n"c.png ",y\n')
+    found = read_labelled(tmp_path)
+    assert {i.path.name: found.classes[i.labels[0]] for i in found.items} == {
+        " a.png": "x", "a.png": "y", " b.png": "x", "c.png": "y"
+    }  # fmt: skip
+
+
 def test_one_class_only(tmp_path: Path) -> None:
     files(tmp_path, "cat/1.png", "cat/2.png")
     assert problems(tmp_path) == ['all 2 pictures are of one class, "cat"; add another class to tell apart']
