@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,15 @@ from visionlora.data.files import list_folder, suffix_of
 from visionlora.data.images import decode_noted, printable
 from visionlora.data.parquet import PARQUET
 from visionlora.data.tables import TABLE_SUFFIXES
-from visionlora.data.wording import MAX_LINES, beside_pictures, linked_folders, no_pictures, other_pictures
+from visionlora.data.wording import (
+    MAX_LINES,
+    beside_pictures,
+    count_of,
+    first_names,
+    linked_folders,
+    no_pictures,
+    other_pictures,
+)
 from visionlora.errors import ConfigError, DataError, nearest
 from visionlora.models.devices import process_of
 from visionlora.report.listener import Listener
@@ -37,12 +46,18 @@ class Predicted:
     """Its file; of a picture within a table one in the cache."""
     prediction: Prediction
     name: str = ""
-    """What the output calls it, where that is not its path: `new.parquet row 3`."""
+    """What it is called, where that is not its path: `new.parquet row 3`."""
 
     @property
     def shown(self) -> str:
-        """What the output calls it, safe to print."""
+        """What is printed of it."""
         return self.name or printable(self.path)
+
+    @property
+    def written(self) -> str:
+        """What a file calls it: its path as it is, by which it is found again; as `shown` where that is no UTF-8."""
+        path = self.path.as_posix()
+        return path if self.shown == printable(path) and is_utf8(path) else self.shown
 
 
 @dataclass
@@ -99,7 +114,8 @@ def predict(
     Args:
         adapter: a file or run folder of `visionlora classify`.
         images: files, folders (with their subfolders) and tables (a row for each picture), or one.
-        output: a .csv, .json or .parquet file; none is written without it.
+        output: a .csv, .json or .parquet file; none is written without it. Paths are in it as they are; those that are no
+            UTF-8 are escaped, and told.
         top_k: classes per picture; with several labels so many are in `top`, and a table has those that apply.
         threshold: with several labels per picture, those above it apply.
         batch_size: pictures per forward pass.
@@ -146,6 +162,11 @@ def predict(
                 "--skip-broken leaves them out; nothing was written."
             )
         tell.say(f"Left out, as they cannot be read:\n{given.told()}")
+    if escaped := [one.shown for one in found if not is_utf8(one.path.as_posix())]:
+        tell.say(
+            f"{count_of(len(escaped), 'name is', 'names are')} no UTF-8 and told escaped, by which no file is found: "
+            f"{first_names(escaped)}."
+        )
     if target is not None and not rank:
         target.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(target, table(found, target.suffix))
@@ -272,7 +293,7 @@ def record(one: Predicted) -> dict[str, Any]:
     """A picture and its classes as plain values; with several labels `labels` apply, and `top` also holds likely others."""
     p = one.prediction
     found = {
-        "path": one.shown,
+        "path": one.written,
         "label": p.label,
         "probability": p.probability if p.labels else None,
         "labels": list(p.labels),
@@ -281,11 +302,17 @@ def record(one: Predicted) -> dict[str, Any]:
     return {**found, "scores": dict(p.scores)} if p.scores else found
 
 
+def json_of(found: Sequence[Predicted], indent: int | None = None) -> str:
+    """All records; what cannot be printed is escaped, as JSON can do it."""
+    text = json.dumps([record(one) for one in found], indent=indent, ensure_ascii=False)
+    return re.sub(r"[^\n -~]", lambda c: c[0] if c[0].isprintable() else json.dumps(c[0])[1:-1], text)
+
+
 def row(one: Predicted) -> dict[str, Any]:
     """A picture as a row of a table: its first label, further ones in columns of their own, then every class's probability."""
     p = one.prediction
     found: dict[str, Any] = {
-        "path": one.shown,
+        "path": one.written,
         "label": p.label,
         "probability": p.probability if p.labels else None,
     }
@@ -297,7 +324,7 @@ def row(one: Predicted) -> dict[str, Any]:
 def table(found: Sequence[Predicted], suffix: str) -> bytes:
     """The whole file."""
     if suffix == ".json":
-        return (json.dumps([record(one) for one in found], indent=2, ensure_ascii=False) + "\n").encode()
+        return (json_of(found, indent=2) + "\n").encode()
     rows = [row(one) for one in found]
     columns = list(dict.fromkeys(name for r in rows for name in r))
     columns.sort(key=lambda name: name.startswith("p_"))  # a later picture may have more labels
@@ -311,6 +338,15 @@ def table(found: Sequence[Predicted], suffix: str) -> bytes:
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue().encode()
+
+
+def is_utf8(name: str) -> bool:
+    """Whether a name can be written as text; bytes of other encodings in file names cannot."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def parquet() -> Any:

@@ -145,6 +145,34 @@ def test_predict_writes_json_and_parquet_and_prints(cli, trained: Path, shapes: 
     assert pyarrow.read_table(tmp_path / "p.parquet").column("label").to_pylist() == [p["label"] for p in printed]
 
 
+def test_files_are_found_by_the_names_that_are_written(shapes: Path, tiny_vit: Path, tmp_path: Path) -> None:
+    """They were as they are printed, with control characters escaped."""
+    adapter, new = tmp_path / "adapter.safetensors", tmp_path / "new"
+    native.write(adapter_of(tiny_vit, ("circle", "cross")), adapter)
+    new.mkdir()
+    names = ["a\nb.png", "c\x1b[31m.png", 'd,"\r.png', "e\u202e\x85.png", "f é\U000e0001.png"]
+    for name in (*names, os.fsdecode(b"g\xe9.png")):
+        (new / name).write_bytes((shapes / "cross" / "00.png").read_bytes())
+    ears, found = Ears(), {}
+    for suffix in ("csv", "json", "parquet"):
+        output = tmp_path / f"p.{suffix}"
+        done = vl.predict(adapter, new, output, listener=ears)
+        if suffix == "csv":
+            with output.open(newline="") as file:
+                found[suffix] = [r["path"] for r in csv.DictReader(file)]
+        elif suffix == "json":
+            found[suffix] = [r["path"] for r in json.loads(output.read_text())]
+            assert output.read_text().replace("\n", "").isprintable(), "it may be read in a terminal"
+        else:
+            pyarrow = pytest.importorskip("pyarrow.parquet")
+            found[suffix] = pyarrow.read_table(output).column("path").to_pylist()
+    written = [f"{new}/{name}" for name in names]
+    assert list(found.values()) == [[*written, rf"{new}/g\udce9.png"]] * 3
+    assert all(Path(path).is_file() for path in written) and all(one.shown.isprintable() for one in done)
+    said = rf"1 name is no UTF-8 and told escaped, by which no file is found: {new}/g\udce9.png."
+    assert ears.lines.count(said) == 3
+
+
 def test_every_probability_has_a_column_where_asked_for(cli, trained: Path, shapes: Path, tmp_path: Path) -> None:
     code, _, err = cli(
         "predict", "--adapter", trained, shapes / "cross", "--all-scores", "--output", tmp_path / "p.csv"

@@ -175,7 +175,7 @@ def predict(
 ) -> None:
     """Classify pictures with a finished adapter: `visionlora predict --adapter runs/pets ./new`."""
     with ConsoleListener(quiet=as_json) as listener:
-        from visionlora.pipelines.predict import predict, record
+        from visionlora.pipelines.predict import json_of, predict
 
         found = predict(
             adapter, [*(files or []), *(images or [])], output, top_k=top_k, threshold=threshold, batch_size=batch_size,
@@ -185,7 +185,7 @@ def predict(
     if not speaks():
         return
     if as_json:
-        typer.echo(json.dumps([record(one) for one in found], ensure_ascii=False))
+        typer.echo(json_of(found))
         return
     if output is not None:
         typer.echo(f"Wrote {len(found)} predictions to {output}.")
