@@ -21,7 +21,7 @@ import visionlora as vl
 from visionlora.cli.generate import lines_of
 from visionlora.cli.main import app
 from visionlora.diffusion.recipe import SCHEDULERS, Recipe, read_recipe
-from visionlora.errors import ConfigError
+from visionlora.errors import ConfigError, ModelError
 from visionlora.lora.adapter import Adapter, AdapterModule
 from visionlora.models.base import open_base
 
@@ -637,6 +637,28 @@ def test_a_merged_adapter_has_no_say_in_clip_skip_where_its_parts_differed() -> 
 
 def test_no_negative_prompt_may_be_none() -> None:
     assert vl.GenerateConfig("a dog", negative_prompt=None).negative_prompt == ""
+
+
+def test_a_model_that_is_gone_does_not_pass_for_one_of_the_hub_alone(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With one slash in its name it looks like owner/name."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_model, "models/sd15")
+    words = ("generate", "--prompt", "a dog", "--model", "models/sd15", *COMMON, "--output")
+    run(*words, "out")
+    (picture,) = Path("out").iterdir()
+    assert not vl.show(picture).changed
+    shutil.rmtree("models/sd15")
+    said = "The folder models is here, but has no sd15; perhaps it is a model of the Hub."
+    assert vl.show(picture).changed == (f"models/sd15 is not here. {said}",)
+    with pytest.raises(ModelError, match=f"The model models/sd15 cannot be opened: {said}"):
+        run(*words, "again")
+    Path("models").rmdir()
+    assert not vl.show(picture).changed
+    with pytest.raises(ModelError) as caught:
+        run(*words, "again")
+    assert "The folder" not in str(caught.value)
 
 
 def test_show_says_what_is_no_longer_the_same(loras: Path, tiny_model: Path, dogs: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass
+from pathlib import Path
 
 from visionlora.errors import ConfigError, nearest
 
@@ -107,3 +108,11 @@ def may_be_on_hub(model: str) -> bool:
     (True, False, False)
     """
     return model.count("/") == 1 and not model.startswith((".", "/", "~"))
+
+
+def missing_beside(model: str) -> str:
+    """What is said first of a model that may be on the Hub, where its folder is here and it is not; empty of others."""
+    path = Path(model)
+    if not may_be_on_hub(model) or path.exists() or not path.parent.is_dir():
+        return ""
+    return f"The folder {path.parent} is here, but has no {path.name}; perhaps it is a model of the Hub."

@@ -9,7 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from visionlora.config import GenerateConfig
-from visionlora.config.choices import EMBEDDED_SD, WEIGHT_SUFFIXES, may_be_on_hub
+from visionlora.config.choices import EMBEDDED_SD, WEIGHT_SUFFIXES, may_be_on_hub, missing_beside
 from visionlora.diffusion.given import named
 from visionlora.diffusion.recipe import LoraUse, Recipe, take_tags
 from visionlora.errors import AdapterFileError, ConfigError, DataError, nearest
@@ -94,7 +94,7 @@ def changed_since(recipe: Recipe) -> list[str]:
     before = {use.path: (use.hash, use.file_hash) for use in recipe.loras}
     before |= {path: ("", hash) for path, hash in pictures.items() if path}
     uses = {use.path: use for use in recipe.loras}
-    lines = [f"{model} is not here." for model in (recipe.model, recipe.controlnet) if is_missing(model)]
+    lines = [line for model in (recipe.model, recipe.controlnet) if (line := missing(model))]
     for path, hashes in before.items():
         try:
             if path in uses:
@@ -110,6 +110,10 @@ def changed_since(recipe: Recipe) -> list[str]:
     return lines
 
 
-def is_missing(model: str) -> bool:
-    """Whether a model is one of a folder or file that is not there; what looks like an id of the Hub may be one."""
-    return model not in ("", EMBEDDED_SD) and not may_be_on_hub(model) and not Path(model).expanduser().exists()
+def missing(model: str) -> str:
+    """What is said of a model that is not here; nothing where it is, or looks like an id of the Hub."""
+    if model in ("", EMBEDDED_SD) or Path(model).expanduser().exists():
+        return ""
+    if not may_be_on_hub(model):
+        return f"{model} is not here."
+    return f"{model} is not here. {beside}" if (beside := missing_beside(model)) else ""

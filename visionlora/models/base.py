@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from visionlora.config.choices import EMBEDDED_SD, may_be_on_hub
+from visionlora.config.choices import EMBEDDED_SD, may_be_on_hub, missing_beside
 from visionlora.errors import AdapterFileError, ModelError, first_line, nearest
 from visionlora.formats.container import is_pickle, pickled
 from visionlora.formats.families import by_context, family_of_unet
@@ -322,7 +322,8 @@ def load_folder(source: str, dtype: torch.dtype) -> tuple[Any, str | None]:
     except Exception as e:  # the Hub client and diffusers raise many kinds; the user needs one sentence
         text = first_line(e)
         hint = AGAIN if Path(source).is_dir() else f"Check the name and the connection, or use --model {EMBEDDED}."
-        raise ModelError(f"The model {source} cannot be opened: {text} {hint}") from None
+        said = " ".join(filter(None, (missing_beside(source), text, hint)))
+        raise ModelError(f"The model {source} cannot be opened: {said}") from None
 
 
 def with_variant(source: str, index: Mapping[str, Any]) -> tuple[Path, str | None]:

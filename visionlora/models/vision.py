@@ -17,7 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from visionlora.config.choices import may_be_on_hub
+from visionlora.config.choices import may_be_on_hub, missing_beside
 from visionlora.data.preprocess import INTERPOLATIONS, Preprocessing
 from visionlora.errors import AdapterFileError, ModelError, first_line, nearest
 from visionlora.lora.damage import damaged
@@ -308,9 +308,9 @@ def close(name: str, names: list[str]) -> bool:
 
 def cannot_be_had(name: str, error: Exception) -> ModelError:
     """One sentence of the many kinds that the libraries and the Hub client raise."""
-    text = first_line(error)
+    text = " ".join(filter(None, (missing_beside(name), first_line(error)[:300])))
     return ModelError(
-        f"The backbone {name} cannot be opened: {text[:300]} Check the name and the connection, give its weights with "
+        f"The backbone {name} cannot be opened: {text} Check the name and the connection, give its weights with "
         f"--weights FILE, or use --model {EMBEDDED}."
     )
 
