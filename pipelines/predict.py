@@ -15,6 +15,7 @@ from PIL import Image
 
 from visionlora.atomic import check_new
 from visionlora.classifier import Classifier, Prediction, check_asked, load_classifier
+from visionlora.config.reading import is_utf8
 from visionlora.data.class_tables import pictures_of
 from visionlora.data.files import list_folder, suffix_of
 from visionlora.data.images import decode_noted, printable
@@ -338,15 +339,6 @@ def table(found: Sequence[Predicted], suffix: str) -> bytes:
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue().encode()
-
-
-def is_utf8(name: str) -> bool:
-    """Whether a name can be written as text; bytes of other encodings in file names cannot."""
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def parquet() -> Any:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path, PurePath
@@ -84,6 +83,15 @@ def given_names(config: Any) -> frozenset[str]:
     )
 
 
+def is_utf8(text: str) -> bool:
+    """Whether a text can be written; bytes of other encodings on the command line or in names of files cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def take(config: Any) -> None:
     """Turns what a configuration was constructed with into the annotated types; texts stay as they are.
 
@@ -96,7 +104,7 @@ def take(config: Any) -> None:
     for name, hint in get_type_hints(type(config)).items():
         given = getattr(config, name)
         texts = given if "prompt" in name and isinstance(given, (str, list, tuple)) else ()
-        if UNDECODED.search("".join(map(str, texts))):
+        if not is_utf8("".join(map(str, texts))):
             problems.append(f"{name} is {given!r}, which is not UTF-8: check what the terminal or file is encoded in")
         if isinstance(given, str) and str in (hint, *get_args(hint)) and get_origin(hint) not in LISTS:
             continue
@@ -109,8 +117,6 @@ def take(config: Any) -> None:
     raise_all(problems)
 
 
-UNDECODED = re.compile("[\ud800-\udfff]")
-"""What stands for bytes of the command line or of a file's name that are not UTF-8."""
 LISTS = (tuple, Sequence)
 """What a setting of several values is annotated with."""
 

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
+from visionlora.config.reading import is_utf8
 from visionlora.data.captions import METADATA_FILES, SIDECAR_SUFFIXES
 from visionlora.data.class_tables import LABEL_COLUMNS, from_shards, from_table, from_tables
 from visionlora.data.files import Listing, list_folder, suffix_of
@@ -191,7 +192,7 @@ def _from_class_folders(root: Path, listing: Listing, unlabelled: dict[str, list
     for folder in listing.folders:
         if folder.count("/") == depth - 1 and (depth == 1 or split_of(top_of(folder))):
             found.classes[folder.rsplit("/", 1)[-1]] = None
-    if undecoded := [name for name in found.classes if name.encode(errors="replace").decode() != name]:
+    if undecoded := [name for name in found.classes if not is_utf8(name)]:
         raise DataError(
             f"Class folders have names that are not UTF-8, as old archives give them: {first_names(undecoded)}; rename them."
         )
