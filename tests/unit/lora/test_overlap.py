@@ -1,5 +1,7 @@
 """What adapters share, against dense linear algebra and cases with a known answer."""
 
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -49,7 +51,7 @@ def test_an_adapter_with_itself_and_with_its_opposite() -> None:
     same, against, _ = overlap({"a": a, "b": a, "c": opposite})
     assert (same.interference, same.mean("cosine"), same.mean("shared")) == pytest.approx((1, 1, 1))
     assert (against.mean("cosine"), against.interference) == pytest.approx((-1, 1))
-    assert "compose=orthogonal, or switch" in same.advice
+    assert same.advice.startswith("they write to the same directions, and in a plain sum one may drown the other: ")
 
 
 def test_what_was_made_orthogonal_does_not_meet() -> None:
@@ -65,6 +67,18 @@ def test_a_much_stronger_one_is_named() -> None:
         pair.advice.startswith("loud is ")
         and "times as strong as quiet: compose=balanced, or loud at 0.1" in pair.advice
     )
+
+
+def test_the_advice_on_the_styles_that_come_along_is_what_was_measured_best() -> None:
+    root = Path(__file__).parents[3]
+    quality = json.loads((root / "benchmarks" / "results" / "mixing.json").read_text())["quality"]
+    styles = ("fluent-emoji-flat", "fluent-emoji-high-contrast", "fxemoji")
+    pairs = overlap({name: vl.load_adapter(root / "assets" / "adapters" / name) for name in styles})
+    for pair in pairs:
+        seen = {name: found["least_seen"] for name, found in quality[f"{pair.first} + {pair.second}"].items()}
+        best = sorted(seen, key=seen.__getitem__)[-3:]
+        assert {name for name in seen if re.search(rf"\b{name}\b", pair.advice.partition(": ")[2])} == set(best)
+    assert len(pairs) == 3
 
 
 def test_of_a_mix_at_its_scales() -> None:
