@@ -163,9 +163,15 @@ def places_of(recipes: Iterable[Recipe], folder: Path) -> list[Path]:
 
 
 def digest_at(path: Path) -> str | None:
-    """Of the recipe of a picture; None where there is no picture, or it has lost its recipe."""
+    """Of the recipe of a picture; None where there is none."""
+    recipe = recipe_at(path)
+    return None if recipe is None else recipe.digest
+
+
+def recipe_at(path: Path) -> Recipe | None:
+    """Of a picture; None where there is no picture, or it has lost its recipe."""
     try:
-        return read_recipe(path).digest if path.exists() else None
+        return read_recipe(path) if path.exists() else None
     except DataError:
         return None
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from PIL import Image
-from visionlora.pipelines.drawing import Drawn, Progress, draw_all, with_others
+from visionlora.pipelines.drawing import Drawn, Progress, draw_all, recipe_at, with_others
 from visionlora.pipelines.generate import loaded, make_fit, opened, recipes_of, settled
 
 from visionlora.atomic import replace_file
@@ -109,7 +109,8 @@ def grid(
             draw_grid(rows, sheet.rows, sheet.columns, title=sheet.title, caption=caption_of(recipe, axes)), place
         )
         paths.append(place)
-    replace_file(page, page_of(sheets, [(d.path, d.recipe) for d in drawn], caption_of(recipe, axes)).encode())
+    cells_drawn = [(d.path, recipe_at(d.path) or d.recipe) for d in drawn]  # with the batches that they were drawn in
+    replace_file(page, page_of(sheets, cells_drawn, caption_of(recipe, axes)).encode())
     return GridResult(page, tuple(paths), tuple(drawn))
 
 

@@ -23,12 +23,7 @@ class Shown:
         return self.recipe.command()
 
     def __str__(self) -> str:
-        parts = [self.recipe.parameters()]
-        if self.recipe.batch_size > 1:
-            parts.append(
-                f"Drawn in a batch of {self.recipe.batch_size}; alone, as by this command, values may round otherwise."
-            )
-        return "\n\n".join([*parts, self.command])
+        return self.recipe.described()
 
 
 def show(picture: str | Path) -> Shown:

@@ -224,8 +224,17 @@ class Recipe:
         except (ValueError, TypeError, KeyError) as e:
             raise DataError(f"The recipe in this picture is broken ({type(e).__name__}: {e}).") from None
 
+    def described(self) -> str:
+        """The settings, and the command that draws it again, each a paragraph."""
+        parts = [self.parameters()]
+        if self.batch_size > 1:
+            parts.append(
+                f"Drawn in a batch of {self.batch_size}; alone, as by this command, values may round otherwise."
+            )
+        return "\n\n".join([*parts, self.command()])
+
     def command(self, output: str = "pictures") -> str:
-        """The command that draws the same bytes again."""
+        """The command that draws the same bytes again, but for how values round in a batch."""
         words = ["visionlora", "generate", "--prompt", self.prompt, "--model", self.model]
         for use in self.loras:
             words += ["--lora", use.word()]

@@ -83,7 +83,7 @@ def page_of(sheets: Sequence[Sheet], drawn: Sequence[tuple[Path, Recipe]], capti
                 path, recipe = next(pictures)
                 data = base64.b64encode(path.read_bytes()).decode()
                 alt = html.escape(", ".join(part for part in (label, column, recipe.prompt) if part), quote=True)
-                about = html.escape(f"{recipe.parameters()}\n\n{recipe.command()}", quote=True)
+                about = html.escape(recipe.described(), quote=True)
                 cells.append(
                     f'<td><img src="data:image/png;base64,{data}" title="{about}" alt="{alt}" tabindex="0" role="button"></td>'
                 )

@@ -1,6 +1,7 @@
 """The page of a grid."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 from PIL import Image
@@ -30,5 +31,9 @@ def test_pictures_are_told_apart_and_recipes_can_be_copied(tmp_path: Path) -> No
     page = page_of([Sheet("", ('<"1">', "2"), ("x", "y"), ())], [(path, RECIPE)] * 4, "caption")
     alts = re.findall(r'<td><img [^>]*alt="([^"]*)" tabindex="0"', page)
     assert alts == ["&lt;&quot;1&quot;&gt;, x, dog", "&lt;&quot;1&quot;&gt;, y, dog", "2, x, dog", "2, y, dog"]
-    assert "user-select:all" in page
+    assert "user-select:all" in page and "Drawn in a batch" not in page
+    page = page_of([Sheet("", ("1",), ("x",), ())], [(path, replace(RECIPE, batch_size=4))], "caption")
+    assert (
+        "Drawn in a batch of 4; alone, as by this command, values may round otherwise.\n\nvisionlora generate" in page
+    )
     assert not re.search(r"\son[a-z]+=|https?://|<link|@import", page.partition("<script>")[0]), "it needs no network"
