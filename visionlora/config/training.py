@@ -48,7 +48,7 @@ class TrainingConfig:
     images: str = ""
     """Folder of pictures to learn from."""
     model: str = "auto"
-    """What is fine-tuned; `auto` takes the embedded model where there is no GPU."""
+    """What is fine-tuned; `auto` takes the embedded model where there is no CUDA GPU."""
     output: str | None = None
     """Run folder to create; by default a new one under runs/."""
     steps: int | None = None

@@ -23,6 +23,7 @@ from visionlora.formats.families import by_context, family_of_unet
 from visionlora.formats.read import FOLDER_FILES
 from visionlora.lora.adapter import Adapter
 from visionlora.models.checkpoint_header import ADAPTER, read_checkpoint_header
+from visionlora.models.devices import usable_device
 from visionlora.models.fingerprint import architecture_fingerprint, respelled, weights_fingerprint
 from visionlora.models.kinds import (
     DEFAULT_ON_GPU,
@@ -221,7 +222,7 @@ def choose(
         what: is chosen, for the line.
         model: as the user gave it.
         embedded: the model that comes with visionlora.
-        on_gpu: the one that is taken where there is a GPU.
+        on_gpu: the one that is taken where there is a CUDA GPU.
         fetch: raises when `on_gpu` cannot be had.
         named_by: what names the model, where it is not the user.
     """
@@ -230,7 +231,9 @@ def choose(
     if model != "auto":
         return model, f"{what}: {model} (chosen with --model)."
     if not torch.cuda.is_available():
-        return embedded, f"{what}: {embedded}, the embedded one, as there is no GPU. Choose with --model."
+        other = usable_device().type
+        why = "there is no GPU" if other == "cpu" else f"{other} is no CUDA GPU, where it would be {on_gpu}"
+        return embedded, f"{what}: {embedded}, the embedded one, as {why}. Choose with --model."
     with contextlib.suppress(Exception):  # any failure means: cannot be had, take the embedded one
         fetch()
         return on_gpu, f"{what}: {on_gpu}, as there is a GPU. Choose with --model."

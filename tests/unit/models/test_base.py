@@ -34,6 +34,21 @@ def test_auto_takes_the_embedded_model_without_a_gpu(monkeypatch: pytest.MonkeyP
     assert why == "Base model: emoji-64, the embedded one, as there is no GPU. Choose with --model."
 
 
+@pytest.mark.parametrize("kind", ["xpu", "mps"])
+def test_auto_does_not_say_that_there_is_no_gpu_where_there_is_another(
+    monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    module = {"xpu": torch.xpu, "mps": torch.backends.mps}[kind]
+    monkeypatch.setattr(module, "is_available", lambda: True)
+    monkeypatch.setattr(torch.xpu, "device_count", lambda: int(kind == "xpu"))
+    assert choose("Base model", "auto", "emoji-64", DEFAULT_ON_GPU, fetch_default) == (
+        "emoji-64",
+        f"Base model: emoji-64, the embedded one, as {kind} is no CUDA GPU, where it would be {DEFAULT_ON_GPU}. Choose with "
+        "--model.",
+    )
+
+
 def test_auto_with_a_gpu_but_no_network_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     model, why = choose("Base model", "auto", "emoji-64", DEFAULT_ON_GPU, fetch_default)
