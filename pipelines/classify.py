@@ -113,9 +113,10 @@ def classify(config: ClassifyConfig, listener: Listener | None = None) -> Classi
     elif material.config.find_rate:
         fitting.find_rate(usual_rates(material))
         ready = dataclasses.replace(ready, material=fitting.material)
-    finished = [fitting.finished(run.path / "adapter.safetensors")]
-    handle.eject()
+    fitting.train()
     try:
+        finished = [fitting.finished(run.path / "adapter.safetensors")]
+        handle.eject()
         others, missing = baselines(ready, probe, probe_seconds, run.path / "baselines", start, tell)
         finished += others
 
@@ -126,6 +127,8 @@ def classify(config: ClassifyConfig, listener: Listener | None = None) -> Classi
     except KeyboardInterrupt:
         tell.say(f"Interrupted after the training, of which all is kept. {fitting.log.go_on('classify')}")
         raise
+    except ProcessLost as e:
+        raise ProcessLost(f"{e} All of the training is kept.\n{fitting.log.go_on('classify')}") from e
     accelerator.wait_for_everyone()
     return ClassifyResult(
         run.path, run.path / "adapter.safetensors", run.path / "report.html", material.data.classes,
@@ -361,10 +364,14 @@ def baselines(
     found: list[Finished] = []
     missing: list[str] = []
 
-    def judge(material: Material, handle: Handle, adapter: AdapterConfig, file: str, **more: Any) -> None:
+    def judge(
+        material: Material, handle: Handle, adapter: AdapterConfig, file: str, fitted_in: float | None = None
+    ) -> None:
         fitting = Fitting(material, handle, accelerator, None, tell, ready.header(adapter), start)
         try:
-            found.append(fitting.finished(folder / file, **more))
+            if fitted_in is None:
+                fitting.train()
+            found.append(fitting.finished(folder / file, fitted_in or 0.0))
         except ProcessLost:
             raise
         except TrainingError as error:
@@ -374,7 +381,7 @@ def baselines(
     if "probe" in config.baselines and config.method != "linear-probe":
         alone = AdapterConfig(method="linear-probe", train=backbone.head)
         new_head(material, probe)
-        judge(material, inject(backbone.model, alone), alone, "probe.safetensors", trained=False, before=probe_seconds)
+        judge(material, inject(backbone.model, alone), alone, "probe.safetensors", probe_seconds)
     if "full" in config.baselines and config.method != "full":
         rate = suited_rate(SMALL_FULL_RATE if backbone.small else FULL_RATE, config.optimizer)
         at_random = config.head_init == "random"

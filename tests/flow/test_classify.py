@@ -21,7 +21,7 @@ from visionlora.pipelines.export import export
 
 import visionlora as vl
 from visionlora.config import ClassifyConfig, build, read_yaml
-from visionlora.errors import TrainingError
+from visionlora.errors import ProcessLost, TrainingError
 from visionlora.formats import native
 from visionlora.loaders import load_adapter
 from visionlora.lora.adapter import Adapter
@@ -815,6 +815,40 @@ def test_a_run_that_is_interrupted_in_a_baseline_says_how_to_go_on(
     ]
     result = vl.classify(vl.ClassifyConfig(images="x", resume=str(folder)))
     assert [one.name for one in result.contenders] == ["lora", "full"]
+
+
+def test_a_run_that_is_interrupted_before_its_test_says_how_to_go_on(
+    shapes: Path, tiny_vit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> float:
+        raise KeyboardInterrupt
+
+    ears, folder = Ears(), tmp_path / "run"
+    with monkeypatch.context() as broken, pytest.raises(KeyboardInterrupt):
+        broken.setattr("visionlora.report.classify_fitting.fit_temperature", interrupted)
+        vl.classify(of_eight_steps(shapes, tiny_vit, folder), ears)
+    assert ears.lines[-1] == (
+        f"Interrupted after the training, of which all is kept. Go on with: visionlora classify --resume {folder}"
+    )
+    assert vl.classify(vl.ClassifyConfig(images="x", resume=str(folder))).adapter.is_file()
+
+
+def test_a_run_that_loses_a_process_in_a_baseline_says_how_to_go_on(
+    shapes: Path, tiny_vit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add, folder = Logbook.add, tmp_path / "run"
+
+    def add_and_lose(self: Logbook, progress: Progress, what: str, detail: str) -> None:
+        add(self, progress, what, detail)
+        if what == "Training full":
+            raise ProcessLost("Another process has ended.")
+
+    monkeypatch.setattr(Logbook, "add", add_and_lose)
+    with pytest.raises(ProcessLost) as caught:
+        vl.classify(dataclasses.replace(of_eight_steps(shapes, tiny_vit, folder), baselines=("full",)))
+    assert str(caught.value) == (
+        f"Another process has ended. All of the training is kept.\nGo on with: visionlora classify --resume {folder}"
+    )
 
 
 def test_a_run_that_is_finished_already_tells_the_same(cli, shapes: Path, tiny_vit: Path) -> None:

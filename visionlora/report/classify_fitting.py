@@ -157,6 +157,7 @@ class Fitting:
 
     def train(self) -> None:
         """Runs the loop to its end, or until nothing gets better."""
+        self.started = time.monotonic()
         moments, select = self.moments(), self.material.config.select_by
         if not self.evaluations:
             self.evaluate(0)
@@ -241,18 +242,15 @@ class Fitting:
 
     # ---------------------------------------------------------------------------------------------------------- end
 
-    def finished(self, path: Path, trained: bool = True, before: float = 0.0) -> Finished:
-        """Trains, goes back to the best moment, calibrates, tests once and writes the adapter.
+    def finished(self, path: Path, before: float = 0.0) -> Finished:
+        """Goes back to the best moment, calibrates, tests once and writes the adapter.
 
         Args:
             path: of the adapter file.
-            trained: False for a head that is fitted already.
-            before: seconds that were spent on it already.
+            before: seconds that were spent on it before this began.
         """
-        self.started = time.monotonic()
-        if trained:
-            self.train()
-        else:
+        if self.best is None:  # not trained, as the head is fitted already
+            self.started = time.monotonic()
             self.evaluate(0)
         assert self.best is not None and self.handle.config is not None
         step, (value, _), state = self.best
