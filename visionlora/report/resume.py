@@ -22,10 +22,11 @@ from visionlora.errors import ConfigError, RunFinished, RunFolderError, VisionLo
 from visionlora.report.listener import Listener
 from visionlora.report.runfolder import (
     ASKED_FILE,
-    BEGINNING,
+    SETTINGS_FILES,
     RunFolder,
     check_run_folder,
     default_run_folder,
+    is_unstarted,
     open_run_folder,
     taken,
 )
@@ -33,7 +34,6 @@ from visionlora.report.settings import (
     FIRST_STEP,
     NOT_COMPARED,
     REASONS,
-    SETTINGS_FILES,
     begun_with,
     differences,
     edited,
@@ -276,19 +276,19 @@ def _choose(config: TrainingConfig, kind: str) -> tuple[Path, How, str]:
         _check_unfinished(folder, config)
         _take(folder)
         return folder, "on", ""
-    if config.output and (_is_run(fresh) or _is_unstarted(fresh)):
+    if config.output and (_is_run(fresh) or is_unstarted(fresh)):
         _check_unfinished(fresh, config)
         _take(fresh)
         if (fresh / "config.yaml").is_file():
             settings_in(fresh, type(config))
-        if _is_unstarted(fresh):
+        if is_unstarted(fresh):
             line = f"The run in {fresh} was cut off before its first checkpoint; it starts anew, nothing is lost."
             return fresh, "anew", line
         return fresh, "on", f"Resuming the run in {fresh}."
     place = fresh if config.output else Path("runs")
     for folder in _unfinished(place, config):
         if hold(folder):  # else another process trains there
-            if _is_unstarted(folder):
+            if is_unstarted(folder):
                 line = f"The last run of {_named(config)}, {folder}, was cut off before its first checkpoint; it starts anew."
                 return folder, "anew", line
             return folder, "on", f"Resuming {folder}, the last unfinished run of {_named(config)}."
@@ -304,7 +304,7 @@ def _instead(folder: Path) -> str:
     """What to do where a folder has no config.yaml."""
     from visionlora.training.checkpoint import STATE_FILE, learning_on
 
-    if _is_unstarted(folder):
+    if is_unstarted(folder):
         return f"The run was ended before it began. Start it anew: --resume auto --output {shlex.quote(str(folder))}."
     start = learning_on(folder / "checkpoints")
     if not start and not (folder / "checkpoints" / STATE_FILE).is_file():
@@ -326,17 +326,6 @@ def _sources(config: TrainingConfig) -> list[str]:
 
 def _is_run(folder: Path) -> bool:
     return any((folder / name).is_file() for name in (*SETTINGS_FILES, "run.json", "checkpoints/state.pt"))
-
-
-def _is_unstarted(folder: Path) -> bool:
-    """Whether a run was cut off in it before its first checkpoint, so that nothing in it is worth keeping."""
-    if not folder.is_dir():
-        return False
-    worth = ("run.json", "adapter.safetensors", "checkpoints/state*.pt", "checkpoints/step-*.safetensors")
-    if any(True for pattern in worth for _ in folder.glob(pattern)):
-        return False
-    names = [entry.name for entry in folder.iterdir()]
-    return any(name in SETTINGS_FILES for name in names) or bool(names and all(map(BEGINNING.fullmatch, names)))
 
 
 def _check_unfinished(folder: Path, config: TrainingConfig) -> None:

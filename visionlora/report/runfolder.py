@@ -30,6 +30,8 @@ RUN_FILES = ("run.json", "config.yaml", "adapter.safetensors")
 """Any of these marks a folder as the folder of a run."""
 ASKED_FILE = "asked.yaml"
 """What a run writes first: its settings as they were given, and what was filled in when the config.yaml was written."""
+SETTINGS_FILES = (ASKED_FILE, "config.yaml")
+"""What a run writes before anything else."""
 BEGINNING = re.compile(r"asked\.yaml|\.(asked|config)\.yaml\.\d+\.tmp")
 """Names of what is left of a run that was cut off before its config.yaml was there; nothing of it is worth keeping."""
 
@@ -201,6 +203,17 @@ def _check_above(path: Path) -> None:
         )
 
 
+def is_unstarted(folder: Path) -> bool:
+    """Whether a run was cut off in it before its first checkpoint, so that nothing in it is worth keeping."""
+    if not folder.is_dir():
+        return False
+    worth = ("run.json", "adapter.safetensors", "checkpoints/state*.pt", "checkpoints/step-*.safetensors")
+    if any(True for pattern in worth for _ in folder.glob(pattern)):
+        return False
+    names = [entry.name for entry in folder.iterdir()]
+    return any(name in SETTINGS_FILES for name in names) or bool(names and all(map(BEGINNING.fullmatch, names)))
+
+
 def taken(path: Path) -> RunFolderError:
     """What to say of a folder that another process holds."""
     return RunFolderError(
@@ -216,6 +229,12 @@ def _in_use(path: Path, held: list[str]) -> RunFolderError:
     if "run.json" not in held and (path / "checkpoints" / "state.pt").is_file():
         what = "already holds a run that is not finished"
         choice = f"Go on with it: --resume {shlex.quote(str(path))}. Or choose another, such as --output {_shown(_free(path))}."
+    elif ASKED_FILE in held and is_unstarted(path):
+        what = "already holds a run that was ended before its first checkpoint"
+        choice = (
+            f"Start it anew: --resume auto --output {shlex.quote(str(path))}. Or choose another, such as --output "
+            f"{_shown(_free(path))}."
+        )
     else:
         choice = f"Choose another one, such as --output {_shown(_free(path))}, or remove the folder."
     message = f"The output folder {_shown(path)} {what} ({shown}), and a run never overwrites anything. {choice}"

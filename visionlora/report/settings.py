@@ -20,8 +20,6 @@ from visionlora.report.runfolder import ASKED_FILE, RunFolder
 
 C = TypeVar("C", bound=TrainingConfig)
 
-SETTINGS_FILES = (ASKED_FILE, "config.yaml")
-"""What a run writes first."""
 NOT_COMPARED = ("output", "resume", "force", "images", "folders")
 """Settings that a resumed run does not compare; the pictures themselves are compared."""
 SHAPING = ("model", "weights", "method", "rank", "rank_budget", "alpha", "targets", "init", "basis_index",

@@ -156,6 +156,17 @@ def test_the_same_command_starts_anew_as_it_began(
     assert started(build(kind, {"images": "dog", "output": "r", "resume": "auto"}))[0].config == first
 
 
+def test_the_folder_of_a_run_without_a_step_is_refused_with_the_way_to_start_it_anew() -> None:
+    first = begun(ClassifyConfig, {"epochs": 2}, epochs=None, steps=40)
+    with pytest.raises(
+        RunFolderError,
+        match=r"ended before its first checkpoint .* --resume auto --output r\. Or choose another, such as",
+    ):
+        started(build(ClassifyConfig, {"images": "dog", "output": "r"}))
+    found, _ = started(build(ClassifyConfig, {"images": "dog", "output": "r", "resume": "auto"}))
+    assert found.folder == Path("r") and found.anew and found.config == first
+
+
 def test_a_run_that_starts_anew_takes_other_settings_too() -> None:
     begun(TrainSDConfig, {"rank": 2, "epochs": 2}, epochs=None, steps=40, alpha=2.0)
     found, lines = started(resume="auto", output="r", rank=4, steps=7)
