@@ -10,7 +10,18 @@ from typing import IO, Any, NoReturn, cast
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Column
+from rich.text import Text
 
 from visionlora.atomic import is_full
 from visionlora.models.devices import process_of
@@ -20,6 +31,8 @@ SECONDS_BETWEEN_LINES = 10.0
 """Without a terminal a stage prints at most one line in this time, and its last."""
 
 
+WIDE, NARROW = 80, 60
+"""Characters in a line of the terminal from which there is a bar, and the time that has passed."""
 PATIENCE = 10.0
 """Seconds in which the first process of a launch may say what another was about to."""
 
@@ -117,6 +130,29 @@ class Lasting:
         return getattr(self.stream, name)
 
 
+class Words(TextColumn):
+    """Of a bar: words that are cut where there is no room, before any number is."""
+
+    def __init__(self, text: str) -> None:
+        """Args: `text` is a format, as of `TextColumn`."""
+        super().__init__(text, markup=False, table_column=Column())  # rich shrinks those first that it may wrap
+
+    def render(self, task: Task) -> Text:
+        """In one line."""
+        text = super().render(task)
+        text.no_wrap, text.overflow = True, "ellipsis"
+        return text
+
+
+def columns_for(width: int) -> list[ProgressColumn]:
+    """What a bar shows on a terminal of that many characters: on a narrow one no bar, on a very narrow one less of the time."""
+    bar = [BarColumn(bar_width=28)] if width >= WIDE else []
+    elapsed = [TimeElapsedColumn()] if width >= NARROW else []
+    count = TextColumn("{task.completed:.0f}/{task.total:.0f}")
+    left = [TextColumn("eta"), TimeRemainingColumn()]
+    return [Words("{task.description}"), *bar, count, *elapsed, *left, Words("{task.fields[detail]}")]
+
+
 class ConsoleListener(Listener):
     """Draws what a pipeline reports, in the process that speaks; use as a context manager."""
 
@@ -128,13 +164,7 @@ class ConsoleListener(Listener):
         )
         self.live = self.console.is_terminal and not self.console.is_dumb_terminal and not self.console.quiet
         self.bars = Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=28),
-            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-            TimeElapsedColumn(),
-            TextColumn("eta"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[detail]}", markup=False),
+            *columns_for(self.console.width),
             console=self.console,
             disable=not self.live,
         )

@@ -1,9 +1,11 @@
 """What a run prints where there is no terminal."""
 
+import io
 import os
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from visionlora.atomic import replace_file
 from visionlora.cli import console
@@ -18,6 +20,18 @@ def test_plain_lines_name_the_stage_its_end_and_the_detail(capsys: pytest.Captur
         for step in range(1, 101):
             listener.progress("Training", step, 100, f"loss {1 / step:.2f}")
     assert capsys.readouterr().out.splitlines() == ["Base [model]: x :dog:", "Training 100/100  loss 0.01"]
+
+
+@pytest.mark.parametrize(("width", "bar"), [(40, False), (60, False), (100, True)])
+def test_a_narrow_terminal_shows_count_and_time_rather_than_a_bar(
+    monkeypatch: pytest.MonkeyPatch, width: int, bar: bool
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    listener, drawn = ConsoleListener(), Console(file=io.StringIO(), width=width)
+    listener.bars.add_task("Training lora", total=300, completed=37, detail="loss 0.1234  top1 0.938  12 pictures/s")
+    drawn.print(listener.bars.make_tasks_table(listener.bars.tasks))
+    (line,) = drawn.file.getvalue().splitlines()
+    assert " 37/300 " in line and "eta -:--:--" in line and "Train" in line and "lo" in line and ("━" in line) == bar
 
 
 def test_long_stages_print_now_and_then_with_the_time_left(
