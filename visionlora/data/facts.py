@@ -26,7 +26,7 @@ from visionlora.data.images import Decoded, decode_noted, printable
 from visionlora.data.masks import Box
 from visionlora.data.pixels import Stamp, check_unchanged, stamp_of
 
-_VERSION = "6"  # of what is kept; a new number makes old files unused
+_VERSION = "7"  # of what is kept; a new number makes old files unused
 
 
 @dataclass(frozen=True)

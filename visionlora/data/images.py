@@ -41,6 +41,7 @@ _PROFILE = "colour profile, converted to sRGB"
 _CMYK_PROFILE = "CMYK, converted to RGB by its colour profile"
 _INVERTED = "white is zero, turned round"
 _RULES = (_PROFILE, _CMYK_PROFILE, _INVERTED)  # notes on how numbers were read
+_DARK = 8192  # of 65536: what cameras and scanners of 12 or 13 bits leave, nearly black
 _WHITE_IS = 262  # the tag of a TIFF that says it
 
 _REMOVE = "remove it or rename it"
@@ -275,6 +276,10 @@ def _deep_grey_to_rgb(image: Image.Image) -> tuple[Image.Image, Image.Image | No
     if image.mode.startswith("I;16") and getattr(image, "tag_v2", {}).get(_WHITE_IS) == 0:
         values = 65535 - values  # of 8 bits Pillow does it itself
         notes.append(_INVERTED)
+    if (
+        1 < (above := 1 << int(values.max()).bit_length()) <= _DARK
+    ):  # in powers of two, so that pictures of a set say the same
+        notes.append(f"dark, as all its values are below {above} of 65535: stretch them and save it again")
     grey = ((values * 255 + 32767) // 65535).astype(np.uint8)
     if converted := in_srgb(Image.fromarray(grey), image.info.get("icc_profile")):
         grey = np.array(converted)

@@ -106,6 +106,18 @@ def test_16_bit_grey_is_scaled_not_clipped(tmp_path: Path, suffix: str) -> None:
     assert decoded.note == "16-bit, reduced to 8"
 
 
+def test_grey_of_12_bits_in_16_is_said_to_be_dark(tmp_path: Path) -> None:
+    for name, lightest in (("a", 4095), ("b", 8191), ("c", 8192), ("d", 0)):
+        Image.fromarray(np.array([[0, lightest]], np.uint16)).save(tmp_path / f"{name}.png")
+    decoded = decode_noted(tmp_path / "a.png")
+    assert decoded.note == (
+        "16-bit, reduced to 8; dark, as all its values are below 4096 of 65535: stretch them and save it again"
+    )
+    np.testing.assert_array_equal(np.asarray(decoded.image)[..., 0], [[0, 16]])
+    dark = ["dark" in str(decode_noted(tmp_path / f"{name}.png").note) for name in "bcd"]
+    assert dark == [True, False, False], "not where much of the range is used, nor black alone"
+
+
 def test_32_bit_grey_within_16_bits_is_scaled(tmp_path: Path) -> None:
     Image.fromarray(np.array([[0, 257, 65535]], np.int32)).save(tmp_path / "a.tif")
     np.testing.assert_array_equal(np.asarray(decode(tmp_path / "a.tif"))[..., 0], [[0, 1, 255]])
