@@ -146,7 +146,7 @@ class Words(TextColumn):
 
 def columns_for(width: int) -> list[ProgressColumn]:
     """What a bar shows on a terminal of that many characters: on a narrow one no bar, on a very narrow one less of the time."""
-    bar = [BarColumn(bar_width=28)] if width >= WIDE else []
+    bar = [BarColumn(bar_width=min(28, width - WIDE + 8))] if width >= WIDE else []
     elapsed = [TimeElapsedColumn()] if width >= NARROW else []
     count = TextColumn("{task.completed:.0f}/{task.total:.0f}")
     left = [TextColumn("eta"), TimeRemainingColumn()]
