@@ -21,6 +21,8 @@ from visionlora.formats.names import locate_all
 from visionlora.lora.adapter import AdapterModule
 from visionlora.lora.products import tucker
 
+SUMMED_AT_ONCE = 1 << 22
+"""Values; a sum in fp64 makes a copy of all that it sums up, of twice their size."""
 ENDINGS = tuple(
     (re.compile(pattern), slot)
     for pattern, slot in (
@@ -267,10 +269,12 @@ def check_finite(path: Path, modules: Mapping[str, AdapterModule]) -> None:
 
 
 def first_not_finite(modules: Mapping[str, AdapterModule]) -> str | None:
-    """The first module with a value that is NaN or infinite; both survive a sum, and one long sum is fast."""
+    """The first module with a value that is NaN or infinite; both survive a sum, and one long sum of short ones is fast."""
     tensors = [t for m in modules.values() for t in m.tensors.values()]
     parts = [[t.reshape(-1) for t in tensors if t.dtype == dtype] for dtype in {t.dtype for t in tensors}]
-    if all(bool(torch.isfinite(torch.cat(part).sum(dtype=torch.float64))) for part in parts):
+    if sum(t.numel() for t in tensors) <= SUMMED_AT_ONCE:
+        parts = [[torch.cat(part)] for part in parts]
+    if all(bool(torch.isfinite(t.sum(dtype=torch.float64))) for part in parts for t in part):
         return None
     return next((n for n, m in modules.items() if not all(torch.isfinite(t).all() for t in m.tensors.values())), None)
 

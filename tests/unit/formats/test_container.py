@@ -2,6 +2,8 @@
 
 import hashlib
 import struct
+import subprocess
+import sys
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
@@ -148,6 +150,35 @@ def test_what_was_read_does_not_follow_its_file(to: str, tmp_path: Path) -> None
     with file.open("r+b") as writing:
         writing.truncate(10)
     assert all(bool((t == 1).all()) for t in kept.values())
+
+
+MEASURED = """
+import re, sys
+from pathlib import Path
+import visionlora as vl
+def peak():
+    return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+vl.load_adapter(sys.argv[1])
+before = peak()
+vl.load_adapter(sys.argv[2])
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="measured by /proc")
+def test_a_large_file_is_read_without_further_copies_of_it(tmp_path: Path) -> None:
+    """Its values were checked as one, in fp64: at the peak there was four times the file, beside the file."""
+    for name, layers in (("small.safetensors", 1), ("large.safetensors", 16)):
+        modules = {
+            f"unet.m{k}.to_q": AdapterModule.lora(torch.ones(512, 1024), torch.ones(1024, 512), 8.0)
+            for k in range(layers)
+        }
+        vl.save_adapter(Adapter(modules), tmp_path / name)
+    words = [sys.executable, "-c", MEASURED, str(tmp_path / "small.safetensors"), str(tmp_path / "large.safetensors")]
+    grown = int(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
+    assert grown < 2.5 * (tmp_path / "large.safetensors").stat().st_size, (
+        "the tensors, and the file that they are read from"
+    )
 
 
 def test_a_folder_of_several_adapters_of_pefts_names_them(tmp_path: Path) -> None:
