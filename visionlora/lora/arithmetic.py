@@ -145,7 +145,7 @@ def merge_adapters(
 
     Args:
         adapters: pairs of adapter and scale, or adapters alone for a scale of 1, at least one. A result counts as
-            its adapter.
+            its adapter. Of those at scale 0 only words and what the header says are taken.
         method: `sum`, `ties`, `dare`, `knots`, `iso-c` or a plug-in's; see `visionlora.lora.combine`.
         size: makes the result smaller by the best low-rank approximation, from the factors alone.
         options: of methods that drop values.
@@ -166,11 +166,13 @@ def merge_adapters(
     spelled = in_one_spelling([adapter_of(a) for a, _ in pairs])
     adapters = [(a, scale) for a, (_, scale) in zip(spelled, pairs, strict=True)]
     embeddings = words_of([a for a, _ in adapters])
-    names = list(dict.fromkeys(n for a, _ in adapters for n in a.modules))
+    # What is at scale 0 has no say: not in how many a mean is of, nor, by its rounding, in Iso-C's singular values.
+    acting = [pair for pair in adapters if pair[1]] or adapters
+    names = list(dict.fromkeys(n for a, _ in acting for n in a.modules))
     modules: dict[str, AdapterModule] = {}
     errors: dict[str, float] = {}
     for done, name in enumerate(names, 1):
-        present = [(a.modules[name], scale) for a, scale in adapters if name in a.modules]
+        present = [(a.modules[name], scale) for a, scale in acting if name in a.modules]
         if all(m.kind == "shift" for m, _ in present):
             total = torch.stack([m.tensors["shift"].float() * scale for m, scale in present]).sum(0)
             modules[name] = AdapterModule("shift", {"shift": total}, 1.0)
@@ -184,7 +186,7 @@ def merge_adapters(
         if progress is not None:
             progress(done, len(names))
     info = merged_info(adapters, method)
-    if odd := {name: why for a, _ in adapters for name, why in a.odd_layers.items()}:
+    if odd := {name: why for a, _ in acting for name, why in a.odd_layers.items()}:
         info["odd_layers"] = odd
     notes: tuple[str, ...] = ()
     if len(skips := sorted({a.clip_skip for a, _ in adapters})) > 1:

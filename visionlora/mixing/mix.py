@@ -56,6 +56,8 @@ class Member:
     scale: Scale
     factors: dict[tuple[str, str], float] = field(default_factory=dict)
     """By component and layer, from the blocks of its scale."""
+    in_steps: bool = True
+    """Whether it changes anything in what runs at every step, apart from the factors of the steps."""
 
 
 class Mix:
@@ -96,8 +98,10 @@ class Mix:
         self._moment = (0, 1)
         self._moments = Moments(target)
         self._rows = 0
+        self._evaluates = False
+        """Whether the composition wants several evaluations of the UNet, at whatever step."""
         self._evaluations: list[dict[str, float]] = []
-        """Factors of the adapters in each evaluation of the UNet, where the composition wants several."""
+        """Factors of the adapters in each of them, at the present step."""
         self._in_file: dict[tuple[str, str, str], str] = {}
         """How files spell the layers that they spell otherwise, by name, component and layer."""
 
@@ -263,7 +267,8 @@ class Mix:
             self._take(encoder)
         alike = in_one_spelling([m.adapter for m in self.members.values()])
         prepared = self.composition.prepare(
-            dict(zip(self.members, alike, strict=True)), {n: m.scale.strength for n, m in self.members.items()}
+            dict(zip(self.members, alike, strict=True)),
+            {n: 0.0 if m.scale.silent else m.scale.strength for n, m in self.members.items()},
         )
         inner = inner_names(prepared)
         for name, adapter in prepared.items():
@@ -316,9 +321,10 @@ class Mix:
                 words = {(c, layer): (word_for(self.parts, c), layer) for c, layer in self.layers(name)}
                 factors = block_factors(member.scale, words.values())
                 member.factors = {at: factors[word] for at, word in words.items()}
-        self._evaluations = self.composition.evaluations(list(self.handles))
-        if not any(m.scale.strength for m in self.members.values()):
-            self._evaluations = []  # the base alone, bit for bit
+                reached = (f for (component, _), f in member.factors.items() if self._on_unet(component))
+                member.in_steps = not member.scale.silent and any(reached)
+        acting = [n for n in self.handles if n not in self.members or self.members[n].in_steps]
+        self._evaluates = bool(acting) and bool(self.composition.evaluations(acting))
         batched, stepped = self.needs_batch, self.needs_steps
         if stepped:
             check_stepped(self.parts.get("unet", self.parts.get("", next(iter(self.parts.values())))))
@@ -351,7 +357,7 @@ class Mix:
     @property
     def needs_batch(self) -> bool:
         """Whether pictures or evaluations differ in their adapters."""
-        return bool(self._evaluations) or any(m.scale.images is not None for m in self.members.values())
+        return self._evaluates or any(m.scale.images is not None for m in self.members.values())
 
     @property
     def packed(self) -> bool:
@@ -370,7 +376,9 @@ class Mix:
     def _set(self, step: int, steps: int) -> None:
         """The scales of one step."""
         progress = step / (steps - 1) if steps > 1 else 0.0
-        weights = self.composition.weights(list(self.handles), step, steps)
+        acting = self._acting(progress)
+        weights = self.composition.weights(acting, step, steps) if acting else {}
+        self._evaluations = self.composition.evaluations(acting) if acting else []
         for name, pairs in self.handles.items():
             member = self.members.get(name)
             for component, handle in pairs:
@@ -391,6 +399,11 @@ class Mix:
                     changed.set_scale(strength * factor * (weight if isinstance(weight, (int, float)) else 1.0))
         self._set_rows(self._rows)
         self._moment = (step, steps)  # not before: what is refused at a step is refused again
+
+    def _acting(self, progress: float) -> list[str]:
+        """The adapters that change anything in what runs at this moment."""
+        found = ((n, self.members.get(n)) for n in self.handles)
+        return [n for n, m in found if m is None or (m.in_steps and m.scale.at(progress))]
 
     @property
     def _images(self) -> dict[str, Tensor]:
@@ -433,10 +446,10 @@ class Mix:
             if not self._on_unet(component):
                 yield part.register_forward_pre_hook(partial(self._before_text, component), with_kwargs=True)
         counted = images and knows_pictures(self.target)
-        if unet is None or not (self.needs_steps or self._evaluations or counted):
+        if unet is None or not (self.needs_steps or self._evaluates or counted):
             return
         yield unet.register_forward_pre_hook(self._before, with_kwargs=True)
-        if self._evaluations:
+        if self._evaluates:
             yield unet.register_forward_hook(self._after, with_kwargs=True)
 
     def _before(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
@@ -471,6 +484,8 @@ class Mix:
 
     def _after(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Blends the evaluations."""
+        if not self._evaluations:
+            return None
         sample = output if isinstance(output, Tensor) else output[0]
         blended = self.composition.blend(sample.view(len(self._evaluations), -1, *sample.shape[1:]))
         if isinstance(output, Tensor):
@@ -482,5 +497,5 @@ class Mix:
 
 
 def silent(members: Mapping[str, Member]) -> set[str]:
-    """The adapters of scale 0."""
-    return {n for n, m in members.items() if not m.scale.strength}
+    """The adapters at scale 0."""
+    return {n for n, m in members.items() if m.scale.silent}

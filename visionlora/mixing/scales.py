@@ -137,6 +137,13 @@ class Scale:
         """The factor of every picture, where all have the same; 1 where they differ."""
         return float(self.images[0]) if self.images is not None and len(set(self.images)) == 1 else 1.0
 
+    @property
+    def silent(self) -> bool:
+        """Whether it is 0 whatever the adapter's layers: in strength, at every step, or on every picture."""
+        of_steps = self.steps.values if isinstance(self.steps, PerStep) else None
+        of_blocks = None if isinstance(self.blocks, Mapping) else self.blocks
+        return not self.strength or any(f is not None and not any(f) for f in (of_steps, of_blocks, self.images))
+
     def at(self, progress: float) -> float:
         """The factor of this moment, the strength included."""
         factor = float(self.steps(progress)) if callable(self.steps) else 1.0

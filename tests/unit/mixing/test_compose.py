@@ -186,14 +186,18 @@ MESSAGES = {
     "file": (lambda: composition("regional", regions={"a": "nowhere.png"}), "The mask of 'a' cannot be read"),
     "softness": (lambda: composition("regional", regions={"a": (0, 0, 1, 1)}, softness=2), "softness is 2"),
     "without": (
-        lambda: composition("regional", regions={"a": (0, 0, 1, 1)}).evaluations(["a", "b"]),
+        lambda: composition("regional", regions={"a": (0, 0, 1, 1)}).prepare(dict.fromkeys("ab", Adapter({})), {}),
         "Adapter 'b' has no region",
     ),
     "of none": (
-        lambda: composition("regional", regions={"aa": (0, 0, 1, 1)}).evaluations(["ab"]),
+        lambda: composition("regional", regions={"aa": (0, 0, 1, 1)}).prepare({"ab": Adapter({})}, {}),
         "There is a region for 'aa', which is not attached.",
     ),
     "two": (lambda: composition("k-lora").prepare({}, {}), "K-LoRA chooses between two adapters"),
+    "three": (
+        lambda: composition("k-lora").prepare(dict.fromkeys("abcd", Adapter({})), {"a": 1, "b": 0, "c": 1, "d": 1}),
+        "content and style; there are 3 that are not at scale 0.",
+    ),
 }  # fmt: skip
 
 
@@ -257,6 +261,34 @@ def test_one_at_scale_zero_leaves_the_others_alone(pipe, three, name: str) -> No
     assert not torch.allclose(both, expected, atol=1e-2)
     mix.set_scales({"a": 0.0})
     torch.testing.assert_close(run(pipe), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_one_that_is_silent_at_a_step_has_no_turn_and_no_share(pipe, three) -> None:
+    first, second = vl.Scale(steps=vl.Window(0.0, 0.5)), vl.Scale(steps=vl.Window(0.6, 1.0))
+    two = {n: three[n] for n in "ab"}
+    mix = vl.attach(pipe, two, scales={"a": first, "b": second}, compose="switch", tau=1)
+    assert Steps(pipe, mix).seen == [(1, 0)] * 3 + [(0, 1)] * 3
+    mix.detach()
+    mix = vl.attach(pipe, two, scales={"a": first, "b": 1.0}, compose="composite")
+    seen = []
+    for step in (0, 9, 2):
+        mix._set(step, 10)
+        seen.append(mix._evaluations)
+    assert seen == [[{"a": 1.0, "b": 0.0}, {"a": 0.0, "b": 1.0}], [{"b": 1.0}], seen[0]]
+    mix.set_scales({"b": second})
+    assert mix.running == "batched"
+    mix._set(5, 10)
+    assert mix._evaluations == [], "0 between the windows: the base alone"
+    picture = pipe("dog", num_inference_steps=4, height=32, width=32, output_type="np").images
+    assert picture.shape == (1, 32, 32, 3)
+
+
+def test_what_changes_the_text_alone_has_no_share_in_the_steps(pipe, three) -> None:
+    text = Adapter({n: m for n, m in adapter(pipe, 3, LORA).modules.items() if n.startswith("text_encoder.")})
+    mix = vl.attach(pipe, {"t": text, "a": three["a"]}, compose="composite")
+    found = run(pipe)
+    mix.set_composition("sum")
+    torch.testing.assert_close(found, run(pipe), rtol=1e-3, atol=2e-4)
 
 
 @pytest.mark.parametrize("name", ["balanced", "orthogonal", "k-lora", "knots"])

@@ -18,6 +18,9 @@ class Composition:
 
     A composition may change adapters once (`prepare`), weigh them at every step (`weights`), or evaluate the model several
     times in one batch, each time with other adapters, and blend the outputs (`evaluations`, `blend`).
+
+    An adapter at scale 0 takes no part. At a step it counts as 0 where it changes nothing in the model, in whatever layer and
+    on whatever picture of the batch; one that acts somewhere takes part everywhere.
     """
 
     per_step: ClassVar[bool] = False
@@ -30,16 +33,16 @@ class Composition:
 
         Args:
             adapters: by name, in order.
-            scales: their strengths.
+            scales: their strengths, 0 for those that are 0 at every step or on every picture too.
         """
         return dict(adapters)
 
     def weights(self, names: Sequence[str], step: int, steps: int) -> Weights:
-        """Factors at one step (counted from 0); 1 for adapters that are not named."""
+        """Factors at one step (counted from 0) of the adapters that act at it, at least one; 1 for those not named."""
         return {}
 
     def evaluations(self, names: Sequence[str]) -> list[dict[str, float]]:
-        """Factors of the adapters in each evaluation of the model; none for a single ordinary one."""
+        """Factors of the adapters that act at a step, at least one, in each evaluation; none for a single ordinary one."""
         return []
 
     def blend(self, outputs: Tensor) -> Tensor:

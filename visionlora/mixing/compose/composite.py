@@ -8,7 +8,7 @@ from visionlora.mixing.compose.base import Composition
 
 
 class Composite(Composition):
-    """Every step evaluates the model once per adapter, all in one batch, and averages."""
+    """Every step evaluates the model once per adapter that is not at scale 0, all in one batch, and averages."""
 
     def evaluations(self, names: Sequence[str]) -> list[dict[str, float]]:
         """One adapter each."""

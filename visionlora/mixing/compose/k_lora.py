@@ -18,12 +18,15 @@ from visionlora.mixing.compose.base import Composition, Weights
 class KLoRA(Composition):
     """Chooses one of two adapters per layer and step; the first is the content, the second the style.
 
+    Any others must be at scale 0; where one of the two is at 0, the other acts in every layer.
+
     Args:
         alpha: slope of the style's factor over the sampling, 1.5 in the paper.
         beta: the style's factor at the first step, 0.5 in the paper.
     """
 
     per_step: ClassVar[bool] = True
+    skips_silent: ClassVar[bool] = True
 
     def __init__(self, alpha: float = 1.5, beta: float = 0.5) -> None:
         self.alpha, self.beta = alpha, beta
@@ -34,13 +37,17 @@ class KLoRA(Composition):
         """Measures ΔW once.
 
         Raises:
-            ConfigError: when there are not two adapters.
+            ConfigError: when there are fewer than two adapters, or more that are not at scale 0.
         """
-        if len(adapters) != 2:
-            raise ConfigError(f"K-LoRA chooses between two adapters, content and style; there are {len(adapters)}.")
-        content, style = adapters.values()
+        acting = [a for n, a in adapters.items() if scales[n]]
+        if len(adapters) < 2 or len(acting) > 2:
+            count = f"{len(acting)} that are not at scale 0" if len(acting) > 2 else len(adapters)
+            raise ConfigError(f"K-LoRA chooses between two adapters, content and style; there are {count}.")
+        self.sums, self.gamma = {}, 1.0
+        if len(acting) < 2:
+            return dict(adapters)
+        content, style = acting
         totals = [0.0, 0.0]
-        self.sums = {}
         for name in content.modules.keys() & style.modules.keys():
             if "shift" in (content.modules[name].kind, style.modules[name].kind):
                 continue
@@ -57,6 +64,8 @@ class KLoRA(Composition):
 
     def weights(self, names: Sequence[str], step: int, steps: int) -> Weights:
         """1 or 0 per layer; layers that one adapter alone has are its own."""
+        if len(names) < 2:
+            return {}
         content, style = names
         factor = self.gamma * (self.alpha * step / max(1, steps) + self.beta)
         takes = {name: c >= s * factor for name, (c, s) in self.sums.items()}

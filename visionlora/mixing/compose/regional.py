@@ -19,6 +19,7 @@ from torch import Tensor
 from visionlora.data.images import decode_noted
 from visionlora.data.masks import grey
 from visionlora.errors import ConfigError, DataError, nearest
+from visionlora.lora.adapter import Adapter
 from visionlora.mixing.compose.base import Composition
 
 Region = "tuple[float, float, float, float] | Tensor | np.ndarray[Any, Any] | Image.Image | str | Path"
@@ -44,18 +45,22 @@ class Regional(Composition):
             raise ConfigError(f"softness is {softness}; it must be between 0 and 0.5 of the picture.")
         self.masks = {name: blurred(mask_of(name, region), softness) for name, region in regions.items()}
 
-    def evaluations(self, names: Sequence[str]) -> list[dict[str, float]]:
-        """The base alone, then each adapter alone.
+    def prepare(self, adapters: Mapping[str, Adapter], scales: Mapping[str, float]) -> dict[str, Adapter]:
+        """As they are.
 
         Raises:
             ConfigError: when an adapter has no region or a region no adapter.
         """
         for name in self.masks:
-            if name not in names:
-                raise ConfigError(f"There is a region for {name!r}, which is not attached. {nearest(name, names)}")
-        for name in names:
+            if name not in adapters:
+                raise ConfigError(f"There is a region for {name!r}, which is not attached. {nearest(name, adapters)}")
+        for name in adapters:
             if name not in self.masks:
                 raise ConfigError(f"Adapter {name!r} has no region: give it a box or a mask, (0, 0, 1, 1) for all.")
+        return dict(adapters)
+
+    def evaluations(self, names: Sequence[str]) -> list[dict[str, float]]:
+        """The base alone, then each adapter alone; the region of one at scale 0 is as if it were not there."""
         self.names = list(names)
         return [dict.fromkeys(names, 0.0), *({other: float(other == name) for other in names} for name in names)]
 

@@ -11,7 +11,7 @@ from visionlora.mixing.compose.base import Composition, Weights
 
 
 class Switch(Composition):
-    """At step t only adapter ⌊(t mod k·τ)/τ⌋ acts: no more work than a single adapter.
+    """At step t only adapter ⌊(t mod k·τ)/τ⌋ of the k that are not at scale 0 acts: no more work than a single adapter.
 
     Args:
         tau: steps until the next adapter's turn; 5 in the paper, where switching at every step distorts.
