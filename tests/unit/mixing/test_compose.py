@@ -84,6 +84,18 @@ def test_each_region_is_drawn_by_its_adapter(pipe, three, form: str, tmp_path: P
     torch.testing.assert_close(found[..., 4:, 4:], plain[..., 4:, 4:], rtol=1e-3, atol=2e-4)
 
 
+def test_a_mask_of_another_shape_is_not_stretched(pipe, three) -> None:
+    a = {"a": three["a"]}
+    mix = vl.attach(pipe, a, compose="regional", regions={"a": torch.ones(64, 640)})
+    with pytest.raises(
+        vl.VisionLoRAError, match=r"'a' is 640 wide and 64 high.* which is 8 wide and 8 high \(in latents\)"
+    ):
+        run(pipe)
+    for fitting in (torch.ones(64, 64), torch.ones(8, 8), torch.ones(9, 8)):
+        mix.set_composition("regional", regions={"a": fitting}, softness=0.0)
+        assert bool(torch.isfinite(run(pipe)).all())
+
+
 def test_soft_edges_sum_to_one() -> None:
     made = composition("regional", regions={"a": (0, 0, 0.5, 1), "b": (0.5, 0, 1, 1)}, softness=0.2)
     made.evaluations(["a", "b"])
@@ -183,6 +195,9 @@ MESSAGES = {
     "no regions": (lambda: composition("regional"), "needs a region per adapter"),
     "box": (lambda: composition("regional", regions={"a": (0.5, 0, 0.2, 1)}), "a box is (left, top, right, bottom)"),
     "mask": (lambda: composition("regional", regions={"a": np.zeros((2, 3, 4))}), "it must be (height, width)"),
+    "empty mask": (lambda: composition("regional", regions={"a": np.zeros((0, 8))}), "has shape (0, 8); it must be (height"),
+    "mask nan": (lambda: composition("regional", regions={"a": np.full((4, 4), np.nan)}), "with values 0 to 1"),
+    "no mask": (lambda: composition("regional", regions={"a": None}), "The region of 'a' is None; give a box (left, top"),
     "file": (lambda: composition("regional", regions={"a": "nowhere.png"}), "The mask of 'a' cannot be read"),
     "softness": (lambda: composition("regional", regions={"a": (0, 0, 1, 1)}, softness=2), "softness is 2"),
     "without": (

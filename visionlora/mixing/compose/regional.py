@@ -18,6 +18,7 @@ from torch import Tensor
 
 from visionlora.data.images import decode_noted
 from visionlora.data.masks import grey
+from visionlora.diffusion.given import MOST_STRETCHED
 from visionlora.errors import ConfigError, DataError, nearest
 from visionlora.lora.adapter import Adapter
 from visionlora.mixing.compose.base import Composition
@@ -35,7 +36,7 @@ class Regional(Composition):
         softness: width of the soft edge as a share of the picture, 0 for hard edges.
 
     Raises:
-        ConfigError: when a box is out of order or a mask cannot be read.
+        ConfigError: when a box is out of order, or a mask cannot be read or is none.
     """
 
     def __init__(self, regions: Mapping[str, Any] | None = None, softness: float = 0.05) -> None:
@@ -44,6 +45,8 @@ class Regional(Composition):
         if not 0 <= softness <= 0.5:
             raise ConfigError(f"softness is {softness}; it must be between 0 and 0.5 of the picture.")
         self.masks = {name: blurred(mask_of(name, region), softness) for name, region in regions.items()}
+        self.boxes = {name for name, region in regions.items() if isinstance(region, (tuple, list))}
+        """Regions that are of any shape of picture."""
 
     def prepare(self, adapters: Mapping[str, Adapter], scales: Mapping[str, float]) -> dict[str, Adapter]:
         """As they are.
@@ -68,7 +71,7 @@ class Regional(Composition):
         """By the masks; where they overlap they share, where there is none the base draws.
 
         Raises:
-            ConfigError: when the outputs are no pictures.
+            ConfigError: when the outputs are no pictures, or of another shape than a mask.
         """
         if outputs.dim() != 5:
             raise ConfigError(
@@ -76,6 +79,8 @@ class Regional(Composition):
                 f"{tuple(outputs.shape[1:])}."
             )
         size = outputs.shape[-2:]
+        for name in self.names:
+            self.check_shape(name, *size)
         masks = torch.stack(
             [F.interpolate(self.masks[n], size=size, mode="area")[0, 0] for n in self.names]
         ).to(outputs.device, outputs.dtype)  # fmt: skip
@@ -84,6 +89,16 @@ class Regional(Composition):
         rest = (1 - total).clamp_min(0)
         weights = torch.cat([rest[None], masks])[:, None, None]
         return (outputs * weights).sum(0)
+
+    def check_shape(self, name: str, height: int, width: int) -> None:
+        """Raises ConfigError when a mask would be stretched over outputs of this size; what rounding does to sides is borne."""
+        down, across = self.masks[name].shape[-2:]
+        stretched = across * height / (down * width)
+        if name not in self.boxes and max(stretched, 1 / stretched) > MOST_STRETCHED:
+            raise ConfigError(
+                f"The mask of {name!r} is {across} wide and {down} high, and would be stretched over what is drawn, which is "
+                f"{width} wide and {height} high (in latents). Give a mask in the shape of the picture, or draw in its shape."
+            )
 
 
 def mask_of(name: str, region: Any) -> Tensor:
@@ -105,8 +120,14 @@ def mask_of(name: str, region: Any) -> Tensor:
             raise ConfigError(f"The mask of {name!r} cannot be read: {e}.") from None
     if isinstance(region, Image.Image):
         region = np.asarray(region.convert("L"), dtype=np.float32) / 255
-    found = torch.as_tensor(region).float().squeeze()
-    if found.dim() != 2 or not bool(((found >= 0) & (found <= 1)).all()):
+    try:
+        found = torch.as_tensor(region).float().squeeze()
+    except (TypeError, ValueError, RuntimeError):
+        raise ConfigError(
+            f"The region of {name!r} is {region!r}; give a box (left, top, right, bottom), each 0 to 1, or a mask: a picture, "
+            "its file, or an array (height, width) with values 0 to 1."
+        ) from None
+    if found.dim() != 2 or not found.numel() or not bool(((found >= 0) & (found <= 1)).all()):
         raise ConfigError(
             f"The mask of {name!r} has shape {tuple(found.shape)}; it must be (height, width) with values 0 to 1."
         )
