@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -119,7 +118,7 @@ class Scale:
                 )
             numbers += list(self.steps)
         for value in numbers:
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= LARGEST:
+            if not is_number(value):
                 raise ConfigError(f"A scale is {value!r}; it must be a finite number.")
         if not callable(self.steps) and self.steps is not None:
             object.__setattr__(self, "steps", PerStep(tuple(float(v) for v in self.steps)))
@@ -146,10 +145,13 @@ class Scale:
 
     def at(self, progress: float) -> float:
         """The factor of this moment, the strength included."""
-        factor = float(self.steps(progress)) if callable(self.steps) else 1.0
-        if not math.isfinite(factor):
-            raise ConfigError(f"The scale at {progress:.0%} of the sampling is {factor!r}; it must be a finite number.")
-        return self.strength * factor
+        factor = plain(self.steps(progress)) if callable(self.steps) else 1.0
+        if not is_number(factor):
+            raise ConfigError(
+                f"steps gives {factor!r} at {progress:.0%} of the sampling; it must give a finite number for every progress "
+                "from 0 to 1."
+            )
+        return self.strength * float(factor)
 
 
 def scale_from(strength: float, words: Mapping[str, float]) -> Scale:
@@ -196,6 +198,11 @@ def plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {k: plain(v) for k, v in value.items()}
     return type(value)(plain(v) for v in value) if type(value) in (list, tuple) else value
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a finite number, of Python's own."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= LARGEST
 
 
 def as_scale(value: Any) -> Scale:

@@ -460,7 +460,7 @@ REFUSALS = {
     ),
     "step scale": (
         lambda m, a: (m.set_scales({"a": vl.Scale(steps=lambda p: float("inf"))}), run(m.target)),
-        "of the sampling is inf; it must be a finite number.",
+        "of the sampling; it must give a finite number",
     ),
 }  # fmt: skip
 

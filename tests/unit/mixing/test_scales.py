@@ -95,3 +95,12 @@ def test_a_block_list_of_the_other_family_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"list of 17 block weights has no number for OUT00, .*Give 12 or 20 or 26"):
         block_factors(Scale(blocks=(1.0,) * 17), xl)
     assert set(block_factors(Scale(blocks=(1.0,) * 12), xl).values()) == {1.0}
+
+
+@pytest.mark.parametrize("given", [None, "much", float("nan"), True])
+def test_a_function_of_the_steps_gives_numbers(given: object) -> None:
+    with pytest.raises(
+        ConfigError, match=rf"steps gives {given!r} at 50% of the sampling; it must give a finite number"
+    ):
+        Scale(steps=lambda progress: given).at(0.5)
+    assert Scale(2.0, steps=lambda progress: torch.tensor(0.5)).at(0.5) == 1.0

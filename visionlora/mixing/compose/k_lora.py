@@ -13,6 +13,7 @@ from visionlora.errors import ConfigError
 from visionlora.lora.adapter import Adapter, AdapterModule
 from visionlora.lora.arithmetic import additive
 from visionlora.mixing.compose.base import Composition, Weights
+from visionlora.mixing.scales import is_number, plain
 
 
 class KLoRA(Composition):
@@ -29,7 +30,10 @@ class KLoRA(Composition):
     skips_silent: ClassVar[bool] = True
 
     def __init__(self, alpha: float = 1.5, beta: float = 0.5) -> None:
-        self.alpha, self.beta = alpha, beta
+        self.alpha, self.beta = plain(alpha), plain(beta)
+        for name, value in (("alpha", self.alpha), ("beta", self.beta)):
+            if not is_number(value):
+                raise ConfigError(f"{name} is {value!r}; it must be a finite number.")
         self.sums: dict[str, tuple[float, float]] = {}
         self.gamma = 1.0
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
+from visionlora.errors import ConfigError
 from visionlora.lora.adapter import Adapter
 from visionlora.lora.arithmetic import merge_adapters
 from visionlora.lora.combine import Options
 from visionlora.mixing.compose.base import Composition
+from visionlora.mixing.scales import is_number, plain
 
 
 class MergedAdapters(Composition):
@@ -17,6 +19,9 @@ class MergedAdapters(Composition):
     method: ClassVar[str]
 
     def __init__(self, density: float = 1.0) -> None:
+        density = plain(density)
+        if not is_number(density):
+            raise ConfigError(f"density is {density!r}; it must be a number above 0 and at most 1.")
         self.options = Options(density)
 
     def prepare(self, adapters: Mapping[str, Adapter], scales: Mapping[str, float]) -> dict[str, Adapter]:

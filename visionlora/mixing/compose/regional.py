@@ -22,6 +22,7 @@ from visionlora.diffusion.given import MOST_STRETCHED
 from visionlora.errors import ConfigError, DataError, nearest
 from visionlora.lora.adapter import Adapter
 from visionlora.mixing.compose.base import Composition
+from visionlora.mixing.scales import is_number, plain
 
 Region = "tuple[float, float, float, float] | Tensor | np.ndarray[Any, Any] | Image.Image | str | Path"
 FINE = 512
@@ -40,10 +41,11 @@ class Regional(Composition):
     """
 
     def __init__(self, regions: Mapping[str, Any] | None = None, softness: float = 0.05) -> None:
-        if not regions:
+        if not regions or not isinstance(regions, Mapping):
             raise ConfigError("Composition 'regional' needs a region per adapter: regions={'dog': (0, 0, 0.5, 1), …}.")
-        if not 0 <= softness <= 0.5:
-            raise ConfigError(f"softness is {softness}; it must be between 0 and 0.5 of the picture.")
+        softness = plain(softness)
+        if not is_number(softness) or not 0 <= softness <= 0.5:
+            raise ConfigError(f"softness is {softness!r}; it must be between 0 and 0.5 of the picture.")
         self.masks = {name: blurred(mask_of(name, region), softness) for name, region in regions.items()}
         self.boxes = {name for name, region in regions.items() if isinstance(region, (tuple, list))}
         """Regions that are of any shape of picture."""
@@ -104,12 +106,17 @@ class Regional(Composition):
 def mask_of(name: str, region: Any) -> Tensor:
     """A box or mask as (1, 1, h, w) in 0..1."""
     if isinstance(region, (tuple, list)):
-        if len(region) != 4 or not (0 <= region[0] < region[2] <= 1 and 0 <= region[1] < region[3] <= 1):
+        box = [plain(v) for v in region]
+        if (
+            len(box) != 4
+            or not all(map(is_number, box))
+            or not (0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1)
+        ):
             raise ConfigError(
-                f"The region of {name!r} is {tuple(region)}; a box is (left, top, right, bottom), each between 0 and 1 and in "
+                f"The region of {name!r} is {tuple(box)}; a box is (left, top, right, bottom), each between 0 and 1 and in "
                 "order."
             )
-        left, top, right, bottom = (round(v * FINE) for v in region)
+        left, top, right, bottom = (round(v * FINE) for v in box)
         mask = torch.zeros(1, 1, FINE, FINE)
         mask[:, :, top:bottom, left:right] = 1
         return mask

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import ClassVar
 
 from visionlora.errors import ConfigError
 from visionlora.mixing.compose.base import Composition, Weights
+from visionlora.mixing.scales import is_number, plain
 
 
 class Switch(Composition):
@@ -20,8 +20,9 @@ class Switch(Composition):
     per_step: ClassVar[bool] = True
 
     def __init__(self, tau: int = 5) -> None:
-        if not (1 <= tau < math.inf and tau == int(tau)):
-            raise ConfigError(f"tau is {tau}; it must be a whole number of at least 1 step.")
+        tau = plain(tau)
+        if not is_number(tau) or tau < 1 or tau != int(tau):
+            raise ConfigError(f"tau is {tau!r}; it must be a whole number of at least 1 step.")
         self.tau = tau
 
     def weights(self, names: Sequence[str], step: int, steps: int) -> Weights:
