@@ -709,3 +709,21 @@ def test_show_knows_models_and_masks_of_regions(loras: Path, tiny_model: Path, t
     mask.unlink()
     shutil.rmtree(model)
     assert vl.show(picture).changed == (f"{model} is not here.", f"{mask} is not here.")
+
+
+def test_a_file_that_is_given_twice_is_refused(loras: Path, tmp_path: Path) -> None:
+    from visionlora.diffusion.uses import uses_of
+
+    (tmp_path / "other").symlink_to(loras)
+    first, again = f"{loras}/dog.safetensors", f"{tmp_path}/other/dog.safetensors"
+    with pytest.raises(ConfigError) as caught:
+        uses_of("a dog", vl.GenerateConfig("a dog", loras=[first, (again, 0.3, {"up": 0.5})]))
+    assert str(caught.value) == (
+        f"The adapter {again} is given twice, as {first}:1 and {again}:0.3@up=0.5: give it once, at the scale that is meant, "
+        f"such as --lora {again}:0.3@up=0.5."
+    )
+    shutil.copy(first, tmp_path / "dog.safetensors")
+    two = uses_of("a dog", vl.GenerateConfig("a dog", loras=[first, str(tmp_path / "dog.safetensors")]))
+    assert len({use.name for use in two}) == 2, "other files may have one name"
+    (tagged,) = uses_of("a dog <lora:dog:0.2>", vl.GenerateConfig("a dog", loras=[first], lora_folder=loras))
+    assert tagged.scale == 0.2, "a tag sets the scale of what the command gives"

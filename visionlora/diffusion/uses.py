@@ -21,8 +21,9 @@ def uses_of(prompt: str, config: GenerateConfig) -> list[LoraUse]:
     """The adapters of one prompt: those of the command, and those that its tags name, whose scale counts.
 
     Raises:
-        ConfigError: when a tag names no adapter.
+        ConfigError: when a tag names no adapter, or the command has the same file twice.
     """
+    check_once(config)
     named_so = zip(names_of(path for path, _, _ in config.loras), config.loras, strict=True)
     uses = {name: LoraUse(name, *lora) for name, lora in named_so}
     for name, scale in take_tags(prompt)[1]:
@@ -38,6 +39,19 @@ def uses_of(prompt: str, config: GenerateConfig) -> list[LoraUse]:
             raise ConfigError(f"The prompt names an adapter {name!r}, which is not there. {hint}")
         uses[name] = LoraUse(name, str(found), scale)
     return [hashed(use) for use in uses.values()]
+
+
+def check_once(config: GenerateConfig) -> None:
+    """Raises ConfigError when a file is given twice: both would act, at the sum of their scales."""
+    there: dict[Path, LoraUse] = {}
+    for path, scale, blocks in config.loras:
+        use = LoraUse("", path, scale, blocks)
+        before = there.setdefault(weights_file(Path(path).expanduser()).resolve(), use)
+        if before is not use:
+            raise ConfigError(
+                f"The adapter {path} is given twice, as {before.word()} and {use.word()}: give it once, at the scale that "
+                f"is meant, such as --lora {use.word()}."
+            )
 
 
 def name_of(path: str) -> str:
