@@ -74,7 +74,6 @@ def draw_all(
     Returns:
         The pictures of the share.
     """
-    config.output.mkdir(parents=True, exist_ok=True)
     given = Given.of(config.init_image, config.mask, config.control)
     pipe, adapters = pipeline_for(ready, given), ready.adapters
     paths, recipes = places_of(recipes, config.output)[share], recipes[share]
@@ -107,6 +106,7 @@ def draw_all(
             batches = [batch[:half], batch[half:], *batches]
             say(f"A batch of {len(batch)} pictures does not fit into memory: drawing {half} at a time.")
             continue
+        config.output.mkdir(parents=True, exist_ok=True)  # not before: what is refused leaves nothing behind
         for recipe, picture in zip(batch, pictures, strict=True):
             replace_file(place[recipe.digest], png_bytes(picture, replace(recipe, batch_size=len(batch))))
         done += len(batch)

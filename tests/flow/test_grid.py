@@ -175,6 +175,8 @@ REFUSALS = {
     "two prompts": (("--x", "seed=1", "--prompt", "b"), "A grid starts from one prompt, and there are 2: give"),
     "no adapter": (("--x", "lora:dgo.scale=1"), "is of an adapter that is not there. Did you mean 'dog'?"),
     "size": (("--x", "width=32,33"), "A resolution of 33 px does not fit"),
+    "one of two": (("--x", "compose=k-lora"), "K-LoRA chooses between two adapters, content and style; there are 1."),
+    "block": (("--x", "lora:dog.upp=0,1"), "No adapted layer is in block 'upp'."),
     "scheduler": (("--x", "scheduler=eular"), "scheduler is 'eular'. Did you mean 'euler'?"),
 }  # fmt: skip
 
