@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,17 @@ def draw_all(
     return [
         Drawn(path, recipe, missing.pop(path, None) is not None) for path, recipe in zip(paths, recipes, strict=True)
     ]
+
+
+@contextmanager
+def telling_how_far(recipes: Sequence[Recipe], folder: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """After Ctrl-C says how many pictures of the whole run are there, and how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        there = sum(path.exists() for path in places_of(recipes, folder))
+        say(f"Interrupted with {there} of {len(recipes)} pictures drawn. The same command goes on with the others.")
+        raise
 
 
 def with_others(

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from visionlora.pipelines.drawing import Drawn, Opened, Progress, draw_all, scheduler_of, with_others
+from visionlora.pipelines.drawing import Drawn, Opened, Progress, draw_all, scheduler_of, telling_how_far, with_others
 
 from visionlora.config import PRECISIONS, GenerateConfig
 from visionlora.diffusion.given import PICTURES, check_regions, named, shape_of, sized
@@ -51,8 +51,9 @@ def generate(
     recipes = settled(recipes_of(config, ready, plans), ready, config, say)
     rank, processes = process_of()
     share = slice(rank, None, processes)
-    own = draw_all(recipes, ready, config, say, progress, share)
-    drawn: list[Drawn] = with_others(own, recipes, config.output, share, started, say, progress)
+    with telling_how_far(recipes, config.output, say):
+        own = draw_all(recipes, ready, config, say, progress, share)
+        drawn: list[Drawn] = with_others(own, recipes, config.output, share, started, say, progress)
     return drawn
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from PIL import Image
-from visionlora.pipelines.drawing import Drawn, Progress, draw_all, recipe_at, with_others
+from visionlora.pipelines.drawing import Drawn, Progress, draw_all, recipe_at, telling_how_far, with_others
 from visionlora.pipelines.generate import loaded, make_fit, opened, recipes_of, settled
 
 from visionlora.atomic import replace_file
@@ -91,8 +91,9 @@ def grid(
     rank, processes = process_of()
     share = slice(*(len(cells) * k // processes for k in (rank, rank + 1)))
     recipes = [cells[k] for k in order]
-    own = draw_all(recipes, ready, start, say, progress, share)
-    done = with_others(own, recipes, start.output, share, started, say, progress)
+    with telling_how_far(recipes, start.output, say):
+        own = draw_all(recipes, ready, start, say, progress, share)
+        done = with_others(own, recipes, start.output, share, started, say, progress)
     page = config.output / "index.html"
     if rank:
         return GridResult(page, (), tuple(done))

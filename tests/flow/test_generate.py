@@ -727,3 +727,43 @@ def test_a_file_that_is_given_twice_is_refused(loras: Path, tmp_path: Path) -> N
     assert len({use.name for use in two}) == 2, "other files may have one name"
     (tagged,) = uses_of("a dog <lora:dog:0.2>", vl.GenerateConfig("a dog", loras=[first], lora_folder=loras))
     assert tagged.scale == 0.2, "a tag sets the scale of what the command gives"
+
+
+@pytest.mark.parametrize("verb", ["generate", "grid"])
+def test_ctrl_c_says_how_far_it_came(
+    verb: str, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from visionlora.pipelines import drawing
+
+    draw, calls = drawing.draw_batch, []
+
+    def interrupted(*given: object) -> object:
+        calls.append(given)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return draw(*given)
+
+    monkeypatch.setattr(drawing, "draw_batch", interrupted)
+    several = ("--num-images", 3) if verb == "generate" else ("--x", "seed=0..2")
+    words = (
+        verb,
+        "--model",
+        tiny_model,
+        *COMMON,
+        "--prompt",
+        "a dog",
+        "--batch-size",
+        1,
+        *several,
+        "--output",
+        tmp_path,
+    )
+    result = CliRunner().invoke(app, [str(w) for w in words])
+    assert result.exit_code == 130
+    assert "Interrupted with 1 of 3 pictures drawn. The same command goes on with the others." in result.output
+    run(*words)
+    assert len(calls) == 4, "two, of which one was cut off, and the two others"
+    calls[:] = calls[:1]
+    become_process(monkeypatch, 1)
+    again = CliRunner().invoke(app, [str(w) for w in (*words, "--guidance-scale", 3)])
+    assert again.exit_code == 130 and "Interrupted" not in again.output, "in a launch the first process speaks"
