@@ -102,6 +102,8 @@ class Mix:
         """Whether the composition wants several evaluations of the UNet, at whatever step."""
         self._evaluations: list[dict[str, float]] = []
         """Factors of the adapters in each of them, at the present step."""
+        self._attached: dict[str, tuple[Adapter, str]] = {}
+        """What is attached, by name, and what it is called on the layers."""
         self._in_file: dict[tuple[str, str, str], str] = {}
         """How files spell the layers that they spell otherwise, by name, component and layer."""
 
@@ -182,7 +184,7 @@ class Mix:
         before = self.members
         try:
             self.members = members
-            self._rebuild()
+            self._extend()
         except BaseException:
             self.members = before
             self._rebuild()
@@ -255,7 +257,7 @@ class Mix:
             if mix_on(part) is self:
                 let_go(part)
         allow_saving(self.target)
-        self._hooks, self.handles, self._in_file = [], {}, {}
+        self._hooks, self.handles, self._in_file, self._attached = [], {}, {}, {}
 
     def _rebuild(self) -> None:
         """Attaches the adapters as the composition wants them."""
@@ -265,25 +267,50 @@ class Mix:
         self.words.add({n: m.adapter for n, m in self.members.items()})
         for encoder in self.words.encoders:
             self._take(encoder)
-        alike = in_one_spelling([m.adapter for m in self.members.values()])
-        prepared = self.composition.prepare(
-            dict(zip(self.members, alike, strict=True)),
-            {n: 0.0 if m.scale.silent else m.scale.strength for n, m in self.members.items()},
-        )
+        prepared = self._prepare()
         inner = inner_names(prepared)
         for name, adapter in prepared.items():
-            pairs: list[tuple[str, Handle]] = []
-            self.handles[name] = pairs
-            for component, part in places(adapter, self.parts, self.target, self.allow_partial).items():
-                self._take(part)
-                handle = attach_one(part, adapter, component, inner[name], self.allow_partial)
-                pairs.append((component, handle))
-                if strange := [n for n in adapter.component(component) if n not in handle.methods]:
-                    spelled = resolve_names(strange, list(handle.methods))
-                    self._in_file |= {(name, component, layer): given for given, layer in spelled.items()}
+            self._attach(name, adapter, inner[name])
         if list(self.handles) != list(self.members):
             self._check_plain_scales()
         self._configure()
+
+    def _prepare(self) -> dict[str, Adapter]:
+        """What is to be attached, by name."""
+        alike = in_one_spelling([m.adapter for m in self.members.values()])
+        return self.composition.prepare(
+            dict(zip(self.members, alike, strict=True)),
+            {n: 0.0 if m.scale.silent else m.scale.strength for n, m in self.members.items()},
+        )
+
+    def _extend(self) -> None:
+        """As `_rebuild`, but what is attached stays where there is only more to attach: a hundredth file costs as the first."""
+        prepared = self._prepare() if self._attached and self.members else {}
+        there, inner = list(self._attached), inner_names(prepared)
+        stays = list(prepared)[: len(there)] == there and all(
+            self._attached[n][0] is prepared[n] and self._attached[n][1] == inner[n] for n in there
+        )
+        layered = any(h.in_full for pairs in self.handles.values() for _, h in pairs)
+        if not prepared or not stays or layered or any(m.adapter.embeddings for m in self.members.values()):
+            self._rebuild()
+            return
+        self._unmerge()
+        for name in list(prepared)[len(there) :]:
+            self._attach(name, prepared[name], inner[name])
+        self._configure()
+
+    def _attach(self, name: str, adapter: Adapter, inner: str) -> None:
+        """Puts one adapter on the parts that it is for, without a scale yet."""
+        pairs: list[tuple[str, Handle]] = []
+        self.handles[name] = pairs
+        for component, part in places(adapter, self.parts, self.target, self.allow_partial).items():
+            self._take(part)
+            handle = attach_one(part, adapter, component, inner, self.allow_partial)
+            pairs.append((component, handle))
+            if strange := [n for n in adapter.component(component) if n not in handle.methods]:
+                spelled = resolve_names(strange, list(handle.methods))
+                self._in_file |= {(name, component, layer): given for given, layer in spelled.items()}
+        self._attached[name] = adapter, inner
 
     def _take(self, part: nn.Module) -> None:
         """Marks a model as this mix's.

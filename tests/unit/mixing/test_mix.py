@@ -11,6 +11,7 @@ from torch import nn
 import visionlora as vl
 from visionlora.errors import ConfigError
 from visionlora.lora.adapter import Adapter, AdapterModule
+from visionlora.mixing import mix as mix_module
 from visionlora.mixing.holder import mix_on
 from visionlora.mixing.mix import Mix
 from visionlora.models.base import open_base
@@ -608,3 +609,31 @@ def test_settings_that_would_do_nothing_are_refused(layers: nn.Module, given, se
     with pytest.raises(ConfigError, match=text):
         vl.attach(layers, given, **settings)
     assert mix_on(layers) is None
+
+
+@pytest.mark.parametrize("mode", ["merged", "stacked", "batched"])
+@pytest.mark.parametrize("compose", ["sum", "balanced"])
+def test_what_is_added_one_by_one_is_as_if_attached_at_once_and_attached_once(
+    pipe, mode: str, compose: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each addition attached all anew, so that a hundredth file took as long as a hundred."""
+    kinds = KINDS if compose == "sum" else ("lora", "loha")
+    adapters = {name: adapter(pipe, k, kinds) for k, name in enumerate("abc")}
+    scales, before, done = {"a": 0.7, "b": vl.Scale(-0.4, blocks={"up": 0.5}), "c": 0.3}, bits(pipe), []
+    with vl.attach(pipe, adapters, scales=scales, mode=mode, compose=compose):
+        at_once = run(pipe)
+    attach_one = mix_module.attach_one
+    monkeypatch.setattr(mix_module, "attach_one", lambda *given: done.append(given[3]) or attach_one(*given))
+    mix = vl.attach(pipe, {"a": adapters["a"]}, scales={"a": 0.7}, mode=mode, compose=compose)
+    for name in "bc":
+        run(pipe)
+        mix.add(name, adapters[name], scales[name])
+    assert torch.equal(run(pipe), at_once)
+    if compose == "sum":  # balanced makes others of those that are there
+        assert done == ["a", "a", "b", "b", "c", "c"], "the UNet's part and the text encoder's"
+    wrong = Adapter({n: AdapterModule.lora(torch.ones(1, 3), torch.ones(3, 1), 1.0) for n in adapters["a"].modules})
+    with pytest.raises(vl.VisionLoRAError):
+        mix.add("wrong", wrong)
+    assert torch.equal(run(pipe), at_once) and mix.names == ["a", "b", "c"]
+    mix.detach()
+    assert all(torch.equal(before[n], now) for n, now in bits(pipe).items())
