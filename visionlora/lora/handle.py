@@ -25,6 +25,7 @@ from visionlora.lora.merge import (
     check_unfused,
     check_unhooked,
     forget_fusing,
+    unmerge_together,
     write_weights,
 )
 from visionlora.lora.methods.adalora import AdaLoRA, allocate
@@ -287,10 +288,7 @@ class Handle:
         Raises:
             ConfigError: when others have put hooks on the layers, or joined their weights; nothing is changed then.
         """
-        with as_before_on_error(list(self.methods.values())):
-            for m in self.methods.values():
-                m.merged = False
-            self._write()
+        unmerge_together([self])
 
     def check_free(self) -> None:
         """Raises ConfigError when others have put hooks on the layers, or have joined weights into which this is merged."""

@@ -171,7 +171,24 @@ def merge_together(handles: Sequence[Handle], scales: Sequence[float] | None = N
     with as_before_on_error(methods):
         for number, handle in enumerate(handles):
             for m in handle.methods.values():
-                m.scale, m.merged = m.scale if scales is None else scales[number], True
+                if scales is not None:
+                    m.scale = scales[number]
+                if not m.merged:
+                    m.merged = True
+        write_weights(handles)
+
+
+def unmerge_together(handles: Sequence[Handle]) -> None:
+    """Takes several adapters of one model out again, bit for bit, writing each weight once.
+
+    Raises:
+        ConfigError: see `Handle.unmerge`; nothing is changed then.
+    """
+    methods = [m for handle in handles for m in handle.methods.values()]
+    with as_before_on_error(methods):
+        for m in methods:
+            if m.merged:
+                m.merged = False
         write_weights(handles)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache
 
 SPELLINGS = tuple(
     (re.compile(rf"(?<![^_]){older}(?![^_])"), newer)
@@ -38,6 +39,7 @@ EMBEDDINGS = {"embeddings.token_embedding": "text", "embeddings.patch_embedding"
 """What CLIP's and SigLIP's encoders begin with."""
 
 
+@lru_cache(maxsize=2**16)
 def spelling_key(name: str) -> str:
     """The same for every spelling of a layer's name.
 

@@ -31,7 +31,7 @@ from visionlora.lora.guards import allow_saving, refuse_saving
 from visionlora.lora.handle import Handle
 from visionlora.lora.inject import attach as attach_one
 from visionlora.lora.inject import inner_names
-from visionlora.lora.merge import check_scale, merge_together
+from visionlora.lora.merge import check_scale, merge_together, unmerge_together
 from visionlora.lora.names import resolve_names
 from visionlora.lora.overlap import PairOverlap, overlap
 from visionlora.lora.packed import Packed
@@ -249,6 +249,7 @@ class Mix:
         self._check_free()
         for hook in self._hooks:
             hook.remove()
+        self._unmerge()
         for pairs in self.handles.values():
             for _, handle in pairs:
                 handle.eject()
@@ -376,10 +377,7 @@ class Mix:
             merge_together([h for pairs in self.handles.values() for _, h in pairs])
 
     def _unmerge(self) -> None:
-        for pairs in self.handles.values():
-            for _, handle in pairs:
-                if handle.merged:
-                    handle.unmerge()
+        unmerge_together([h for pairs in self.handles.values() for _, h in pairs if h.merged])
 
     @property
     def needs_batch(self) -> bool:

@@ -104,5 +104,5 @@ def test_a_step_that_is_refused_is_refused_again() -> None:
     steps = vl.Scale(steps=lambda progress: 1.0 if progress == 0 else float("nan"))
     vl.attach(model, {"a": Adapter({"model.inner": lora})}, scales={"a": steps})
     for _ in range(2):
-        with torch.no_grad(), pytest.raises(ConfigError, match="must be a finite number"):
+        with torch.no_grad(), pytest.raises(ConfigError, match="must give a finite number"):
             model(torch.ones(2, 4), 500)

@@ -212,8 +212,9 @@ class Method(nn.Module):
 
     @sample_scale.setter
     def sample_scale(self, value: Tensor | None) -> None:
-        self._sample_scale, self._sample_mark = value, None if value is None else object()
-        switched()
+        if value is not None or self._sample_scale is not None:
+            self._sample_scale, self._sample_mark = value, None if value is None else object()
+            switched()
 
     @property
     def merged(self) -> bool:
