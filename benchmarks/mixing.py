@@ -19,7 +19,7 @@ import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,6 @@ import numpy as np
 import torch
 from core import ATTENTION, RANK, call, inputs_of_unet, sharing, take_turns, unet_of_sd15
 from judge import features, nearest, predict, shares, train_classifier
-from peft import LoraConfig
 from PIL import Image
 from record import run_parts
 from style_transfer import ASSETS, LEARNED
@@ -58,14 +57,10 @@ COMPOSITIONS: dict[str, tuple[str, dict[str, Any], float]] = {
     "balanced": ("balanced", {}, 0.5),
     "orthogonal": ("orthogonal", {}, 0.5),
     "iso-c": ("iso-c", {}, 0.5),
-    "knots": ("knots", {}, 0.5),
     "switch": ("switch", {"tau": 2}, 0.7),
     "composite": ("composite", {}, 0.7),
-    "k-lora": ("k-lora", {}, 0.7),
 }
 """Name -> composition, options, scale of each adapter. Those in which one adapter acts at a time take a larger scale."""
-OF_TWO = ("k-lora",)
-"""Compositions of two adapters alone."""
 
 
 def random_adapter(unet: nn.Module, seed: int) -> Adapter:
@@ -94,22 +89,6 @@ def measure_speed(dtype: torch.dtype) -> dict[str, Any]:
     many = {f"m{k}": adapters[f"a{k % 8}"] for k in range(100)}
     attach(twin, many, scales={n: float(n in ("m0", "m1")) for n in many}, mode="stacked")
     runs["2 of 100 stacked"] = lambda: call(twin, inputs)
-    merged = unet_of_sd15().requires_grad_(False).eval().to(dtype)
-    attach(merged, adapters, mode="merged")
-    runs["merged 8"] = lambda: call(merged, inputs)
-    peer: Any = sharing(base, unet_of_sd15).eval()
-    for name in adapters:
-        peer.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=ATTENTION, init_lora_weights=False), name)
-    peer.to(dtype).requires_grad_(False)
-
-    def of_diffusers(names: Sequence[str]) -> Callable[[], object]:
-        def run() -> object:
-            peer.set_adapters(list(names))
-            return call(peer, inputs)
-
-        return run
-
-    runs["diffusers 8"] = of_diffusers(list(adapters))
     with torch.no_grad():
         t = take_turns(runs, 15)
     found["over_bare"] = {name: seconds / t["bare"] for name, seconds in t.items()}
@@ -121,20 +100,13 @@ def measure_speed(dtype: torch.dtype) -> dict[str, Any]:
     other = sharing(base, unet_of_sd15).eval()
     attach(other, adapters, scales={n: Scale(images=[float(i == k) for i in range(8)]) for k, n in enumerate(adapters)})
     with torch.no_grad():
-        each = [of_diffusers([name]) for name in adapters]
-        batches: dict[str, Callable[[], object]] = {
-            "bare": lambda: call(base, wide),
-            "batched": lambda: call(other, wide),
-            "diffusers": lambda: [run() for run in each],
-        }
-        t = take_turns(batches, 5)
+        t = take_turns({"bare": lambda: call(base, wide), "batched": lambda: call(other, wide)}, 5)
     found["eight_pictures_eight_adapters_over_bare"] = t["batched"] / t["bare"]
-    found["eight_runs_of_diffusers_over_bare"] = t["diffusers"] / t["bare"]
     return found
 
 
 def measure_load() -> dict[str, Any]:
-    """Seconds for a file to be read and be on a UNet, the tenth and the hundredth."""
+    """Seconds for a file to be read and be on a UNet, of which two are merged: the first ten of a hundred and the last ten."""
     unet = unet_of_sd15().requires_grad_(False).eval()
     mix, seconds = attach(unet, {}), []
     with tempfile.TemporaryDirectory() as folder:
@@ -156,6 +128,8 @@ def measure_scales() -> dict[str, Any]:
     names = [f"a{k}" for k in range(8)]
     mix = attach(twin, {n: random_adapter(twin, k) for k, n in enumerate(names)})
     turn = itertools.count()
+
+    from peft import LoraConfig
 
     unet: Any = unet_of_sd15().requires_grad_(False)
     for n in names:
@@ -195,8 +169,6 @@ def measure_quality() -> dict[str, Any]:
         for styles in itertools.combinations(LEARNED, size):
             columns: list[tuple[str, list[Image.Image]]] = []
             for name, (compose, options, scale) in COMPOSITIONS.items():
-                if size > 2 and name in OF_TWO:
-                    continue
                 mix = attach(
                     base.pipe, {s: adapters[s] for s in styles}, scales=dict.fromkeys(styles, scale * 2 / size),
                     compose=compose, **options,
