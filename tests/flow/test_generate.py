@@ -473,7 +473,7 @@ def test_half_precision_and_devices(loras: Path, tiny_model: Path, tmp_path: Pat
     assert (tmp_path / "again" / half.name).read_bytes() == half.read_bytes()
     for more, message in (
         (("--device", "meta"), "device is 'meta'; it must be auto, cpu, mps, xpu or cuda"),
-        (("--device", "gpu"), "device is 'gpu'; it must be auto, cpu, mps or cuda"),
+        (("--device", "gpu"), "device is 'gpu'; it must be auto, cpu, mps, xpu or cuda"),
         (("--device", "cuda"), "there is no GPU that torch can use. Take cpu."),
         (("--precision", "fp16"), "precision is 'fp16', which a CPU has no fast kernels for"),
         (("--precision", "fp61"), "precision is 'fp61'. Did you mean 'fp16'?"),
