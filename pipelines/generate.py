@@ -14,7 +14,7 @@ from visionlora.config import PRECISIONS, GenerateConfig
 from visionlora.diffusion.given import PICTURES, check_regions, named, shape_of, sized
 from visionlora.diffusion.recipe import LoraUse, Recipe, take_tags
 from visionlora.diffusion.settings import BASE_DTYPES
-from visionlora.diffusion.uses import names_of, uses_of
+from visionlora.diffusion.uses import check_once, names_of, uses_of
 from visionlora.errors import ConfigError, nearest
 from visionlora.loaders import check_base, check_draws, ends_in_noise, load_adapter, words_elsewhere
 from visionlora.lora.adapter import Adapter
@@ -69,6 +69,7 @@ def opened(config: GenerateConfig, say: Callable[[str], None]) -> Opened:
         raise ConfigError(f"batch_size is {config.batch_size}; it must be at least 1.")
     check_pictures(config)
     check_numbers(config)
+    check_once(config)
     composition(config.compose, **dict(config.compose_options))  # raises also where there is nothing to compose
     check_place(config.output)
     device, precision = place_of(config)

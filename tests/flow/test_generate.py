@@ -717,7 +717,7 @@ def test_a_file_that_is_given_twice_is_refused(loras: Path, tmp_path: Path) -> N
     (tmp_path / "other").symlink_to(loras)
     first, again = f"{loras}/dog.safetensors", f"{tmp_path}/other/dog.safetensors"
     with pytest.raises(ConfigError) as caught:
-        uses_of("a dog", vl.GenerateConfig("a dog", loras=[first, (again, 0.3, {"up": 0.5})]))
+        vl.generate(vl.GenerateConfig("a dog", loras=[first, (again, 0.3, {"up": 0.5})], output=tmp_path / "out"))
     assert str(caught.value) == (
         f"The adapter {again} is given twice, as {first}:1 and {again}:0.3@up=0.5: give it once, at the scale that is meant, "
         f"such as --lora {again}:0.3@up=0.5."

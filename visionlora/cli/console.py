@@ -29,8 +29,6 @@ from visionlora.report.listener import Listener
 
 SECONDS_BETWEEN_LINES = 10.0
 """Without a terminal a stage prints at most one line in this time, and its last."""
-
-
 WIDE, NARROW = 80, 60
 """Characters in a line of the terminal from which there is a bar, and the time that has passed."""
 PATIENCE = 10.0

@@ -276,9 +276,8 @@ def _deep_grey_to_rgb(image: Image.Image) -> tuple[Image.Image, Image.Image | No
     if image.mode.startswith("I;16") and getattr(image, "tag_v2", {}).get(_WHITE_IS) == 0:
         values = 65535 - values  # of 8 bits Pillow does it itself
         notes.append(_INVERTED)
-    if (
-        1 < (above := 1 << int(values.max()).bit_length()) <= _DARK
-    ):  # in powers of two, so that pictures of a set say the same
+    above = 1 << int(values.max()).bit_length()  # a power of two, so that pictures of a set say the same
+    if 1 < above <= _DARK:
         notes.append(f"dark, as all its values are below {above} of 65535: stretch them and save it again")
     grey = ((values * 255 + 32767) // 65535).astype(np.uint8)
     if converted := in_srgb(Image.fromarray(grey), image.info.get("icc_profile")):

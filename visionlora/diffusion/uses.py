@@ -21,9 +21,8 @@ def uses_of(prompt: str, config: GenerateConfig) -> list[LoraUse]:
     """The adapters of one prompt: those of the command, and those that its tags name, whose scale counts.
 
     Raises:
-        ConfigError: when a tag names no adapter, or the command has the same file twice.
+        ConfigError: when a tag names no adapter.
     """
-    check_once(config)
     named_so = zip(names_of(path for path, _, _ in config.loras), config.loras, strict=True)
     uses = {name: LoraUse(name, *lora) for name, lora in named_so}
     for name, scale in take_tags(prompt)[1]:

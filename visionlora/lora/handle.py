@@ -25,6 +25,7 @@ from visionlora.lora.merge import (
     check_unfused,
     check_unhooked,
     forget_fusing,
+    merge_together,
     unmerge_together,
     write_weights,
 )
@@ -277,10 +278,7 @@ class Handle:
         Raises:
             ConfigError: when a merged weight would not be finite, before any weight is changed.
         """
-        with as_before_on_error(list(self.methods.values())):
-            for m in self.methods.values():
-                m.merged = True
-            self._write()
+        merge_together([self])
 
     def unmerge(self) -> None:
         """Takes ΔW out again, bit for bit.

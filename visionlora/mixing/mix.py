@@ -260,15 +260,15 @@ class Mix:
         allow_saving(self.target)
         self._hooks, self.handles, self._in_file, self._attached = [], {}, {}, {}
 
-    def _rebuild(self) -> None:
-        """Attaches the adapters as the composition wants them."""
+    def _rebuild(self, prepared: Mapping[str, Adapter] | None = None) -> None:
+        """Attaches the adapters as the composition wants them, which may be known already: it can take its time over it."""
         self._clear()
         if not self.members:
             return
         self.words.add({n: m.adapter for n, m in self.members.items()})
         for encoder in self.words.encoders:
             self._take(encoder)
-        prepared = self._prepare()
+        prepared = prepared or self._prepare()
         inner = inner_names(prepared)
         for name, adapter in prepared.items():
             self._attach(name, adapter, inner[name])
@@ -285,15 +285,15 @@ class Mix:
         )
 
     def _extend(self) -> None:
-        """As `_rebuild`, but what is attached stays where there is only more to attach: a hundredth file costs as the first."""
-        prepared = self._prepare() if self._attached and self.members else {}
+        """As `_rebuild`, but what is attached stays where there is only more to attach."""
+        prepared = self._prepare() if self.members else {}
         there, inner = list(self._attached), inner_names(prepared)
         stays = list(prepared)[: len(there)] == there and all(
             self._attached[n][0] is prepared[n] and self._attached[n][1] == inner[n] for n in there
         )
         layered = any(h.in_full for pairs in self.handles.values() for _, h in pairs)
-        if not prepared or not stays or layered or any(m.adapter.embeddings for m in self.members.values()):
-            self._rebuild()
+        if not there or not stays or layered or any(m.adapter.embeddings for m in self.members.values()):
+            self._rebuild(prepared)
             return
         self._unmerge()
         for name in list(prepared)[len(there) :]:

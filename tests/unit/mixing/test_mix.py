@@ -12,6 +12,7 @@ import visionlora as vl
 from visionlora.errors import ConfigError
 from visionlora.lora.adapter import Adapter, AdapterModule
 from visionlora.mixing import mix as mix_module
+from visionlora.mixing.compose import COMPOSITIONS
 from visionlora.mixing.holder import mix_on
 from visionlora.mixing.mix import Mix
 from visionlora.models.base import open_base
@@ -622,13 +623,15 @@ def test_what_is_added_one_by_one_is_as_if_attached_at_once_and_attached_once(
     scales, before, done = {"a": 0.7, "b": vl.Scale(-0.4, blocks={"up": 0.5}), "c": 0.3}, bits(pipe), []
     with vl.attach(pipe, adapters, scales=scales, mode=mode, compose=compose):
         at_once = run(pipe)
-    attach_one = mix_module.attach_one
+    attach_one, prepare, prepared = mix_module.attach_one, COMPOSITIONS[compose].prepare, []
+    monkeypatch.setattr(COMPOSITIONS[compose], "prepare", lambda *given: prepared.append(1) or prepare(*given))
     monkeypatch.setattr(mix_module, "attach_one", lambda *given: done.append(given[3]) or attach_one(*given))
     mix = vl.attach(pipe, {"a": adapters["a"]}, scales={"a": 0.7}, mode=mode, compose=compose)
     for name in "bc":
         run(pipe)
         mix.add(name, adapters[name], scales[name])
     assert torch.equal(run(pipe), at_once)
+    assert len(prepared) == 3, "once for each change: some compositions take their time over it"
     if compose == "sum":  # balanced makes others of those that are there
         assert done == ["a", "a", "b", "b", "c", "c"], "the UNet's part and the text encoder's"
     wrong = Adapter({n: AdapterModule.lora(torch.ones(1, 3), torch.ones(3, 1), 1.0) for n in adapters["a"].modules})
