@@ -10,6 +10,7 @@ number is the median of at least 5 turns, every comparison a ratio.
     kinds                  where the time of a step on that UNet goes
     vit                    timm ViT-B/16 at 224 px, batch 8
     load                   a Stable Diffusion 1.5 adapter into a ready UNet
+    looking                memory of looking at pictures, beside that of learning from one (Linux alone)
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from visionlora.lora.config import AdapterConfig
 from visionlora.lora.inject import attach, inject
 from visionlora.lora.layers import heavy_by_matmul
 from visionlora.models.class_token import shorten
+from visionlora.models.memory import give_back
 from visionlora.training.memory import bytes_kept
 
 TURNS = 5
@@ -371,12 +373,46 @@ def compare_loads(path: Path, ours: Any, theirs: Any, load_adapter: Callable[[Pa
     return found
 
 
+def measure_looking() -> dict[str, Any]:
+    """MiB that a pass takes above what is there: learning from one picture, with and without checkpointing, looking at four."""
+    torch.manual_seed(0)
+    unet: Any = unet_of_sd15().requires_grad_(False)
+    inject(unet, AdapterConfig(rank=RANK, targets="attn"))
+    found: dict[str, Any] = {}
+    for pixels in (256, 512):
+        one = inputs_of_unet(torch.float32)
+        one["sample"] = torch.randn(1, 4, pixels // 8, pixels // 8)
+        four = {name: t.repeat(4, *[1] * (t.dim() - 1)) for name, t in one.items()}
+        own = found[str(pixels)] = {}
+        unet.train().disable_gradient_checkpointing()
+        own["learning"] = mib_above(lambda one=one: call(unet, one).square().mean().backward())  # type: ignore[misc]
+        unet.enable_gradient_checkpointing()
+        own["checkpointed"] = mib_above(lambda one=one: call(unet, one).square().mean().backward())  # type: ignore[misc]
+        unet.eval()
+        own["looking_at_four"] = mib_above(lambda four=four: forward(unet, four))  # type: ignore[misc]
+    return found
+
+
+def mib_above(run: Callable[[], object]) -> float:
+    """Peak of the process's memory while something runs, above that before, once it has run already."""
+    run()
+    give_back()
+    proc = Path("/proc/self")
+    (proc / "clear_refs").write_text("5")  # the peak counts from here
+    sizes = dict(line.split(":", 1) for line in (proc / "status").read_text().splitlines())
+    before = float(sizes["VmRSS"].split()[0])
+    run()
+    sizes = dict(line.split(":", 1) for line in (proc / "status").read_text().splitlines())
+    return (float(sizes["VmHWM"].split()[0]) - before) / 1024
+
+
 PARTS: dict[str, Callable[[], dict[str, Any]]] = {
     "unet-fp32": lambda: measure_unet(torch.float32),
     "unet-bf16": lambda: measure_unet(torch.bfloat16),
     "kinds": measure_kinds,
     "vit": measure_vit,
     "load": measure_load,
+    "looking": measure_looking,
 }
 
 
