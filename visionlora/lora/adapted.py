@@ -25,6 +25,8 @@ class AdaptedLayer(nn.Module):
     """The untouched weight and bias while some adapter is merged."""
     _kept: dict[Any, tuple[list[Any], Any, list[Any]]]
     """What was built, after the state that it was built of and before the tensors that are meant there."""
+    _written: tuple[list[Any], list[Tensor]] | None
+    """The state in which the weights were written, and the tensors that are meant there; None where they are to be written."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """What torch calls to move and cast a module: the originals go along."""
@@ -166,6 +168,22 @@ class AdaptedLayer(nn.Module):
             tensors += [] if all(m.additive for m in active) else self._parameters.values()
             found = self._kept[what] = (state, build(), tensors)
         return found[1]
+
+
+def modules_of_base(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """As `named_modules`, without those of adapters: the time does not grow with how many are on the model."""
+    seen: set[int] = set()
+    left = [("", model)]
+    while left:
+        name, module = left.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        yield name, module
+        inner = [(n, m) for n, m in module._modules.items() if m is not None]
+        if isinstance(module, AdaptedLayer):
+            inner = [(n, m) for n, m in inner if n != "adapters"]
+        left += [(f"{name}.{n}" if name else n, m) for n, m in reversed(inner)]
 
 
 class MergedTraining(torch.autograd.Function):

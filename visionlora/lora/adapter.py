@@ -297,8 +297,9 @@ class Adapter:
 def in_one_spelling(adapters: Sequence[Adapter]) -> list[Adapter]:
     """The same adapters, with one name for a layer that their files spell in different ways; see `visionlora.lora.names`."""
     names: dict[str, str] = {}
-    for component in {c for a in adapters for c in a.components}:
-        found = common_names([a.component(component) for a in adapters])
+    distinct = {frozenset(a.modules): a for a in adapters}.values()  # most files have the same layers
+    for component in {c for a in distinct for c in a.components}:
+        found = common_names([a.component(component) for a in distinct])
         names |= {f"{component}.{name}": f"{component}.{chosen}" for name, chosen in found.items()}
     if not names:
         return list(adapters)

@@ -17,7 +17,7 @@ from visionlora.lora.attention import give_back
 from visionlora.lora.config import AdapterConfig
 from visionlora.lora.guards import guard, unguard
 from visionlora.lora.in_full import InFull
-from visionlora.lora.layers import release
+from visionlora.lora.layers import move_to_end, release
 from visionlora.lora.lean import make_plain
 from visionlora.lora.merge import (
     as_before_on_error,
@@ -128,6 +128,10 @@ class Handle:
         """Of diffusers, where its projections are adapted: it can fuse them."""
         self._lean: list[nn.Module] = []
         self._hook: Any = None
+        self.timed = False
+        """Whether its effect follows the timestep that the model is called with."""
+        self.packed = False
+        """Whether it is on weights in few bits, into which nothing can be merged."""
         self._untied = False
         self._freezes = False
         self._guards = False
@@ -291,8 +295,17 @@ class Handle:
     def check_free(self) -> None:
         """Raises ConfigError when others have put hooks on the layers, or have joined weights into which this is merged."""
         check_unhooked(self)
+        self.check_apart()
+
+    def check_apart(self) -> None:
+        """Raises ConfigError when others have joined weights into which this is merged."""
         if self.merged:
             check_unfused(self._attentions, self.name)
+
+    def move_to_end(self) -> None:
+        """Makes it the last adapter on each of its layers: the last bits of their sum depend on the order."""
+        for m in self.methods.values():
+            move_to_end(m.site.layer, m.key)
 
     def guard(self) -> None:
         """From now on the model cannot be saved, nor weights be loaded into what the adapter has changed."""

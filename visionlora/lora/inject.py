@@ -20,7 +20,7 @@ from torch import nn
 
 from visionlora import plugins
 from visionlora.errors import AdapterFileError, ConfigError, TargetError
-from visionlora.lora.adapted import AdaptedLayer
+from visionlora.lora.adapted import AdaptedLayer, modules_of_base
 from visionlora.lora.adapter import Adapter, AdapterModule
 from visionlora.lora.attention import AdaptedAttention, take_over
 from visionlora.lora.classes import forward_of_its_own
@@ -34,7 +34,7 @@ from visionlora.lora.methods import KINDS, METHODS
 from visionlora.lora.methods.base import Method, Site
 from visionlora.lora.methods.tlora import check_timed, follow_timestep
 from visionlora.lora.names import halves_of, resolve_names
-from visionlora.lora.packed import packed_layers
+from visionlora.lora.packed import Packed, packed_layers
 from visionlora.lora.targets import (
     LAYERS,
     UNCALLED,
@@ -257,7 +257,7 @@ def fit(
         AdapterFileError: for a kind of module that is unknown here, or two for one layer.
     """
     base = base_parameters(model) if any(m.kind in IN_PLACE for m in modules.values()) else {}
-    known = {n: m for n, m in model.named_modules() if n}
+    known = {n: m for n, m in modules_of_base(model) if n}
     with_parts = (*LAYERS, nn.MultiheadAttention)  # whose parts are no modules
     strange = [
         n for n in modules
@@ -337,7 +337,8 @@ def _place(handle: Handle, methods: Sequence[Method], name: str) -> None:
         check_timed(handle.model)
     owners = owners_of(handle.model, [m.site for m in methods])
     handle.methods, handle._owners = {m.site.name: m for m in methods}, owners
-    handle._attentions = attentions
+    handle._attentions, handle.timed = attentions, timed
+    handle.packed = any(isinstance(m.site.layer, Packed) for m in methods)
     for attention in attentions:
         vars(attention).setdefault("fuse_projections", partial(fuse_merged, attention))
     for m in methods:
@@ -456,14 +457,16 @@ def check_name(layers: Iterable[nn.Module], name: str) -> None:
         raise ConfigError(
             f"{name!r} cannot name an adapter: use a word without dots and colons that is no method of a module."
         )
+    on_part = f"{name}:"
     for layer in layers:
-        if isinstance(layer, AdaptedLayer):
+        if isinstance(layer, AdaptedLayer) and (
+            name in layer.adapters or any(key.startswith(on_part) for key in layer.adapters)
+        ):
             taken = {m.adapter_name for m in layer.methods()}
-            if name in taken:
-                raise ConfigError(
-                    f"An adapter named {name!r} is on this model already (there: {', '.join(sorted(taken))}). "
-                    "Eject it first or choose another name."
-                )
+            raise ConfigError(
+                f"An adapter named {name!r} is on this model already (there: {', '.join(sorted(taken))}). "
+                "Eject it first or choose another name."
+            )
 
 
 def inner_names(names: Iterable[str]) -> dict[str, str]:

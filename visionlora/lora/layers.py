@@ -334,6 +334,7 @@ def swap_class(module: nn.Module, mixin: type[nn.Module]) -> None:
         unmask(module)
         module.__class__ = adapted_class(type(module), mixin)
         module.adapters, module.originals, module._kept = nn.ModuleDict(), {}, {}  # type: ignore[assignment]
+        module._written = None  # type: ignore[assignment]
 
 
 def mixin_of(module: nn.Module) -> type[nn.Module]:
@@ -357,6 +358,13 @@ def adapt(module: nn.Module, method: Method, mixin: type[nn.Module] | None = Non
     switched()
 
 
+def move_to_end(module: nn.Module, key: str) -> None:
+    """Makes an adapter's part the last on its layer."""
+    adapters = cast(AdaptedLayer, module).adapters
+    adapters[key] = adapters.pop(key)
+    switched()
+
+
 def release(module: nn.Module, key: str) -> None:
     """Takes one adapter's part off a layer, if it is there; without any the layer becomes the plain base layer again."""
     if not isinstance(module, AdaptedLayer):
@@ -374,7 +382,7 @@ def release(module: nn.Module, key: str) -> None:
 def restore_class(layer: AdaptedLayer) -> None:
     """Makes a layer without adapters the plain base layer again."""
     unmask(layer)
-    for name in ("adapters", "originals", "_kept"):
+    for name in ("adapters", "originals", "_kept", "_written"):
         delattr(layer, name)
     for name in ("calling", "_active"):
         layer.__dict__.pop(name, None)

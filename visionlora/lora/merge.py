@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from visionlora.errors import ConfigError, ModelError
-from visionlora.lora.adapted import AdaptedLayer
+from visionlora.lora.adapted import AdaptedLayer, modules_of_base
 from visionlora.lora.classes import is_hooked
 from visionlora.lora.damage import is_finite
 from visionlora.lora.layers import with_adapters
-from visionlora.lora.methods.base import Method
+from visionlora.lora.methods.base import Method, mark
 from visionlora.lora.packed import Packed
 from visionlora.lora.together import stacked_update
 
@@ -30,8 +30,12 @@ FUSIBLE = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
 
 
 @torch.no_grad()
-def write_weights(handles: Sequence[Handle]) -> None:
+def write_weights(handles: Sequence[Handle], silent: Collection[Method] = ()) -> None:
     """Writes the weights of every layer of these adapters, from the untouched originals and all that is merged there.
+
+    Args:
+        handles: whose layers are meant.
+        silent: those of their parts that change nothing and have not before, so that nothing is to be written for them.
 
     Raises:
         ConfigError: when a weight would not be finite, is packed in few bits or is in others' hands, before any is changed.
@@ -42,40 +46,53 @@ def write_weights(handles: Sequence[Handle]) -> None:
         check_unfused(handle._attentions, handle.name)
         if not handle._untied:
             check_untied(handle)
-    names = {id(m.site.layer): (h.name, m.site) for h in handles for m in h.methods.values()}
+    for m in silent:
+        check_mergeable(cast(AdaptedLayer, m.site.layer), [m], m.adapter_name, m.site.name)
+    names = {id(m.site.layer): (h.name, m.site) for h in handles for m in h.methods.values() if m not in silent}
     new: list[tuple[AdaptedLayer, dict[str, Tensor]]] = []
     direct: list[tuple[AdaptedLayer, str, Tensor, Tensor]] = []
-    for adapter, site in names.values():
-        layer = cast(AdaptedLayer, site.layer)
-        merged = [m for m in layer.methods() if m.merged]
-        if any(m.timed for m in merged):
-            raise ConfigError(
-                f"Adapter {adapter!r} follows the timestep (T-LoRA), so it cannot be merged: attach it, or draw "
-                "with it through `visionlora generate --lora`."
-            )
-        if merged and isinstance(layer, Packed):
-            raise ConfigError(
-                f"The weight of {site.name!r} is packed in {layer.code.bits} bits, into which nothing can be merged exactly. "
-                "Open the base anew in full precision, put the adapter on it and merge there."
-            )
-        check_learned(layer, merged, adapter, site.name)
-        if (update := direct_update(layer, merged)) is not None:
-            direct.append((layer, *update))
-            continue
-        values = with_adapters(layer, merged)
-        if not all(map(is_finite, values.values())):
-            raise not_finite(adapter, site.name, layer, values)
-        new.append((layer, values))
+    with kept_unless_error() as keep:
+        for adapter, site in names.values():
+            layer = cast(AdaptedLayer, site.layer)
+            merged = [m for m in layer.methods() if m.merged]
+            check_mergeable(layer, merged, adapter, site.name)
+            if layer._written is not None and layer._written[0] == state_of(layer, merged)[0]:
+                continue
+            if (update := direct_update(layer, merged)) is not None:
+                direct.append((layer, *update))
+                continue
+            for m in merged:
+                if m.scale != 0 and not m.additive:
+                    keep(layer, m.site.weight_name)
+            values = with_adapters(layer, merged)
+            if not all(map(is_finite, values.values())):
+                raise not_finite(adapter, site.name, layer, values)
+            new.append((layer, values))
     for layer, name, down, up in direct:
         restore_all_but(layer, (name,))
         original = keep_original(layer, name)
+        layer._written = None
         torch.addmm(original.flatten(1), up, down, out=cast(Tensor, getattr(layer, name)).flatten(1))
+        remember(layer)
     for layer, values in new:
         write(layer, values)
 
 
-def check_learned(layer: AdaptedLayer, merged: Sequence[Method], adapter: str, path: str) -> None:
-    """Raises ConfigError where a parameter trains in full into which an adapter is merged that does not train with it."""
+def check_mergeable(layer: AdaptedLayer, merged: Sequence[Method], adapter: str, path: str) -> None:
+    """Raises ConfigError for what cannot be in weights, or not in those of this layer.
+
+    Nor where a parameter trains in full into which an adapter is merged that does not train with it.
+    """
+    if any(m.timed for m in merged):
+        raise ConfigError(
+            f"Adapter {adapter!r} follows the timestep (T-LoRA), so it cannot be merged: attach it, or draw "
+            "with it through `visionlora generate --lora`."
+        )
+    if merged and isinstance(layer, Packed):
+        raise ConfigError(
+            f"The weight of {path!r} is packed in {layer.code.bits} bits, into which nothing can be merged exactly. "
+            "Open the base anew in full precision, put the adapter on it and merge there."
+        )
     changed: dict[str, Changed] = vars(layer).get("_changed", {})
     for m in merged if changed else ():
         for name in (m.site.weight_name,) if m.additive else (m.site.weight_name, m.site.bias_name):
@@ -95,10 +112,29 @@ def merge_anew(layer: AdaptedLayer) -> None:
 
 def write(layer: AdaptedLayer, values: Mapping[str, Tensor]) -> None:
     """Writes these parameters of a layer; the others are the originals."""
+    layer._written = None
     restore_all_but(layer, values)
     for name, value in values.items():
         keep_original(layer, name)
         cast(Tensor, getattr(layer, name)).copy_(value)
+    remember(layer)
+
+
+def state_of(layer: AdaptedLayer, merged: Sequence[Method]) -> tuple[list[Any], list[Tensor]]:
+    """What changes whenever the weights of a layer are to be written again, and the tensors that are meant there."""
+    acting = [m for m in merged if m.scale != 0]
+    own = [getattr(layer, name) for name in layer.originals] + list(layer.originals.values())
+    state = [*map(mark, own), *(m.state() for m in acting)]
+    return state, own + [t for m in acting for t in (*m.parameters(), *m.buffers())]
+
+
+def remember(layer: AdaptedLayer) -> None:
+    """Takes note of what the weights of a layer have just been written from.
+
+    Not where something merged may train: writes through `.data`, which much training code does, leave no trace.
+    """
+    merged = [m for m in layer.methods() if m.merged]
+    layer._written = None if any(m.trainable for m in merged) else state_of(layer, merged)
 
 
 def direct_update(layer: AdaptedLayer, merged: Sequence[Method]) -> tuple[str, Tensor, Tensor] | None:
@@ -135,6 +171,28 @@ def keep_original(layer: AdaptedLayer, name: str) -> Tensor:
     return layer.originals[name]
 
 
+@contextmanager
+def kept_unless_error() -> Iterator[Callable[[AdaptedLayer, str], None]]:
+    """For keeping the originals of weights that methods read, before anything is written.
+
+    The last bits of a product depend on where its operands lie in memory: weights that are mapped from a file lie elsewhere
+    than their copies, and the first merge would differ from all later ones.
+    """
+    fresh: list[tuple[AdaptedLayer, str]] = []
+
+    def keep(layer: AdaptedLayer, name: str) -> None:
+        if name not in layer.originals:
+            fresh.append((layer, name))
+            keep_original(layer, name)
+
+    try:
+        yield keep
+    except BaseException:
+        for layer, name in fresh:
+            layer.originals.pop(name, None)
+        raise
+
+
 def not_finite(adapter: str, name: str, layer: AdaptedLayer, parameters: Iterable[str]) -> ConfigError | ModelError:
     """What a merge that would spoil the base says, or one into a base that is spoiled.
 
@@ -169,13 +227,16 @@ def merge_together(handles: Sequence[Handle], scales: Sequence[float] | None = N
         check_scale(handle.name, scale)
     methods = [m for handle in handles for m in handle.methods.values()]
     with as_before_on_error(methods):
+        silent = set()
         for number, handle in enumerate(handles):
             for m in handle.methods.values():
                 if scales is not None:
                     m.scale = scales[number]
                 if not m.merged:
                     m.merged = True
-        write_weights(handles)
+                    if m.scale == 0:
+                        silent.add(m)
+        write_weights(handles, silent)
 
 
 def unmerge_together(handles: Sequence[Handle]) -> None:
@@ -269,7 +330,7 @@ def check_unfused(attentions: Iterable[nn.Module], adapter: str) -> None:
 def check_untied(handle: Handle) -> None:
     """Raises ConfigError where a weight that is to be written is another module's too, which would change with it."""
     sites = {id(m.site.layer._parameters.get(m.site.weight_name)): m.site for m in handle.methods.values()}
-    for name, module in handle.model.named_modules():
+    for name, module in modules_of_base(handle.model):
         for p in module._parameters.values():
             site = sites.get(id(p)) if p is not None else None
             if site is not None and site.layer is not module:

@@ -16,7 +16,7 @@ batched when pictures have scales of their own or the composition evaluates adap
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,15 +26,16 @@ from torch import Tensor, nn
 
 from visionlora.errors import ConfigError, nearest
 from visionlora.loaders import check_family_of, load_adapter
+from visionlora.lora.adapted import AdaptedLayer, modules_of_base
 from visionlora.lora.adapter import Adapter, in_one_spelling
+from visionlora.lora.classes import is_hooked
 from visionlora.lora.guards import allow_saving, refuse_saving
 from visionlora.lora.handle import Handle
+from visionlora.lora.inject import IN_PLACE, inner_names
 from visionlora.lora.inject import attach as attach_one
-from visionlora.lora.inject import inner_names
-from visionlora.lora.merge import check_scale, merge_together, unmerge_together
+from visionlora.lora.merge import check_scale, check_unhooked, merge_together, unmerge_together
 from visionlora.lora.names import resolve_names
 from visionlora.lora.overlap import PairOverlap, overlap
-from visionlora.lora.packed import Packed
 from visionlora.mixing.compose import Composition, composition
 from visionlora.mixing.compose.balanced import scaled
 from visionlora.mixing.holder import hold, let_go, mix_on
@@ -106,6 +107,12 @@ class Mix:
         """What is attached, by name, and what it is called on the layers."""
         self._in_file: dict[tuple[str, str, str], str] = {}
         """How files spell the layers that they spell otherwise, by name, component and layer."""
+        self._set_to: dict[Handle, tuple[float, float, Any]] = {}
+        """What the scales of a handle's layers were made of; while that is the same, there is nothing to set."""
+        self._rescaled: set[Handle] = set()
+        """Handles that have got other scales since the weights were written."""
+        self._by_picture: set[Handle] = set()
+        """Handles that may have scales of their own for each picture."""
 
     def __enter__(self) -> Mix:
         return self
@@ -184,7 +191,7 @@ class Mix:
         before = self.members
         try:
             self.members = members
-            self._extend()
+            self._exchange()
         except BaseException:
             self.members = before
             self._rebuild()
@@ -200,7 +207,7 @@ class Mix:
         for name in scales:
             self.known(name)
         self._check_free()
-        changed = {n: replace(m, scale=as_scale(scales[n])) if n in scales else m for n, m in self.members.items()}
+        changed = {n: Member(m.adapter, as_scale(scales[n])) if n in scales else m for n, m in self.members.items()}
         before, self.members = self.members, changed
         try:
             if self._prepared_from_scales or (self.composition.skips_silent and silent(before) != silent(changed)):
@@ -241,9 +248,17 @@ class Mix:
 
     def _check_free(self) -> None:
         """Raises ConfigError when others hold layers that are to be changed, so that nothing is half changed."""
+        hooked = any(
+            isinstance(m, AdaptedLayer) and is_hooked(m)
+            for part in self.parts.values()
+            for _, m in modules_of_base(part)
+        )
+        for pairs in self.handles.values() if hooked else ():
+            for _, handle in pairs:
+                check_unhooked(handle)
         for pairs in self.handles.values():
             for _, handle in pairs:
-                handle.check_free()
+                handle.check_apart()
 
     def _clear(self) -> None:
         self._check_free()
@@ -259,6 +274,7 @@ class Mix:
                 let_go(part)
         allow_saving(self.target)
         self._hooks, self.handles, self._in_file, self._attached = [], {}, {}, {}
+        self._set_to, self._rescaled, self._by_picture = {}, set(), set()
 
     def _rebuild(self, prepared: Mapping[str, Adapter] | None = None) -> None:
         """Attaches the adapters as the composition wants them, which may be known already: it can take its time over it."""
@@ -284,26 +300,48 @@ class Mix:
             {n: 0.0 if m.scale.silent else m.scale.strength for n, m in self.members.items()},
         )
 
-    def _extend(self) -> None:
-        """As `_rebuild`, but what is attached stays where there is only more to attach."""
+    def _exchange(self) -> None:
+        """As `_rebuild`, but what is attached and still wanted as it is stays on, in the weights too."""
         prepared = self._prepare() if self.members else {}
-        there, inner = list(self._attached), inner_names(prepared)
-        stays = list(prepared)[: len(there)] == there and all(
-            self._attached[n][0] is prepared[n] and self._attached[n][1] == inner[n] for n in there
-        )
+        inner = inner_names(prepared)
+        stays = [n for n, (a, called) in self._attached.items() if prepared.get(n) is a and inner[n] == called]
+        fresh = [n for n in prepared if n not in stays]
+        words = self.words.encoders or any(m.adapter.embeddings for m in self.members.values())
         layered = any(h.in_full for pairs in self.handles.values() for _, h in pairs)
-        if not there or not stays or layered or any(m.adapter.embeddings for m in self.members.values()):
+        layered = layered or any(m.kind in IN_PLACE for n in fresh for m in prepared[n].modules.values())
+        if not stays or [n for n in prepared if n in stays] != stays or words or layered:
             self._rebuild(prepared)
             return
-        self._unmerge()
-        for name in list(prepared)[len(there) :]:
+        for name in [n for n in self._attached if n not in stays]:
+            self._take_off(name)
+        for name in fresh:
             self._attach(name, prepared[name], inner[name])
+        # The last bits of a sum depend on the order on the layers.
+        self.handles = {n: self.handles[n] for n in prepared}
+        self._attached = {n: self._attached[n] for n in prepared}
+        behind = list(prepared)[list(prepared).index(fresh[0]) :] if fresh else []
+        for name in behind if behind != fresh else ():
+            for _, handle in self.handles[name]:
+                handle.move_to_end()
         self._configure()
+
+    def _take_off(self, name: str) -> None:
+        """Takes one adapter off; the others stay as they are."""
+        for _, handle in self.handles[name]:
+            handle.eject()
+        gone = {component for component, _ in self.handles.pop(name)}
+        del self._attached[name]
+        self._in_file = {at: given for at, given in self._in_file.items() if at[0] != name}
+        for component in gone - {c for pairs in self.handles.values() for c, _ in pairs}:
+            if component in self.parts:
+                let_go(self.parts[component])
 
     def _attach(self, name: str, adapter: Adapter, inner: str) -> None:
         """Puts one adapter on the parts that it is for, without a scale yet."""
         pairs: list[tuple[str, Handle]] = []
         self.handles[name] = pairs
+        if name in self.members:
+            self.members[name].factors = {}
         for component, part in places(adapter, self.parts, self.target, self.allow_partial).items():
             self._take(part)
             handle = attach_one(part, adapter, component, inner, self.allow_partial)
@@ -345,7 +383,7 @@ class Mix:
         """Chooses the mode and sets every scale."""
         for name in self.handles:
             member = self.members.get(name)
-            if member is not None:
+            if member is not None and not member.factors:
                 words = {(c, layer): (word_for(self.parts, c), layer) for c, layer in self.layers(name)}
                 factors = block_factors(member.scale, words.values())
                 member.factors = {at: factors[word] for at, word in words.items()}
@@ -374,7 +412,9 @@ class Mix:
         self._hooks = list(self._hooked())
         if self.running == "merged":
             # Merged for good between changes: the layers run as the base's own.
-            merge_together([h for pairs in self.handles.values() for _, h in pairs])
+            handles = [h for pairs in self.handles.values() for _, h in pairs]
+            merge_together([h for h in handles if h in self._rescaled or not h.merged])
+        self._rescaled = set()
 
     def _unmerge(self) -> None:
         unmerge_together([h for pairs in self.handles.values() for _, h in pairs if h.merged])
@@ -387,13 +427,12 @@ class Mix:
     @property
     def packed(self) -> bool:
         """Whether adapters are on weights in few bits, into which nothing can be merged."""
-        methods = (m for pairs in self.handles.values() for _, h in pairs for m in h.methods.values())
-        return any(isinstance(m.site.layer, Packed) for m in methods)
+        return any(h.packed for pairs in self.handles.values() for _, h in pairs)
 
     @property
     def needs_steps(self) -> bool:
         """Whether something changes from step to step."""
-        timed = any(m.timed for pairs in self.handles.values() for _, h in pairs for m in h.methods.values())
+        timed = any(h.timed for pairs in self.handles.values() for _, h in pairs)
         return timed or self.composition.per_step or any(m.scale.steps is not None for m in self.members.values())
 
     # ------------------------------------------------------------------------------------------------------- scales
@@ -411,6 +450,13 @@ class Mix:
                 stepped = self._on_unet(component)
                 strength = 1.0 if member is None else member.scale.at(progress) if stepped else member.scale.strength
                 weight = weights.get(name, 1.0) if stepped or not self.composition.per_step else 1.0
+                last = self._set_to.pop(handle, None)  # what is set in part alone is set again
+                if isinstance(weight, (int, float)):
+                    now = strength, weight, None if member is None else member.factors
+                    if last is not None and last[:2] == now[:2] and last[2] is now[2]:
+                        self._set_to[handle] = last
+                        continue
+                self._rescaled.add(handle)
                 for layer, m in handle.methods.items():
                     factor = 1.0 if member is None else member.factors[component, layer]
                     given = self._in_file.get((name, component, layer), layer)
@@ -422,6 +468,8 @@ class Mix:
                 for layer, changed in handle.in_full.items():
                     factor = 1.0 if member is None else member.factors[component, layer] * member.scale.of_all_images
                     changed.set_scale(strength * factor * (weight if isinstance(weight, (int, float)) else 1.0))
+                if isinstance(weight, (int, float)):
+                    self._set_to[handle] = now
         self._set_rows(self._rows)
         self._moment = (step, steps)  # not before: what is refused at a step is refused again
 
@@ -458,6 +506,10 @@ class Mix:
                         "cannot have scales per picture."
                     )
                 per_part = shares if self._on_unet(component) or not evaluations else images
+                if per_part is not None:
+                    self._by_picture.add(handle)
+                elif handle not in self._by_picture:
+                    continue
                 for m in handle.methods.values():
                     m.sample_scale = per_part
 
@@ -501,7 +553,9 @@ class Mix:
     def _before_text(self, component: str, encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Sets the scales of the prompts that a text encoder reads."""
         for name, images in self._images.items():
-            acting = [m for c, h in self.handles[name] if c == component for m in h.methods.values() if m.scale]
+            handles = [h for c, h in self.handles[name] if c == component]
+            self._by_picture.update(handles)
+            acting = [m for h in handles for m in h.methods.values() if m.scale]
             shares = of_prompts(images, rows_of(args, kwargs)) if acting else images
             for m in acting:
                 if m.sample_scale is None or not torch.equal(m.sample_scale, shares):

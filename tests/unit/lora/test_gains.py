@@ -132,3 +132,31 @@ def test_a_part_of_a_fused_layer_is_as_the_layer_by_itself(kind: str) -> None:
     attach(fused, on["fused"])
     torch.testing.assert_close(whole(x.clone().requires_grad_()), wanted, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(torch.compile(whole, backend="eager")(x), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_weights_that_lie_anywhere_in_memory_are_merged_to_the_same_bits_each_time() -> None:
+    """Weights mapped from a file lie where products round otherwise than from their copies: 0.5, 1 and 0.5 again differed."""
+    torch.manual_seed(0)
+    base = nn.Linear(96, 64).requires_grad_(False)
+    buffer = torch.empty(64 * 96 + 16)
+    start = next(k for k in range(16) if (buffer.data_ptr() + 4 * k) % 64 == 56)
+    base.weight.data = buffer[start : start + 64 * 96].view(64, 96).copy_(base.weight.data)
+    model = nn.Sequential(base)
+    for seed in range(20):
+        with vl.attach(model, {"a": Adapter({"model.0": module("dora-out", base.weight, seed)})}, scales=0.5) as mix:
+            first = base.weight.clone()
+            mix.set_scales(1.0)
+            mix.set_scales(0.5)
+            assert torch.equal(base.weight, first)
+
+
+def test_originals_are_not_kept_when_a_merge_is_refused() -> None:
+    model, x = layer("linear")
+    before, wrong = model(x), module("dora-out", model[0].weight, 0)
+    wrong.tensors["magnitude"][0] = float("inf")
+    handle = attach(model, Adapter({"model.0": wrong}))
+    with pytest.raises(vl.VisionLoRAError, match="gives NaN or infinite weights in '0'"):
+        handle.merge()
+    assert not model[0].originals
+    handle.eject()
+    assert torch.equal(model(x), before)

@@ -105,6 +105,37 @@ def test_auto_chooses_by_use(pipe) -> None:
     assert mix.running == "merged"
 
 
+def test_an_adapter_at_scale_0_is_added_and_removed_without_a_weight_being_written(layers: nn.Module) -> None:
+    """Every file that was added wrote all weights anew, so that a hundred took 40 seconds on Stable Diffusion 1.5."""
+    mix = vl.attach(layers, {"a": lora_on("0"), "b": lora_on("1", 1)})
+
+    def versions() -> list[int]:
+        return [layer.weight._version for layer in layers]
+
+    one, two = versions()
+    mix.add("c", lora_on("0", 2), 0.0)
+    mix.add("d", lora_on("1", 3), 0.0)
+    mix.remove("c")
+    assert versions() == [one, two]
+    mix.remove("a")
+    assert versions() == [one + 1, two], "its layer alone"
+    mix.set_scales({"d": 0.5})
+    assert versions() == [one + 1, two + 1]
+    mix.detach()
+
+
+def test_a_part_whose_last_adapter_is_removed_is_free_for_another_mix(pipe) -> None:
+    before = bits(pipe)
+    mix = vl.attach(pipe, {"a": adapter(pipe, 0, text=False), "b": adapter(pipe, 1)})
+    mix.remove("b")
+    assert mix_on(pipe.text_encoder) is None and mix_on(pipe.unet) is mix
+    encoder = adapter(pipe, 2).component("text_encoder")
+    other = vl.attach(pipe.text_encoder, {"c": Adapter({f"text_encoder.{n}": m for n, m in encoder.items()})})
+    mix.detach()
+    other.detach()
+    assert all(torch.equal(before[n], now) for n, now in bits(pipe).items())
+
+
 def test_fifty_changes_later_the_base_is_the_same_bits(pipe) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         pipe.to(dtype)
