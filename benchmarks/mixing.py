@@ -4,6 +4,7 @@ python benchmarks/mixing.py                    everything (about 15 minutes on t
 python benchmarks/mixing.py speed-fp32 quality some of it
 
 speed-fp32, speed-bf16   the UNet of Stable Diffusion 1.5 (random weights), 32x32 latents, rank 8 on q, k, v, out
+beside-fp32, beside-bf16 eight adapters on that UNet: merged, stacked, and in diffusers; eight pictures, one adapter each
 load                     the first ten files onto such a UNet, and the last ten of a hundred
 scales                   eight adapters merged at new scales, beside diffusers' set_adapters and fuse_lora
 quality                  two and three styles on concepts that no style adapter has seen, by composition
@@ -20,6 +21,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ import numpy as np
 import torch
 from core import ATTENTION, RANK, call, inputs_of_unet, sharing, take_turns, unet_of_sd15
 from judge import features, nearest, predict, shares, train_classifier
+from peft import LoraConfig
 from PIL import Image
 from record import run_parts
 from style_transfer import ASSETS, LEARNED
@@ -57,6 +60,8 @@ COMPOSITIONS: dict[str, tuple[str, dict[str, Any], float]] = {
     "balanced": ("balanced", {}, 0.5),
     "orthogonal": ("orthogonal", {}, 0.5),
     "iso-c": ("iso-c", {}, 0.5),
+    "knots": ("knots", {}, 0.5),
+    "k-lora": ("k-lora", {}, 0.7),
     "switch": ("switch", {"tau": 2}, 0.7),
     "composite": ("composite", {}, 0.7),
 }
@@ -79,7 +84,6 @@ def measure_speed(dtype: torch.dtype) -> dict[str, Any]:
     base = unet_of_sd15().requires_grad_(False).eval().to(dtype)
     inputs = inputs_of_unet(dtype)
     adapters = {f"a{k}": random_adapter(base, k) for k in range(8)}
-    found: dict[str, Any] = {}
     runs: dict[str, Callable[[], object]] = {"bare": lambda: call(base, inputs)}
     for k in (1, 2, 4, 8):
         twin = sharing(base, unet_of_sd15).eval()
@@ -91,22 +95,50 @@ def measure_speed(dtype: torch.dtype) -> dict[str, Any]:
     runs["2 of 100 stacked"] = lambda: call(twin, inputs)
     with torch.no_grad():
         t = take_turns(runs, 15)
-    found["over_bare"] = {name: seconds / t["bare"] for name, seconds in t.items()}
-    # Eight pictures, each with an adapter of its own.
-    wide = {
-        "sample": inputs["sample"].repeat(8, 1, 1, 1), "timestep": inputs["timestep"],
-        "encoder_hidden_states": inputs["encoder_hidden_states"].repeat(8, 1, 1),
-    }  # fmt: skip
-    other = sharing(base, unet_of_sd15).eval()
-    attach(other, adapters, scales={n: Scale(images=[float(i == k) for i in range(8)]) for k, n in enumerate(adapters)})
+    return {"over_bare": {name: seconds / t["bare"] for name, seconds in t.items()}}
+
+
+def measure_beside(dtype: torch.dtype) -> dict[str, Any]:
+    """Forward time over that of the bare UNet, ours and diffusers' in the same turns."""
+    torch.manual_seed(0)
+    base = unet_of_sd15().requires_grad_(False).eval().to(dtype)
+    inputs = inputs_of_unet(dtype)
+    wide = {n: t if n == "timestep" else t.repeat(8, *[1] * (t.ndim - 1)) for n, t in inputs.items()}
+    adapters = {f"a{k}": random_adapter(base, k) for k in range(8)}
+    each = {n: Scale(images=[float(i == k) for i in range(8)]) for k, n in enumerate(adapters)}
+    stacked, merged, batched = (sharing(base, unet_of_sd15).eval() for _ in range(3))
+    merged.load_state_dict({n: t.clone() for n, t in base.state_dict().items()}, assign=True)
+    attach(stacked, adapters, mode="stacked")
+    attach(merged, adapters, mode="merged")
+    attach(batched, adapters, scales=each)
+    theirs: dict[int, Any] = {}
+    for k in (1, 8):
+        theirs[k] = sharing(base, unet_of_sd15).eval()
+        for name in list(adapters)[:k]:
+            theirs[k].add_adapter(
+                LoraConfig(r=RANK, lora_alpha=RANK, target_modules=ATTENTION, init_lora_weights=False), name
+            )
+        theirs[k].set_adapters(list(adapters)[:k], [1.0] * k)
+        theirs[k].to(dtype)
+
+    def one_by_one() -> None:
+        for _ in range(8):
+            call(theirs[1], inputs)
+
+    alone = {"bare": base, "merged 8": merged, "stacked 8": stacked, "diffusers 8": theirs[8]}
     with torch.no_grad():
-        t = take_turns({"bare": lambda: call(base, wide), "batched": lambda: call(other, wide)}, 5)
-    found["eight_pictures_eight_adapters_over_bare"] = t["batched"] / t["bare"]
-    return found
+        t = take_turns({name: partial(call, unet, inputs) for name, unet in alone.items()}, 15)
+        w = take_turns(
+            {"bare": lambda: call(base, wide), "batched": lambda: call(batched, wide), "diffusers": one_by_one}, 5
+        )
+    return {
+        "over_bare": {name: seconds / t["bare"] for name, seconds in t.items()},
+        "eight_pictures_over_bare": {name: seconds / w["bare"] for name, seconds in w.items()},
+    }
 
 
 def measure_load() -> dict[str, Any]:
-    """Seconds for a file to be read and be on a UNet, of which two are merged: the first ten of a hundred and the last ten."""
+    """Seconds for a file to be read and be on a UNet at scale 0, where two act: the first ten of a hundred and the last ten."""
     unet = unet_of_sd15().requires_grad_(False).eval()
     mix, seconds = attach(unet, {}), []
     with tempfile.TemporaryDirectory() as folder:
@@ -128,8 +160,6 @@ def measure_scales() -> dict[str, Any]:
     names = [f"a{k}" for k in range(8)]
     mix = attach(twin, {n: random_adapter(twin, k) for k, n in enumerate(names)})
     turn = itertools.count()
-
-    from peft import LoraConfig
 
     unet: Any = unet_of_sd15().requires_grad_(False)
     for n in names:
@@ -169,6 +199,8 @@ def measure_quality() -> dict[str, Any]:
         for styles in itertools.combinations(LEARNED, size):
             columns: list[tuple[str, list[Image.Image]]] = []
             for name, (compose, options, scale) in COMPOSITIONS.items():
+                if name == "k-lora" and size > 2:
+                    continue  # it is between two
                 mix = attach(
                     base.pipe, {s: adapters[s] for s in styles}, scales=dict.fromkeys(styles, scale * 2 / size),
                     compose=compose, **options,
@@ -284,6 +316,8 @@ def rank_correlation(a: list[float], b: list[float]) -> float:
 PARTS: dict[str, Callable[[], dict[str, Any]]] = {
     "speed-fp32": lambda: measure_speed(torch.float32),
     "speed-bf16": lambda: measure_speed(torch.bfloat16),
+    "beside-fp32": lambda: measure_beside(torch.float32),
+    "beside-bf16": lambda: measure_beside(torch.bfloat16),
     "load": measure_load,
     "scales": measure_scales,
     "quality": measure_quality,

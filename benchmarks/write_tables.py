@@ -169,21 +169,26 @@ def mixing_text() -> str:
         )
     for name, key in (("100 attached, 2 active / bare", "2 of 100 stacked"),):
         lines.append(f"| {name} | {fp32['over_bare'][key]:.2f} | {bf16['over_bare'][key]:.2f} |")
-    key = "eight_pictures_eight_adapters_over_bare"
-    lines.append(
-        f"| 8 pictures, each with another adapter / the same batch without | {fp32[key]:.2f} | {bf16[key]:.2f} |"
-    )
+    beside = r["beside-fp32"], r["beside-bf16"]
+    for name, part, key in (
+        ("8 adapters merged / bare, in turns with the two below", "over_bare", "merged 8"),
+        ("8 adapters beside the weights / bare", "over_bare", "stacked 8"),
+        ("8 adapters in diffusers (PEFT) / bare", "over_bare", "diffusers 8"),
+        ("8 pictures, each with another adapter, in one batch / the same batch without", "eight_pictures_over_bare", "batched"),
+        ("the same one by one in diffusers", "eight_pictures_over_bare", "diffusers"),
+    ):  # fmt: skip
+        lines.append(f"| {name} | " + " | ".join(f"{found[part][key]:.2f}" for found in beside) + " |")
     load, scales, points = r["load"], r["scales"], r["interference"]
     lines.append(
-        f"\nA file is read and merged beside two others in {load['first_ten_s']:.2f} s, the first ten of a hundred, and in "
-        f"{load['last_ten_s']:.2f} s, the last ten. "
+        f"\nA file is read and added, at scale 0, to a mix in which two act in {load['first_ten_s']:.3f} s, the first ten of a "
+        f"hundred, and in {load['last_ten_s']:.3f} s, the last ten. "
         "Merged adapters are in the weights, and the layers run as the base's own. "
         f"New scales for 8 merged ones: {scales['ours_s']:.2f} s; diffusers' "
         f"set_adapters and fuse_lora {scales['diffusers_s']:.2f} s ({scales['ours_over_diffusers']:.2f} x). SD 1.5 UNet, 32x32 "
         "latents, rank 8."
     )
     lines.append(
-        "\nStyles composed, each at 0.5 (`switch` and `composite` at 0.7; of three, two thirds of that), on "
+        "\nStyles composed, each at 0.5 (`switch`, `composite` and `k-lora` at 0.7; of three, two thirds of that), on "
         f"{r['quality']['pictures']} concepts that no adapter has seen: seen as one of the styles / as the less seen of them / "
         "concept as the base draws it (top-5).\n"
     )
@@ -192,8 +197,10 @@ def mixing_text() -> str:
     lines += ["| styles | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
     for pair, found in quality.items():
         cells = [
-            " / ".join(f"{100 * e[what]:.0f}" for what in ("learned", "least_seen", "base_concept_top5"))
-            for e in found.values()
+            "–"
+            if e is None
+            else " / ".join(f"{100 * e[what]:.0f}" for what in ("learned", "least_seen", "base_concept_top5"))
+            for e in (found.get(name) for name in names)
         ]
         lines.append(f"| {pair} | " + " | ".join(cells) + " |")
     inits = r["orthogonal"]
