@@ -16,10 +16,7 @@ PLAIN = [0.0, vl.Scale(0.0)]
 PARTS = [vl.Scale(steps=[0.0, 0.0]), vl.Scale(images=[0.0])]
 """No scales for compositions that make one adapter of all."""
 LAYERS = [vl.Scale(blocks={"one": 0.0, "two": 0.0})]
-"""Known once the adapter is attached: too late for compositions that change adapters before."""
-SILENT = {
-    "knots": PLAIN, "iso-c": PLAIN, **dict.fromkeys(("balanced", "orthogonal", "k-lora"), PLAIN + PARTS)
-}  # fmt: skip
+SILENT = {"knots": PLAIN, "iso-c": PLAIN}
 
 
 class Picture(nn.Module):
@@ -78,3 +75,23 @@ def test_k_lora_of_one_and_a_silent_one_is_the_one_alone() -> None:
     expected, _ = drawn({"a": 0.3}, "sum")
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("compose", ["balanced", "orthogonal", "k-lora"])
+@settings(max_examples=10)
+@given(seed=st.integers(0, 3), late=st.booleans())
+def test_a_block_at_zero_is_as_if_the_file_did_not_have_it(compose: str, seed: int, late: bool) -> None:
+    one, two = made(seed), made(seed + 10)
+    cut = Adapter({n: m for n, m in one.modules.items() if n != "model.one"})
+    x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    scale, found = vl.Scale(0.8, blocks={"one": 0.0}), []
+    for first in (one, cut):
+        model = Picture().requires_grad_(False)
+        scales = {"a": 0.8 if late or first is cut else scale, "b": 0.5}
+        mix = vl.attach(model, {"a": first, "b": two}, scales=scales, compose=compose)
+        if late and first is one:
+            mix.set_scales({"a": scale})
+        with torch.no_grad():
+            found.append([model(x, t) for t in (999.0, 993.0, 0.0)])
+    for whole, without in zip(*found, strict=True):
+        torch.testing.assert_close(whole, without, rtol=1e-4, atol=1e-4)

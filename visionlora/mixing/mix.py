@@ -15,8 +15,8 @@ batched when pictures have scales of their own or the composition evaluates adap
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from visionlora.errors import ConfigError, nearest
 from visionlora.loaders import check_family_of, load_adapter
 from visionlora.lora.adapted import AdaptedLayer, modules_of_base
-from visionlora.lora.adapter import Adapter, in_one_spelling
+from visionlora.lora.adapter import Adapter, AdapterModule, in_one_spelling
 from visionlora.lora.classes import is_hooked
 from visionlora.lora.guards import allow_saving, refuse_saving
 from visionlora.lora.handle import Handle
@@ -210,7 +210,7 @@ class Mix:
         changed = {n: Member(m.adapter, as_scale(scales[n])) if n in scales else m for n, m in self.members.items()}
         before, self.members = self.members, changed
         try:
-            if self._prepared_from_scales or (self.composition.skips_silent and silent(before) != silent(changed)):
+            if self._prepared_from_scales or (self.composition.skips_silent and zeros(before) != zeros(changed)):
                 self._rebuild()
             else:
                 self._configure()
@@ -294,11 +294,31 @@ class Mix:
 
     def _prepare(self) -> dict[str, Adapter]:
         """What is to be attached, by name."""
-        alike = in_one_spelling([m.adapter for m in self.members.values()])
-        return self.composition.prepare(
-            dict(zip(self.members, alike, strict=True)),
-            {n: 0.0 if m.scale.silent else m.scale.strength for n, m in self.members.items()},
-        )
+        alike = dict(zip(self.members, in_one_spelling([m.adapter for m in self.members.values()]), strict=True))
+        strengths = {n: 0.0 if m.scale.silent else m.scale.strength for n, m in self.members.items()}
+        if not self.composition.skips_silent:
+            return self.composition.prepare(alike, strengths)
+        # Layers whose blocks are at 0 are as those of another adapter at 0. They go on as they are, for the scales to come.
+        idle = {n: self._idle(adapter, self.members[n].scale) for n, adapter in alike.items()}
+        acting = {n: replace(a, modules=without(a.modules, idle[n])) if idle[n] else a for n, a in alike.items()}
+        strengths = {n: strength if acting[n].modules else 0.0 for n, strength in strengths.items()}
+        return {
+            n: replace(a, modules={**a.modules, **idle[n]}) if idle[n] else a
+            for n, a in self.composition.prepare(acting, strengths).items()
+        }
+
+    def _idle(self, adapter: Adapter, scale: Scale) -> dict[str, AdapterModule]:
+        """The modules of an adapter whose blocks are at 0."""
+        if not scale.blocks:
+            return {}
+        at = {name: (word_for(self.parts, name.partition(".")[0]), name.partition(".")[2]) for name in adapter.modules}
+        try:
+            factors = block_factors(scale, at.values())
+        except (
+            ConfigError
+        ):  # a word for layers that the model calls otherwise, or a wrong one, which is found out there
+            return {}
+        return {name: m for name, m in adapter.modules.items() if not factors[at[name]]}
 
     def _exchange(self) -> None:
         """As `_rebuild`, but what is attached and still wanted as it is stays on, in the weights too."""
@@ -575,6 +595,18 @@ class Mix:
         return output
 
 
-def silent(members: Mapping[str, Member]) -> set[str]:
-    """The adapters at scale 0."""
-    return {n for n, m in members.items() if m.scale.silent}
+def zeros(members: Mapping[str, Member]) -> dict[str, object]:
+    """The same for as long as the same adapters and blocks are at 0."""
+    found: dict[str, object] = {}
+    for name, member in members.items():
+        blocks = member.scale.blocks
+        of_blocks = (
+            {word: not v for word, v in blocks.items()} if isinstance(blocks, Mapping) else [not v for v in blocks]
+        )
+        found[name] = member.scale.silent or of_blocks
+    return found
+
+
+def without(modules: Mapping[str, AdapterModule], left_out: Collection[str]) -> dict[str, AdapterModule]:
+    """The modules of other names."""
+    return {name: m for name, m in modules.items() if name not in left_out}

@@ -26,7 +26,7 @@ class Composition:
     per_step: ClassVar[bool] = False
     """Whether `weights` depends on the step."""
     skips_silent: ClassVar[bool] = False
-    """Whether `prepare` leaves adapters of scale 0 out of account."""
+    """Whether `prepare` leaves adapters of scale 0 out of account. It sees none of the layers whose blocks are at 0 then."""
 
     def prepare(self, adapters: Mapping[str, Adapter], scales: Mapping[str, float]) -> dict[str, Adapter]:
         """The adapters to attach in place of these.
