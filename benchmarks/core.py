@@ -42,7 +42,11 @@ ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 
 
 def take_turns(contestants: dict[str, Callable[[], object]], turns: int = TURNS) -> dict[str, float]:
-    """Median seconds of each, after one warm-up turn; they alternate, so that a slow moment hits all."""
+    """Median seconds of each, after one warm-up turn; they alternate, so that a slow moment hits all.
+
+    Each turn counts by its own pace, the median of all contestants in it: machines are faster and slower for minutes on end,
+    and of two equal models that halves the spread of the ratio.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for turn in range(turns + 1):
         names = list(contestants)
@@ -53,7 +57,12 @@ def take_turns(contestants: dict[str, Callable[[], object]], turns: int = TURNS)
             run()
             if turn:
                 seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+    paces = [statistics.median(turn) for turn in zip(*seconds.values(), strict=True)]
+    usual = statistics.median(paces)
+    return {
+        name: usual * statistics.median(s / pace for s, pace in zip(values, paces, strict=True))
+        for name, values in seconds.items()
+    }
 
 
 def sharing(model: nn.Module, build: Callable[[], nn.Module]) -> nn.Module:
