@@ -42,6 +42,7 @@ from visionlora.lora.further import further_config, method_for
 from visionlora.lora.inject import check_targets
 from visionlora.models.base import BaseModel, open_base
 from visionlora.models.kinds import check_trains
+from visionlora.models.memory import free_at_once
 from visionlora.report.listener import Listener
 from visionlora.report.resume import Start
 from visionlora.training.loop import new_accelerator
@@ -126,6 +127,8 @@ def prepare(start: Start[TrainSDConfig], tell: Listener) -> Ready:
         start.folder,
         parts_stop=config.train_text_encoder and config.text_encoder_stop < 1,
     )
+    if accelerator.device.type == "cpu":
+        free_at_once()
     if config.epochs is not None:
         epochs, pass_ = config.epochs, one_pass(config, folder.items)
         config = in_steps(config, pass_, accelerator.num_processes)

@@ -67,3 +67,18 @@ def test_what_is_no_longer_in_the_file_is_read_from_memory(change: str, model: n
     assert torch.equal(mappings.copied(parameter.data, torch.float64), parameter.double())
     index = [0, SIZE // 512 * 256 + 7, SIZE - 1]
     assert torch.equal(mappings.values(parameter, index), parameter.flatten()[index])
+
+
+@linux
+@pytest.mark.parametrize("place", ["in its file", "in memory", "cut off meanwhile"])
+def test_pieces_are_the_bytes(place: str, model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parameter = next(model.parameters())
+    if place == "in memory":
+        parameter.data = parameter.data.t().clone().t()  # whose order in memory is another
+    mappings, expected = Mappings(), parameter.detach().clone().contiguous().numpy().tobytes()
+    if place == "cut off meanwhile":
+        cut = tmp_path / "cut"
+        cut.write_bytes(b"123")
+        monkeypatch.setattr(mappings, "file_of", lambda tensor: (str(cut), 0))
+    pieces = list(mappings.pieces(parameter))
+    assert b"".join(pieces) == expected and (len(pieces) > 1) == (place == "in its file")
