@@ -31,8 +31,8 @@ STRONGER = 2.0
 MUCH, SOME = 0.5, 0.2
 """Shares of energy in common output directions from which advice changes."""
 KEEP_BOTH = "compose=orthogonal at about 0.5 each, or switch or composite at about 0.7 each"
-"""What left most of the less seen style, on the mean of the pairs of benchmarks/mixing.py, where a plain sum and `balanced` lost
-it in two of three. Nothing that is measured here tells which of these pairs lose it, or which composition suits one best."""
+"""What left most of the less seen style, on the mean of the pairs of benchmarks/mixing.py; a plain sum and `balanced` lost it
+in two of three. Nothing that is measured here tells which of these pairs lose it, or which composition suits one best."""
 
 
 @dataclass(frozen=True)
