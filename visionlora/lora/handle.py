@@ -295,10 +295,6 @@ class Handle:
     def check_free(self) -> None:
         """Raises ConfigError when others have put hooks on the layers, or have joined weights into which this is merged."""
         check_unhooked(self)
-        self.check_apart()
-
-    def check_apart(self) -> None:
-        """Raises ConfigError when others have joined weights into which this is merged."""
         if self.merged:
             check_unfused(self._attentions, self.name)
 

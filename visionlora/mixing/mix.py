@@ -33,7 +33,7 @@ from visionlora.lora.guards import allow_saving, refuse_saving
 from visionlora.lora.handle import Handle
 from visionlora.lora.inject import IN_PLACE, inner_names
 from visionlora.lora.inject import attach as attach_one
-from visionlora.lora.merge import check_scale, check_unhooked, merge_together, unmerge_together
+from visionlora.lora.merge import check_scale, merge_together, reads_fused, unmerge_together
 from visionlora.lora.names import resolve_names
 from visionlora.lora.overlap import PairOverlap, overlap
 from visionlora.mixing.compose import Composition, composition
@@ -248,17 +248,12 @@ class Mix:
 
     def _check_free(self) -> None:
         """Raises ConfigError when others hold layers that are to be changed, so that nothing is half changed."""
-        hooked = any(
-            isinstance(m, AdaptedLayer) and is_hooked(m)
-            for part in self.parts.values()
-            for _, m in modules_of_base(part)
-        )
-        for pairs in self.handles.values() if hooked else ():
-            for _, handle in pairs:
-                check_unhooked(handle)
-        for pairs in self.handles.values():
-            for _, handle in pairs:
-                handle.check_apart()
+        # Each layer is looked at once, however many adapters are on it.
+        there = (m for part in self.parts.values() for _, m in modules_of_base(part))
+        if any(reads_fused(m) or (isinstance(m, AdaptedLayer) and is_hooked(m)) for m in there):
+            for pairs in self.handles.values():
+                for _, handle in pairs:
+                    handle.check_free()
 
     def _clear(self) -> None:
         self._check_free()
