@@ -44,8 +44,7 @@ ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 def take_turns(contestants: dict[str, Callable[[], object]], turns: int = TURNS) -> dict[str, float]:
     """Median seconds of each, after one warm-up turn; they alternate, so that a slow moment hits all.
 
-    Each turn counts by its own pace, the median of all contestants in it: machines are faster and slower for minutes on end,
-    and of two equal models that halves the spread of the ratio.
+    Each turn counts by its own pace, the median of all contestants in it: machines are faster and slower for minutes on end.
     """
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for turn in range(turns + 1):

@@ -1,6 +1,6 @@
 """Several adapters at once: cost per step and per change of scales, what composing does to styles, and predicted interference.
 
-python benchmarks/mixing.py                    everything (about 15 minutes on two cores)
+python benchmarks/mixing.py                    everything (about half an hour on two cores)
 python benchmarks/mixing.py speed-fp32 quality some of it
 
 speed-fp32, speed-bf16   the UNet of Stable Diffusion 1.5 (random weights), 32x32 latents, rank 8 on q, k, v, out

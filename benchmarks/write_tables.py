@@ -167,8 +167,8 @@ def mixing_text() -> str:
         lines.append(
             f"| forward with {k} adapters beside the weights / bare | " + " | ".join(f"{v:.2f}" for v in values) + " |"
         )
-    for name, key in (("100 attached, 2 active / bare", "2 of 100 stacked"),):
-        lines.append(f"| {name} | {fp32['over_bare'][key]:.2f} | {bf16['over_bare'][key]:.2f} |")
+    values = (part["over_bare"]["2 of 100 stacked"] for part in (fp32, bf16))
+    lines.append("| 100 attached, 2 active / bare | " + " | ".join(f"{v:.2f}" for v in values) + " |")
     beside = r["beside-fp32"], r["beside-bf16"]
     for name, part, key in (
         ("8 adapters merged / bare, in turns with the two below", "over_bare", "merged 8"),

@@ -329,10 +329,7 @@ def attentions_of(model: nn.Module, methods: Sequence[Method]) -> Iterator[nn.Mo
 
 def _place(handle: Handle, methods: Sequence[Method], name: str) -> None:
     """Puts methods on their layers; what is to be taken off when that breaks off is in the handle from the start."""
-    for m in methods:
-        m.adapter_name = name
-    on_them = (m.site.layer for m in methods if m.key in getattr(m.site.layer, "adapters", ()))
-    check_name(on_them, name)
+    check_name((m.site.layer for m in methods), name)
     attentions = tuple(attentions_of(handle.model, methods))
     check_unfused(attentions, name)
     timed = any(m.timed for m in methods)
@@ -345,6 +342,7 @@ def _place(handle: Handle, methods: Sequence[Method], name: str) -> None:
     for attention in attentions:
         vars(attention).setdefault("fuse_projections", partial(fuse_merged, attention))
     for m in methods:
+        m.adapter_name = name
         if isinstance(m.site.layer, Lean):
             unlean(m.site.layer)
     for m in methods:

@@ -309,9 +309,7 @@ class Mix:
         at = {name: (word_for(self.parts, name.partition(".")[0]), name.partition(".")[2]) for name in adapter.modules}
         try:
             factors = block_factors(scale, at.values())
-        except (
-            ConfigError
-        ):  # a word for layers that the model calls otherwise, or a wrong one, which is found out there
+        except ConfigError:  # of a word that the model's own names may fit; if not, that is found out there
             return {}
         return {name: m for name, m in adapter.modules.items() if not factors[at[name]]}
 

@@ -106,7 +106,7 @@ def test_auto_chooses_by_use(pipe) -> None:
 
 
 def test_an_adapter_at_scale_0_is_added_and_removed_without_a_weight_being_written(layers: nn.Module) -> None:
-    """Every file that was added wrote all weights anew, so that a hundred took 40 seconds on Stable Diffusion 1.5."""
+    """Every file that was added wrote all weights anew."""
     mix = vl.attach(layers, {"a": lora_on("0"), "b": lora_on("1", 1)})
 
     def versions() -> list[int]:
