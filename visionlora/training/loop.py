@@ -346,7 +346,9 @@ class Fit:
         if self.noise is not None:
             self.noise.add(float(norm), max(1.0, (float(norm) + 1e-6) / config.max_grad_norm))
         self.optimizer.step()
-        self.overflows = self.overflows + 1 if accelerator.optimizer_step_was_skipped else 0
+        # Of kernels that leave the step out by themselves accelerate does not see that it was.
+        skipped = accelerator.optimizer_step_was_skipped or not math.isfinite(norm)
+        self.overflows = self.overflows + 1 if skipped else 0
         if self.overflows >= MOST_OVERFLOWS:
             raise NotFinite("gradient", float(norm), self.step + 1, rate)
         self._count()

@@ -277,6 +277,7 @@ def test_gradients_that_no_scale_of_fp16_makes_finite_end_the_run(every: int, en
     else:
         fit.run(Overflowing(), seen.append)
     assert len(seen) == (21 if ends else 40)
+    assert all(bool(p.isfinite().all()) for p in fit.trained)
 
 
 def test_a_second_training_is_the_only_one_that_the_accelerator_knows() -> None:

@@ -85,9 +85,9 @@ def test_adamw_is_torchs_to_the_bit() -> None:
         return p.detach()
 
     ours = trained(lambda groups: build_optimizer(groups, CONFIG))
-    assert torch.equal(ours, trained(lambda groups: torch.optim.AdamW(groups, lr=0.02, weight_decay=0.0, foreach=True)))
+    assert torch.equal(ours, trained(lambda groups: torch.optim.AdamW(groups, lr=0.02, weight_decay=0.0, fused=True)))
     other = trained(lambda groups: build_optimizer(groups, replace(CONFIG, betas=(0.5, 0.9))))
-    assert torch.equal(other, trained(lambda groups: torch.optim.AdamW(groups, betas=(0.5, 0.9), foreach=True)))
+    assert torch.equal(other, trained(lambda groups: torch.optim.AdamW(groups, betas=(0.5, 0.9), fused=True)))
 
 
 def test_prodigy_with_rates_of_its_own_is_prodigy_on_rescaled_parameters() -> None:
