@@ -33,9 +33,14 @@ def method_for(modules: Mapping[str, AdapterModule], asked: str, where: str) -> 
     Raises:
         ConfigError: when they cannot learn on, or not by that method.
     """
+    if not modules:
+        raise ConfigError(
+            f"{where} has a head alone, no layers that could learn on. Leave start_from out: the head of a new run starts as a "
+            "linear probe by itself."
+        )
     kinds = Counter(m.kind if m.product in (m.kind, "lora") else f"{m.kind} on {m.product}" for m in modules.values())
     if len(kinds) != 1 or next(iter(kinds)) not in LEARNED_BY:
-        there = ", ".join(f"{n} of kind {kind}" for kind, n in kinds.most_common()) or "no layers"
+        there = ", ".join(f"{n} of kind {kind}" for kind, n in kinds.most_common())
         advice = "`visionlora resize FILE --energy 0.999 -o lora.safetensors` makes a LoRA of what has a low rank."
         if set(kinds) <= {"full"}:
             advice = (

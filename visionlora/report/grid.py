@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,8 @@ SOFT = (106, 111, 118)
 RULE = (224, 226, 229)
 LABEL_LINES = 3
 CAPTION_LINES = 6
+JOINT = re.compile(r"[-_./\\]+")
+"""Behind which a long name may go on in the next line."""
 
 
 @dataclass(frozen=True)
@@ -130,16 +133,20 @@ def _fit(picture: Image.Image, cell: int) -> Image.Image:
 
 
 def _wrap(text: str, size: int, width: int, lines: int) -> _Block:
-    """Break text into lines no wider than ``width`` px; what does not fit into ``lines`` ends in an ellipsis."""
+    """Break text into lines no wider than ``width`` px; what does not fit into ``lines`` ends in an ellipsis.
+
+    A word wider than a line breaks behind a hyphen, dot or slash where it has one; a number stays with its per cent sign.
+    """
     font, text = font_for(text, size)
     broken: list[str] = []
-    words = text.split()
+    words = [word for word in re.split(r"\s+(?!%)", text) if word]
     while words:
         line = words.pop(0)
         while words and _width(font, f"{line} {words[0]}") <= width:
             line += f" {words.pop(0)}"
         if _width(font, line) > width and len(line) > 1:  # one word wider than the line
             keep = _fitting(font, line, width)
+            keep = max((m.end() for m in JOINT.finditer(line[:keep])), default=keep)
             words.insert(0, line[keep:])
             line = line[:keep]
         broken.append(line)

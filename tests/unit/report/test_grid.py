@@ -81,6 +81,15 @@ def test_long_labels_end_in_an_ellipsis() -> None:
     assert len(lines) == LABEL_LINES and lines[-1].endswith("…")
 
 
+def test_long_names_break_where_they_are_joined() -> None:
+    assert _wrap("fluent-emoji-high-contrast 96 %, is noto", 15, 128, 3).lines == (
+        "fluent-emoji-high-",
+        "contrast 96 %, is",
+        "noto",
+    )
+    assert _wrap("fluent-emoji-flat 99 %, is fxemoji", 15, 128, 3).lines == ("fluent-emoji-flat", "99 %, is fxemoji")
+
+
 @pytest.mark.parametrize(
     ("cells", "rows", "columns", "message"),
     [
