@@ -8,6 +8,7 @@ from typing import Any
 
 from visionlora.atomic import check_picture
 from visionlora.errors import AdapterFileError, ConfigError
+from visionlora.formats.called import names_of
 from visionlora.loaders import adapter_of
 from visionlora.lora import overlap as factors
 from visionlora.lora.adapter import Adapter
@@ -57,7 +58,7 @@ def by_name(paths: Iterable[str | Path]) -> dict[str, str | Path]:
             raise ConfigError(
                 f"A {type(path).__name__} has no name of its own: give adapters in memory by name, such as {{'dog': adapter}}."
             )
-    return dict(zip(short_names([Path(path) for path in listed]), listed, strict=True))
+    return dict(zip(names_of(listed), listed, strict=True))
 
 
 def check_comparable(path: str | Path, adapter: Adapter) -> None:
@@ -68,21 +69,3 @@ def check_comparable(path: str | Path, adapter: Adapter) -> None:
                 additive(layer, module, "compared")
         except AdapterFileError as e:
             raise AdapterFileError(f"{path}: {e}") from None
-
-
-def short_names(paths: list[Path]) -> list[str]:
-    """Names that tell files apart: of run folders the folder's.
-
-    >>> short_names([Path("runs/dog/adapter.safetensors"), Path("ink.safetensors"), Path("other/ink.safetensors")])
-    ['dog', 'ink', 'other/ink']
-    """
-    found: list[str] = []
-    for path in paths:
-        name = path.parent.name if path.stem == "adapter" and path.parent.name else path.stem
-        if name in found:
-            name = f"{path.parent.name}/{name}"
-        number = 2
-        while name in found:
-            name, number = f"{path.stem} {number}", number + 1
-        found.append(name)
-    return found

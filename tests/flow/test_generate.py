@@ -606,20 +606,6 @@ def test_two_pictures_of_a_run_under_one_key(tmp_path: Path, monkeypatch: pytest
     assert first == third == tmp_path / "a-dog-0-00000000.png" and second == tmp_path / recipes[1].named(16)
 
 
-@pytest.mark.parametrize(
-    ("path", "name"),
-    [
-        ("loras/ink.v2.safetensors", "ink.v2"),
-        ("runs/ink-v1.5", "ink-v1.5"),
-        ("runs/ink-v1.5/adapter.safetensors", "ink-v1.5"),
-    ],
-)
-def test_names_of_files_and_run_folders_keep_their_dots(path: str, name: str) -> None:
-    from visionlora.diffusion.uses import name_of
-
-    assert name_of(path) == name
-
-
 def test_a_merged_adapter_has_no_say_in_clip_skip_where_its_parts_differed() -> None:
     from visionlora.pipelines.generate import clip_skip_of
 

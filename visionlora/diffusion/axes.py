@@ -16,6 +16,7 @@ from visionlora.config import parse_composition
 from visionlora.diffusion.recipe import LoraUse, Recipe, take_tags
 from visionlora.diffusion.uses import hashed
 from visionlora.errors import ConfigError, nearest
+from visionlora.formats.called import name_of
 
 NUMBERS: dict[str, type] = {
     "seed": int, "steps": int, "step": int, "width": int, "height": int, "guidance_scale": float, "strength": float,
@@ -71,8 +72,7 @@ class Axis:
         if self.name == "prompt":
             return text
         if self.name.endswith(".file"):
-            path = Path(text)
-            text = path.parent.name if path.stem == "adapter" else path.stem
+            text = name_of(text)
         name = self.name.removeprefix("lora:")
         return (
             f"{name.removesuffix('.scale')} at {text}"

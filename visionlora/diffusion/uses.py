@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
 from visionlora.config import GenerateConfig
-from visionlora.config.choices import EMBEDDED_SD, WEIGHT_SUFFIXES, may_be_on_hub, missing_beside
+from visionlora.config.choices import EMBEDDED_SD, may_be_on_hub, missing_beside
 from visionlora.diffusion.given import named
 from visionlora.diffusion.recipe import LoraUse, Recipe, take_tags
 from visionlora.errors import AdapterFileError, ConfigError, DataError, nearest
+from visionlora.formats.called import names_of
 from visionlora.formats.container import file_hashes
 from visionlora.formats.inspection import settings_beside, weights_file
 
@@ -51,27 +51,6 @@ def check_once(config: GenerateConfig) -> None:
                 f"The adapter {path} is given twice, as {before.word()} and {use.word()}: give it once, at the scale that "
                 f"is meant, such as --lora {use.word()}."
             )
-
-
-def name_of(path: str) -> str:
-    """How prompts and recipes call a file: of a run folder the folder's name."""
-    given = Path(path)
-    stem = given.stem if given.suffix in WEIGHT_SUFFIXES else given.name
-    return given.parent.name if stem == "adapter" and given.parent.name else stem
-
-
-def names_of(paths: Iterable[str]) -> list[str]:
-    """How prompts and recipes call files, each by another name."""
-    found: list[str] = []
-    for path in paths:
-        stem = name = name_of(path)
-        if name in found:
-            stem = name = f"{Path(path).parent.name}/{stem}"
-        number = 1
-        while name in found:
-            name, number = f"{stem}-{number + 1}", number + 1
-        found.append(name)
-    return found
 
 
 def hashed(use: LoraUse) -> LoraUse:

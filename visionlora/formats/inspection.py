@@ -117,7 +117,7 @@ class Inspection:
 
 
 def adapter_files(folder: Path) -> list[Path]:
-    """The adapters in a folder, sorted: files, and folders of PEFT's; of run folders the adapter itself."""
+    """The adapters in a folder, sorted: files, and folders of PEFT's; of run folders and those of diffusers the file in it."""
     if peft.is_folder(folder):
         return [folder]
     found = [p for p in folder.iterdir() if p.is_file() and p.suffix in WEIGHT_SUFFIXES]
@@ -125,8 +125,8 @@ def adapter_files(folder: Path) -> list[Path]:
         if child.is_dir():
             if peft.is_folder(child):
                 found.append(child)
-            elif (child / FOLDER_FILES[0]).is_file():
-                found.append(child / FOLDER_FILES[0])
+            elif (file := weights_file(child)).is_file():
+                found.append(file)
     return sorted(found)
 
 

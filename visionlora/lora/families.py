@@ -40,7 +40,7 @@ class Family:
     """Classes whose `fused` layers hold their projections in another way, head by head or fewer of them -> the attribute that
     says so, empty where it is always so. Such a layer has no parts; its role is `attn.mingled`."""
     patch_embeddings: tuple[str, ...] = ()
-    """Layers that adapters leave alone: their output feeds every other layer."""
+    """Layers that adapters leave alone unless they are named in full: their output feeds every other layer."""
 
 
 UNET = Family(

@@ -203,7 +203,7 @@ def resolve(model: nn.Module, config: AdapterConfig) -> Resolution:
 
     Raises:
         TargetError: when one of the targets reaches nothing, is not a valid expression, reaches only modules that
-            cannot be adapted, names a patch embedding or a part of a layer that has no parts.
+            cannot be adapted, reaches a patch embedding that is not named in full, or names a part of a layer without parts.
     """
     sites = list(sites_of(model))
     roles = {site.role for site in sites}
@@ -220,12 +220,12 @@ def resolve(model: nn.Module, config: AdapterConfig) -> Resolution:
         reached.update(found)
         if out := [t for t, test in excluded.items() if test(site)]:
             skipped.append((site.name, f"excluded by {out[0]!r}"))
-        elif any(ends_on_boundary(site.name, p) for p in patch_embeddings()):
+        elif site.name not in found and any(ends_on_boundary(site.name, p) for p in patch_embeddings()):
             if found[0] in ROLES or found[0] in GROUPS:
                 continue
             raise TargetError(
-                f"Target {found[0]!r} reaches the patch embedding {site.name!r}, which adapters leave alone: its "
-                "output feeds every layer. Use a role such as `attn` or the full names of the layers you mean."
+                f"Target {found[0]!r} reaches the patch embedding {site.name!r}, which adapters leave alone unless it is named "
+                f"in full, as its output feeds every layer. Use a role such as `attn`, or {site.name} where you mean it."
             )
         elif why := forward_of_its_own(site.layer):
             skipped.append((site.name, f"it {why}"))

@@ -78,7 +78,10 @@ VIT = {"img_size": 32, "patch_size": 16, "embed_dim": 24, "depth": 2, "num_heads
 SWIN = {"img_size": 32, "patch_size": 4, "embed_dim": 24, "depths": (2,), "num_heads": (2,), "window_size": 4}
 COAT = {"img_size": 32, "embed_dims": (16, 16, 16, 16), "serial_depths": (1, 1, 1, 1)}
 MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, int]]] = {
-    "timm ViT": (timm_model("vit_tiny_patch16_224", **VIT), {"attn.q": 2, "attn": 8, "mlp": 4, "all": 12}),
+    "timm ViT": (
+        timm_model("vit_tiny_patch16_224", **VIT),
+        {"attn.q": 2, "attn": 8, "mlp": 4, "all": 12, "attn,patch_embed.proj": 9},
+    ),
     "timm DeiT": (timm_model("deit_tiny_distilled_patch16_224", **VIT), {"attn.v": 2, "attn": 8, "mlp": 4}),
     "timm BEiT": (timm_model("beit_base_patch16_224", **VIT), {"attn.qv": 4, "attn": 8, "mlp": 4}),
     "timm EVA": (timm_model("eva02_tiny_patch14_224", **{**VIT, "num_heads": 1, "embed_dim": 24}), {"attn": 8}),
@@ -87,10 +90,13 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, int]]] = {
     "timm CaFormer": (caformer, {"attn": 4, "mlp": 4, "conv": 4}),
     "timm CoaT": (timm_model("coat_lite_tiny", **COAT), {"auto": 8, "attn": 16, "mlp": 8}),
     "timm EfficientNet": (timm_model("test_efficientnet"), {"auto": 18, "all": 18}),
-    "torchvision ViT": (tv_vit, {"attn.q": 2, "attn": 8, "mlp": 4}),
+    "torchvision ViT": (tv_vit, {"attn.q": 2, "attn": 8, "mlp": 4, "attn,conv_proj": 9}),
     "torchvision Swin": (tv_swin, {"attn.qv": 4, "attn": 8, "mlp": 4}),
     "torchvision Swin v2": (lambda: tv_swin("v2"), {"attn.qv": 4, "attn": 8, "mlp": 4}),
-    "transformers ViT": (hf_vit, {"attn.q": 2, "attn": 8, "mlp": 4}),
+    "transformers ViT": (
+        hf_vit,
+        {"attn.q": 2, "attn": 8, "mlp": 4, "attn,vit.embeddings.patch_embeddings.projection": 9},
+    ),
     "transformers DINOv2": (hf_dino, {"attn.q": 2, "attn": 8, "mlp": 4}),
     "transformers DINOv2, gated": (hf_gated, {"attn.q": 2, "attn": 8, "mlp": GATED}),
     "transformers CLIP": (hf_clip, {"attn.q": 2, "attn": 8, "mlp": 4}),
@@ -212,7 +218,7 @@ def test_what_reads_weights_is_itself_again_in_any_order(
 @pytest.mark.parametrize(
     ("targets", "words"),
     [
-        ("conv_proj", "reaches the patch embedding 'conv_proj', which adapters leave alone"),
+        ("re:.*proj", "reaches the patch embedding 'conv_proj', which adapters leave alone"),
         ("encoder.layers.encoder_layer_0.mlp.0.q", "which is a Linear without parts: name the layer itself"),
         ("sel_attention", "Did you mean 'self_attention'?"),
         ("mlp.7", "Target 'mlp.7' reaches no layer of VisionTransformer."),

@@ -87,7 +87,7 @@ def test_the_default_method_gives_way_and_no_other() -> None:
     full = {"0": AdapterModule("full", {"value": torch.zeros(2)}, 1.0)}
     with pytest.raises(ConfigError, match="trained in full is a base of its own: export or bake it"):
         method_for(full, "lora", "x")
-    with pytest.raises(ConfigError, match="has a head alone, .*Leave start_from out"):
+    with pytest.raises(ConfigError, match=r"has a head alone, .*Leave start_from out"):
         method_for({}, "lora", "x")
 
 
