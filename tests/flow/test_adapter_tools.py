@@ -139,6 +139,10 @@ def test_convert_one_part(files: Path, tmp_path: Path) -> None:
 def test_inspect_a_folder(files: Path) -> None:
     (files / "broken.safetensors").write_bytes(b"nothing")
     run("convert", files / "dog.safetensors", files / "peft", "--to", "peft")
+    of_diffusers = files / "ink-run" / "pytorch_lora_weights.safetensors"
+    run("convert", files / "ink.safetensors", of_diffusers, "--to", "diffusers")
+    assert "ink-run/pytorch_lora_weights.safetensors" in run("inspect", files)
+    of_diffusers.unlink()
     text = run("inspect", files)
     assert (
         "dog.safetensors" in text

@@ -75,6 +75,8 @@ def table(found: list[Summary]) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    from visionlora.formats.called import SAME_EVERYWHERE
+
     shown = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("file", "MB", "format", "base", "method", "layers", "rank", "alpha", "trigger"):
         shown.add_column(
@@ -82,7 +84,7 @@ def table(found: list[Summary]) -> None:
         )
     for s in found:
         path = Path(s.path)
-        label = f"{path.parent.name}/{path.name}" if path.name.startswith("adapter") else path.name
+        label = f"{path.parent.name}/{path.name}" if path.stem in SAME_EVERYWHERE else path.name
         if s.problem:
             shown.add_row(Text(label), "", Text(s.problem, "red") if len(s.problem) < 40 else "cannot be read")
             continue
