@@ -419,6 +419,7 @@ class Mix:
         if self.running != "merged":
             self._unmerge()
         self._rows = 0
+        self._moments.begin()
         self._set(0, 1)
         for hook in self._hooks:
             hook.remove()

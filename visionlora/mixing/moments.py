@@ -19,7 +19,8 @@ class Moments:
     """Counts the steps of one sampling after the other.
 
     A step is one of those that the scheduler was asked for, also where it evaluates the model more than once for it (Heun,
-    DPM2, the first steps of PNDM). Of a picture to start from the first timesteps are left out: 0 is the first step done.
+    DPM2, the first steps of PNDM). Of a picture to start from the first timesteps are left out: 0 is the first step done, also
+    of a sampling that is under way when counting begins.
     """
 
     def __init__(self, target: Any) -> None:
@@ -30,9 +31,16 @@ class Moments:
         """
         self.target = target
         self._timesteps: Tensor | None = None
+        self._under_way: Tensor | None = None
         self._levels = torch.zeros(0)
         self._first = self._last = 0
         self._warned = False
+
+    def begin(self) -> None:
+        """Steps count from now on: a sampling that goes on with the timesteps of now is under way."""
+        scheduler = getattr(self.target, "scheduler", None)
+        waits = getattr(scheduler, "step_index", 0) is None  # no step was done with them
+        self._under_way = None if waits else getattr(scheduler, "timesteps", None)
 
     def at(self, timestep: Any) -> tuple[int, int]:
         """(step, steps) of a timestep: its place in the scheduler's list, or by its value where there is no scheduler."""
@@ -49,11 +57,24 @@ class Moments:
                 step, steps = int(near.argmin()), min(count, asked)
                 step = step * steps // count
                 if fresh or step < self._last:
-                    self._first = step
+                    begun = self._begun() if fresh and timesteps is self._under_way else None
+                    self._first = step if begun is None else min(step, begun * steps // count)
                 self._last = step
                 return step - self._first, steps - self._first
             self._warn(value)
         return min(TRAINED_TIMESTEPS - 1, max(0, TRAINED_TIMESTEPS - 1 - round(value))), TRAINED_TIMESTEPS
+
+    def _begun(self) -> int | None:
+        """Which of the levels a sampling that is under way began with; None when nothing says it."""
+        scheduler = self.target.scheduler
+        count = len(scheduler.timesteps)
+        # Schedulers that do not know leave the pipeline, which has left out those before.
+        known = hasattr(scheduler, "begin_index")
+        left = None if known else getattr(self.target, "num_timesteps", None)
+        start = scheduler.begin_index or 0 if known else None if left is None else count - left
+        if start is None or not 0 <= start < count:
+            return None
+        return int((self._levels - float(scheduler.timesteps[start])).abs().argmin())
 
     def _warn(self, value: float) -> None:
         if not self._warned:

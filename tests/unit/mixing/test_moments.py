@@ -12,6 +12,7 @@ from torch import nn
 import visionlora as vl
 from visionlora.errors import ConfigError
 from visionlora.lora.adapter import Adapter, AdapterModule
+from visionlora.mixing.holder import mix_on
 from visionlora.mixing.moments import Moments
 from visionlora.models.base import open_base
 
@@ -72,6 +73,44 @@ def test_a_sampling_that_ends_early_is_cut_at_its_end(tiny_xl: Path) -> None:
     pipe = open_base(str(tiny_xl)).pipe
     seen = drawing(pipe, vl.Scale(steps=vl.Ramp(1.0, 0.0)))
     assert seen.by(pipe, 10, denoising_end=0.8) == pytest.approx([1 - k / 9 for k in range(8)])
+
+
+@pytest.mark.parametrize("kind", ["StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline"])
+@pytest.mark.parametrize("name", ["DDIMScheduler", "EulerDiscreteScheduler", "HeunDiscreteScheduler"])
+def test_steps_that_are_set_during_a_sampling_are_those_of_the_whole(tiny_model: Path, name: str, kind: str) -> None:
+    """Counting began with the step at which it was asked for."""
+    pipe = open_base(str(tiny_model)).pipe
+    pipe = getattr(diffusers, kind)(**pipe.components, requires_safety_checker=False)
+    pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config)
+    given = {"image": Image.new("RGB", (32, 32)), "strength": 0.5} if "Img2Img" in kind else {"height": 32, "width": 32}
+    seen = drawing(pipe, vl.Scale(steps=SIX))
+    mix = mix_on(pipe.unet)
+
+    def change(pipe, step: int, timestep: torch.Tensor, values: dict) -> dict:
+        if step == 3:
+            mix.set_scales({"a": vl.Scale(steps=SIX)})
+        return values
+
+    for _ in range(2):
+        found = []
+        for changes in (None, change):
+            seen.scales.clear()
+            mix.set_scales({"a": 9.0 if changes else vl.Scale(steps=SIX)})
+            pipe("dog", num_inference_steps=12, output_type="latent", callback_on_step_end=changes, **given)
+            found.append(list(seen.scales))
+        counted, late = found
+        assert counted[0] == 1.0 and late == [9.0] * 4 + counted[4:]
+
+
+def test_a_loop_of_ones_own_begins_where_it_begins(tiny_model: Path) -> None:
+    pipe = open_base(str(tiny_model)).pipe
+    pipe.scheduler = diffusers.EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    pipe.scheduler.set_timesteps(12)
+    seen = drawing(pipe, vl.Scale(steps=SIX))
+    x, text = torch.zeros(1, 4, 8, 8), torch.zeros(1, 16, 16)
+    for t in pipe.scheduler.timesteps[6:]:
+        x = pipe.scheduler.step(pipe.unet(pipe.scheduler.scale_model_input(x, t), t, text).sample, t, x).prev_sample
+    assert seen.scales == SIX
 
 
 def test_another_pipeline_of_the_same_parts_starts_where_it_starts(tiny_model: Path) -> None:
