@@ -245,6 +245,19 @@ def test_a_composition_of_ones_own(pipe, three) -> None:
     torch.testing.assert_close(found, alone(pipe, {"a": three["a"]}, {"a": 0.4})["a"], rtol=1e-3, atol=2e-4)
 
 
+@pytest.mark.parametrize("name", ["k-lora", "regional"])
+def test_one_composition_for_two_mixes(pipe, three, name: str, tiny_model: Path) -> None:
+    """What it knew of the adapters of one was taken for that of the other."""
+    options = {"regions": {"a": (0, 0, 0.5, 1), "b": (0.5, 0, 1, 1)}} if name == "regional" else {}
+    two, other = {n: three[n] for n in "ab"}, open_base(str(tiny_model)).pipe
+    with vl.attach(pipe, two, compose=name, **options):
+        expected = run(pipe)
+    made, others = composition(name, **options), {"a": three["c"], "b": three["a"]}
+    with vl.attach(pipe, two, compose=made), vl.attach(other, others, scales={"b": 0}, compose=made):
+        run(other)
+        assert torch.equal(run(pipe), expected)
+
+
 def test_switch_is_put_back_when_it_cannot_be_left(pipe, three) -> None:
     mix = vl.attach(pipe, three, compose="switch")
     with pytest.raises(vl.VisionLoRAError, match="K-LoRA chooses between two"):

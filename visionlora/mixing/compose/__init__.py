@@ -6,6 +6,7 @@ A plug-in adds one through the entry point group `visionlora.compositions`: a su
 from __future__ import annotations
 
 import inspect
+from copy import copy
 from typing import Any
 
 from visionlora import plugins
@@ -36,13 +37,17 @@ __all__ = ["COMPOSITIONS", "Composition", "composition"]
 
 
 def composition(name: str | Composition, **options: Any) -> Composition:
-    """The composition of this name, with its options.
+    """The composition of this name, with its options; of one that is made a copy, as it keeps what it knows of its adapters.
 
     Raises:
         ConfigError: when there is none, or an option is unknown or out of range.
     """
     if isinstance(name, Composition):
-        return name
+        return copy(name)
+    if not isinstance(name, str):
+        raise ConfigError(
+            f"compose is {name!r}; give the name of a composition ({', '.join(COMPOSITIONS)}) or a Composition that is made."
+        )
     cls = COMPOSITIONS.get(name)
     if cls is None and name in plugins.names(PLUGIN_GROUP):
         cls = plugins.load(PLUGIN_GROUP, name)
