@@ -352,13 +352,20 @@ def named(adapters: Any, name: str = "default") -> Mapping[str, str | Path | Ada
     Raises:
         ConfigError: for anything else.
     """
-    if isinstance(adapters, (Adapter, str, Path)):
-        return {name: adapters}
-    if not isinstance(adapters, Mapping):
+    by_name = {name: adapters} if isinstance(adapters, (Adapter, str, Path)) else adapters
+    if not isinstance(by_name, Mapping):
         raise ConfigError(
             f"adapters is {type(adapters).__name__}: give them by name, such as {{'dog': 'dog.safetensors'}}, or one path."
         )
-    return adapters
+    for given in by_name:
+        check_called(given)
+    return by_name
+
+
+def check_called(name: Any) -> None:
+    """Raises ConfigError when the name of an adapter is no text."""
+    if not isinstance(name, str):
+        raise ConfigError(f"An adapter is named {name!r}; a name must be a text, such as 'dog'.")
 
 
 def scales_of(scales: Any, adapters: Iterable[str]) -> Mapping[str, Any]:
@@ -370,6 +377,7 @@ def scales_of(scales: Any, adapters: Iterable[str]) -> Mapping[str, Any]:
     by_name = scales if isinstance(scales, Mapping) else {} if scales is None else dict.fromkeys(adapters, scales)
     for given in by_name:
         if given not in (there := list(adapters)):
+            check_called(given)
             raise ConfigError(f"There is a scale for {given!r}, which is not attached. {nearest(given, there)}")
     return by_name
 

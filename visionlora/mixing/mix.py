@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from visionlora.errors import ConfigError, nearest
-from visionlora.loaders import check_family_of, load_adapter
+from visionlora.loaders import adapter_of, check_called, check_family_of, load_adapter
 from visionlora.lora.adapted import AdaptedLayer, modules_of_base
 from visionlora.lora.adapter import Adapter, AdapterModule, in_one_spelling
 from visionlora.lora.classes import is_hooked
@@ -143,6 +143,7 @@ class Mix:
 
     def member(self, name: str, adapter: str | Path | Adapter, scale: Any) -> Member:
         """A checked member under a new name."""
+        check_called(name)
         if name in self.members:
             raise ConfigError(
                 f"An adapter named {name!r} is in this mix already; remove it first or choose another name."
@@ -151,7 +152,9 @@ class Mix:
 
     def checked(self, adapter: str | Path | Adapter, scale: Any) -> Member:
         """A member that is for a model of this family."""
-        loaded = adapter if isinstance(adapter, Adapter) else load_adapter(adapter, self.allow_partial)
+        if isinstance(adapter, (str, Path)):
+            adapter = load_adapter(adapter, self.allow_partial)
+        loaded = adapter_of(adapter)
         if "unet" in self.parts:
             check_family_of(loaded, self.parts["unet"], type(self.target).__name__)
         return Member(loaded, as_scale(scale))
@@ -182,6 +185,7 @@ class Mix:
     def known(self, name: str) -> None:
         """Raises ConfigError when no adapter has this name."""
         if name not in self.members:
+            check_called(name)
             there = nearest(name, self.members) if self.members else "There are none."
             raise ConfigError(f"No adapter named {name!r} is attached. {there}")
 

@@ -43,10 +43,12 @@ class Window:
     end: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.start <= self.end <= 1:
+        ends = (self.start, self.end)
+        if not all(isinstance(end, (int, float)) for end in ends) or not 0 <= self.start <= self.end <= 1:
+            first, last = (f"{end:g}" if isinstance(end, (int, float)) else repr(end) for end in ends)
             raise ConfigError(
-                f"An adapter acts from {self.start:g} to {self.end:g} of the sampling; both must be between 0 and 1, and the "
-                "first the smaller."
+                f"An adapter acts from {first} to {last} of the sampling; both must be between 0 and 1, and the first the "
+                "smaller."
             )
 
     def __call__(self, progress: float) -> float:
@@ -58,12 +60,21 @@ class Window:
 class Ramp:
     """From one factor to another, evenly.
 
+    Raises:
+        ConfigError: when one is no finite number.
+
     >>> Ramp(1.0, 0.0)(0.25)
     0.75
     """
 
     first: float
     last: float
+
+    def __post_init__(self) -> None:
+        for name in ("first", "last"):
+            object.__setattr__(self, name, plain(getattr(self, name)))
+            if not is_number(getattr(self, name)):
+                raise ConfigError(f"A ramp has {name} {getattr(self, name)!r}; it must be a finite number.")
 
     def __call__(self, progress: float) -> float:
         """The factor at this moment."""
@@ -107,6 +118,7 @@ class Scale:
     def __post_init__(self) -> None:
         for name in ("strength", "blocks", "steps", "images"):
             object.__setattr__(self, name, plain(getattr(self, name)))
+        check_kinds(self.blocks, self.images)
         numbers = [self.strength, *(self.blocks.values() if isinstance(self.blocks, Mapping) else self.blocks)]
         numbers += list(self.images or [])
         if not callable(self.steps) and self.steps is not None:
@@ -189,6 +201,17 @@ def scale_in_file(path: str | Path, strength: float, words: Mapping[str, float])
             "`visionlora generate --lora`."
         )
     return scale_from(strength, words)
+
+
+def check_kinds(blocks: Any, images: Any) -> None:
+    """Raises ConfigError when the factors of blocks or pictures are none, whatever their types promise."""
+    by_name = isinstance(blocks, Mapping) and all(isinstance(word, str) for word in blocks)
+    if not by_name and not isinstance(blocks, (list, tuple)):
+        raise ConfigError(
+            f"blocks is {blocks!r}; give factors by the names of blocks, such as {{'up': 1.2}}, or a list of A1111's."
+        )
+    if images is not None and not isinstance(images, (list, tuple)):
+        raise ConfigError(f"images is {images!r}; give one number per picture of the batch, such as [1.0, 0.0].")
 
 
 def plain(value: Any) -> Any:

@@ -456,6 +456,15 @@ def test_one_adapter_as_before_and_from_a_file(pipe, tmp_path: Path) -> None:
     assert mix.names == ["dog", "ink"]
 
 
+def test_what_merging_gives_is_attached_as_it_is(pipe) -> None:
+    made = adapter(pipe, 0, ("lora",))
+    found = []
+    for given in (made, vl.merge_adapters([made])):
+        with vl.attach(pipe, {"a": given}, scales=0.5):
+            found.append(run(pipe))
+    torch.testing.assert_close(*found, rtol=1e-3, atol=2e-4)
+
+
 # -------------------------------------------------------------------------------------------------------- bad input
 
 REFUSALS = {
@@ -487,6 +496,11 @@ REFUSALS = {
         lambda m, a: vl.attach(m.target, {"x": a}, scales={"y": 1.0}),
         "There is a scale for 'y', which is not attached.",
     ),
+    "number for a name": (lambda m, a: m.add(3, a), "An adapter is named 3; a name must be a text, such as 'dog'."),
+    "number for a known name": (lambda m, a: m.set_scales({3: 1.0}), "An adapter is named 3; a name must be a text"),
+    "numbers for names": (lambda m, a: vl.attach(m.target, {3: a}), "An adapter is named 3; a name must be a text"),
+    "no adapter": (lambda m, a: m.add("b", 5), "A int is no adapter: give an Adapter"),
+    "composition of no name": (lambda m, a: m.set_composition(3), "compose is 3; give the name of a composition (sum, "),
     "part": (
         lambda m, a: m.add("b", Adapter({"text_encoder_2.a": next(iter(a.modules.values()))})),
         "The adapter has a part for 'text_encoder_2'; here there is unet, text_encoder.",

@@ -36,6 +36,25 @@ def test_a_window_that_never_opens(start: float, end: float) -> None:
         Window(start, end)
 
 
+@pytest.mark.parametrize(
+    ("made", "said"),
+    [
+        (lambda: Window("a", 1), "acts from 'a' to 1 of the sampling; both must be between 0 and 1"),
+        (lambda: Window(0, None), "acts from 0 to None of the sampling; both must be between 0 and 1"),
+        (lambda: Ramp("a", 1), "A ramp has first 'a'; it must be a finite number."),
+        (lambda: Ramp(1, float("nan")), "A ramp has last nan; it must be a finite number."),
+        (lambda: Scale(images=3), "images is 3; give one number per picture of the batch"),
+        (lambda: Scale(blocks=3), "blocks is 3; give factors by the names of blocks"),
+        (lambda: Scale(blocks="up"), "blocks is 'up'; give factors by the names of blocks"),
+        (lambda: as_scale({3: 1.0}), "blocks is {3: 1.0}; give factors by the names of blocks"),
+    ],
+)
+def test_what_is_of_another_kind_is_refused_at_once(made, said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        made()
+    assert said in str(caught.value)
+
+
 @pytest.mark.parametrize("steps", ["late", 3, {"start": 0.5}])
 def test_steps_that_are_no_numbers(steps) -> None:
     with pytest.raises(ConfigError, match=r"^steps is .*; give Window\(0\.5, 1\.0\), Ramp"):
