@@ -66,9 +66,9 @@ def grid(
             f"A grid starts from one prompt, and there are {len(config.prompts) + len(prompts)}: give several as an axis, --y "
             "'prompt=a dog|a cat', and leave --prompt out."
         )
-    for word in (v for a in axes if a.name == "compose" for v in a.values):
-        name, options = parse_composition(word)
-        composition(name, **options)
+    if not config.prompts and not prompts:
+        raise ConfigError("There is no prompt: --prompt TEXT, or several as an axis, --y 'prompt=a dog|a cat'.")
+    check_axes(config, axes)
     start = replace(config, prompts=list(config.prompts) or prompts[:1], num_images=1, output=config.output / "cells")
     ready = opened(start, say)
     base, adapters = ready.base, ready.adapters
@@ -113,6 +113,23 @@ def grid(
     cells_drawn = [(d.path, recipe_at(d.path) or d.recipe) for d in drawn]  # with the batches that they were drawn in
     replace_file(page, page_of(sheets, cells_drawn, caption_of(recipe, axes)).encode())
     return GridResult(page, tuple(paths), tuple(drawn))
+
+
+def check_axes(config: GenerateConfig, axes: Sequence[Axis]) -> None:
+    """Raises ConfigError when an axis would change nothing, or there is no such composition."""
+    needed = {"strength": (config.init_image, "--init-image"), "control_scale": (config.controlnet, "--controlnet")}
+    for axis in axes:
+        there, option = needed.get(axis.name, (True, ""))
+        if there is None:
+            raise ConfigError(f"Axis {axis.name!r} changes nothing without {option}: give it, or leave the axis out.")
+    found = [parse_composition(word) for axis in axes if axis.name == "compose" for word in axis.values]
+    regions = dict(config.compose_options).get("regions")
+    for name, options in found:
+        composition(name, **(options | {"regions": regions} if regions and name == "regional" else options))
+    if regions and found and "regional" not in dict(found):
+        raise ConfigError(
+            "Regions are for the composition regional, which axis 'compose' has not: add it, or leave --region out."
+        )
 
 
 def save_sheet(picture: Image.Image, path: Path) -> None:

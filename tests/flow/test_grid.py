@@ -177,6 +177,13 @@ REFUSALS = {
     "size": (("--x", "width=32,33"), "A resolution of 33 px does not fit"),
     "one of two": (("--x", "compose=k-lora"), "K-LoRA chooses between two adapters, content and style; there are 1."),
     "block": (("--x", "lora:dog.upp=0,1"), "No adapted layer is in block 'upp'."),
+    "strength of nothing": (("--x", "strength=0.5,1"), "Axis 'strength' changes nothing without --init-image: give it"),
+    "following nothing": (("--x", "control_scale=0,1"), "Axis 'control_scale' changes nothing without --controlnet: give"),
+    "regions of nothing": (
+        ("--x", "compose=sum,switch", "--region", "dog=0,0,1,1"),
+        "Regions are for the composition regional, which axis 'compose' has not: add it, or leave --region out.",
+    ),
+    "no regions": (("--x", "compose=regional"), "on the command line --region dog=0,0,0.5,1 for each."),
     "scheduler": (("--x", "scheduler=eular"), "scheduler is 'eular'. Did you mean 'euler'?"),
 }  # fmt: skip
 
@@ -199,6 +206,26 @@ def test_refusals_draw_nothing(name: str, loras: Path, tiny_model: Path, tmp_pat
         )
     assert message in str(caught.value)
     assert not (tmp_path / "o").exists()
+
+
+def test_regions_beside_other_compositions(loras: Path, tiny_model: Path, tmp_path: Path) -> None:
+    """A region was taken for missing on an axis, and left its trace in the recipes of other compositions."""
+    Image.new("L", (32, 32), 255).save(tmp_path / "mask.png")
+    words = [w for name in ("dog", "ink") for w in ("--lora", loras / f"{name}.safetensors")]
+    run(
+        "grid", "--model", tiny_model, "--prompt", "a", *words, "--region", f"dog={tmp_path}/mask.png", "--region",
+        "ink=0,0,.5,1", "--x", "compose=sum,regional", "--steps", 1, "--output", tmp_path / "o",
+    )  # fmt: skip
+    shown = {vl.show(p).recipe.compose: vl.show(p).recipe for p in (tmp_path / "o" / "cells").iterdir()}
+    assert list(shown["regional"].compose_options["regions"]) == ["dog", "ink"] and shown["regional"].region_hashes
+    assert not shown["sum"].compose_options and not shown["sum"].region_hashes
+
+
+def test_a_grid_without_a_prompt(tmp_path: Path) -> None:
+    with pytest.raises(
+        vl.VisionLoRAError, match=r"^There is no prompt: --prompt TEXT, or several as an axis, --y 'prompt="
+    ):
+        run("grid", "--x", "seed=1,2", "--output", tmp_path / "o")
 
 
 def test_tags_act_in_their_own_cells_and_dots_are_part_of_names(loras: Path, tiny_model: Path, tmp_path: Path) -> None:

@@ -182,7 +182,10 @@ def changed(recipe: Recipe, axis: Axis, value: Any, tags: Tags | None = None) ->
     """
     if axis.name == "compose":
         name, options = parse_composition(value)
-        return replace(recipe, compose=name, compose_options=options)
+        regions = recipe.compose_options.get("regions") if name == "regional" else None
+        if regions:
+            return replace(recipe, compose=name, compose_options={**options, "regions": regions})
+        return replace(recipe, compose=name, compose_options=options, region_hashes={})
     if axis.name == "step":
         if len(recipe.loras) != 1:
             raise ConfigError(f"Axis 'step' needs one adapter, there are {len(recipe.loras)}: write lora:NAME.step=….")

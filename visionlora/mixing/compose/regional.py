@@ -42,7 +42,10 @@ class Regional(Composition):
 
     def __init__(self, regions: Mapping[str, Any] | None = None, softness: float = 0.05) -> None:
         if not regions or not isinstance(regions, Mapping):
-            raise ConfigError("Composition 'regional' needs a region per adapter: regions={'dog': (0, 0, 0.5, 1), …}.")
+            raise ConfigError(
+                "Composition 'regional' needs a region per adapter: regions={'dog': (0, 0, 0.5, 1), …}, on the command line "
+                "--region dog=0,0,0.5,1 for each."
+            )
         softness = plain(softness)
         if not is_number(softness) or not 0 <= softness <= 0.5:
             raise ConfigError(f"softness is {softness!r}; it must be between 0 and 0.5 of the picture.")
