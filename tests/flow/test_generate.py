@@ -338,6 +338,13 @@ REFUSALS = {
     "region and switch": (
         ("--prompt", "a", "--region", "dog=0,0,1,1", "--compose", "switch"), "--region and --compose switch do not go together",
     ),
+    "two regions": (
+        ("--prompt", "a", "--lora", "{loras}/dog.safetensors", "--region", "dog=0,0,1,1", "--region", "dog=0,0,.5,1"),
+        "--region dog=0,0,.5,1: dog has a region already; each adapter has one.",
+    ),
+    "nearly a file": (
+        ("--prompt", "a", "--lora", "{loras}/dogg.safetensors"), "dogg.safetensors. Did you mean {loras}/dog.safetensors?",
+    ),
     "no region": (("--prompt", "a", "--region", "dog"), "A region is written adapter=left,top,right,bottom"),
     "start": (("--prompt", "a", "--init-image", "{loras}/none.png"), "The picture to start from cannot be read"),
     "number": (("--prompt", "a", "--num-images", 0), "num_images is 0; it must be at least 1."),
@@ -363,7 +370,7 @@ def test_refusals_draw_nothing(name: str, loras: Path, tiny_model: Path, tmp_pat
     ]
     with pytest.raises(vl.VisionLoRAError) as caught:
         CliRunner().invoke(app, [str(w) for w in words], catch_exceptions=False)
-    assert message in str(caught.value)
+    assert message.format(loras=loras) in str(caught.value)
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from visionlora.config import parse_lora, parse_lora_use
+from visionlora.config import parse_lora, parse_lora_use, parse_region
 from visionlora.errors import ConfigError
 
 
@@ -43,3 +43,17 @@ def test_a_scale_that_is_no_number_is_refused() -> None:
 def test_a_number_that_is_not_finite_is_refused(word: str) -> None:
     with pytest.raises(ConfigError, match=r"finite|no name=number"):
         parse_lora_use(word)
+
+
+def test_regions_of_names_and_files_with_equals_signs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mask=1.png").touch()
+    assert parse_region("a=b=0,0,.5,1") == ("a=b", [0, 0, 0.5, 1])
+    assert parse_region("dog=mask=1.png") == ("dog", "mask=1.png")
+    assert parse_region("a=b=mask=1.png") == ("a=b", "mask=1.png")
+    assert parse_region("dog=no=1.png") == ("dog", "no=1.png"), "a file that is not there is named as it was given"
+
+
+def test_a_block_that_is_given_twice_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"^dog:1@up=1,mid=0,up=2: up is given twice; leave one of them out\.$"):
+        parse_lora_use("dog:1@up=1,mid=0,up=2")

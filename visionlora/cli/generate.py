@@ -142,7 +142,7 @@ def composed(compose: str, region: list[str] | None) -> tuple[str, dict[str, Any
     """The composition and its options; regions make it `regional`.
 
     Raises:
-        ConfigError: when regions are given beside another composition.
+        ConfigError: when regions are given beside another composition, or an adapter has two.
     """
     name, options = parse_composition(compose)
     if not region:
@@ -151,7 +151,13 @@ def composed(compose: str, region: list[str] | None) -> tuple[str, dict[str, Any
         raise ConfigError(
             f"--region and --compose {name} do not go together: with regions each adapter draws its own part."
         )
-    return "regional", {**options, "regions": dict(parse_region(word) for word in region)}
+    regions: dict[str, list[float] | str] = {}
+    for word in region:
+        adapter, place = parse_region(word)
+        if adapter in regions:
+            raise ConfigError(f"--region {word}: {adapter} has a region already; each adapter has one.")
+        regions[adapter] = place
+    return "regional", {**options, "regions": regions}
 
 
 def lines_of(file: Path | None) -> list[str]:

@@ -351,17 +351,20 @@ def pairs_of(text: str, word: str) -> dict[str, float]:
     """`a=1,b=2`.
 
     Raises:
-        ConfigError: when a value is no finite number.
+        ConfigError: when a value is no finite number, or a name is there twice.
     """
-    found = {}
+    found: dict[str, float] = {}
     for part in text.split(","):
         name, equals, value = part.partition("=")
         try:
-            found[name.strip()] = float(value)
+            number = float(value)
         except ValueError:
-            raise ConfigError(f"{word}: {part!r} is no name=number, separated by commas.") from None
-        if not equals or not math.isfinite(found[name.strip()]):
+            number = math.nan
+        if not equals or not math.isfinite(number):
             raise ConfigError(f"{word}: {part!r} is no name=number, separated by commas.")
+        if name.strip() in found:
+            raise ConfigError(f"{word}: {name.strip()} is given twice; leave one of them out.")
+        found[name.strip()] = number
     return found
 
 
@@ -374,15 +377,20 @@ def parse_region(word: str) -> tuple[str, list[float] | str]:
     >>> parse_region("dog=0,0,0.5,1"), parse_region("cat=masks/cat.png")
     (('dog', [0.0, 0.0, 0.5, 1.0]), ('cat', 'masks/cat.png'))
     """
-    name, equals, value = word.partition("=")
-    if not equals or not name.strip() or not value.strip():
+    # Names of adapters and masks may have an = of their own: the first after which a box or a file stands parts them.
+    places = [k for k, letter in enumerate(word) if letter == "="]
+    parts = [(word[:k].strip(), word[k + 1 :].strip()) for k in places]
+    if not parts or not parts[0][0] or not parts[0][1]:
         raise ConfigError(
             f"A region is written adapter=left,top,right,bottom or adapter=mask.png; this one is {word!r}."
         )
-    try:
-        return name.strip(), [float(v) for v in value.split(",")]
-    except ValueError:
-        return name.strip(), value.strip()
+    for name, value in parts:
+        try:
+            return name, [float(v) for v in value.split(",")]
+        except ValueError:
+            if value and Path(value).is_file():
+                return name, value
+    return parts[0]
 
 
 def parse_composition(word: str) -> tuple[str, dict[str, float | int]]:

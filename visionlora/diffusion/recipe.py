@@ -361,12 +361,12 @@ def take_tags(prompt: str) -> tuple[str, list[tuple[str, float]]]:
     """The prompt without `<lora:name:scale>` tags, and the tags.
 
     Raises:
-        ConfigError: when a scale is not a finite number, or a tag is none of these.
+        ConfigError: when a scale is not a finite number, a tag is none of these, or two are of one adapter.
 
     >>> take_tags("a dog <lora:ink:0.8> running <lora:old>")
     ('a dog running', [('ink', 0.8), ('old', 1.0)])
     """
-    found = []
+    found: list[tuple[str, float]] = []
     for match in TAG.finditer(prompt):
         try:
             scale = float(match[2] or 1.0)
@@ -374,6 +374,10 @@ def take_tags(prompt: str) -> tuple[str, list[tuple[str, float]]]:
             scale = math.nan
         if not math.isfinite(scale):
             raise ConfigError(f"{match[0]}: {match[2]!r} is not a finite number; write <lora:name:scale>.")
+        if match[1].strip() in (name for name, _ in found):
+            raise ConfigError(
+                f"{match[0]}: the prompt has a tag of {match[1].strip()!r} already; leave one of them out."
+            )
         found.append((match[1].strip(), scale))
     if strange := re.search(r"<lora:[^<>]*>?", TAG.sub(" ", prompt)):
         raise ConfigError(

@@ -14,6 +14,7 @@ from visionlora.diffusion.recipe import LoraUse, Recipe, take_tags
 from visionlora.errors import AdapterFileError, ConfigError, DataError, nearest
 from visionlora.formats.called import names_of
 from visionlora.formats.container import file_hashes
+from visionlora.formats.container import missing as missing_file
 from visionlora.formats.inspection import settings_beside, weights_file
 
 
@@ -61,7 +62,7 @@ def hashed(use: LoraUse) -> LoraUse:
     """
     file = weights_file(Path(use.path).expanduser())
     if not file.is_file():
-        raise AdapterFileError(f"There is no adapter file at {use.path}.")
+        raise missing_file(Path(use.path).expanduser())
     states = ((f, f.stat()) for f in (file, *settings_beside(file)))
     tensors, whole = hashes_in_state(tuple((f, state.st_size, state.st_mtime_ns) for f, state in states))
     return replace(use, hash=tensors, file_hash=whole)

@@ -127,6 +127,10 @@ BAD = {
     ),
     "width": (lambda: Recipe("a", "m", 0, 8), "width is 0; it must be at least 1 px."),
     "tag nan": (lambda: take_tags("<lora:a:nan>"), "'nan' is not a finite number; write <lora:name:scale>."),
+    "two tags": (
+        lambda: take_tags("<lora:a:1> <lora:b:1> <lora:a:0.5>"),
+        "<lora:a:0.5>: the prompt has a tag of 'a' already; leave one of them out.",
+    ),
     "no step is left": (
         lambda: Recipe("a", "m", 8, 8, steps=4, init_image="a.png", strength=0.2),
         "4 steps at strength 0.2 leave the picture as it is: take at least 5 steps, or a strength of at least 0.25.",
