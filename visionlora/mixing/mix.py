@@ -39,7 +39,7 @@ from visionlora.lora.overlap import PairOverlap, overlap
 from visionlora.mixing.compose import Composition, composition
 from visionlora.mixing.compose.balanced import scaled
 from visionlora.mixing.holder import hold, let_go, mix_on
-from visionlora.mixing.moments import Moments, check_stepped
+from visionlora.mixing.moments import Moments, check_stepped, not_stepped
 from visionlora.mixing.parts import parts_of, places, word_for
 from visionlora.mixing.rows import check_pictures, knows_pictures, of_prompts, repeated, rows_of, tiled
 from visionlora.mixing.scales import Scale, as_scale, block_factors
@@ -551,6 +551,8 @@ class Mix:
         """Sets the scales of this step; repeats the batch for evaluations."""
         if self.needs_steps:
             timestep = kwargs.get("timestep", args[1] if len(args) > 1 else None)
+            if timestep is None:
+                raise not_stepped(unet)
             moment = self._moments.at(timestep)
             if moment != self._moment:
                 self._set(*moment)

@@ -94,11 +94,21 @@ def levels(timesteps: Tensor, asked: int) -> Tensor:
     return values if len(values) == asked else torch.tensor(list(dict.fromkeys(values.tolist())))
 
 
+READERS = ("input_ids", "pixel_values")
+"""What text encoders and vision transformers are called with; these take any keyword, and need no timestep."""
+
+
 def check_stepped(model: nn.Module) -> None:
     """Raises ConfigError when a model is not called with a timestep."""
-    known = inspect.signature(model.forward).parameters.values()
-    if not any(p.name == "timestep" or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in known):
-        raise ConfigError(
-            f"Scales and compositions that change from step to step follow the timestep, which {type(model).__name__} is not "
-            "given: they are for the UNets of diffusion models. Give a number, and another composition than switch and k-lora."
-        )
+    known = inspect.signature(model.forward).parameters
+    passes_on = any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in known.values())
+    if "timestep" not in known and (not passes_on or any(name in known for name in READERS)):
+        raise not_stepped(model)
+
+
+def not_stepped(model: nn.Module) -> ConfigError:
+    """What is said of a model that is not called with a timestep."""
+    return ConfigError(
+        f"Scales and compositions that change from step to step follow the timestep, which {type(model).__name__} is not "
+        "given: they are for the UNets of diffusion models. Give a number, and another composition than switch and k-lora."
+    )

@@ -133,6 +133,32 @@ def test_models_without_timesteps_are_told_so(how: dict) -> None:
     assert type(model[0]) is nn.Linear
 
 
+@pytest.mark.parametrize("how", [{"scales": {"a": vl.Scale(steps=[1.0, 0.0])}}, {"compose": "switch"}])
+def test_text_encoders_take_any_keyword_and_no_timestep(tiny_model: Path, how: dict) -> None:
+    """They were taken for models with a timestep, and the mask of a text for it."""
+    pipe = open_base(str(tiny_model)).pipe
+    made = Adapter({n: m for n, m in adapter(pipe, 0, ("lora",)).modules.items() if n.startswith("text_encoder.")})
+    with pytest.raises(ConfigError, match="follow the timestep, which CLIPTextModel is not given"):
+        vl.attach(pipe.text_encoder, {"a": made, "b": made}, **how)
+
+
+def test_a_wrapper_that_is_called_without_a_timestep() -> None:
+    class Wrapper(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor, **more: object) -> torch.Tensor:
+            return self.inner(x)
+
+    model = Wrapper()
+    lora = Adapter({"model.inner": AdapterModule.lora(torch.ones(1, 4), torch.ones(4, 1), 1.0)})
+    vl.attach(model, {"a": lora, "b": lora}, compose="switch")
+    model(torch.ones(2, 4), timestep=999)
+    with pytest.raises(ConfigError, match="follow the timestep, which Wrapper is not given"):
+        model(torch.ones(2, 4))
+
+
 def test_a_pipeline_with_a_scheduler_of_its_own_is_noticed() -> None:
     target = SimpleNamespace(scheduler=SimpleNamespace(timesteps=torch.tensor([900, 500, 100]), num_inference_steps=3))
     moments = Moments(target)
