@@ -161,6 +161,14 @@ def check_pictures(config: GenerateConfig) -> None:
         raise ConfigError("A picture to follow needs a ControlNet: --controlnet FOLDER or a Hub id.")
     if config.controlnet is not None and config.control is None:
         raise ConfigError("A ControlNet needs a picture to follow: --control FILE.")
+    for name, there, option in (
+        ("strength", config.init_image, "--init-image"),
+        ("control_scale", config.controlnet, "--controlnet"),
+    ):
+        if there is None and (value := getattr(config, name)) != getattr(GenerateConfig, name):
+            raise ConfigError(
+                f"{name} is {value:g}, which means nothing without {option}: give it, or leave {name} out."
+            )
     for field, what in PICTURES.items():
         named(getattr(config, field), what)
 
@@ -187,7 +195,9 @@ def recipes_of(config: GenerateConfig, ready: Opened, plans: Sequence[tuple[str,
         named(getattr(config, field), what) for field, what in PICTURES.items()
     )
     regions = dict(dict(config.compose_options).get("regions", {}))
-    masks = {n: named(Path(r), f"region of {n!r}")[1] for n, r in regions.items() if isinstance(r, (str, Path))}
+    masks = {
+        n: named(Path(r).expanduser(), f"region of {n!r}")[1] for n, r in regions.items() if isinstance(r, (str, Path))
+    }
     _, precision = place_of(config)
     return [
         Recipe(

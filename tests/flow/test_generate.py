@@ -433,6 +433,8 @@ def test_pictures_that_do_not_go_together(tiny_model: Path, tiny_xl: Path, tmp_p
         (("--mask", mask), "give the picture with --init-image"),
         (("--control", start), "A picture to follow needs a ControlNet"),
         (("--controlnet", tmp_path / "net"), "A ControlNet needs a picture to follow"),
+        (("--strength", 0.5), "strength is 0.5, which means nothing without --init-image"),
+        (("--control-scale", 0.5), "control_scale is 0.5, which means nothing without --controlnet"),
         (("--init-image", start, "--mask", small), "small.png and the picture differ in size: 16x16 and 32x32 px"),
         (("--init-image", start, "--mask", lost), "The mask cannot be read"),
         (("--controlnet", tmp_path / "net", "--control", lost), "The picture to follow cannot be read"),

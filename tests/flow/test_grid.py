@@ -129,6 +129,11 @@ def test_axes_are_typed(word: str, axis: Axis) -> None:
     assert parse_axis(word) == axis
 
 
+def test_nothing_has_a_label_too() -> None:
+    axis = parse_axis("negative-prompt=|ugly")
+    assert [axis.label(value) for value in axis.values] == ["negative_prompt (none)", "negative_prompt ugly"]
+
+
 def test_axes_from_python_are_as_their_words() -> None:
     assert Axis("prompt", "a dog") == parse_axis("prompt=a dog"), "and not one for each letter"
     assert Axis("guidance-scale", (1, "2.5")) == parse_axis("guidance_scale=1,2.5")

@@ -47,7 +47,9 @@ def test_a_number_that_is_not_finite_is_refused(word: str) -> None:
 
 def test_regions_of_names_and_files_with_equals_signs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
     Path("mask=1.png").touch()
+    assert parse_region("dog=~/mask=1.png") == ("dog", str(tmp_path / "mask=1.png"))
     assert parse_region("a=b=0,0,.5,1") == ("a=b", [0, 0, 0.5, 1])
     assert parse_region("dog=mask=1.png") == ("dog", "mask=1.png")
     assert parse_region("a=b=mask=1.png") == ("a=b", "mask=1.png")

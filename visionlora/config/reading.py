@@ -388,8 +388,9 @@ def parse_region(word: str) -> tuple[str, list[float] | str]:
         try:
             return name, [float(v) for v in value.split(",")]
         except ValueError:
-            if value and Path(value).is_file():
-                return name, value
+            mask = Path(value).expanduser()  # shells leave a ~ behind an = alone
+            if value and mask.is_file():
+                return name, str(mask)
     return parts[0]
 
 

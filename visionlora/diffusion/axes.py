@@ -68,7 +68,7 @@ class Axis:
 
     def label(self, value: Any) -> str:
         """What stands beside a row or column."""
-        text = f"{value:g}" if isinstance(value, float) else str(value)
+        text = f"{value:g}" if isinstance(value, float) else str(value) or "(none)"
         if self.name == "prompt":
             return text
         if self.name.endswith(".file"):

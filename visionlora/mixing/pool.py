@@ -33,8 +33,8 @@ class AdapterPool:
     """
 
     def __init__(self, files: dict[str, str | Path] | str | Path, limit: int = 2 << 30) -> None:
-        if limit < 1:
-            raise ConfigError(f"limit is {limit}; it must be a positive number of bytes.")
+        if not isinstance(limit, (int, float)) or not limit >= 1:
+            raise ConfigError(f"limit is {limit!r}; it must be a positive number of bytes, such as 2 << 30.")
         if isinstance(files, dict):
             self.files = {name: Path(path) for name, path in files.items()}
         else:

@@ -85,3 +85,5 @@ def test_refusals(folder: Path) -> None:
         AdapterPool(folder / "none")
     with pytest.raises(vl.VisionLoRAError, match="limit is 0; it must be a positive number of bytes"):
         AdapterPool(folder, 0)
+    with pytest.raises(vl.VisionLoRAError, match="limit is '2GB'; it must be a positive number of bytes"):
+        AdapterPool(folder, "2GB")  # type: ignore[arg-type]
