@@ -214,17 +214,27 @@ def recipes_of(config: GenerateConfig, ready: Opened, plans: Sequence[tuple[str,
 
 
 def settled(
-    recipes: Iterable[Recipe], ready: Opened, config: GenerateConfig, say: Callable[[str], None]
+    recipes: Iterable[Recipe], ready: Opened, config: GenerateConfig, say: Callable[[str], None], own_clip_skip: bool = False
 ) -> list[Recipe]:
     """Recipes with what follows from their own adapters, so that each is the same in every run: the names of these, how far
     the text is read, and where the noise levels end.
+
+    Args:
+        recipes: to settle.
+        ready: what is opened.
+        config: of the run.
+        say: told what is unusual.
+        own_clip_skip: whether recipes say themselves how far the text is read.
 
     Raises:
         ConfigError: when adapters of one picture were trained otherwise than each other, or its scheduler cannot draw so.
         ModelError: when the text cannot be read so.
         DataError: when the mask of a region has another shape than its picture.
     """
-    found = [settled_one(recipe, ready, config) for recipe in recipes]
+    found = [
+        settled_one(recipe, ready, replace(config, clip_skip=recipe.clip_skip) if own_clip_skip else config)
+        for recipe in recipes
+    ]
     check_regions(found)
     if any(recipe.zero_terminal_snr for recipe in found):
         say("The noise levels end at nothing but noise, as an adapter was trained (zero_terminal_snr).")

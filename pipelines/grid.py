@@ -82,7 +82,7 @@ def grid(
         if path not in adapters:
             adapters[path] = loaded(path, config)
             make_fit(adapters[path], base, config)
-    cells = settled(cells, ready, start, say)
+    cells = settled(cells, ready, start, say, own_clip_skip="clip_skip" in [a.name for a in axes])
     for r in cells:
         for size in {r.width, r.height}:
             base.check_resolution(size)

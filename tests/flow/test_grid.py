@@ -84,6 +84,20 @@ def test_files_blocks_and_seeds_as_axes(loras: Path, tiny_model: Path, tmp_path:
     assert len({r.loras[0].hash for r in recipes}) == 2
 
 
+def test_how_far_the_text_is_read_as_an_axis(loras: Path, tiny_model: Path, tmp_path: Path) -> None:
+    words = ("--model", tiny_model, *COMMON, "--prompt", "a dog", "--lora", f"{loras}/dog.safetensors")
+    run("grid", *words, "--x", "clip-skip=1,2", "--output", tmp_path / "out")
+    cells = {read_recipe(p).clip_skip: p for p in (tmp_path / "out" / "cells").iterdir()}
+    assert set(cells) == {1, 2}
+    for clip_skip, cell in cells.items():
+        run("generate", *words, "--clip-skip", clip_skip, "--output", tmp_path / str(clip_skip))
+        (alone,) = (tmp_path / str(clip_skip)).iterdir()
+        assert alone.read_bytes() == cell.read_bytes()
+    assert cells[1].read_bytes() != cells[2].read_bytes()
+    with pytest.raises(vl.VisionLoRAError, match="clip_skip is 9; the text encoder of"):
+        run("grid", *words, "--x", "clip-skip=1,9", "--output", tmp_path / "none")
+
+
 def test_the_steps_of_a_training_as_an_axis(loras: Path, tiny_model: Path, tmp_path: Path) -> None:
     run_folder = tmp_path / "run"
     (run_folder / "checkpoints").mkdir(parents=True)

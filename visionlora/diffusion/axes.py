@@ -20,7 +20,7 @@ from visionlora.formats.called import name_of
 
 NUMBERS: dict[str, type] = {
     "seed": int, "steps": int, "step": int, "width": int, "height": int, "guidance_scale": float, "strength": float,
-    "control_scale": float,
+    "control_scale": float, "clip_skip": int,
 }  # fmt: skip
 WORDS = ("prompt", "negative_prompt", "scheduler", "compose")
 TEXTS = ("prompt", "negative_prompt")
@@ -45,8 +45,8 @@ class Axis:
 
     name: str
     """`step` (of the training run that is the only adapter, as its checkpoints have it), `prompt`, `negative_prompt`, `seed`,
-    `steps`, `guidance_scale`, `scheduler`, `compose`, `strength`, `control_scale`, `width`, `height`; `lora:NAME.scale`,
-    `lora:NAME.BLOCK` (a factor of one block), `lora:NAME.file` (other files in its place) or `lora:NAME.step`."""
+    `steps`, `guidance_scale`, `scheduler`, `compose`, `strength`, `control_scale`, `clip_skip`, `width`, `height`;
+    `lora:NAME.scale`, `lora:NAME.BLOCK` (a factor of one block), `lora:NAME.file` (other files in its place) or `lora:NAME.step`."""
     values: Sequence[Any]
     """One by itself, or several; kept as a tuple."""
 
