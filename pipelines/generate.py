@@ -214,7 +214,11 @@ def recipes_of(config: GenerateConfig, ready: Opened, plans: Sequence[tuple[str,
 
 
 def settled(
-    recipes: Iterable[Recipe], ready: Opened, config: GenerateConfig, say: Callable[[str], None], own_clip_skip: bool = False
+    recipes: Iterable[Recipe],
+    ready: Opened,
+    config: GenerateConfig,
+    say: Callable[[str], None],
+    own_clip_skip: bool = False,
 ) -> list[Recipe]:
     """Recipes with what follows from their own adapters, so that each is the same in every run: the names of these, how far
     the text is read, and where the noise levels end.

@@ -46,7 +46,8 @@ class Axis:
     name: str
     """`step` (of the training run that is the only adapter, as its checkpoints have it), `prompt`, `negative_prompt`, `seed`,
     `steps`, `guidance_scale`, `scheduler`, `compose`, `strength`, `control_scale`, `clip_skip`, `width`, `height`;
-    `lora:NAME.scale`, `lora:NAME.BLOCK` (a factor of one block), `lora:NAME.file` (other files in its place) or `lora:NAME.step`."""
+    `lora:NAME.scale`, `lora:NAME.BLOCK` (a factor of one block), `lora:NAME.file` (other files in its place) or
+    `lora:NAME.step`."""
     values: Sequence[Any]
     """One by itself, or several; kept as a tuple."""
 
