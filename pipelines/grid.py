@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import io
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from PIL import Image
-from visionlora.pipelines.drawing import Drawn, Progress, draw_all, recipe_at, telling_how_far, with_others
-from visionlora.pipelines.generate import loaded, make_fit, opened, recipes_of, settled
+from visionlora.pipelines.drawing import Drawn, Opened, Progress, draw_all, recipe_at, telling_how_far, with_others
+from visionlora.pipelines.generate import loaded, make_fit, opened, place_of, recipes_of, settled
 
 from visionlora.atomic import replace_file
 from visionlora.config import GenerateConfig, parse_composition
 from visionlora.config.generate import one_or_more
 from visionlora.diffusion.axes import Axis, axis_from, sheets_of
-from visionlora.diffusion.recipe import take_tags
+from visionlora.diffusion.recipe import Recipe, take_tags
 from visionlora.diffusion.uses import uses_of
 from visionlora.errors import ConfigError
 from visionlora.mixing.compose import composition
@@ -70,53 +70,103 @@ def grid(
         raise ConfigError("There is no prompt: --prompt TEXT, or several as an axis, --y 'prompt=a dog|a cat'.")
     check_axes(config, axes)
     start = replace(config, prompts=list(config.prompts) or prompts[:1], num_images=1, output=config.output / "cells")
-    ready = opened(start, say)
-    base, adapters = ready.base, ready.adapters
+    bases = every_base(start, axes, say)
     tags = {p: [use for use in uses_of(p, config) if use.name in dict(take_tags(p)[1])] for p in prompts}
     # The tags of a prompt on an axis act in its own cells alone.
     first = "" if prompts else start.prompts[0]
-    (recipe,) = recipes_of(start, ready, [(first, uses_of(first, start))])
-    sheets = sheets_of(recipe, across, down, more, tags)
+    plans = [(first, uses_of(first, start))]
+    starts = {model: recipes_of(start, ready, plans)[0] for model, ready in bases.items()}
+    sheets = sheets_of(starts, across, down, more, tags)
     cells = [r for sheet in sheets for row in sheet.recipes for r in row]
-    for path in dict.fromkeys(use.path for r in cells for use in r.loras):
-        if path not in adapters:
-            adapters[path] = loaded(path, config)
-            make_fit(adapters[path], base, config)
-    cells = settled(cells, ready, start, say, own_clip_skip="clip_skip" in [a.name for a in axes])
-    for r in cells:
-        for size in {r.width, r.height}:
-            base.check_resolution(size)
-    # Drawn in an order in which adapters change as seldom as can be.
-    order = sorted(range(len(cells)), key=lambda k: (repr(cells[k].loras), cells[k].compose, k))
+    # Drawn in an order in which models and adapters change as seldom as can be.
+    order: list[int] = []
+    for ready in bases.values():
+        own = [k for k, r in enumerate(cells) if r.model == ready.base.id]
+        fitting = fitted([cells[k] for k in own], ready, start, say, "clip_skip" in [a.name for a in axes])
+        for k, r in zip(own, fitting, strict=True):
+            cells[k] = r
+        order += sorted(own, key=lambda k: (repr(cells[k].loras), cells[k].compose, k))
     rank, processes = process_of()
     share = slice(*(len(cells) * k // processes for k in (rank, rank + 1)))
     recipes = [cells[k] for k in order]
     with telling_how_far(recipes, start.output, say):
-        own = draw_all(recipes, ready, start, say, progress, share)
-        done = with_others(own, recipes, start.output, share, started, say, progress)
+        mine = drawn_by_base(recipes, bases, start, say, progress, share)
+        done = with_others(mine, recipes, start.output, share, started, say, progress)
     page = config.output / "index.html"
     if rank:
         return GridResult(page, (), tuple(done))
     drawn = [d for _, d in sorted(zip(order, done, strict=True), key=lambda pair: pair[0])]
     pictures = [Image.open(d.path).convert("RGB") for d in drawn]
-    paths, at = [], 0
+    paths, at, caption = [], 0, caption_of(list(starts.values()), axes)
     for number, sheet in enumerate(sheets):
         rows = [
             pictures[at + k * len(sheet.columns) : at + (k + 1) * len(sheet.columns)] for k in range(len(sheet.rows))
         ]
         at += len(sheet.rows) * len(sheet.columns)
         place = config.output / ("grid.png" if len(sheets) == 1 else f"grid-{number + 1}.png")
-        save_sheet(
-            draw_grid(rows, sheet.rows, sheet.columns, title=sheet.title, caption=caption_of(recipe, axes)), place
-        )
+        save_sheet(draw_grid(rows, sheet.rows, sheet.columns, title=sheet.title, caption=caption), place)
         paths.append(place)
     cells_drawn = [(d.path, recipe_at(d.path) or d.recipe) for d in drawn]  # with the batches that they were drawn in
-    replace_file(page, page_of(sheets, cells_drawn, caption_of(recipe, axes)).encode())
+    replace_file(page, page_of(sheets, cells_drawn, caption).encode())
     return GridResult(page, tuple(paths), tuple(drawn))
+
+
+def every_base(start: GenerateConfig, axes: Sequence[Axis], say: Callable[[str], None]) -> dict[str, Opened]:
+    """What to draw with, by value of the axis `model`; where there is none, the model of the settings.
+
+    Raises:
+        ConfigError, AdapterFileError, ModelError, RunFolderError: see `visionlora.pipelines.generate.generate`.
+    """
+    models = next((a.values for a in axes if a.name == "model"), None)
+    if models is None:
+        return {start.model: opened(start, say)}
+    found: dict[str, Opened] = {}
+    for model in models:
+        ready = opened(replace(start, model=model), say)
+        if before := next((m for m, other in found.items() if other.base.id == ready.base.id), None):
+            raise ConfigError(f"Axis 'model' has {before!r} and {model!r}, which are one: leave one of them out.")
+        found[model] = ready
+        found[model].base.pipe.to("cpu")  # a GPU may not hold them all
+    return found
+
+
+def fitted(
+    cells: Sequence[Recipe], ready: Opened, config: GenerateConfig, say: Callable[[str], None], own_clip_skip: bool
+) -> list[Recipe]:
+    """The cells of one base model, settled, with adapters and sizes that fit it."""
+    for path in dict.fromkeys(use.path for r in cells for use in r.loras):
+        if path not in ready.adapters:
+            ready.adapters[path] = loaded(path, config)
+            make_fit(ready.adapters[path], ready.base, config)
+    found: list[Recipe] = settled(cells, ready, config, say, own_clip_skip)
+    for size in {side for r in found for side in (r.width, r.height)}:
+        ready.base.check_resolution(size)
+    return found
+
+
+def drawn_by_base(
+    recipes: Sequence[Recipe], bases: Mapping[str, Opened], config: GenerateConfig, say: Callable[[str], None],
+    progress: Progress, share: slice,
+) -> list[Drawn]:  # fmt: skip
+    """The share of this process; the recipes of a base model follow each other."""
+    device, _ = place_of(config)
+    total, found = len(recipes[share]), list[Drawn]()
+    for ready in bases.values():
+        own = [k for k in range(len(recipes))[share] if recipes[k].model == ready.base.id]
+        if not own:  # in the share of another process
+            continue
+        ready.base.pipe.to(device)
+        before, part = len(found), slice(own[0], own[-1] + 1)
+        found += draw_all(recipes, ready, config, say, lambda d, _, done=before: progress(done + d, total), part)
+        if len(bases) > 1:
+            ready.base.pipe.to("cpu")
+    return found
 
 
 def check_axes(config: GenerateConfig, axes: Sequence[Axis]) -> None:
     """Raises ConfigError when an axis would change nothing, or there is no such composition."""
+    if config.model != "auto" and "model" in [a.name for a in axes]:
+        raise ConfigError(f"--model {config.model} and an axis of models do not go together: leave one of them out.")
     needed = {"strength": (config.init_image, "--init-image"), "control_scale": (config.controlnet, "--controlnet")}
     for axis in axes:
         there, option = needed.get(axis.name, (True, ""))

@@ -98,6 +98,43 @@ def test_how_far_the_text_is_read_as_an_axis(loras: Path, tiny_model: Path, tmp_
         run("grid", *words, "--x", "clip-skip=1,9", "--output", tmp_path / "none")
 
 
+def test_base_models_as_an_axis(tiny_model: Path, tmp_path: Path) -> None:
+    """Each cell is what its own command draws."""
+    from diffusers import StableDiffusionPipeline
+
+    other = tmp_path / "other"
+    shutil.copytree(tiny_model, other)
+    pipe = StableDiffusionPipeline.from_pretrained(other)
+    pipe.unet.conv_out.weight.data *= 0.5
+    pipe.save_pretrained(other)
+    loras = save_loras(tiny_model, tmp_path / "loras")
+    words = (*COMMON, "--prompt", "a dog", "--lora", f"{loras}/dog.safetensors", "--force", "--batch-size", 1)
+    axes = ("--x", "lora:dog.scale=0,1", "--y", f"model={tiny_model}|{other}")
+    told = run("grid", *words, *axes, "--output", tmp_path / "out")
+    assert told.count("Base model: ") == 2
+    cells = {p: read_recipe(p) for p in (tmp_path / "out" / "cells").iterdir()}
+    assert {(r.model, r.loras[0].scale) for r in cells.values()} == {
+        (str(model), scale) for model in (tiny_model, other) for scale in (0, 1)
+    }
+    assert len({p.read_bytes() for p in cells}) == 4
+    for path, recipe in cells.items():
+        run(*shlex.split(recipe.command(str(tmp_path / "alone")))[1:])
+        assert (tmp_path / "alone" / path.name).read_bytes() == path.read_bytes()
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert "model other" in page and f"model {tiny_model.name}" in page
+    cell = max(cells, key=lambda p: cells[p].model)
+    before = cell.read_bytes()
+    cell.unlink()
+    assert "3 of them there already" in run("grid", *words, *axes, "--output", tmp_path / "out")
+    assert cell.read_bytes() == before
+    for refused, said in (
+        (("--model", tiny_model, *axes), "and an axis of models do not go together"),
+        (("--x", f"model={other}|{other}/"), "which are one: leave one of them out"),
+    ):
+        with pytest.raises(vl.VisionLoRAError, match=said):
+            run("grid", *words, *refused, "--output", tmp_path / "none")
+
+
 def test_the_steps_of_a_training_as_an_axis(loras: Path, tiny_model: Path, tmp_path: Path) -> None:
     run_folder = tmp_path / "run"
     (run_folder / "checkpoints").mkdir(parents=True)
@@ -176,7 +213,7 @@ def test_axes_from_python_that_cannot_be(name: str, values: tuple, text: str) ->
 
 def test_steps_and_strength_of_a_cell_are_set_together() -> None:
     start = Recipe("a", "m", 8, 8, init_image="a.png")
-    cell = cell_of(start, [(Axis("strength", (0.02,)), 0.02), (Axis("steps", (50,)), 50)], None)
+    cell = cell_of({"m": start}, [(Axis("strength", (0.02,)), 0.02), (Axis("steps", (50,)), 50)], None)
     assert (cell.steps, cell.strength) == (50, 0.02)
 
 

@@ -22,10 +22,10 @@ NUMBERS: dict[str, type] = {
     "seed": int, "steps": int, "step": int, "width": int, "height": int, "guidance_scale": float, "strength": float,
     "control_scale": float, "clip_skip": int,
 }  # fmt: skip
-WORDS = ("prompt", "negative_prompt", "scheduler", "compose")
+WORDS = ("prompt", "negative_prompt", "scheduler", "compose", "model")
 TEXTS = ("prompt", "negative_prompt")
 """Axes whose values have commas: a bar alone parts them."""
-PLAIN = {*NUMBERS, *WORDS} - {"step", "prompt", "compose"}
+PLAIN = {*NUMBERS, *WORDS} - {"step", "prompt", "compose", "model"}
 """Axes that are fields of a recipe."""
 LORA = re.compile(r"lora:(?P<name>.+)\.(?P<what>[a-z_0-9]+)")
 """An axis of an adapter; of one that is there what follows its name counts, dots and all."""
@@ -45,7 +45,7 @@ class Axis:
 
     name: str
     """`step` (of the training run that is the only adapter, as its checkpoints have it), `prompt`, `negative_prompt`, `seed`,
-    `steps`, `guidance_scale`, `scheduler`, `compose`, `strength`, `control_scale`, `clip_skip`, `width`, `height`;
+    `steps`, `guidance_scale`, `scheduler`, `compose`, `strength`, `control_scale`, `clip_skip`, `width`, `height`, `model`;
     `lora:NAME.scale`, `lora:NAME.BLOCK` (a factor of one block), `lora:NAME.file` (other files in its place) or
     `lora:NAME.step`."""
     values: Sequence[Any]
@@ -74,6 +74,8 @@ class Axis:
             return text
         if self.name.endswith(".file"):
             text = name_of(text)
+        if self.name == "model":
+            text = Path(text).name
         name = self.name.removeprefix("lora:")
         return (
             f"{name.removesuffix('.scale')} at {text}"
@@ -167,6 +169,8 @@ def axis_from(given: Axis | str) -> Axis:
 
 Tags = Mapping[str, Sequence[LoraUse]]
 """By prompt: the adapters that its tags name, at the tags' scales."""
+Bases = Mapping[str, Recipe]
+"""By base model: the recipe that the other axes change."""
 
 
 def changed(recipe: Recipe, axis: Axis, value: Any, tags: Tags | None = None) -> Recipe:
@@ -256,11 +260,11 @@ class Sheet:
     recipes: tuple[tuple[Recipe, ...], ...]
 
 
-def sheets_of(base: Recipe, x: Axis, y: Axis | None, others: Sequence[Axis], tags: Tags | None = None) -> list[Sheet]:
+def sheets_of(bases: Bases, x: Axis, y: Axis | None, others: Sequence[Axis], tags: Tags | None = None) -> list[Sheet]:
     """All sheets, one for each combination of the other axes.
 
     Args:
-        base: the recipe that the axes change.
+        bases: of each value of the axis `model`, or one where there is no such axis.
         x: across.
         y: down.
         others: one sheet for each combination of theirs.
@@ -288,14 +292,17 @@ def sheets_of(base: Recipe, x: Axis, y: Axis | None, others: Sequence[Axis], tag
                 ", ".join(a.label(v) for a, v in fixed),
                 tuple("" if row is None else row[0].label(row[1]) for row in down),
                 tuple(x.label(v) for v in x.values),
-                tuple(tuple(cell_of(base, [*row, (x, v)], tags) for v in x.values) for row in rows),
+                tuple(tuple(cell_of(bases, [*row, (x, v)], tags) for v in x.values) for row in rows),
             )
         )
     return found
 
 
-def cell_of(base: Recipe, settings: Sequence[tuple[Axis, Any]], tags: Tags | None) -> Recipe:
+def cell_of(bases: Bases, settings: Sequence[tuple[Axis, Any]], tags: Tags | None) -> Recipe:
     """The recipe of one cell. The prompt comes first, as its tags may bring the adapters of other axes."""
+    model = next((value for axis, value in settings if axis.name == "model"), next(iter(bases)))
+    base = bases[model]
+    settings = [(axis, value) for axis, value in settings if axis.name != "model"]
     plain = {axis.name: value for axis, value in settings if axis.name in PLAIN}
     base = replace(base, **plain)  # at once: steps and strength may suit each other alone
     for axis, value in sorted(settings, key=lambda pair: pair[0].name != "prompt"):

@@ -40,9 +40,11 @@ BODY = """<p>{caption}</p>
 TABLE = '<div class="scroll"><table><thead><tr><th></th>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
 
 
-def caption_of(recipe: Recipe, axes: Sequence[Axis]) -> str:
-    """The settings that no axis changes, all that decide a picture."""
+def caption_of(recipes: Sequence[Recipe], axes: Sequence[Axis]) -> str:
+    """The settings that no axis changes, all that decide a picture; of a recipe for each base model."""
+    recipe = recipes[0]
     moving = {a.name for a in axes}
+    moving |= {f for f in ("guidance_scale", "width", "height") if len({getattr(r, f) for r in recipes}) > 1}
     shown = {
         "prompt": recipe.prompt, "negative_prompt": recipe.negative_prompt, "model": recipe.model, "seed": recipe.seed,
         "steps": recipe.steps, "guidance_scale": f"{recipe.guidance_scale:g}", "scheduler": recipe.scheduler,
