@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from PIL import Image
 from visionlora.pipelines.drawing import Drawn, Opened, Progress, draw_all, recipe_at, telling_how_far, with_others
 from visionlora.pipelines.generate import loaded, make_fit, opened, place_of, recipes_of, settled
@@ -20,6 +21,7 @@ from visionlora.diffusion.recipe import Recipe, take_tags
 from visionlora.diffusion.uses import uses_of
 from visionlora.errors import ConfigError
 from visionlora.mixing.compose import composition
+from visionlora.models.base import quiet
 from visionlora.models.devices import process_of
 from visionlora.report.grid import draw_grid
 from visionlora.report.grid_page import caption_of, page_of
@@ -125,8 +127,7 @@ def every_base(start: GenerateConfig, axes: Sequence[Axis], say: Callable[[str],
         ready = opened(replace(start, model=model), say)
         if before := next((m for m, other in found.items() if other.base.id == ready.base.id), None):
             raise ConfigError(f"Axis 'model' has {before!r} and {model!r}, which are one: leave one of them out.")
-        found[model] = ready
-        found[model].base.pipe.to("cpu")  # a GPU may not hold them all
+        found[model] = moved(ready, "cpu")  # a GPU may not hold them all
     return found
 
 
@@ -155,12 +156,19 @@ def drawn_by_base(
         own = [k for k in range(len(recipes))[share] if recipes[k].model == ready.base.id]
         if not own:  # in the share of another process
             continue
-        ready.base.pipe.to(device)
+        moved(ready, device)
         before, part = len(found), slice(own[0], own[-1] + 1)
         found += draw_all(recipes, ready, config, say, lambda d, _, done=before: progress(done + d, total), part)
         if len(bases) > 1:
-            ready.base.pipe.to("cpu")
+            moved(ready, "cpu")
     return found
+
+
+def moved(ready: Opened, device: str | torch.device) -> Opened:
+    """A base model on another device; diffusers warns of half precision on a CPU, where none is to be drawn."""
+    with quiet("diffusers"):
+        ready.base.pipe.to(device)
+    return ready
 
 
 def check_axes(config: GenerateConfig, axes: Sequence[Axis]) -> None:

@@ -233,6 +233,7 @@ REFUSALS = {
     "size": (("--x", "width=32,33"), "A resolution of 33 px does not fit"),
     "one of two": (("--x", "compose=k-lora"), "K-LoRA chooses between two adapters, content and style; there are 1."),
     "block": (("--x", "lora:dog.upp=0,1"), "No adapted layer is in block 'upp'."),
+    "nearly scale": (("--x", "lora:dog.scal=0,1"), "There is no axis 'lora:dog.scal'. Did you mean 'lora:dog.scale'?"),
     "strength of nothing": (("--x", "strength=0.5,1"), "Axis 'strength' changes nothing without --init-image: give it"),
     "following nothing": (("--x", "control_scale=0,1"), "Axis 'control_scale' changes nothing without --controlnet: give"),
     "regions of nothing": (

@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ PLAIN = {*NUMBERS, *WORDS} - {"step", "prompt", "compose", "model"}
 """Axes that are fields of a recipe."""
 LORA = re.compile(r"lora:(?P<name>.+)\.(?P<what>[a-z_0-9]+)")
 """An axis of an adapter; of one that is there what follows its name counts, dots and all."""
+OF_FILES = ("scale", "file", "step")
+"""What follows the name of an adapter, where it is not a block."""
 MOST_CELLS = 10_000
 
 
@@ -212,6 +215,8 @@ def changed(recipe: Recipe, axis: Axis, value: Any, tags: Tags | None = None) ->
         there = [use.name for use in recipe.loras]
         hint = nearest(name, there) if there else "Give it with --lora."
         raise ConfigError(f"Axis {axis.name!r} is of an adapter that is not there. {hint}")
+    if what not in OF_FILES and (meant := get_close_matches(what, OF_FILES, 1, cutoff=0.75)):
+        raise ConfigError(f"There is no axis {axis.name!r}. Did you mean 'lora:{name}.{meant[0]}'?")
     uses = []
     for use in recipe.loras:
         if use.name == name:
