@@ -171,7 +171,10 @@ def test_what_cannot_learn_on(kind: str, two: Path, tiny_vit: Path, tmp_path: Pa
         said, _ = run(two, tmp_path / "on", start_from=str(folder))
         assert "Learning on from" in said
         return
-    words = {"full": "trained in full is a base of its own", "linear-probe": "it holds no layers"}
+    words = {
+        "full": "trained in full is a base of its own",
+        "linear-probe": "has a head alone, no layers that could learn on",
+    }
     with pytest.raises(ConfigError, match=words[kind]):
         run(two, tmp_path / "on", start_from=str(folder))
     assert sorted(tmp_path.rglob("*")) == before
