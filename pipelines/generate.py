@@ -153,6 +153,12 @@ def make_fit(adapter: Adapter, base: BaseModel, config: GenerateConfig) -> None:
     check_base(adapter, base, config.force, config.allow_partial)
 
 
+def lacking(config: GenerateConfig) -> dict[str, str]:
+    """Settings that mean nothing, and the option whose picture or model they lack."""
+    needed = {"strength": ("--init-image", config.init_image), "control_scale": ("--controlnet", config.controlnet)}
+    return {name: option for name, (option, there) in needed.items() if there is None}
+
+
 def check_pictures(config: GenerateConfig) -> None:
     """Raises ConfigError when one of the pictures lacks what it goes with, DataError when one cannot be read."""
     if config.mask is not None and config.init_image is None:
@@ -161,11 +167,8 @@ def check_pictures(config: GenerateConfig) -> None:
         raise ConfigError("A picture to follow needs a ControlNet: --controlnet FOLDER or a Hub id.")
     if config.controlnet is not None and config.control is None:
         raise ConfigError("A ControlNet needs a picture to follow: --control FILE.")
-    for name, there, option in (
-        ("strength", config.init_image, "--init-image"),
-        ("control_scale", config.controlnet, "--controlnet"),
-    ):
-        if there is None and (value := getattr(config, name)) != getattr(GenerateConfig, name):
+    for name, option in lacking(config).items():
+        if (value := getattr(config, name)) != getattr(GenerateConfig, name):
             raise ConfigError(
                 f"{name} is {value:g}, which means nothing without {option}: give it, or leave {name} out."
             )
@@ -195,9 +198,7 @@ def recipes_of(config: GenerateConfig, ready: Opened, plans: Sequence[tuple[str,
         named(getattr(config, field), what) for field, what in PICTURES.items()
     )
     regions = dict(dict(config.compose_options).get("regions", {}))
-    masks = {
-        n: named(Path(r).expanduser(), f"region of {n!r}")[1] for n, r in regions.items() if isinstance(r, (str, Path))
-    }
+    masks = {n: named(Path(r), f"region of {n!r}")[1] for n, r in regions.items() if isinstance(r, (str, Path))}
     _, precision = place_of(config)
     return [
         Recipe(

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 from visionlora.pipelines.drawing import Drawn, Opened, Progress, draw_all, recipe_at, telling_how_far, with_others
-from visionlora.pipelines.generate import loaded, make_fit, opened, place_of, recipes_of, settled
+from visionlora.pipelines.generate import lacking, loaded, make_fit, opened, place_of, recipes_of, settled
 
 from visionlora.atomic import replace_file
 from visionlora.config import GenerateConfig, parse_composition
@@ -175,10 +175,8 @@ def check_axes(config: GenerateConfig, axes: Sequence[Axis]) -> None:
     """Raises ConfigError when an axis would change nothing, or there is no such composition."""
     if config.model != "auto" and "model" in [a.name for a in axes]:
         raise ConfigError(f"--model {config.model} and an axis of models do not go together: leave one of them out.")
-    needed = {"strength": (config.init_image, "--init-image"), "control_scale": (config.controlnet, "--controlnet")}
     for axis in axes:
-        there, option = needed.get(axis.name, (True, ""))
-        if there is None:
+        if option := lacking(config).get(axis.name):
             raise ConfigError(f"Axis {axis.name!r} changes nothing without {option}: give it, or leave the axis out.")
     found = [parse_composition(word) for axis in axes if axis.name == "compose" for word in axis.values]
     regions = dict(config.compose_options).get("regions")

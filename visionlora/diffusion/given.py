@@ -102,7 +102,7 @@ def check_regions(recipes: Iterable[Recipe]) -> None:
         if isinstance(region, str)
     )
     for name, region, width, height in dict.fromkeys(sizes):
-        across, down = opened(Path(region).expanduser(), f"mask of {name!r}").image.size
+        across, down = opened(Path(region), f"mask of {name!r}").image.size
         stretched = across * height / (down * width)
         if max(stretched, 1 / stretched) > MOST_STRETCHED:
             raise DataError(

@@ -166,7 +166,7 @@ def prepare_encoders(base: BaseModel, config: TrainSDConfig, device: torch.devic
         if config.gradient_checkpointing and (config.train_text_encoder or config.token):
             encoder.gradient_checkpointing_enable()
     base.pipe.vae.to(device)
-    if config.channels_last or device.type == "cpu":  # faster on a CPU, a third with small pictures
+    if config.channels_last or device.type == "cpu":  # faster on a CPU
         base.pipe.vae.to(memory_format=torch.channels_last)
 
 

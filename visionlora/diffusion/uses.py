@@ -94,7 +94,7 @@ def changed_since(recipe: Recipe) -> list[str]:
                 use = hashed(uses[path])
                 now = use.hash, use.file_hash
             else:
-                now = "", named(Path(path).expanduser(), "picture")[1]
+                now = "", named(Path(path), "picture")[1]
         except (AdapterFileError, DataError):
             lines.append(f"{path} is not here.")
             continue

@@ -54,7 +54,7 @@ def options(config: LoopConfig) -> dict[str, Any]:
 
 
 def adamw(groups: Groups, config: LoopConfig) -> torch.optim.Optimizer:
-    """Of torch; one kernel for each parameter or for all, on a CPU a third to a fifth of the time of many small ones."""
+    """Of torch, as one kernel for each parameter or for all where torch has one."""
     devices = {p.device.type for group in groups for p in group["params"]}
     kernels: dict[str, Any] = {"fused": True} if devices <= {"cuda", "cpu"} else {"foreach": True}
     return torch.optim.AdamW(groups, **options(config), **kernels)

@@ -125,7 +125,7 @@ def mask_of(name: str, region: Any) -> Tensor:
         return mask
     if isinstance(region, (str, Path)):
         try:
-            region = Image.fromarray(grey(decode_noted(Path(region).expanduser())))
+            region = Image.fromarray(grey(decode_noted(Path(region))))
         except DataError as e:
             raise ConfigError(f"The mask of {name!r} cannot be read: {e}.") from None
     if isinstance(region, Image.Image):
