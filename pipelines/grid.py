@@ -99,7 +99,9 @@ def grid(
         return GridResult(page, (), tuple(done))
     drawn = [d for _, d in sorted(zip(order, done, strict=True), key=lambda pair: pair[0])]
     pictures = [Image.open(d.path).convert("RGB") for d in drawn]
-    paths, at, caption = [], 0, caption_of(list(starts.values()), axes)
+    read = {r.clip_skip for r in cells}  # settled, which the starts are not
+    alike = [replace(r, clip_skip=min(read)) for r in starts.values()] if len(read) == 1 else list(starts.values())
+    paths, at, caption = [], 0, caption_of(alike, axes)
     for number, sheet in enumerate(sheets):
         rows = [
             pictures[at + k * len(sheet.columns) : at + (k + 1) * len(sheet.columns)] for k in range(len(sheet.rows))

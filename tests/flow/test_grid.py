@@ -94,6 +94,8 @@ def test_how_far_the_text_is_read_as_an_axis(loras: Path, tiny_model: Path, tmp_
         (alone,) = (tmp_path / str(clip_skip)).iterdir()
         assert alone.read_bytes() == cell.read_bytes()
     assert cells[1].read_bytes() != cells[2].read_bytes()
+    run("grid", *words, "--clip-skip", 2, "--x", "seed=1,2", "--output", tmp_path / "both")
+    assert "clip skip 2" in re.findall("<p>(.*?)</p>", (tmp_path / "both" / "index.html").read_text())[0]
     with pytest.raises(vl.VisionLoRAError, match="clip_skip is 9; the text encoder of"):
         run("grid", *words, "--x", "clip-skip=1,9", "--output", tmp_path / "none")
 
