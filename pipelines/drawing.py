@@ -14,7 +14,7 @@ from PIL import Image
 
 from visionlora.atomic import replace_file
 from visionlora.config import GenerateConfig
-from visionlora.diffusion.given import Given
+from visionlora.diffusion.given import Given, files_of
 from visionlora.diffusion.objective import zero_terminal
 from visionlora.diffusion.prompts import in_words, prompt_arguments
 from visionlora.diffusion.recipe import Recipe, png_bytes, read_recipe
@@ -75,8 +75,7 @@ def draw_all(
     Returns:
         The pictures of the share.
     """
-    given = Given.of(config.init_image, config.mask, config.control)
-    pipe, adapters = pipeline_for(ready, given), ready.adapters
+    pipe, adapters = pipeline_for(ready, config.init_image is not None), ready.adapters
     paths, recipes = places_of(recipes, config.output)[share], recipes[share]
     place = {recipe.digest: path for path, recipe in zip(paths, recipes, strict=True)}
     missing = {path: recipe for path, recipe in zip(paths, recipes, strict=True) if not path.exists()}
@@ -84,6 +83,7 @@ def draw_all(
     progress(done, len(recipes))
     batches = batches_of(list(missing.values()), config.batch_size, lambda prompt: in_words(pipe, prompt), adapters)
     mix, current = None, None
+    given, held = Given(), ("", "", "")
     told: set[str] = set()
     while batches:
         batch = batches.pop(0)
@@ -98,6 +98,8 @@ def draw_all(
                 if line not in told:  # once, however often it comes and goes
                     told.add(line)
                     say(line)
+        if held != (own := files_of(batch[0])):  # one at a time, as they may be large
+            given, held = Given.of(*own), own
         try:
             pictures = draw_batch(pipe, batch, given)
         except RuntimeError as e:
@@ -188,17 +190,17 @@ def recipe_at(path: Path) -> Recipe | None:
         return None
 
 
-def pipeline_for(ready: Opened, given: Given) -> Any:
-    """The base's pipeline, or one of the same parts that takes these pictures."""
+def pipeline_for(ready: Opened, from_picture: bool) -> Any:
+    """The base's pipeline, or one of the same parts that starts from a picture or follows one."""
     base, controlnet = ready.base, ready.controlnet
-    if given.start is None and controlnet is None:
+    if not from_picture and controlnet is None:
         return base.pipe
     import diffusers
 
     more = {} if base.is_xl else {"requires_safety_checker": False}
     if controlnet is not None:
         more["controlnet"] = controlnet
-    task = "" if given.start is None else "Img2Img"
+    task = "Img2Img" if from_picture else ""
     with_net = "" if controlnet is None else "ControlNet"
     kind = f"StableDiffusion{'XL' if base.is_xl else ''}{with_net}{task}Pipeline"
     pipe = getattr(diffusers, kind)(**base.pipe.components, **more)

@@ -11,7 +11,7 @@ import torch
 from visionlora.pipelines.drawing import Drawn, Opened, Progress, draw_all, scheduler_of, telling_how_far, with_others
 
 from visionlora.config import PRECISIONS, GenerateConfig
-from visionlora.diffusion.given import PICTURES, check_regions, named, shape_of, sized
+from visionlora.diffusion.given import PICTURES, check_given, check_regions, named, shape_of, sized
 from visionlora.diffusion.recipe import LoraUse, Recipe, take_tags
 from visionlora.diffusion.settings import BASE_DTYPES
 from visionlora.diffusion.uses import check_once, names_of, uses_of
@@ -234,12 +234,13 @@ def settled(
     Raises:
         ConfigError: when adapters of one picture were trained otherwise than each other, or its scheduler cannot draw so.
         ModelError: when the text cannot be read so.
-        DataError: when the mask of a region has another shape than its picture.
+        DataError: when a picture cannot be read, a mask has another size than its picture, or that of a region another shape.
     """
     found = [
         settled_one(recipe, ready, replace(config, clip_skip=recipe.clip_skip) if own_clip_skip else config)
         for recipe in recipes
     ]
+    check_given(found)
     check_regions(found)
     if any(recipe.zero_terminal_snr for recipe in found):
         say("The noise levels end at nothing but noise, as an adapter was trained (zero_terminal_snr).")

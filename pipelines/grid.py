@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import io
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -17,6 +18,7 @@ from visionlora.atomic import replace_file
 from visionlora.config import GenerateConfig, parse_composition
 from visionlora.config.generate import one_or_more
 from visionlora.diffusion.axes import Axis, axis_from, sheets_of
+from visionlora.diffusion.given import PICTURES, shape_of, sized
 from visionlora.diffusion.recipe import Recipe, take_tags
 from visionlora.diffusion.uses import uses_of
 from visionlora.errors import ConfigError
@@ -25,6 +27,9 @@ from visionlora.models.base import quiet
 from visionlora.models.devices import process_of
 from visionlora.report.grid import draw_grid
 from visionlora.report.grid_page import caption_of, page_of
+
+SHAPES = frozenset({"init_image", "control"})
+"""Axes that decide of what shape pictures are, where that is not given."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +75,9 @@ def grid(
         )
     if not config.prompts and not prompts:
         raise ConfigError("There is no prompt: --prompt TEXT, or several as an axis, --y 'prompt=a dog|a cat'.")
-    check_axes(config, axes)
-    start = replace(config, prompts=list(config.prompts) or prompts[:1], num_images=1, output=config.output / "cells")
+    start = first_of(config, axes)
+    check_axes(start, axes)
+    start = replace(start, prompts=list(config.prompts) or prompts[:1], num_images=1, output=config.output / "cells")
     bases = every_base(start, axes, say)
     tags = {p: [use for use in uses_of(p, config) if use.name in dict(take_tags(p)[1])] for p in prompts}
     # The tags of a prompt on an axis act in its own cells alone.
@@ -84,7 +90,7 @@ def grid(
     order: list[int] = []
     for ready in bases.values():
         own = [k for k, r in enumerate(cells) if r.model == ready.base.id]
-        fitting = fitted([cells[k] for k in own], ready, start, say, "clip_skip" in [a.name for a in axes])
+        fitting = fitted([cells[k] for k in own], ready, start, say, {a.name for a in axes})
         for k, r in zip(own, fitting, strict=True):
             cells[k] = r
         order += sorted(own, key=lambda k: (repr(cells[k].loras), cells[k].compose, k))
@@ -99,9 +105,7 @@ def grid(
         return GridResult(page, (), tuple(done))
     drawn = [d for _, d in sorted(zip(order, done, strict=True), key=lambda pair: pair[0])]
     pictures = [Image.open(d.path).convert("RGB") for d in drawn]
-    read = {r.clip_skip for r in cells}  # settled, which the starts are not
-    alike = [replace(r, clip_skip=min(read)) for r in starts.values()] if len(read) == 1 else list(starts.values())
-    paths, at, caption = [], 0, caption_of(alike, axes)
+    paths, at, caption = [], 0, caption_of(next(iter(starts.values())).loras, cells, axes)
     for number, sheet in enumerate(sheets):
         rows = [
             pictures[at + k * len(sheet.columns) : at + (k + 1) * len(sheet.columns)] for k in range(len(sheet.rows))
@@ -134,16 +138,45 @@ def every_base(start: GenerateConfig, axes: Sequence[Axis], say: Callable[[str],
 
 
 def fitted(
-    cells: Sequence[Recipe], ready: Opened, config: GenerateConfig, say: Callable[[str], None], own_clip_skip: bool
+    cells: Sequence[Recipe],
+    ready: Opened,
+    config: GenerateConfig,
+    say: Callable[[str], None],
+    changing: Collection[str],
 ) -> list[Recipe]:
-    """The cells of one base model, settled, with adapters and sizes that fit it."""
+    """The cells of one base model, settled, with adapters and sizes that fit it.
+
+    Args:
+        cells: to settle.
+        ready: what is opened.
+        config: of the grid.
+        say: told what is unusual.
+        changing: names of the axes.
+    """
     for path in dict.fromkeys(use.path for r in cells for use in r.loras):
         if path not in ready.adapters:
             ready.adapters[path] = loaded(path, config)
             make_fit(ready.adapters[path], ready.base, config)
-    found: list[Recipe] = settled(cells, ready, config, say, own_clip_skip)
+    if not SHAPES.isdisjoint(changing):
+        cells = in_their_shapes(cells, ready, config, changing)
+    found: list[Recipe] = settled(cells, ready, config, say, "clip_skip" in changing)
     for size in {side for r in found for side in (r.width, r.height)}:
         ready.base.check_resolution(size)
+    return found
+
+
+def in_their_shapes(
+    cells: Sequence[Recipe], ready: Opened, config: GenerateConfig, changing: Collection[str]
+) -> list[Recipe]:
+    """Each cell in the shape of its own picture, but for sides that were given."""
+    shapes = {pair: shape_of(*pair) for pair in dict.fromkeys((r.init_image, r.control) for r in cells)}
+    found = []
+    for cell in cells:
+        width = cell.width if "width" in changing else config.width
+        height = cell.height if "height" in changing else config.height
+        shape = shapes[cell.init_image, cell.control]
+        width, height = sized(shape, width, height, ready.base.resolution, ready.base.multiple)
+        found.append(replace(cell, width=width, height=height))
     return found
 
 
@@ -173,10 +206,26 @@ def moved(ready: Opened, device: str | torch.device) -> Opened:
     return ready
 
 
+def first_of(config: GenerateConfig, axes: Sequence[Axis]) -> GenerateConfig:
+    """The settings with the first value of each axis that needs something opened.
+
+    Raises:
+        ConfigError: when it is given beside its axis.
+    """
+    firsts: dict[str, Any] = {}
+    for axis in axes:
+        if axis.name in ("model", *PICTURES):
+            if (given := getattr(config, axis.name)) != getattr(GenerateConfig, axis.name):
+                raise ConfigError(
+                    f"--{axis.name.replace('_', '-')} {given} and an axis {axis.name!r} do not go together: leave one of them "
+                    "out."
+                )
+            firsts[axis.name] = axis.values[0]
+    return replace(config, **firsts)
+
+
 def check_axes(config: GenerateConfig, axes: Sequence[Axis]) -> None:
     """Raises ConfigError when an axis would change nothing, or there is no such composition."""
-    if config.model != "auto" and "model" in [a.name for a in axes]:
-        raise ConfigError(f"--model {config.model} and an axis of models do not go together: leave one of them out.")
     for axis in axes:
         if option := lacking(config).get(axis.name):
             raise ConfigError(f"Axis {axis.name!r} changes nothing without {option}: give it, or leave the axis out.")

@@ -20,7 +20,7 @@ from visionlora.diffusion.recipe import Recipe, read_recipe
 from visionlora.errors import ConfigError
 
 from ..doubles import become_process
-from .test_generate import COMMON, loras, run, save_loras
+from .test_generate import COMMON, loras, pictures, run, save_controlnet, save_loras
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 assert loras  # a fixture
@@ -130,11 +130,60 @@ def test_base_models_as_an_axis(tiny_model: Path, tmp_path: Path) -> None:
     assert "3 of them there already" in run("grid", *words, *axes, "--output", tmp_path / "out")
     assert cell.read_bytes() == before
     for refused, said in (
-        (("--model", tiny_model, *axes), "and an axis of models do not go together"),
+        (("--model", tiny_model, *axes), f"--model {tiny_model} and an axis 'model' do not go together: leave one"),
         (("--x", f"model={other}|{other}/"), "which are one: leave one of them out"),
     ):
         with pytest.raises(vl.VisionLoRAError, match=said):
             run("grid", *words, *refused, "--output", tmp_path / "none")
+
+
+def test_pictures_to_start_from_as_an_axis(tiny_model: Path, tmp_path: Path) -> None:
+    """Each cell has the shape of its own picture, and is what its own command draws."""
+    for name, size in (("wide", (96, 32)), ("high", (32, 64)), ("sub/wide", (64, 64))):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.effect_noise(size, 80).convert("RGB").save(tmp_path / f"{name}.png")
+    wide, high, other = (str(tmp_path / name) for name in ("wide.png", "high.png", "sub/wide.png"))
+    words = ("--model", tiny_model, "--steps", 4, "--prompt", "a dog", "--batch-size", 1)
+    axes = ("--x", f"init-image={wide}|{high}|{other}", "--y", "strength=0.5,1")
+    run("grid", *words, *axes, "--output", tmp_path / "out")
+    cells = {p: read_recipe(p) for p in (tmp_path / "out" / "cells").iterdir()}
+    assert {(r.init_image, Image.open(p).size) for p, r in cells.items()} == {
+        (wide, (56, 16)), (high, (24, 48)), (other, (32, 32))
+    }  # fmt: skip
+    for path, recipe in cells.items():
+        run(*shlex.split(recipe.command(str(tmp_path / "alone")))[1:])
+        assert (tmp_path / "alone" / path.name).read_bytes() == path.read_bytes()
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert re.findall("<th>(init_image .*?)</th>", page) == [
+        "init_image wide.png", "init_image high.png", "init_image sub/wide.png"
+    ]  # fmt: skip
+    caption = re.findall("<p>(.*?)</p>", page)[0]
+    assert "steps 4" in caption and "width" not in caption and "init image" not in caption
+    run("grid", *words, *axes[:2], "--y", "width=32,48", "--output", tmp_path / "wide")
+    sizes = {Image.open(p).size for p in (tmp_path / "wide" / "cells").iterdir()}
+    assert sizes == {(32, 8), (48, 16), (32, 64), (48, 96), (32, 32), (48, 48)}, "a height follows from shape and width"
+
+
+def test_masks_and_pictures_to_follow_as_axes(tiny_xl: Path, tmp_path: Path) -> None:
+    pictures(tmp_path)
+    save_controlnet(tiny_xl, tmp_path / "net")
+    Image.new("L", (32, 32), 255).save(tmp_path / "all.png")
+    Image.effect_noise((32, 32), 80).convert("RGB").save(tmp_path / "noise.png")
+    start, mask, everything, noise = (tmp_path / f"{name}.png" for name in ("start", "mask", "all", "noise"))
+    words = ("--model", tiny_xl, *COMMON, "--prompt", "a dog", "--init-image", start, "--strength", 1)
+    net = ("--controlnet", tmp_path / "net")
+    run("grid", *words, *net, "--x", f"mask={mask},{everything}", "--y", f"control={start},{noise}",
+        "--output", tmp_path / "out")  # fmt: skip
+    cells = {p: read_recipe(p) for p in (tmp_path / "out" / "cells").iterdir()}
+    assert {(r.mask, r.control) for r in cells.values()} == {
+        (str(m), str(c)) for m in (mask, everything) for c in (start, noise)
+    }
+    assert len({p.read_bytes() for p in cells}) == 4
+    left = (0, 0, 16, 32)
+    for path, recipe in cells.items():
+        with Image.open(start) as before, Image.open(path) as drawn:
+            held = drawn.crop(left).tobytes() == before.crop(left).tobytes()
+        assert held == (recipe.mask == str(mask))
 
 
 def test_the_steps_of_a_training_as_an_axis(loras: Path, tiny_model: Path, tmp_path: Path) -> None:
@@ -243,6 +292,13 @@ REFUSALS = {
         "Regions are for the composition regional, which axis 'compose' has not: add it, or leave --region out.",
     ),
     "no regions": (("--x", "compose=regional"), "on the command line --region dog=0,0,0.5,1 for each."),
+    "picture twice": (
+        ("--x", "init_image=a.png,b.png", "--init-image", "c.png"),
+        "--init-image c.png and an axis 'init_image' do not go together: leave one of them out.",
+    ),
+    "no picture": (("--x", "init_image=lost.png"), "The picture to start from cannot be read: lost.png: No such file"),
+    "mask of nothing": (("--x", "mask=a.png"), "give the picture with --init-image"),
+    "following no net": (("--x", "control=a.png"), "A picture to follow needs a ControlNet"),
     "scheduler": (("--x", "scheduler=eular"), "scheduler is 'eular'. Did you mean 'euler'?"),
 }  # fmt: skip
 

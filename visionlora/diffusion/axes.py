@@ -14,19 +14,20 @@ from pathlib import Path
 from typing import Any
 
 from visionlora.config import parse_composition
+from visionlora.diffusion.given import PICTURES, named
 from visionlora.diffusion.recipe import LoraUse, Recipe, take_tags
 from visionlora.diffusion.uses import hashed
 from visionlora.errors import ConfigError, nearest
-from visionlora.formats.called import name_of
+from visionlora.formats.called import names_of
 
 NUMBERS: dict[str, type] = {
     "seed": int, "steps": int, "step": int, "width": int, "height": int, "guidance_scale": float, "strength": float,
     "control_scale": float, "clip_skip": int,
 }  # fmt: skip
-WORDS = ("prompt", "negative_prompt", "scheduler", "compose", "model")
+WORDS = ("prompt", "negative_prompt", "scheduler", "compose", "model", *PICTURES)
 TEXTS = ("prompt", "negative_prompt")
 """Axes whose values have commas: a bar alone parts them."""
-PLAIN = {*NUMBERS, *WORDS} - {"step", "prompt", "compose", "model"}
+PLAIN = {*NUMBERS, *WORDS} - {"step", "prompt", "compose", "model", *PICTURES}
 """Axes that are fields of a recipe."""
 LORA = re.compile(r"lora:(?P<name>.+)\.(?P<what>[a-z_0-9]+)")
 """An axis of an adapter; of one that is there what follows its name counts, dots and all."""
@@ -48,9 +49,9 @@ class Axis:
 
     name: str
     """`step` (of the training run that is the only adapter, as its checkpoints have it), `prompt`, `negative_prompt`, `seed`,
-    `steps`, `guidance_scale`, `scheduler`, `compose`, `strength`, `control_scale`, `clip_skip`, `width`, `height`, `model`;
-    `lora:NAME.scale`, `lora:NAME.BLOCK` (a factor of one block), `lora:NAME.file` (other files in its place) or
-    `lora:NAME.step`."""
+    `steps`, `guidance_scale`, `scheduler`, `compose`, `strength`, `control_scale`, `clip_skip`, `width`, `height`, `model`,
+    `init_image`, `mask`, `control` (files of pictures); `lora:NAME.scale`, `lora:NAME.BLOCK` (a factor of one block),
+    `lora:NAME.file` (other files in its place) or `lora:NAME.step`."""
     values: Sequence[Any]
     """One by itself, or several; kept as a tuple."""
 
@@ -75,8 +76,8 @@ class Axis:
         text = f"{value:g}" if isinstance(value, float) else str(value) or "(none)"
         if self.name == "prompt":
             return text
-        if self.name.endswith(".file"):
-            text = name_of(text)
+        if self.name.endswith(".file") or self.name in PICTURES:
+            text = dict(zip(self.values, names_of(self.values), strict=True))[value]
         if self.name == "model":
             text = Path(text).name
         name = self.name.removeprefix("lora:")
@@ -148,7 +149,7 @@ def value_of(name: str, given: Any) -> Any:
     """
     kind = kind_of(name)
     if kind is str and isinstance(given, (str, Path)):
-        return str(given)
+        return str(Path(given).expanduser()) if name in PICTURES else str(given)
     try:
         plain = given if isinstance(given, str) else float(given) if kind is float else operator.index(whole(given))
         number = kind(plain)
@@ -187,6 +188,7 @@ def changed(recipe: Recipe, axis: Axis, value: Any, tags: Tags | None = None) ->
 
     Raises:
         ConfigError: when the axis is of an adapter that the recipe has not.
+        DataError: when a picture cannot be read.
     """
     if axis.name == "compose":
         name, options = parse_composition(value)
@@ -194,6 +196,11 @@ def changed(recipe: Recipe, axis: Axis, value: Any, tags: Tags | None = None) ->
         if regions:
             return replace(recipe, compose=name, compose_options={**options, "regions": regions})
         return replace(recipe, compose=name, compose_options=options, region_hashes={})
+    if axis.name in PICTURES:
+        path, hash = named(Path(value), PICTURES[axis.name])
+        hash_field = f"{axis.name.removesuffix('_image')}_hash"
+        own: dict[str, Any] = {axis.name: path, hash_field: hash}
+        return replace(recipe, **own)
     if axis.name == "step":
         if len(recipe.loras) != 1:
             raise ConfigError(f"Axis 'step' needs one adapter, there are {len(recipe.loras)}: write lora:NAME.step=….")

@@ -58,15 +58,15 @@ def on_black(picture: Decoded) -> Image.Image:
     return ImageChops.subtract(picture.image, Image.merge("RGB", [ImageOps.invert(picture.alpha)] * 3))
 
 
-def shape_of(init_image: Path | None, control: Path | None) -> tuple[int, int]:
+def shape_of(init_image: str | Path | None, control: str | Path | None) -> tuple[int, int]:
     """Width and height of the picture that drawing starts from, else of the one that it follows; of none a square.
 
     Raises:
         DataError: when it is no picture.
     """
     for path, what in ((init_image, PICTURES["init_image"]), (control, PICTURES["control"])):
-        if path is not None:
-            return opened(path, what).image.size
+        if path:
+            return opened(Path(path), what).image.size
     return 1, 1
 
 
@@ -93,6 +93,17 @@ def sized(shape: tuple[int, int], width: int | None, height: int | None, native:
     return fitting(wide) if width is None else width, fitting(high) if height is None else height
 
 
+def check_given(recipes: Iterable[Recipe]) -> None:
+    """Raises DataError when a picture of a recipe cannot be read, or a mask has another size than its picture."""
+    for pictures in dict.fromkeys(map(files_of, recipes)):
+        Given.of(*pictures)
+
+
+def files_of(recipe: Recipe) -> tuple[str, str, str]:
+    """The files of its pictures, as `Given.of` takes them."""
+    return recipe.init_image, recipe.mask, recipe.control
+
+
 def check_regions(recipes: Iterable[Recipe]) -> None:
     """Raises DataError when a mask of a region cannot be read, or has another shape than the picture."""
     sizes = (
@@ -113,7 +124,7 @@ def check_regions(recipes: Iterable[Recipe]) -> None:
 
 @dataclass(frozen=True)
 class Given:
-    """Such pictures, the same for every picture of a run."""
+    """Such pictures, the same for every picture of a batch."""
 
     start: Image.Image | None = None
     mask: Image.Image | None = None
@@ -123,15 +134,15 @@ class Given:
     """Of `start`, by (width, height), once they were needed."""
 
     @classmethod
-    def of(cls, init_image: Path | None, mask: Path | None, control: Path | None) -> Given:
-        """Opened and checked.
+    def of(cls, init_image: str | Path = "", mask: str | Path = "", control: str | Path = "") -> Given:
+        """Opened and checked; an empty path is none.
 
         Raises:
             DataError: when one cannot be read, or the mask has another size than the picture.
         """
         paths = (init_image, mask, control)
         start, where, follow = (
-            None if path is None else opened(path, what) for path, what in zip(paths, PICTURES.values(), strict=True)
+            opened(Path(path), what) if path else None for path, what in zip(paths, PICTURES.values(), strict=True)
         )
         if start is not None and where is not None and start.image.size != where.image.size:
             sizes = " and ".join("x".join(map(str, p.image.size)) for p in (where, start))

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from visionlora.diffusion.axes import Axis, Sheet
-from visionlora.diffusion.recipe import Recipe
+from visionlora.diffusion.recipe import LoraUse, Recipe
 from visionlora.report.html_page import html_page
 
 STYLE = """body{font:15px system-ui,sans-serif;color:var(--ink);margin:24px;background:var(--back)}
@@ -40,11 +40,17 @@ BODY = """<p>{caption}</p>
 TABLE = '<div class="scroll"><table><thead><tr><th></th>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
 
 
-def caption_of(recipes: Sequence[Recipe], axes: Sequence[Axis]) -> str:
-    """The settings that no axis changes, all that decide a picture; of a recipe for each base model."""
-    recipe = recipes[0]
+def caption_of(loras: Sequence[LoraUse], cells: Sequence[Recipe], axes: Sequence[Axis]) -> str:
+    """The settings that are one in all cells, all that decide a picture.
+
+    Args:
+        loras: what is on every picture, before axes and the tags of prompts change it.
+        cells: of the grid.
+        axes: whose values stand beside the pictures.
+    """
+    recipe = cells[0]
     moving = {a.name for a in axes}
-    moving |= {f for f in ("guidance_scale", "width", "height") if len({getattr(r, f) for r in recipes}) > 1}
+    moving |= {f for f in ("guidance_scale", "width", "height", "clip_skip") if len({getattr(r, f) for r in cells}) > 1}
     shown = {
         "prompt": recipe.prompt, "negative_prompt": recipe.negative_prompt, "model": recipe.model, "seed": recipe.seed,
         "steps": recipe.steps, "guidance_scale": f"{recipe.guidance_scale:g}", "scheduler": recipe.scheduler,
@@ -56,10 +62,10 @@ def caption_of(recipes: Sequence[Recipe], axes: Sequence[Axis]) -> str:
         "controlnet": Path(recipe.controlnet).name,
         "control": Path(recipe.control).name,
         "control_scale": f"{recipe.control_scale:g}" if recipe.controlnet else "",
-        "compose": recipe.compose if len(recipe.loras) > 1 else "",
+        "compose": recipe.compose if len(loras) > 1 else "",
     }  # fmt: skip
     text = [f"{name.replace('_', ' ')} {value}" for name, value in shown.items() if name not in moving and value != ""]
-    for use in recipe.loras:
+    for use in loras:
         own = "" if f"lora:{use.name}.scale" in moving else f" {use.scale:g}"
         blocks = ",".join(f"{b}={f:g}" for b, f in use.blocks.items() if f"lora:{use.name}.{b}" not in moving)
         if own or blocks:

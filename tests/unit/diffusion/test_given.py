@@ -16,7 +16,7 @@ def test_a_photo_is_upright(tmp_path: Path) -> None:
     photo.paste((255, 0, 0), (0, 0, 32, 32))
     turned[0x0112] = 6
     photo.save(tmp_path / "phone.jpg", exif=turned, quality=95)
-    start = Given.of(tmp_path / "phone.jpg", None, None).start
+    start = Given.of(tmp_path / "phone.jpg").start
     assert start is not None and start.size == (32, 64)
     assert start.getpixel((16, 8))[1] < 20 and start.getpixel((16, 56))[1] > 235, "what was left is above"
     assert shape_of(tmp_path / "phone.jpg", None) == (32, 64) and shape_of(None, None) == (1, 1)
@@ -24,7 +24,7 @@ def test_a_photo_is_upright(tmp_path: Path) -> None:
 
 def test_depth_of_16_bits_keeps_its_levels(tmp_path: Path) -> None:
     Image.fromarray(np.linspace(0, 65535, 256).reshape(16, 16).astype(np.uint16)).save(tmp_path / "depth.png")
-    control = Given.of(None, None, tmp_path / "depth.png").control
+    control = Given.of(control=tmp_path / "depth.png").control
     assert control is not None and len(set(np.asarray(control)[..., 0].ravel().tolist())) == 256
 
 
@@ -42,7 +42,7 @@ def test_nothing_shows_through_what_is_transparent(tmp_path: Path) -> None:
 def test_what_is_no_picture(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_text("no picture")
     with pytest.raises(DataError, match=r"The picture to follow cannot be read: .*a\.png is not a picture"):
-        Given.of(None, None, tmp_path / "a.png")
+        Given.of(control=tmp_path / "a.png")
 
 
 @pytest.mark.parametrize(

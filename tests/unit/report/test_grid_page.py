@@ -17,12 +17,12 @@ RECIPE = Recipe(
 
 
 def test_the_caption_has_all_that_decides_the_pictures() -> None:
-    text = caption_of([RECIPE], [Axis("seed", (1, 2)), Axis("lora:ink.up", (0.1, 0.3))])
+    text = caption_of(RECIPE.loras, [RECIPE], [Axis("seed", (1, 2)), Axis("lora:ink.up", (0.1, 0.3))])
     assert text == (
         "prompt dog, negative prompt ugly, model emoji-64, steps 2, guidance scale 2, scheduler dpm++, width 64, height 96, "
         "clip skip 2, init image start.png, strength 0.7, ink 0.5@start=0.5"
     )
-    assert "ink@start=0.5,up=0.3" in caption_of([RECIPE], [Axis("lora:ink.scale", (0.1, 0.3))])
+    assert "ink@start=0.5,up=0.3" in caption_of(RECIPE.loras, [RECIPE], [Axis("lora:ink.scale", (0.1, 0.3))])
 
 
 def test_pictures_are_told_apart_and_recipes_can_be_copied(tmp_path: Path) -> None:
