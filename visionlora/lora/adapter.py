@@ -235,7 +235,11 @@ class AdapterModule:
 
 @dataclass(frozen=True)
 class Adapter:
-    """One adapter: its modules by component and name (`unet.mid_block…to_q`) and what is known about it."""
+    """One adapter: its modules by component and name (`unet.mid_block…to_q`) and what is known about it.
+
+    Raises:
+        AdapterFileError: when a module has no component.
+    """
 
     modules: Mapping[str, AdapterModule]
     info: Mapping[str, Any] = field(default_factory=dict)
@@ -248,6 +252,14 @@ class Adapter:
     """What other tools wrote into the header, word by word."""
     unused: tuple[str, ...] = ()
     """Tensors of the file that nothing here takes; always empty unless the file was read with `allow_partial`."""
+
+    def __post_init__(self) -> None:
+        for name in self.modules:
+            if not all(name.partition(".")):  # it would be a component without a layer, and do nothing
+                raise AdapterFileError(
+                    f"An adapter has a module {name!r}, which is not a component and a layer in it, such as "
+                    f"{'model.' + name.strip('.')!r} or 'unet.conv_in'."
+                )
 
     def delta_weights(self, base: nn.Module | Any = None) -> dict[str, Tensor]:
         """{module name: ΔW in fp32}, each in the shape of its base weight.
