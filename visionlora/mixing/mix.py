@@ -26,24 +26,17 @@ from torch import Tensor, nn
 
 from visionlora.errors import ConfigError, nearest
 from visionlora.loaders import adapter_of, check_called, check_family_of, load_adapter
-from visionlora.lora.adapted import AdaptedLayer, modules_of_base
 from visionlora.lora.adapter import Adapter, AdapterModule, in_one_spelling
-from visionlora.lora.classes import is_hooked
-from visionlora.lora.guards import allow_saving, refuse_saving
 from visionlora.lora.handle import Handle
-from visionlora.lora.inject import IN_PLACE, inner_names
-from visionlora.lora.inject import attach as attach_one
-from visionlora.lora.merge import check_scale, merge_together, reads_fused, unmerge_together
-from visionlora.lora.names import resolve_names
+from visionlora.lora.merge import check_scale
 from visionlora.lora.overlap import PairOverlap, overlap
+from visionlora.mixing.attached import Attached
 from visionlora.mixing.compose import Composition, composition
 from visionlora.mixing.compose.balanced import scaled
-from visionlora.mixing.holder import hold, let_go, mix_on
 from visionlora.mixing.moments import Moments, check_stepped, not_stepped
-from visionlora.mixing.parts import parts_of, places, word_for
+from visionlora.mixing.parts import word_for
 from visionlora.mixing.rows import check_pictures, knows_pictures, of_prompts, repeated, rows_of, tiled
 from visionlora.mixing.scales import Scale, as_scale, block_factors
-from visionlora.mixing.words import Words
 
 MODES = ("auto", "merged", "stacked", "batched")
 
@@ -88,11 +81,9 @@ class Mix:
             raise ConfigError(f"mode is {mode!r}. {nearest(mode, MODES)}")
         self.target, self.mode, self.allow_partial = target, mode, allow_partial
         self.composition = composition(compose, **options)
-        self.parts = parts_of(target)
+        self.attached = Attached(target, allow_partial, self)
+        self.parts = self.attached.parts
         self.members: dict[str, Member] = {}
-        self.words = Words(target, allow_partial)
-        self.handles: dict[str, list[tuple[str, Handle]]] = {}
-        """What is on the model: name -> pairs of component and handle."""
         self.running = "stacked"
         """The mode in use."""
         self._hooks: list[Any] = []
@@ -103,10 +94,6 @@ class Mix:
         """Whether the composition wants several evaluations of the UNet, at whatever step."""
         self._evaluations: list[dict[str, float]] = []
         """Factors of the adapters in each of them, at the present step."""
-        self._attached: dict[str, tuple[Adapter, str]] = {}
-        """What is attached, by name, and what it is called on the layers."""
-        self._in_file: dict[tuple[str, str, str], str] = {}
-        """How files spell the layers that they spell otherwise, by name, component and layer."""
         self._set_to: dict[Handle, tuple[float, float, Any]] = {}
         """What the scales of a handle's layers were made of; while that is the same, there is nothing to set."""
         self._rescaled: set[Handle] = set()
@@ -130,6 +117,15 @@ class Mix:
     def names(self) -> list[str]:
         """The adapters in order."""
         return list(self.members)
+
+    @property
+    def handles(self) -> dict[str, list[tuple[str, Handle]]]:
+        """What is on the model: name -> pairs of component and handle."""
+        return self.attached.handles
+
+    def layers(self, name: str) -> list[tuple[str, str]]:
+        """(component, layer) of everything that an attached adapter changes."""
+        return self.attached.layers(name)
 
     def add(self, name: str, adapter: str | Path | Adapter, scale: Any = 1.0) -> None:
         """Adds an adapter.
@@ -191,7 +187,7 @@ class Mix:
 
     def change(self, members: dict[str, Member]) -> None:
         """Attaches these members in place of those that are there; on an error everything is as before."""
-        self._check_free()
+        self.attached.check_free()
         before = self.members
         try:
             self.members = members
@@ -210,7 +206,7 @@ class Mix:
         scales = scales if isinstance(scales, Mapping) else dict.fromkeys(self.members, scales)
         for name in scales:
             self.known(name)
-        self._check_free()
+        self.attached.check_free()
         changed = {n: Member(m.adapter, as_scale(scales[n])) if n in scales else m for n, m in self.members.items()}
         before, self.members = self.members, changed
         try:
@@ -225,7 +221,7 @@ class Mix:
 
     def set_composition(self, compose: str | Composition, **options: Any) -> None:
         """Another way to compose, see `visionlora.mixing.compose`."""
-        self._check_free()
+        self.attached.check_free()
         before, self.composition = self.composition, composition(compose, **options)
         try:
             self._rebuild()
@@ -250,45 +246,35 @@ class Mix:
         """Whether the composition builds the strengths into the adapters."""
         return list(self.handles) != list(self.members)
 
-    def _check_free(self) -> None:
-        """Raises ConfigError when others hold layers that are to be changed, so that nothing is half changed."""
-        # Each layer is looked at once, however many adapters are on it.
-        there = (m for part in self.parts.values() for _, m in modules_of_base(part))
-        if any(reads_fused(m) or (isinstance(m, AdaptedLayer) and is_hooked(m)) for m in there):
-            for pairs in self.handles.values():
-                for _, handle in pairs:
-                    handle.check_free()
-
     def _clear(self) -> None:
-        self._check_free()
+        self.attached.check_free()
         for hook in self._hooks:
             hook.remove()
-        self._unmerge()
-        for pairs in self.handles.values():
-            for _, handle in pairs:
-                handle.eject()
-        self.words.remove()
-        for part in self.parts.values():
-            if mix_on(part) is self:
-                let_go(part)
-        allow_saving(self.target)
-        self._hooks, self.handles, self._in_file, self._attached = [], {}, {}, {}
-        self._set_to, self._rescaled, self._by_picture = {}, set(), set()
+        self.attached.clear()
+        self._hooks, self._set_to, self._rescaled, self._by_picture = [], {}, set(), set()
 
     def _rebuild(self, prepared: Mapping[str, Adapter] | None = None) -> None:
         """Attaches the adapters as the composition wants them, which may be known already: it can take its time over it."""
         self._clear()
         if not self.members:
             return
-        self.words.add({n: m.adapter for n, m in self.members.items()})
-        for encoder in self.words.encoders:
-            self._take(encoder)
-        prepared = prepared or self._prepare()
-        inner = inner_names(prepared)
-        for name, adapter in prepared.items():
-            self._attach(name, adapter, inner[name])
-        if list(self.handles) != list(self.members):
+        self.attached.put(prepared or self._prepare(), {n: m.adapter for n, m in self.members.items()})
+        for member in self.members.values():
+            member.factors = {}
+        if self._prepared_from_scales:
             self._check_plain_scales()
+        self._configure()
+
+    def _exchange(self) -> None:
+        """As `_rebuild`, but what is attached and still wanted as it is stays on."""
+        prepared = self._prepare() if self.members else {}
+        fresh = self.attached.exchange(prepared, {n: m.adapter for n, m in self.members.items()})
+        if fresh is None:
+            self._rebuild(prepared)
+            return
+        for name in fresh:
+            if name in self.members:
+                self.members[name].factors = {}
         self._configure()
 
     def _prepare(self) -> dict[str, Adapter]:
@@ -317,72 +303,6 @@ class Mix:
             return {}
         return {name: m for name, m in adapter.modules.items() if not factors[at[name]]}
 
-    def _exchange(self) -> None:
-        """As `_rebuild`, but what is attached and still wanted as it is stays on, in the weights too."""
-        prepared = self._prepare() if self.members else {}
-        inner = inner_names(prepared)
-        stays = [n for n, (a, called) in self._attached.items() if prepared.get(n) is a and inner[n] == called]
-        fresh = [n for n in prepared if n not in stays]
-        words = self.words.encoders or any(m.adapter.embeddings for m in self.members.values())
-        layered = any(h.in_full for pairs in self.handles.values() for _, h in pairs)
-        layered = layered or any(m.kind in IN_PLACE for n in fresh for m in prepared[n].modules.values())
-        if not stays or [n for n in prepared if n in stays] != stays or words or layered:
-            self._rebuild(prepared)
-            return
-        for name in [n for n in self._attached if n not in stays]:
-            self._take_off(name)
-        for name in fresh:
-            self._attach(name, prepared[name], inner[name])
-        # The last bits of a sum depend on the order on the layers.
-        self.handles = {n: self.handles[n] for n in prepared}
-        self._attached = {n: self._attached[n] for n in prepared}
-        behind = list(prepared)[list(prepared).index(fresh[0]) :] if fresh else []
-        for name in behind if behind != fresh else ():
-            for _, handle in self.handles[name]:
-                handle.move_to_end()
-        self._configure()
-
-    def _take_off(self, name: str) -> None:
-        """Takes one adapter off; the others stay as they are."""
-        for _, handle in self.handles[name]:
-            handle.eject()
-        gone = {component for component, _ in self.handles.pop(name)}
-        del self._attached[name]
-        self._in_file = {at: given for at, given in self._in_file.items() if at[0] != name}
-        for component in gone - {c for pairs in self.handles.values() for c, _ in pairs}:
-            if component in self.parts:
-                let_go(self.parts[component])
-
-    def _attach(self, name: str, adapter: Adapter, inner: str) -> None:
-        """Puts one adapter on the parts that it is for, without a scale yet."""
-        pairs: list[tuple[str, Handle]] = []
-        self.handles[name] = pairs
-        if name in self.members:
-            self.members[name].factors = {}
-        for component, part in places(adapter, self.parts, self.target, self.allow_partial).items():
-            self._take(part)
-            handle = attach_one(part, adapter, component, inner, self.allow_partial)
-            pairs.append((component, handle))
-            if strange := [n for n in adapter.component(component) if n not in handle.methods]:
-                spelled = resolve_names(strange, list(handle.methods))
-                self._in_file |= {(name, component, layer): given for given, layer in spelled.items()}
-        self._attached[name] = adapter, inner
-
-    def _take(self, part: nn.Module) -> None:
-        """Marks a model as this mix's.
-
-        Raises:
-            ConfigError: when it is another's, whose adapters would act too.
-        """
-        there = mix_on(part)
-        if there not in (None, self):
-            raise ConfigError(
-                f"Adapters of an earlier vl.attach are on this {type(part).__name__} ({', '.join(there.members)}): add to that "
-                "mix (mix.add), or take it off first (mix.detach(), or vl.detach(…) of the pipeline or model)."
-            )
-        hold(part, self)
-        refuse_saving(self.target)
-
     def _check_plain_scales(self) -> None:
         """Raises ConfigError when one adapter stands for all, and a scale has more than a strength."""
         for name, member in self.members.items():
@@ -391,10 +311,6 @@ class Mix:
                     f"The scale of {name!r} has blocks, steps or pictures, but this composition makes one adapter of all, in "
                     "which they are lost: give a number, or compose otherwise (balanced, orthogonal, switch)."
                 )
-
-    def layers(self, name: str) -> list[tuple[str, str]]:
-        """(component, layer) of everything that an attached adapter changes."""
-        return [(c, layer) for c, h in self.handles[name] for layer in (*h.methods, *h.in_full)]
 
     def _configure(self) -> None:
         """Chooses the mode and sets every scale."""
@@ -418,10 +334,10 @@ class Mix:
             raise ConfigError(
                 "mode 'stacked' cannot have scales per picture or evaluations per adapter: use mode='auto'."
             )
-        auto = "batched" if batched else "stacked" if stepped or self.packed else "merged"
+        auto = "batched" if batched else "stacked" if stepped or self.attached.packed else "merged"
         self.running = auto if self.mode == "auto" else self.mode
         if self.running != "merged":
-            self._unmerge()
+            self.attached.unmerge()
         self._rows = 0
         self._moments.begin()
         self._set(0, 1)
@@ -429,13 +345,8 @@ class Mix:
             hook.remove()
         self._hooks = list(self._hooked())
         if self.running == "merged":
-            # Merged for good between changes: the layers run as the base's own.
-            handles = [h for pairs in self.handles.values() for _, h in pairs]
-            merge_together([h for h in handles if h in self._rescaled or not h.merged])
+            self.attached.merge(self._rescaled)
         self._rescaled = set()
-
-    def _unmerge(self) -> None:
-        unmerge_together([h for pairs in self.handles.values() for _, h in pairs if h.merged])
 
     @property
     def needs_batch(self) -> bool:
@@ -443,15 +354,13 @@ class Mix:
         return self._evaluates or any(m.scale.images is not None for m in self.members.values())
 
     @property
-    def packed(self) -> bool:
-        """Whether adapters are on weights in few bits, into which nothing can be merged."""
-        return any(h.packed for pairs in self.handles.values() for _, h in pairs)
-
-    @property
     def needs_steps(self) -> bool:
         """Whether something changes from step to step."""
-        timed = any(h.timed for pairs in self.handles.values() for _, h in pairs)
-        return timed or self.composition.per_step or any(m.scale.steps is not None for m in self.members.values())
+        return (
+            self.attached.timed
+            or self.composition.per_step
+            or any(m.scale.steps is not None for m in self.members.values())
+        )
 
     # ------------------------------------------------------------------------------------------------------- scales
 
@@ -477,7 +386,7 @@ class Mix:
                 self._rescaled.add(handle)
                 for layer, m in handle.methods.items():
                     factor = 1.0 if member is None else member.factors[component, layer]
-                    given = self._in_file.get((name, component, layer), layer)
+                    given = self.attached.in_file(name, component, layer)
                     own = weight if isinstance(weight, (int, float)) else weight.get(f"{component}.{given}", 1.0)
                     scale = strength * factor * own
                     if scale != m.scale:

@@ -11,7 +11,7 @@ from torch import nn
 import visionlora as vl
 from visionlora.errors import ConfigError
 from visionlora.lora.adapter import Adapter, AdapterModule
-from visionlora.mixing import mix as mix_module
+from visionlora.mixing import attached as attached_module
 from visionlora.mixing.compose import COMPOSITIONS
 from visionlora.mixing.holder import mix_on
 from visionlora.mixing.mix import Mix
@@ -668,9 +668,9 @@ def test_what_is_added_one_by_one_is_as_if_attached_at_once_and_attached_once(
     scales, before, done = {"a": 0.7, "b": vl.Scale(-0.4, blocks={"up": 0.5}), "c": 0.3}, bits(pipe), []
     with vl.attach(pipe, adapters, scales=scales, mode=mode, compose=compose):
         at_once = run(pipe)
-    attach_one, prepare, prepared = mix_module.attach_one, COMPOSITIONS[compose].prepare, []
+    attach_one, prepare, prepared = attached_module.attach_one, COMPOSITIONS[compose].prepare, []
     monkeypatch.setattr(COMPOSITIONS[compose], "prepare", lambda *given: prepared.append(1) or prepare(*given))
-    monkeypatch.setattr(mix_module, "attach_one", lambda *given: done.append(given[3]) or attach_one(*given))
+    monkeypatch.setattr(attached_module, "attach_one", lambda *given: done.append(given[3]) or attach_one(*given))
     mix = vl.attach(pipe, {"a": adapters["a"]}, scales={"a": 0.7}, mode=mode, compose=compose)
     for name in "bc":
         run(pipe)
