@@ -14,6 +14,7 @@ from visionlora.atomic import check_new
 from visionlora.config.choices import dtype_name
 from visionlora.config.generate import use_from
 from visionlora.data.wording import first_names
+from visionlora.diffusion.uses import check_once
 from visionlora.errors import ConfigError, ModelError
 from visionlora.formats.embeddings import files_beside, write_beside
 from visionlora.formats.header import hashed, write_file
@@ -48,7 +49,7 @@ def bake(
     Raises:
         AdapterFileError: when an adapter cannot be read or was made for another base.
         ModelError: when the base cannot be opened or the folder cannot be written.
-        ConfigError: when the output exists, or a merged weight would not be finite.
+        ConfigError: when the output exists, an adapter is given twice, or a merged weight would not be finite.
     """
     import torch
 
@@ -58,6 +59,7 @@ def bake(
     if output.is_dir():
         check_model_alone(output)
     uses = [use_from(given) for given in adapters]
+    check_once(uses)
     loaded = [(load_adapter(path), scale_in_file(path, scale, blocks)) for path, scale, blocks in uses]
     for (path, _, _), (adapter, _) in zip(uses, loaded, strict=True):
         check_draws(adapter, path)

@@ -69,7 +69,7 @@ def opened(config: GenerateConfig, say: Callable[[str], None]) -> Opened:
         raise ConfigError(f"batch_size is {config.batch_size}; it must be at least 1.")
     check_pictures(config)
     check_numbers(config)
-    check_once(config)
+    check_once(config.loras)
     composition(config.compose, **dict(config.compose_options))  # raises also where there is nothing to compose
     check_place(config.output)
     device, precision = place_of(config)

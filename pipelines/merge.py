@@ -10,6 +10,7 @@ from typing import Any
 from visionlora.pipelines.convert import check_output, save_new
 
 from visionlora.config.generate import use_from
+from visionlora.diffusion.uses import check_once
 from visionlora.errors import ConfigError
 from visionlora.loaders import load_adapter
 from visionlora.lora.adapter import Adapter
@@ -37,12 +38,13 @@ def merge(
 
     Raises:
         AdapterFileError: when a source cannot be read or merged, or the result cannot be written.
-        ConfigError: when the output exists, a setting is out of range or a scale not finite.
+        ConfigError: when the output exists, a source is given twice, a setting is out of range or a scale not finite.
     """
     uses = [use_from(source) for source in sources]
     for path, scale, _ in uses:
         if not math.isfinite(scale):
             raise ConfigError(f"The scale of {path} is {scale}; it must be a finite number, such as 0.8.")
+    check_once(uses)
     check_output(output, to, overwrite)
     adapters = [(in_blocks(load_adapter(path), path, blocks), scale) for path, scale, blocks in uses]
     result = merge_adapters(adapters, method, size, options, progress)

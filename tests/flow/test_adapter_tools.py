@@ -296,7 +296,7 @@ def test_words_whose_vectors_lie_beside_are_not_forgotten(with_a_word: Path, tin
 
 @pytest.mark.parametrize(
     "words",
-    [("merge", "{word}", "{word}:0.5"), ("resize", "{word}", "--rank", 1), ("convert", "{word}", "{out}")],
+    [("merge", "{word}:0.5"), ("resize", "{word}", "--rank", 1), ("convert", "{word}", "{out}")],
     ids=lambda words: words[0],
 )
 def test_a_word_beside_the_output_takes_no_others_place(with_a_word: Path, tmp_path: Path, words: tuple) -> None:
@@ -361,7 +361,8 @@ def test_a_model_is_baked_in_either_word_for_its_precision_and_in_silence(
 
 
 def test_bake_and_extract(files: Path, tiny_model: Path, tmp_path: Path) -> None:
-    run("bake", "auto", f"{files / 'dog.safetensors'}:0.7", files / "ink.safetensors", "-o", tmp_path / "baked")
+    told = run("bake", "auto", f"{files / 'dog.safetensors'}:0.7", files / "ink.safetensors", "-o", tmp_path / "baked")
+    assert "A model with 2 adapters in it" in told
     base = open_base(str(tiny_model))
     apply(base, vl.load_adapter(files / "dog.safetensors"), "dog", 0.7)
     apply(base, vl.load_adapter(files / "ink.safetensors"), "ink")
@@ -466,6 +467,10 @@ REFUSALS = {
     "scale that is no number": (["merge", "dog.safetensors:nan", "-o", "x"], "a scale must be a finite number, such as 0.8"),
     "picture of several": (["inspect", ".", "--picture", "x"], "--picture is for one adapter, and several are given"),
     "layers of several": (["inspect", "dog.safetensors", "ink.safetensors", "--modules"], "--modules is for one adapter"),
+    "merged twice": (["merge", "dog.safetensors", "./dog.safetensors:0.3", "-o", "x.safetensors"], "./dog.safetensors is given "
+                     "twice, as dog.safetensors:1 and ./dog.safetensors:0.3: give it once, at the scale that is meant"),
+    "baked twice": (["bake", "auto", "dog.safetensors", "dog.safetensors", "-o", "x"], "is given twice"),
+    "density of a sum": (["merge", "dog.safetensors", "-o", "x.safetensors", "--density", "0.5"], "changes nothing in 'sum'"),
     "dtype": (["bake", "auto", "dog.safetensors", "-o", "x", "--dtype", "float61"], "Did you mean 'float16'?"),
     "dtype as a precision": (["bake", "auto", "dog.safetensors", "-o", "x", "--dtype", "fp61"], "Did you mean 'fp16'?"),
 }  # fmt: skip
@@ -478,7 +483,7 @@ def test_refusals(name: str, files: Path, monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(VisionLoRAError) as caught:
         CliRunner().invoke(app, words, catch_exceptions=False)
     assert message in str(caught.value)
-    assert not (files / "x").exists()
+    assert not list(files.glob("x*"))
 
 
 def test_merge_refuses_scales_that_are_not_finite(tmp_path: Path) -> None:

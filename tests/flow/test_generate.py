@@ -715,7 +715,7 @@ def test_a_file_that_is_given_twice_is_refused(loras: Path, tmp_path: Path) -> N
         vl.generate(vl.GenerateConfig("a dog", loras=[first, (again, 0.3, {"up": 0.5})], output=tmp_path / "out"))
     assert str(caught.value) == (
         f"The adapter {again} is given twice, as {first}:1 and {again}:0.3@up=0.5: give it once, at the scale that is meant, "
-        f"such as --lora {again}:0.3@up=0.5."
+        f"such as {again}:0.3@up=0.5."
     )
     shutil.copy(first, tmp_path / "dog.safetensors")
     two = uses_of("a dog", vl.GenerateConfig("a dog", loras=[first, str(tmp_path / "dog.safetensors")]))

@@ -131,7 +131,8 @@ def bake(
 ) -> None:
     """Write a full model with adapters in its weights: `visionlora bake auto dog.safetensors -o dog-model`."""
     dtype_name(dtype)  # before torch is loaded
+    from visionlora.data.wording import count_of
     from visionlora.pipelines.bake import bake as run
 
     run(model, [parse_lora_use(word) for word in adapters], output, dtype, force, overwrite, typer.echo)
-    typer.echo(f"A model with {len(adapters)} adapters in it: {output}")
+    typer.echo(f"A model with {count_of(len(adapters), 'adapter')} in it: {output}")

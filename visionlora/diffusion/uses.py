@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -41,16 +42,20 @@ def uses_of(prompt: str, config: GenerateConfig) -> list[LoraUse]:
     return [hashed(use) for use in uses.values()]
 
 
-def check_once(config: GenerateConfig) -> None:
-    """Raises ConfigError when a file is given twice: both would act, at the sum of their scales."""
+def check_once(loras: Iterable[tuple[str, float, Mapping[str, float]]]) -> None:
+    """Raises ConfigError when a file is given twice: both would act, at the sum of their scales.
+
+    Args:
+        loras: path, scale and factors by block of each, as in `GenerateConfig.loras`.
+    """
     there: dict[Path, LoraUse] = {}
-    for path, scale, blocks in config.loras:
+    for path, scale, blocks in loras:
         use = LoraUse("", path, scale, blocks)
         before = there.setdefault(weights_file(Path(path).expanduser()).resolve(), use)
         if before is not use:
             raise ConfigError(
                 f"The adapter {path} is given twice, as {before.word()} and {use.word()}: give it once, at the scale that "
-                f"is meant, such as --lora {use.word()}."
+                f"is meant, such as {use.word()}."
             )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from visionlora.errors import AdapterFileError, ConfigError
 from visionlora.lora.adapter import PRODUCT_KINDS, Adapter, AdapterModule, in_one_spelling
-from visionlora.lora.combine import Factors, Options, combination
+from visionlora.lora.combine import Factors, Options, check_options, combination
 from visionlora.lora.functional import decompose, rank_for_energy, truncate
 from visionlora.lora.merge import check_scale
 from visionlora.lora.targets import PACKED
@@ -152,7 +152,7 @@ def merge_adapters(
         progress: called with (modules done, modules).
 
     Raises:
-        ConfigError: when there is no such method, or no adapter, or a scale is not finite.
+        ConfigError: when there is no such method, it does not read an option, there is no adapter, or a scale is not finite.
         AdapterFileError: when a module's ΔW depends on the base model, or shapes differ between adapters.
     """
     if not adapters:
@@ -163,6 +163,7 @@ def merge_adapters(
             raise ConfigError("Give a list of pairs of adapter and scale: [(first, 0.8), (second, 0.5)].")
         check_scale(f"number {k}", scale)
     combine, options, size = combination(method), options or Options(), size or Size()
+    check_options(method, options)
     spelled = in_one_spelling([adapter_of(a) for a, _ in pairs])
     adapters = [(a, scale) for a, (_, scale) in zip(spelled, pairs, strict=True)]
     embeddings = words_of([a for a, _ in adapters])

@@ -306,6 +306,14 @@ MESSAGES = {
     "both": (lambda: Size(rank=2, energy=0.5), "Give a rank or an energy, not both"),
     "rank": (lambda: Size(rank=0), "The rank is 0; it must be at least 1."),
     "energy": (lambda: Size(energy=1.5), "The energy is 1.5; it must be above 0 and at most 1, such as 0.95."),
+    "option": (
+        lambda: merge_adapters([(adapter(0), 1.0)], "sum", options=Options(density=0.5)),
+        "density is 0.5, which changes nothing in 'sum': it is for ties, dare, knots. Leave it out",
+    ),
+    "seed": (
+        lambda: merge_adapters([(adapter(0), 1.0)], "ties", options=Options(seed=1)),
+        "seed is 1, which changes nothing in 'ties': it is for dare.",
+    ),
     "density": (lambda: Options(density=0), "density is 0; it must be above 0 and at most 1."),
     "no size": (lambda: resize_adapter(adapter(0), Size()), "Say how small: a rank, or an energy such as 0.95."),
     "shapes": (

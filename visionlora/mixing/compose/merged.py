@@ -17,12 +17,7 @@ class MergedAdapters(Composition):
     """One adapter in place of all; its scale is 1, theirs are in it."""
 
     method: ClassVar[str]
-
-    def __init__(self, density: float = 1.0) -> None:
-        density = plain(density)
-        if not is_number(density):
-            raise ConfigError(f"density is {density!r}; it must be a number above 0 and at most 1.")
-        self.options = Options(density)
+    options = Options()
 
     def prepare(self, adapters: Mapping[str, Adapter], scales: Mapping[str, float]) -> dict[str, Adapter]:
         """Merged under a name that is none of theirs, as their scales are in it."""
@@ -40,6 +35,12 @@ class Knots(MergedAdapters):
     """
 
     method = "knots"
+
+    def __init__(self, density: float = 1.0) -> None:
+        density = plain(density)
+        if not is_number(density):
+            raise ConfigError(f"density is {density!r}; it must be a number above 0 and at most 1.")
+        self.options = Options(density)
 
 
 class IsoC(MergedAdapters):
