@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -70,6 +71,32 @@ def test_inspect_one_file(files: Path, tmp_path: Path) -> None:
     assert sum(n**2 for n in found["blocks"].values()) == pytest.approx(
         sum(float(d.norm()) ** 2 for d in deltas.values()), rel=1e-4
     )
+
+
+def test_inspect_says_how_it_was_trained(files: Path, tmp_path: Path) -> None:
+    adapter = vl.load_adapter(files / "dog.safetensors")
+    foreign = {
+        "ss_steps": "1500", "ss_num_train_images": "200", "ss_learning_rate": "0.0001", "ss_clip_skip": "None",
+        "ss_resolution": "(512, 768)", "ss_optimizer": "bitsandbytes.optim.adamw.AdamW8bit(weight_decay=0.1)",
+        "ss_sd_model_name": "anime.safetensors", "ss_dataset_dirs": '{"10_sks dog": {"n_repeats": 10, "img_count": 20}}',
+        "ss_tag_frequency": '{"10_sks dog": {"sks dog": 20, "red collar": 7}}', "ss_training_comment": "line\nline",
+    }  # fmt: skip
+    vl.save_adapter(replace(adapter, info={}, metadata=foreign), tmp_path / "k.safetensors", "kohya")
+    text = run("inspect", tmp_path / "k.safetensors")
+    trained = (
+        "pictures 20, steps 1500, resolution 512x768, learning_rate 0.0001, optimizer AdamW8bit, model anime.safetensors, "
+        r"comment line\\nline"
+    )
+    assert re.search(rf"^trained  {trained}$", text, re.M), text
+    assert re.search("^tags     in so many captions: sks dog 20, red collar 7$", text, re.M)
+    run("merge", f"{files / 'dog.safetensors'}:0.5", files / "ink.safetensors", "-o", tmp_path / "m.safetensors")
+    assert "trained  merged sum at 0.5 and 1" in run("inspect", tmp_path / "m.safetensors")
+    head = Adapter({"model.head.bias": AdapterModule("full", {"value": torch.ones(2)}, 1.0)},
+                   {"classifier": {"classes": ["cat", "dog"]}})  # fmt: skip
+    vl.save_adapter(head, tmp_path / "c.safetensors")
+    assert "classes  2: cat, dog" in run("inspect", tmp_path / "c.safetensors")
+    found = json.loads(run("inspect", tmp_path / "c.safetensors", "--json"))["history"]
+    assert found == {"trained": {}, "tags": {}, "classes": ["cat", "dog"]}
 
 
 def test_inspect_what_has_no_layers_or_no_one_change(files: Path, tiny_model: Path, tmp_path: Path) -> None:

@@ -41,6 +41,7 @@ def test_a_family_trains_draws_and_loads_in_diffusers(
         told = file.metadata()
     assert told["modelspec.prediction_type"] == prediction and told["ss_base_model_version"] == version
     assert told["modelspec.trigger_phrase"] == "<it>"
+    assert json.loads(told["ss_tag_frequency"]) == {"dog": {"a <it> dog": 2}}
     assert (
         "diffusers alone draws otherwise: it does not read the word <it>" in (tmp_path / "r" / "README.md").read_text()
     )

@@ -13,6 +13,9 @@ from visionlora.atomic import check_picture
 from visionlora.cli.options import Overwrite
 from visionlora.errors import AdapterFileError, ConfigError
 
+LONG = 200
+"""Letters of a comment that are shown."""
+
 if TYPE_CHECKING:
     from visionlora.formats.inspection import Inspection, Summary
 
@@ -27,7 +30,7 @@ def command(
     overwrite: Overwrite = False,
     modules: Annotated[bool, typer.Option("--modules", help="List every adapted layer.")] = False,
 ) -> None:
-    """Show format, base, method, ranks, norms, trigger words, hashes and health: `visionlora inspect dog.safetensors`."""
+    """Show format, base, method, ranks, norms, training, tags, hashes and health: `visionlora inspect dog.safetensors`."""
     from visionlora.formats import peft
     from visionlora.formats.inspection import adapter_files, inspect_file, summarise
     from visionlora.formats.read import FOLDER_FILES
@@ -101,9 +104,12 @@ def table(found: list[Summary]) -> None:
 
 def page(seen: Inspection, modules: bool) -> None:
     """Everything about one file."""
+    from visionlora.data.images import printable
+    from visionlora.data.wording import first_names
     from visionlora.report.norms import bar
 
-    s = seen.summary
+    s, history = seen.summary, seen.history
+    tags = [f"{tag} {count}" for tag, count in history.tags.items()]
     lines = [
         ("file", f"{s.path}  ({s.size / 1e6:.2f} MB, {s.parameters:,} values)"),
         ("format", s.format),
@@ -115,6 +121,9 @@ def page(seen: Inspection, modules: bool) -> None:
         ("values", ", ".join(dict.fromkeys(m.dtype for m in seen.modules))),
         ("trigger", s.trigger),
         ("tokens", ", ".join(f"{t} {shape}" for t, shape in seen.embeddings.items())),
+        ("classes", f"{len(history.classes)}: {first_names(history.classes)}" if history.classes else ""),
+        ("trained", ", ".join(printable(f"{word} {value[:LONG]}") for word, value in history.trained.items())),
+        ("tags", f"in so many captions: {first_names(tags)}" if tags else ""),
         *seen.hashes.items(),
     ]
     for name, text in lines:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import random
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
 _PARTS = re.compile(r"\\[{|}]|[{|}]|[^\\{|}]+|\\")
@@ -89,6 +90,18 @@ def whole_caption(caption: str) -> str:
     """
     (whole,) = caption_variants(caption, shuffle_tags=False, keep_tags=1, tag_dropout=0.0, count=1, seed=0)
     return whole
+
+
+def tag_counts(captions: Iterable[str]) -> dict[str, int]:
+    """In how many captions each tag is, the most frequent first; what is between commas is one, also in a sentence.
+
+    >>> tag_counts(["sks dog, red", "sks dog", "a cat,  sks dog, a cat"])
+    {'sks dog': 3, 'a cat': 1, 'red': 1}
+    """
+    found: Counter[str] = Counter()
+    for caption in captions:
+        found.update({tag for part in whole_caption(caption).split(",") if (tag := " ".join(part.split()))})
+    return dict(sorted(found.items(), key=lambda pair: (-pair[1], pair[0])))
 
 
 def one_of(captions: Sequence[str]) -> str:

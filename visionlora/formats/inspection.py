@@ -19,6 +19,7 @@ from visionlora.errors import AdapterFileError
 from visionlora.formats import peft
 from visionlora.formats.container import PEFT_CONFIG, Header, file_hashes, is_pickle, read_header
 from visionlora.formats.families import family_of
+from visionlora.formats.history import History, history_of
 from visionlora.formats.names import locate_all
 from visionlora.formats.parts import split_key
 from visionlora.formats.read import FOLDER_FILES, format_of, read
@@ -106,6 +107,7 @@ class Inspection:
     health: tuple[str, ...]
     """What looks wrong, one sentence each."""
     hashes: Mapping[str, str]
+    history: History
     metadata: Mapping[str, str]
 
     def to_dict(self) -> dict[str, Any]:
@@ -322,6 +324,7 @@ def inspect_file(path: str | Path, base: torch.nn.Module | None = None) -> Inspe
         misfits,
         tuple(health(adapter, modules, misfits)),
         file_hashes(file),
+        history_of(adapter),
         {k: v for k, v in adapter.metadata.items() if k not in hidden},
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
@@ -13,7 +14,7 @@ from visionlora.config import TrainSDConfig
 from visionlora.config.choices import WHOLE
 from visionlora.data.folder import ImageFolder, ImageItem
 from visionlora.data.learned import Learned, history
-from visionlora.data.tags import whole_caption
+from visionlora.data.tags import tag_counts, whole_caption
 from visionlora.diffusion.encode import Encoded
 from visionlora.diffusion.prompts import too_long
 from visionlora.diffusion.validation import Evaluation
@@ -31,6 +32,9 @@ from visionlora.report.runfolder import RunFolder
 from visionlora.report.samples import SampleSheet
 from visionlora.training.loop import LoopConfig, Progress, process_state, recent_loss
 from visionlora.training.settings import adapter_config
+
+MOST_TAGS = 100
+"""That an adapter names."""
 
 
 def ranks_of(config: TrainSDConfig, handle: Handle) -> str:
@@ -115,6 +119,15 @@ def trigger(folder: ImageFolder) -> str | None:
     return whole_caption(captions.pop()) if len(captions) == 1 else None
 
 
+def shared_tags(folder: ImageFolder) -> dict[str, int]:
+    """The most frequent tags, by which other programs find the words that call an adapter.
+
+    Those of one picture alone are left out: they call nothing, and what a caption says of one is not for every reader.
+    """
+    counts = tag_counts(item.caption for item in folder.items)
+    return {tag: count for tag, count in list(counts.items())[:MOST_TAGS] if count > 1}
+
+
 def public_metadata(
     config: TrainSDConfig, adapter: AdapterConfig, loop: LoopConfig, base: BaseModel, folder: ImageFolder, size: int,
     step: int, started: float,
@@ -148,6 +161,7 @@ def public_metadata(
         **({"ss_zero_terminal_snr": "True"} if config.zero_terminal_snr else {}),
         **({} if config.windows == 1 else {"ss_max_token_length": str(config.max_token_length)}),
         **({"modelspec.trigger_phrase": word} if (word := config.token or trigger(folder)) else {}),
+        **({"ss_tag_frequency": json.dumps({config.title: tags})} if (tags := shared_tags(folder)) else {}),
     }
 
 

@@ -11,16 +11,25 @@ import torch
 from visionlora.data.folder import ImageFolder, ImageItem
 from visionlora.lora.adapter import Adapter, AdapterModule
 from visionlora.models.base import EMBEDDED, BaseModel
-from visionlora.report.sd_run import pictures_per_step, trigger, usage
+from visionlora.report.sd_run import pictures_per_step, shared_tags, trigger, usage
 from visionlora.training.loop import LoopConfig
+
+
+def folder(*captions: str) -> ImageFolder:
+    return ImageFolder(Path(), tuple(ImageItem(Path(str(k)), c, "") for k, c in enumerate(captions)), (), "")
+
+
+def test_tags_that_pictures_share_are_told() -> None:
+    told = shared_tags(folder("sks dog, at the beach with Ann", "sks dog, {red|red}", "red,  sks  dog, red"))
+    assert told == {"sks dog": 3, "red": 2}
+    assert len(shared_tags(folder(*[", ".join(map(str, range(300)))] * 2))) == 100
 
 
 def test_the_trigger_is_a_caption_that_was_learned() -> None:
     """And not the braces around several: nobody could draw with these."""
 
     def said(*captions: str) -> str | None:
-        items = tuple(ImageItem(Path(str(k)), caption, "") for k, caption in enumerate(captions))
-        return trigger(ImageFolder(Path(), items, (), ""))
+        return trigger(folder(*captions))
 
     assert said("a {red|blue} dog", "a {red|blue} dog") in ("a red dog", "a blue dog")
     assert [said("sks dog, sitting"), said(r"\{x\}"), said("a", "b")] == ["sks dog, sitting", "{x}", None]
