@@ -15,7 +15,8 @@ from PIL import Image
 from visionlora.pipelines import drawing
 
 import visionlora as vl
-from visionlora.diffusion.axes import Axis, cell_of, parse_axis
+from visionlora.cli import grid as command
+from visionlora.diffusion.axes import NUMBERS, WORDS, Axis, cell_of, parse_axis
 from visionlora.diffusion.recipe import Recipe, read_recipe
 from visionlora.errors import ConfigError
 
@@ -229,6 +230,10 @@ def test_the_steps_of_a_training_as_an_axis(loras: Path, tiny_model: Path, tmp_p
 )
 def test_axes_are_typed(word: str, axis: Axis) -> None:
     assert parse_axis(word) == axis
+
+
+def test_help_names_every_axis() -> None:
+    assert {*NUMBERS, *WORDS} <= set(re.findall(r"\w+", command.NAMES))
 
 
 def test_nothing_has_a_label_too() -> None:
