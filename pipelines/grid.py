@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,9 +18,9 @@ from visionlora.pipelines.generate import lacking, loaded, make_fit, opened, pla
 from visionlora.atomic import replace_file
 from visionlora.config import GenerateConfig, parse_composition
 from visionlora.config.generate import one_or_more
-from visionlora.diffusion.axes import Axis, axis_from, sheets_of
+from visionlora.diffusion.axes import OPENED, Axis, axis_from, sheets_of
 from visionlora.diffusion.given import PICTURES, shape_of, sized
-from visionlora.diffusion.recipe import Recipe, take_tags
+from visionlora.diffusion.recipe import LoraUse, Recipe, take_tags
 from visionlora.diffusion.uses import uses_of
 from visionlora.errors import ConfigError
 from visionlora.mixing.compose import composition
@@ -78,18 +79,17 @@ def grid(
     start = first_of(config, axes)
     check_axes(start, axes)
     start = replace(start, prompts=list(config.prompts) or prompts[:1], num_images=1, output=config.output / "cells")
-    bases = every_base(start, axes, say)
     tags = {p: [use for use in uses_of(p, config) if use.name in dict(take_tags(p)[1])] for p in prompts}
     # The tags of a prompt on an axis act in its own cells alone.
     first = "" if prompts else start.prompts[0]
     plans = [(first, uses_of(first, start))]
-    starts = {model: recipes_of(start, ready, plans)[0] for model, ready in bases.items()}
+    starts, bases = every_base(start, axes, plans, say)
     sheets = sheets_of(starts, across, down, more, tags)
     cells = [r for sheet in sheets for row in sheet.recipes for r in row]
     # Drawn in an order in which models and adapters change as seldom as can be.
     order: list[int] = []
-    for ready in bases.values():
-        own = [k for k, r in enumerate(cells) if r.model == ready.base.id]
+    for which, ready in bases.items():
+        own = [k for k, r in enumerate(cells) if base_of(r) == which]
         fitting = fitted([cells[k] for k in own], ready, start, say, {a.name for a in axes})
         for k, r in zip(own, fitting, strict=True):
             cells[k] = r
@@ -119,22 +119,42 @@ def grid(
     return GridResult(page, tuple(paths), tuple(drawn))
 
 
-def every_base(start: GenerateConfig, axes: Sequence[Axis], say: Callable[[str], None]) -> dict[str, Opened]:
-    """What to draw with, by value of the axis `model`; where there is none, the model of the settings.
+def every_base(
+    start: GenerateConfig, axes: Sequence[Axis], plans: Sequence[tuple[str, list[LoraUse]]], say: Callable[[str], None]
+) -> tuple[dict[tuple[Any, ...], Recipe], dict[tuple[str, str], Opened]]:
+    """Base models in each precision, as axes have them or else the settings.
+
+    Args:
+        start: the settings.
+        axes: of the grid.
+        plans: the prompt that the other axes change, with its adapters.
+        say: told what is used.
+
+    Returns:
+        The recipes to change, as `visionlora.diffusion.axes.Bases`, and what to draw with by `base_of` a recipe.
 
     Raises:
         ConfigError, AdapterFileError, ModelError, RunFolderError: see `visionlora.pipelines.generate.generate`.
     """
-    models = next((a.values for a in axes if a.name == "model"), None)
-    if models is None:
-        return {start.model: opened(start, say)}
-    found: dict[str, Opened] = {}
-    for model in models:
-        ready = opened(replace(start, model=model), say)
-        if before := next((m for m, other in found.items() if other.base.id == ready.base.id), None):
-            raise ConfigError(f"Axis 'model' has {before!r} and {model!r}, which are one: leave one of them out.")
-        found[model] = moved(ready, "cpu")  # a GPU may not hold them all
-    return found
+    chosen = [axis for name in OPENED for axis in axes if axis.name == name]
+    starts: dict[tuple[Any, ...], Recipe] = {}
+    bases: dict[tuple[str, str], Opened] = {}
+    for values in itertools.product(*(axis.values for axis in chosen)):
+        own: dict[str, Any] = {axis.name: value for axis, value in zip(chosen, values, strict=True)}
+        config = replace(start, **own)
+        ready = opened(config, say)
+        (recipe,) = recipes_of(config, ready, plans)
+        if before := next((v for v, r in starts.items() if base_of(r) == base_of(recipe)), None):
+            axis, one, other = next(c for c in zip(chosen, before, values, strict=True) if c[1] != c[2])
+            raise ConfigError(f"Axis {axis.name!r} has {one!r} and {other!r}, which are one: leave one of them out.")
+        # A GPU may not hold them all.
+        starts[values], bases[base_of(recipe)] = recipe, moved(ready, "cpu") if chosen else ready
+    return starts, bases
+
+
+def base_of(recipe: Recipe) -> tuple[str, str]:
+    """Which base model draws a recipe, in which precision."""
+    return recipe.model, recipe.precision
 
 
 def fitted(
@@ -181,14 +201,14 @@ def in_their_shapes(
 
 
 def drawn_by_base(
-    recipes: Sequence[Recipe], bases: Mapping[str, Opened], config: GenerateConfig, say: Callable[[str], None],
+    recipes: Sequence[Recipe], bases: Mapping[tuple[str, str], Opened], config: GenerateConfig, say: Callable[[str], None],
     progress: Progress, share: slice,
 ) -> list[Drawn]:  # fmt: skip
     """The share of this process; the recipes of a base model follow each other."""
     device, _ = place_of(config)
     total, found = len(recipes[share]), list[Drawn]()
-    for ready in bases.values():
-        own = [k for k in range(len(recipes))[share] if recipes[k].model == ready.base.id]
+    for which, ready in bases.items():
+        own = [k for k in range(len(recipes))[share] if base_of(recipes[k]) == which]
         if not own:  # in the share of another process
             continue
         moved(ready, device)
@@ -214,7 +234,7 @@ def first_of(config: GenerateConfig, axes: Sequence[Axis]) -> GenerateConfig:
     """
     firsts: dict[str, Any] = {}
     for axis in axes:
-        if axis.name in ("model", *PICTURES):
+        if axis.name in (*OPENED, *PICTURES):
             if (given := getattr(config, axis.name)) != getattr(GenerateConfig, axis.name):
                 raise ConfigError(
                     f"--{axis.name.replace('_', '-')} {given} and an axis {axis.name!r} do not go together: leave one of them "

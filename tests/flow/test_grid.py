@@ -138,6 +138,38 @@ def test_base_models_as_an_axis(tiny_model: Path, tmp_path: Path) -> None:
             run("grid", *words, *refused, "--output", tmp_path / "none")
 
 
+def test_precisions_as_an_axis(tiny_model: Path, tmp_path: Path) -> None:
+    loras = save_loras(tiny_model, tmp_path / "loras")
+    words = (
+        "--model",
+        tiny_model,
+        *COMMON,
+        "--prompt",
+        "a dog",
+        "--lora",
+        f"{loras}/dog.safetensors",
+        "--batch-size",
+        1,
+    )
+    axes = ("--x", "precision=fp32,bf16", "--y", "lora:dog.scale=0,1")
+    run("grid", *words, *axes, "--output", tmp_path / "out")
+    cells = {p: read_recipe(p) for p in (tmp_path / "out" / "cells").iterdir()}
+    assert {(r.precision, r.loras[0].scale) for r in cells.values()} == {
+        ("fp32", 0), ("fp32", 1), ("bf16", 0), ("bf16", 1)
+    }  # fmt: skip
+    for path, recipe in cells.items():
+        run(*shlex.split(recipe.command(str(tmp_path / "alone")))[1:])
+        assert (tmp_path / "alone" / path.name).read_bytes() == path.read_bytes()
+    run("grid", *words, "--precision", "bf16", "--x", "seed=1,2", "--output", tmp_path / "half")
+    assert "precision bf16" in re.findall("<p>(.*?)</p>", (tmp_path / "half" / "index.html").read_text())[0]
+    for refused, said in (
+        (("--x", "precision=auto,fp32"), "Axis 'precision' has 'auto' and 'fp32', which are one"),
+        (("--x", "precision=fp32,bf17"), "precision is 'bf17'. Did you mean 'bf16'?"),
+    ):
+        with pytest.raises(vl.VisionLoRAError, match=said):
+            run("grid", *words, *refused, "--output", tmp_path / "none")
+
+
 def test_pictures_to_start_from_as_an_axis(tiny_model: Path, tmp_path: Path) -> None:
     """Each cell has the shape of its own picture, and is what its own command draws."""
     for name, size in (("wide", (96, 32)), ("high", (32, 64)), ("sub/wide", (64, 64))):
@@ -269,7 +301,7 @@ def test_axes_from_python_that_cannot_be(name: str, values: tuple, text: str) ->
 
 def test_steps_and_strength_of_a_cell_are_set_together() -> None:
     start = Recipe("a", "m", 8, 8, init_image="a.png")
-    cell = cell_of({"m": start}, [(Axis("strength", (0.02,)), 0.02), (Axis("steps", (50,)), 50)], None)
+    cell = cell_of({(): start}, [(Axis("strength", (0.02,)), 0.02), (Axis("steps", (50,)), 50)], None)
     assert (cell.steps, cell.strength) == (50, 0.02)
 
 

@@ -39,8 +39,8 @@ from visionlora.cli.generate import (
 AXIS = "name=value,value… such as seed=1..4, lora:dog.scale=0,0.5,1, prompt=a dog|a cat, compose=sum,switch"
 NAMES = (
     "Names: prompt, negative_prompt, seed, steps, guidance_scale, scheduler, width, height, clip_skip, compose, model, "
-    "init_image, strength, mask, control, control_scale; step (of a training run); lora:NAME.scale, .file, .step, or a block "
-    "such as .up"
+    "precision, init_image, strength, mask, control, control_scale; step (of a training run); lora:NAME.scale, .file, .step, "
+    "or a block such as .up"
 )
 
 

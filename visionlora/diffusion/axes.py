@@ -24,10 +24,12 @@ NUMBERS: dict[str, type] = {
     "seed": int, "steps": int, "step": int, "width": int, "height": int, "guidance_scale": float, "strength": float,
     "control_scale": float, "clip_skip": int,
 }  # fmt: skip
-WORDS = ("prompt", "negative_prompt", "scheduler", "compose", "model", *PICTURES)
+OPENED = ("model", "precision")
+"""Axes whose values need the base model opened anew."""
+WORDS = ("prompt", "negative_prompt", "scheduler", "compose", *OPENED, *PICTURES)
 TEXTS = ("prompt", "negative_prompt")
 """Axes whose values have commas: a bar alone parts them."""
-PLAIN = {*NUMBERS, *WORDS} - {"step", "prompt", "compose", "model", *PICTURES}
+PLAIN = {*NUMBERS, *WORDS} - {"step", "prompt", "compose", *OPENED, *PICTURES}
 """Axes that are fields of a recipe."""
 LORA = re.compile(r"lora:(?P<name>.+)\.(?P<what>[a-z_0-9]+)")
 """An axis of an adapter; of one that is there what follows its name counts, dots and all."""
@@ -50,8 +52,8 @@ class Axis:
     name: str
     """`step` (of the training run that is the only adapter, as its checkpoints have it), `prompt`, `negative_prompt`, `seed`,
     `steps`, `guidance_scale`, `scheduler`, `compose`, `strength`, `control_scale`, `clip_skip`, `width`, `height`, `model`,
-    `init_image`, `mask`, `control` (files of pictures); `lora:NAME.scale`, `lora:NAME.BLOCK` (a factor of one block),
-    `lora:NAME.file` (other files in its place) or `lora:NAME.step`."""
+    `precision`, `init_image`, `mask`, `control` (files of pictures); `lora:NAME.scale`, `lora:NAME.BLOCK` (a factor of one
+    block), `lora:NAME.file` (other files in its place) or `lora:NAME.step`."""
     values: Sequence[Any]
     """One by itself, or several; kept as a tuple."""
 
@@ -173,8 +175,8 @@ def axis_from(given: Axis | str) -> Axis:
 
 Tags = Mapping[str, Sequence[LoraUse]]
 """By prompt: the adapters that its tags name, at the tags' scales."""
-Bases = Mapping[str, Recipe]
-"""By base model: the recipe that the other axes change."""
+Bases = Mapping[tuple[Any, ...], Recipe]
+"""By the values of the axes that need the model opened anew, as `OPENED` has them: the recipe that the other axes change."""
 
 
 def changed(recipe: Recipe, axis: Axis, value: Any, tags: Tags | None = None) -> Recipe:
@@ -276,7 +278,7 @@ def sheets_of(bases: Bases, x: Axis, y: Axis | None, others: Sequence[Axis], tag
     """All sheets, one for each combination of the other axes.
 
     Args:
-        bases: of each value of the axis `model`, or one where there is no such axis.
+        bases: what the other axes change.
         x: across.
         y: down.
         others: one sheet for each combination of theirs.
@@ -312,9 +314,9 @@ def sheets_of(bases: Bases, x: Axis, y: Axis | None, others: Sequence[Axis], tag
 
 def cell_of(bases: Bases, settings: Sequence[tuple[Axis, Any]], tags: Tags | None) -> Recipe:
     """The recipe of one cell. The prompt comes first, as its tags may bring the adapters of other axes."""
-    model = next((value for axis, value in settings if axis.name == "model"), next(iter(bases)))
-    base = bases[model]
-    settings = [(axis, value) for axis, value in settings if axis.name != "model"]
+    anew = {axis.name: value for axis, value in settings if axis.name in OPENED}
+    base = bases[tuple(anew[name] for name in OPENED if name in anew)]
+    settings = [(axis, value) for axis, value in settings if axis.name not in OPENED]
     plain = {axis.name: value for axis, value in settings if axis.name in PLAIN}
     base = replace(base, **plain)  # at once: steps and strength may suit each other alone
     for axis, value in sorted(settings, key=lambda pair: pair[0].name != "prompt"):

@@ -56,6 +56,7 @@ def caption_of(loras: Sequence[LoraUse], cells: Sequence[Recipe], axes: Sequence
         "steps": recipe.steps, "guidance_scale": f"{recipe.guidance_scale:g}", "scheduler": recipe.scheduler,
         "width": recipe.width, "height": recipe.height,
         "clip_skip": "" if recipe.clip_skip == 1 else recipe.clip_skip,
+        "precision": "" if recipe.precision == "fp32" else recipe.precision,
         "init_image": Path(recipe.init_image).name,
         "strength": f"{recipe.strength:g}" if recipe.init_image else "",
         "mask": Path(recipe.mask).name,
