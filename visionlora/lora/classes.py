@@ -12,11 +12,22 @@ TORCHS_ROOM = "torch.nn."
 ADAPTED_CLASSES: dict[tuple[type[nn.Module], type[nn.Module]], type[nn.Module]] = {}
 
 
+class OnTheFly(type):
+    """Of such subclasses: PEFT makes the factors of a convolution with the class of the layer, and means the plain one."""
+
+    base_class: type[nn.Module]
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> nn.Module:
+        """A new layer."""
+        return cls.base_class(*args, **kwargs)
+
+
 def adapted_class(base: type[nn.Module], mixin: type[nn.Module]) -> type[nn.Module]:
     """The subclass of `base` with `mixin`; one per pair, so that compiled code is shared."""
     if (base, mixin) not in ADAPTED_CLASSES:
         body = {"__module__": base.__module__, "base_class": base, "__reduce_ex__": _reduce}
-        ADAPTED_CLASSES[base, mixin] = type(f"{mixin.__name__}{base.__name__}", (mixin, base), body)
+        kind: Any = OnTheFly if type(base) in (type, OnTheFly) else type(base)
+        ADAPTED_CLASSES[base, mixin] = kind(f"{mixin.__name__}{base.__name__}", (mixin, base), body)
     return ADAPTED_CLASSES[base, mixin]
 
 

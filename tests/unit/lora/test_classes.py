@@ -39,6 +39,13 @@ def test_layers_with_a_forward_of_their_own_are_told_apart() -> None:
     assert forward_of_its_own(hooked).startswith("has a forward put on it, as offloading by layers does")
 
 
+def test_a_layer_made_of_the_class_of_another_is_plain() -> None:
+    layer = nn.Conv2d(2, 2, 1)
+    layer.__class__ = adapted_class(adapted_class(nn.Conv2d, HeavyByMatmul), AdaptedConv)
+    assert type(type(layer)(3, 4, kernel_size=1, bias=False)) is nn.Conv2d
+    assert type(pickle.loads(pickle.dumps(layer))) is type(layer)
+
+
 def test_a_frozen_neighbour_keeps_its_own_forward() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), Standardised(4, 4, 3), nn.Flatten(), Doubled(16, 2))

@@ -9,7 +9,7 @@ from PIL import Image
 import visionlora as vl
 from visionlora.models.base import open_base
 
-from .test_mix import adapter
+from .test_mix import adapter, bits, run
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 PICTURE = Image.effect_noise((32, 32), 60).convert("RGB")
@@ -96,3 +96,22 @@ def test_every_mode_draws_the_same_and_comes_off(kind: str, tiny_model: Path) ->
     assert drawn().shape == plain.shape
     mix.detach()
     assert torch.equal(drawn(), plain)
+
+
+@pytest.mark.parametrize("mode", ["merged", "stacked", "batched"])
+def test_an_adapter_that_diffusers_loads_acts_beside_a_mix(tiny_model: Path, tmp_path: Path, mode: str) -> None:
+    """PEFT makes its factors of a convolution with the class of the layer, which was ours."""
+    pipe = open_base(str(tiny_model)).pipe
+    made = {name: adapter(pipe, seed, ("lora",)) for seed, name in enumerate("abc")}
+    vl.save_adapter(made["c"], tmp_path / "c.safetensors", "diffusers")
+    before, mix = bits(pipe), vl.attach(pipe, made, scales={"a": 0.3, "b": 0.2, "c": 0.1})
+    wanted = run(pipe)
+    mix.detach()
+    mix = vl.attach(pipe, {n: made[n] for n in "ab"}, scales={"a": 0.3, "b": 0.2}, mode=mode)
+    pipe.load_lora_weights(tmp_path, weight_name="c.safetensors", adapter_name="c")
+    pipe.set_adapters("c", 0.1)
+    torch.testing.assert_close(run(pipe), wanted, rtol=1e-3, atol=2e-4)
+    mix.set_scales(0.0)
+    pipe.unload_lora_weights()
+    mix.detach()
+    assert all(torch.equal(before[n], now) for n, now in bits(pipe).items())
