@@ -293,11 +293,7 @@ def fit(
 
 def misfits(model: nn.Module, component: str, skipped: Sequence[tuple[str, str]], total: int) -> TargetError:
     """What an adapter gets that does not fit a model, or not all of it."""
-    if any(n.endswith(".base_layer") for n, _ in model.named_modules()):
-        return TargetError(
-            f"PEFT adapters are loaded on this {type(model).__name__}, whose layers have other names while they are: call "
-            "pipe.unload_lora_weights() first, and attach their file here beside this one if both are wanted."
-        )
+    check_bare(model)
     path, why = skipped[0]
     kind = type(model).__name__
     if why.startswith(f"{kind} has no layer"):
@@ -307,6 +303,15 @@ def misfits(model: nn.Module, component: str, skipped: Sequence[tuple[str, str]]
         why += f" So it is with {len(skipped)} of its {total} modules ({more})."
     hint = "" if len(skipped) == total else " Nothing was loaded; allow_partial=True (--allow-partial) takes what fits."
     return TargetError(f"{why} It was made for another base model.{hint}")
+
+
+def check_bare(model: nn.Module) -> None:
+    """Raises TargetError when PEFT has put its own adapters around the layers of a model."""
+    if any(n.endswith(".base_layer") for n, _ in model.named_modules()):
+        raise TargetError(
+            f"PEFT adapters are loaded on this {type(model).__name__}, whose layers have other names while they are: call "
+            "pipe.unload_lora_weights() first, and attach their file here beside this one if both are wanted."
+        )
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from visionlora.lora.adapter import Adapter
 from visionlora.lora.classes import is_hooked
 from visionlora.lora.guards import allow_saving, refuse_saving
 from visionlora.lora.handle import Handle
-from visionlora.lora.inject import IN_PLACE, inner_names
+from visionlora.lora.inject import IN_PLACE, check_bare, inner_names
 from visionlora.lora.inject import attach as attach_one
 from visionlora.lora.merge import merge_together, reads_fused, unmerge_together
 from visionlora.lora.names import resolve_names
@@ -80,6 +80,12 @@ class Attached:
             for handle in self.all_handles:
                 handle.check_free()
 
+    def check_bare(self) -> None:
+        """Raises TargetError when what is taken off could not be put on again, as others have adapters around the layers."""
+        for part in self.parts.values():
+            if mix_on(part) is self.mix:
+                check_bare(part)
+
     def clear(self) -> None:
         """Takes everything off."""
         self.unmerge()
@@ -120,6 +126,8 @@ class Attached:
         layered = layered or any(m.kind in IN_PLACE for n in fresh for m in wanted[n].modules.values())
         if not stays or [n for n in wanted if n in stays] != stays or words or layered:
             return None
+        if fresh:
+            self.check_bare()
         for name in [n for n in self._called if n not in stays]:
             self._take_off(name)
         for name in fresh:

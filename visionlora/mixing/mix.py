@@ -255,6 +255,8 @@ class Mix:
 
     def _rebuild(self, prepared: Mapping[str, Adapter] | None = None) -> None:
         """Attaches the adapters as the composition wants them, which may be known already: it can take its time over it."""
+        if self.members:
+            self.attached.check_bare()
         self._clear()
         if not self.members:
             return

@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 import visionlora as vl
+from visionlora.errors import TargetError
 from visionlora.models.base import open_base
 
 from .test_mix import adapter, bits, run
@@ -111,6 +112,17 @@ def test_an_adapter_that_diffusers_loads_acts_beside_a_mix(tiny_model: Path, tmp
     pipe.load_lora_weights(tmp_path, weight_name="c.safetensors", adapter_name="c")
     pipe.set_adapters("c", 0.1)
     torch.testing.assert_close(run(pipe), wanted, rtol=1e-3, atol=2e-4)
+    now = run(pipe)
+    for change in (
+        lambda: mix.add("d", made["c"]),
+        lambda: mix.replace("a", made["c"]),
+        lambda: mix.set_composition("balanced"),
+    ):
+        with pytest.raises(
+            TargetError, match=r"PEFT adapters are loaded on this .*call pipe\.unload_lora_weights\(\) first"
+        ):
+            change()
+        assert mix.names == ["a", "b"] and torch.equal(run(pipe), now), "they could not be put on again"
     mix.set_scales(0.0)
     pipe.unload_lora_weights()
     mix.detach()
