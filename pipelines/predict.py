@@ -26,9 +26,8 @@ from visionlora.data.wording import (
     beside_pictures,
     count_of,
     first_names,
-    linked_folders,
     no_pictures,
-    other_pictures,
+    not_entered,
 )
 from visionlora.errors import ConfigError, DataError, nearest
 from visionlora.models.devices import process_of
@@ -256,7 +255,7 @@ def pictures_in(
                 given.notes += beside_pictures([str(place / name) for name in shards])
             given.pictures += [(printable(place / name), place / name) for name in listing.pictures]
             given.problems += [f"{printable(place)}: {line}" for line in listing.problems]
-            given.notes += [f"{printable(place)}: {line}" for line in linked_folders(listing) + other_pictures(listing)]
+            given.notes += [f"{printable(place)}: {line}" for line in not_entered(listing)]
             if not listing.pictures and not shards:
                 empty.append(no_pictures(place, listing, "holds no pictures."))
         elif place.suffix.lower() in TABLE_SUFFIXES and place.is_file():

@@ -39,10 +39,9 @@ from visionlora.data.wording import (
     count_of,
     first_names,
     left_out,
-    linked_folders,
     missing,
     no_pictures,
-    other_pictures,
+    not_entered,
     problem_report,
     quoted,
     remedy,
@@ -142,7 +141,7 @@ def _from_folder(root: Path, wanted: Wanted, progress: Callable[[int, int], None
     found.skippable[:0] = listing.problems
     if listing.pictures:
         found.notes += beside_pictures(shards)
-    found.notes += linked_folders(listing) + other_pictures(listing)
+    found.notes += not_entered(listing)
     return found
 
 
@@ -189,8 +188,9 @@ def _from_class_folders(root: Path, listing: Listing, unlabelled: dict[str, list
             found.rows.append(Row(name, (parts[-2],), splits.get(parts[0]) if splits else None))
     if not found.rows:
         raise DataError(_no_class_folders(root, strays, listing, unlabelled))
+    of_runs = {PurePosixPath(run).parent.as_posix() for run in listing.runs}
     for folder in listing.folders:
-        if folder.count("/") == depth - 1 and (depth == 1 or split_of(top_of(folder))):
+        if folder not in of_runs and folder.count("/") == depth - 1 and (depth == 1 or split_of(top_of(folder))):
             found.classes[folder.rsplit("/", 1)[-1]] = None
     if undecoded := [name for name in found.classes if not is_utf8(name)]:
         raise DataError(

@@ -17,6 +17,9 @@ from visionlora.data.images import IMAGE_SUFFIXES, printable
 OTHER_SUFFIXES = (".arw", ".cr2", ".cr3", ".dng", ".heic", ".heif", ".jxl", ".nef", ".psd", ".svg")
 """Pictures too, but of kinds that Pillow cannot read; they are mentioned, not ignored."""
 
+ASKED_FILE = "asked.yaml"
+"""What a run writes before anything else, and no other folder holds."""
+
 # What macOS adds to archives, what Synology's and Windows' drives keep beside files.
 _OF_SYSTEMS = frozenset(("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information"))
 
@@ -31,6 +34,8 @@ class Listing:
     folders: list[str] = field(default_factory=list)
     links: list[str] = field(default_factory=list)
     """Linked folders. They are not entered: they may lead in circles."""
+    runs: list[str] = field(default_factory=list)
+    """Folders of runs, which hold samples and charts. They are not entered, but for the root itself."""
     problems: list[str] = field(default_factory=list)
     """One line for each folder that cannot be opened."""
 
@@ -56,7 +61,12 @@ def list_folder(root: Path, tops: Collection[str] | None = None) -> Listing:
     while stack:
         prefix = stack.pop()
         try:
-            with os.scandir(root / prefix) as entries:
+            with os.scandir(root / prefix) as scanned:
+                entries = list(scanned)
+                if prefix and any(entry.name == ASKED_FILE for entry in entries):
+                    listing.runs.append(prefix.rstrip("/"))
+                    listing.folders.remove(prefix.rstrip("/"))
+                    continue
                 for entry in entries:
                     if is_hidden(entry.name) or (
                         not prefix and wanted is not None and composed(entry.name) not in wanted
@@ -74,7 +84,7 @@ def list_folder(root: Path, tops: Collection[str] | None = None) -> Listing:
         except OSError as error:
             name = printable(prefix.rstrip("/") or ".")
             listing.problems.append(f"{name} cannot be opened ({error.strerror}); check its permissions")
-    for names in (listing.pictures, listing.others, listing.folders, listing.links):
+    for names in (listing.pictures, listing.others, listing.folders, listing.links, listing.runs):
         names.sort()
     return listing
 

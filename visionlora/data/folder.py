@@ -26,8 +26,7 @@ from visionlora.data.wording import (
     count_of,
     first_names,
     in_several_rows,
-    linked_folders,
-    other_pictures,
+    not_entered,
     problem_reports,
     remedy,
 )
@@ -227,7 +226,7 @@ def _items(source: Source, looks: Looks) -> list[ImageItem]:
     uncaptioned = [name for name in kept if name not in texts and name not in captions.blamed]
     if uncaptioned:
         source.problems.append(missing_captions(source, uncaptioned, len(kept)))
-    source.notes += _used_once(doubles, texts) + linked_folders(source.listing) + other_pictures(source.listing)
+    source.notes += _used_once(doubles, texts) + not_entered(source.listing)
     source.notes += source.masks.notes if source.masks else ()
     items = []
     for name in kept:

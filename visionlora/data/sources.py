@@ -6,7 +6,7 @@ In: where to look. Out: a `Source` for each, and `Looks`, every picture of which
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
 
@@ -195,7 +195,7 @@ def _trained_on(source: Source, splits: Mapping[str, str], within: str) -> Listi
         source.notes.append(f"not learned from, as the name of a split says: {counted}{more}")
     below = tuple(f"{top}/" for top in others)
     pictures, rest = ([n for n in names if not n.startswith(below)] for names in (listing.pictures, listing.others))
-    return Listing(pictures, rest, listing.folders, listing.links, listing.problems)
+    return replace(listing, pictures=pictures, others=rest)
 
 
 def _check_folder(root: Path) -> None:
@@ -217,7 +217,7 @@ def _without(listing: Listing, root: Path, others: Iterable[Path]) -> Listing:
         [name for name in names if name not in inside and not name.startswith(below)]
         for names in (listing.pictures, listing.others)
     )
-    return Listing(pictures, rest, listing.folders, listing.links, listing.problems)
+    return replace(listing, pictures=pictures, others=rest)
 
 
 # What it looks like.

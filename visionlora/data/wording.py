@@ -200,12 +200,11 @@ def in_several_rows(pictures: int) -> list[str]:
     return [f"{count_of(pictures, 'picture')} {rows}"]
 
 
-def linked_folders(listing: Listing) -> list[str]:
-    """A note on linked folders, if there are any."""
-    return [f"left out, linked folders are not entered: {first_names(listing.links)}"] if listing.links else []
-
-
-def other_pictures(listing: Listing) -> list[str]:
-    """A note on pictures of kinds that cannot be read, if there are any."""
-    names = listing.other_pictures()
-    return [f"left out, export as JPEG or PNG to use: {first_names(names)}"] if names else []
+def not_entered(listing: Listing) -> list[str]:
+    """Notes on linked folders, folders of runs, and pictures of kinds that cannot be read, if there are any."""
+    kinds = {
+        "linked folders are not entered": listing.links,
+        "folders of runs are not entered": listing.runs,
+        "export as JPEG or PNG to use": listing.other_pictures(),
+    }
+    return [f"left out, {why}: {first_names(names)}" for why, names in kinds.items() if names]

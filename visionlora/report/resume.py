@@ -18,10 +18,10 @@ from typing import Any, Generic, Literal, ParamSpec, TypeVar
 from visionlora.atomic import hold, let_go, sweep
 from visionlora.config import RESUME_AUTO, TrainingConfig, build, read_yaml
 from visionlora.config.checking import COMMANDS, commands_for, unknown
+from visionlora.data.files import ASKED_FILE
 from visionlora.errors import ConfigError, RunFinished, RunFolderError, VisionLoRAError
 from visionlora.report.listener import Listener
 from visionlora.report.runfolder import (
-    ASKED_FILE,
     SETTINGS_FILES,
     RunFolder,
     check_run_folder,

@@ -23,15 +23,14 @@ from PIL import Image
 
 from visionlora.atomic import hold, replace_file, sweep
 from visionlora.config.choices import WEIGHT_SUFFIXES
+from visionlora.data.files import ASKED_FILE
 from visionlora.data.images import IMAGE_SUFFIXES
 from visionlora.errors import RunFolderError, WriteError
 
 RUN_FILES = ("run.json", "config.yaml", "adapter.safetensors")
 """Any of these marks a folder as the folder of a run."""
-ASKED_FILE = "asked.yaml"
-"""What a run writes first: its settings as they were given, and what was filled in when the config.yaml was written."""
 SETTINGS_FILES = (ASKED_FILE, "config.yaml")
-"""What a run writes before anything else."""
+"""What a run writes before anything else: its settings as they were given and what was filled in, then these alone."""
 BEGINNING = re.compile(r"asked\.yaml|\.(asked|config)\.yaml\.\d+\.tmp")
 """Names of what is left of a run that was cut off before its config.yaml was there; nothing of it is worth keeping."""
 

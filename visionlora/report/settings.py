@@ -14,9 +14,10 @@ from visionlora import __version__
 from visionlora.config import TrainingConfig, build, given_names, read_yaml, to_yaml
 from visionlora.config.checking import COMMANDS, commands_for, unknown
 from visionlora.config.reading import GIVEN
+from visionlora.data.files import ASKED_FILE
 from visionlora.errors import ConfigError, RunFolderError
 from visionlora.report.listener import Listener
-from visionlora.report.runfolder import ASKED_FILE, RunFolder
+from visionlora.report.runfolder import RunFolder
 
 C = TypeVar("C", bound=TrainingConfig)
 

@@ -160,6 +160,13 @@ def test_linked_pictures_count_linked_folders_are_mentioned(pets: Path, tmp_path
     assert data.notes == ("left out, linked folders are not entered: loop",)
 
 
+def test_runs_beside_the_classes_are_none(pets: Path) -> None:
+    files(pets, "runs/classify-a/asked.yaml", "runs/classify-a/loss.png")
+    data = read_labelled(pets)
+    assert data.classes == ("cat", "dog")
+    assert data.notes == ("left out, folders of runs are not entered: runs/classify-a",)
+
+
 def test_what_is_mentioned(pets: Path) -> None:
     files(pets, "emu/1.png", "ant/1.png", "ant/2.heic")
     assert read_labelled(pets).notes == (

@@ -38,6 +38,17 @@ def test_hidden_files_are_passed_over(tmp_path: Path) -> None:
     assert list_folder(files(tmp_path / ".hidden", "a.png")).pictures == ["a.png"]  # what a person has named counts
 
 
+def test_folders_of_runs_are_not_entered(tmp_path: Path) -> None:
+    files(
+        tmp_path, "a.png", "runs/sd-a/asked.yaml", "runs/sd-a/grid.png", "runs/sd-a/samples/base_00.png", "b/asked.txt"
+    )
+    assert list_folder(tmp_path) == Listing(
+        pictures=["a.png"], others=["b/asked.txt"], folders=["b", "runs"], runs=["runs/sd-a"]
+    )
+    named = list_folder(tmp_path / "runs" / "sd-a")  # what a person has named counts
+    assert named.pictures == ["grid.png", "samples/base_00.png"]
+
+
 def test_only_some_names_are_listed(tmp_path: Path) -> None:
     files(tmp_path, "a/1.png", "a/b/2.png", "b/3.png", "4.png", "5.png")
     assert list_folder(tmp_path, {"a", "4.png"}).pictures == ["4.png", "a/1.png", "a/b/2.png"]

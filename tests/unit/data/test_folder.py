@@ -164,6 +164,14 @@ def test_linked_folders_are_mentioned(dog: Path, tmp_path: Path) -> None:
     assert read_image_folder(dog).notes == ("left out, linked folders are not entered: more",)
 
 
+def test_what_runs_have_drawn_is_not_learned(dog: Path) -> None:
+    picture(dog / "runs" / "sd-dog" / "grid.png", 2)
+    (dog / "runs" / "sd-dog" / "asked.yaml").touch()
+    folder = read_image_folder(dog)
+    assert [item.name for item in folder.items] == ["a.png", "b.png"]
+    assert folder.notes == ("left out, folders of runs are not entered: runs/sd-dog",)
+
+
 def test_sources_are_counted(dog: Path) -> None:
     (dog / "metadata.csv").write_text("file_name,text\na.png,first\n")
     folder = read_image_folder(dog)

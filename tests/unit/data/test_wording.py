@@ -15,7 +15,7 @@ from visionlora.data.wording import (
     left_out,
     missing,
     no_pictures,
-    other_pictures,
+    not_entered,
     problem_report,
     quoted,
     remedy,
@@ -115,10 +115,14 @@ def test_a_folder_without_pictures(listing: Listing, message: str) -> None:
     assert no_pictures(Path("x"), listing, "is empty.") == message
 
 
-def test_pictures_of_other_kinds_are_mentioned() -> None:
-    listing = Listing(others=["a.heic", "b.txt", "c.SVG"])
-    assert other_pictures(listing) == ["left out, export as JPEG or PNG to use: a.heic, c.SVG"]
-    assert other_pictures(Listing(others=["b.txt"])) == []
+def test_what_lies_there_and_is_not_read_is_mentioned() -> None:
+    listing = Listing(others=["a.heic", "b.txt", "c.SVG"], links=["d"], runs=["runs/e", "f"])
+    assert not_entered(listing) == [
+        "left out, linked folders are not entered: d",
+        "left out, folders of runs are not entered: runs/e, f",
+        "left out, export as JPEG or PNG to use: a.heic, c.SVG",
+    ]
+    assert not_entered(Listing(others=["b.txt"])) == []
 
 
 def test_what_was_probably_meant() -> None:
