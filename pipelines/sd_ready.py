@@ -341,7 +341,7 @@ def held_out(
         if len(trained) == len(folder.items):
             raise DataError(
                 f"{config.start_from} has learned from all of these pictures, so that none of them can tell whether it learns "
-                "more: leave val_share out, or name others with --validation."
+                "more: leave val_share out, or name others with validation=FOLDER."
             )
         kept, apart = hold_out(folder, config.val_share, config.seed, trained)
         line, share = "", round(config.val_share * len(folder.items))

@@ -154,6 +154,21 @@ def test_words_are_read_as_yaml() -> None:
         parse_words(["steps"], TrainSDConfig)
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["steps=5", "steps=7"], r"^steps is given twice, as 5 and '7': leave one of them out\.$"),
+        (
+            ["sample-prompts=a", "sample_prompts=b"],
+            r"^sample_prompts is given twice, as 'a' and 'b': .* out, or write them as one list: sample_prompts='\[…, …\]'\.$",
+        ),
+    ],
+)
+def test_a_setting_that_is_given_twice_in_words(words: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_words(words, TrainSDConfig)
+
+
 @pytest.mark.parametrize("text", ["rex dog #1 best", "10:30", "photo of x: best", "2024-13-45", "", "yes", "[a, b]"])
 def test_texts_in_words_are_taken_as_they_are(text: str) -> None:
     assert parse_words([f"prompt={text}", f"token-initializer={text}"], TrainSDConfig) == {

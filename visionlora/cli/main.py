@@ -18,6 +18,7 @@ from visionlora import __version__
 from visionlora.atomic import is_full
 from visionlora.cli import adapters, cache, classify, configs, generate, grid, inspect, overlap, plugins, train_sd
 from visionlora.cli.console import fail, file_problem, leave_to_first, speaks
+from visionlora.cli.options import TrainingCommand
 from visionlora.errors import VisionLoRAError
 from visionlora.models.devices import leave_launch, process_lost
 from visionlora.training.interrupts import listen
@@ -34,8 +35,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-app.command("train-sd")(train_sd.command)
-app.command("classify")(classify.command)
+app.command("train-sd", cls=TrainingCommand)(train_sd.command)
+app.command("classify", cls=TrainingCommand)(classify.command)
 app.command("predict")(classify.predict)
 app.command("export")(classify.export)
 app.command("generate")(generate.command)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Optional, TypeVar
 
 import typer
+from typer.core import TyperCommand
 
 from visionlora.config import OPTIMIZERS, PRECISIONS, RESUME_AUTO, TrainingConfig, build, parse_words, read_yaml
 from visionlora.config.checking import COMMANDS, commands_for, unknown
@@ -15,6 +17,46 @@ from visionlora.config.reading import MOST_NAMED
 from visionlora.errors import ConfigError
 
 C = TypeVar("C", bound=TrainingConfig)
+
+
+class TrainingCommand(TyperCommand):
+    """A training verb: settings that are written like options are explained, and nothing is given twice in silence."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """See click.
+
+        Raises:
+            ConfigError: for a setting that is written like an option, and for an option that is given twice.
+        """
+        options = {word: p for p in self.params for word in getattr(p, "opts", ()) if word.startswith("--")}
+        known = {f.name for f in fields(COMMANDS[self.name or ""])}
+        found: dict[str, str] = {}
+        for i, arg in enumerate(args[: args.index("--") if "--" in args else None]):
+            word, equals, value = arg.partition("=")
+            name, value = word.removeprefix("--").replace("-", "_"), value if equals else "".join(args[i + 1 : i + 2])
+            if word in options:
+                once = not (getattr(options[word], "multiple", False) or getattr(options[word], "is_flag", False))
+                if once and found.get(word, value) != value:
+                    raise ConfigError(_twice(word, found[word], value, several="folders" in known))
+                found[word] = value
+            elif word.startswith("--") and (own := f"--{name.replace('_', '-')}") in options:
+                raise ConfigError(f"{word} is not an option; it is written {own}.")
+            elif word.startswith("--") and name in known:
+                shown = shlex.quote(value) if value and not value.startswith("--") else "…"
+                raise ConfigError(
+                    f"{word} is not an option but a setting, which is written without dashes: {name}={shown}"
+                )
+        return super().parse_args(ctx, args)
+
+
+def _twice(option: str, first: str, second: str, several: bool) -> str:
+    """What to say of an option that is given twice; `several` is whether there may be several folders."""
+    how = "leave one of them out."
+    if option == "--images" and several:
+        both = f"folders=[{{path: {first}}}, {{path: {second}}}]"
+        how = f"several folders are one setting, each with its own prompt, captions and repeats: {shlex.quote(both)}"
+    return f"{option} is given twice, as {first!r} and {second!r}: {how}"
+
 
 Settings = Annotated[
     Optional[list[str]],  # noqa: UP045

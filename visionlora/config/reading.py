@@ -326,7 +326,7 @@ def parse_words(words: Iterable[str], kind: type) -> dict[str, Any]:
         kind: of configuration, which says what is text.
 
     Raises:
-        ConfigError: for a word without `=`.
+        ConfigError: for a word without `=`, and for a setting that is given twice.
     """
     settings: dict[str, Any] = {}
     hints = get_type_hints(kind)
@@ -334,6 +334,10 @@ def parse_words(words: Iterable[str], kind: type) -> dict[str, Any]:
         key, equals, value = word.partition("=")
         if not equals or not key:
             raise ConfigError(f"{word!r} is not understood: settings are written key=value, options start with --.")
+        if (name := key.replace("-", "_")) in (given := {k.replace("-", "_"): v for k, v in settings.items()}):
+            several = get_origin(hints.get(name)) in LISTS
+            how = f", or write them as one list: {name}='[…, …]'" if several else ""
+            raise ConfigError(f"{name} is given twice, as {given[name]!r} and {value!r}: leave one of them out{how}.")
         settings[key] = value
         if hints.get(key.replace("-", "_")) in (str, str | None):
             continue

@@ -168,7 +168,7 @@ def hold_out(
     if not 0 < len(apart) < len(folder.items):
         raise DataError(
             f"val_share {share:g}: too many of the {len(folder.items)} pictures look alike, or like some that were learned "
-            "before, to keep any apart that training does not see. Give more pictures, or others with --validation."
+            "before, to keep any apart that training does not see. Give more pictures, or others with validation=FOLDER."
         )
     kept = tuple(item for i, item in enumerate(folder.items) if i not in apart)
     return dataclasses.replace(folder, items=kept, alike=()), tuple(folder.items[i] for i in sorted(apart))

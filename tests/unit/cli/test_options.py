@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from visionlora.cli.main import app
 from visionlora.cli.options import resolved
 from visionlora.config import ClassifyConfig, TrainSDConfig, build, to_yaml
 from visionlora.errors import ConfigError
@@ -46,6 +47,41 @@ def test_a_run_that_is_finished_is_told_once_and_at_once(tmp_path: Path) -> None
         assert loaded == "[]", done.stderr
         assert [json.loads(line)["classes"] for line in told] == ([["cat"]] if rank == "0" else [])
         assert ("nothing is left to do" in done.stderr) == (rank == "0")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            "--val-share 0.1",
+            "--val-share is not an option but a setting, which is written without dashes: val_share=0.1",
+        ),
+        (
+            "--min_snr_gamma=5",
+            "--min_snr_gamma is not an option but a setting, which is written without dashes: min_snr_gamma=5",
+        ),
+        ("--flip --steps 3", "--flip is not an option but a setting, which is written without dashes: flip=…"),
+        ("--learning_rate 1e-4", "--learning_rate is not an option; it is written --learning-rate."),
+        ("--steps 3 --steps 4", "--steps is given twice, as '3' and '4': leave one of them out."),
+        (
+            "--images a --images=b",
+            "--images is given twice, as 'a' and 'b': several folders are one setting, each with its own prompt, captions and "
+            "repeats: 'folders=[{path: a}, {path: b}]'",
+        ),
+    ],
+)
+def test_words_that_would_be_misread(words: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        app(["train-sd", *words.split()], standalone_mode=False)
+    assert str(caught.value) == message
+
+
+def test_what_is_given_twice_alike_is_one() -> None:
+    with pytest.raises(ConfigError, match="There is no config file or recipe 'nowhere'"):
+        app(
+            ["classify", *"--flip --config nowhere --flip --steps 3 --steps 3 -- --val-share".split()],
+            standalone_mode=False,
+        )
 
 
 def test_a_config_of_another_command_is_said_to_be_one(tmp_path: Path) -> None:

@@ -87,7 +87,7 @@ def test_pictures_that_look_alike_stay_together(count: int, share: float, seed: 
 def test_pictures_like_those_that_were_learned_are_not_kept_apart() -> None:
     whole = dataclasses.replace(folder_of(6), alike=((0, 3), (1, 2)))
     assert {whole.items.index(item) for item in hold_out(whole, 0.5, 0, never=[0, 2])[1]} == {4, 5}
-    with pytest.raises(DataError, match=r"val_share 0\.5: too many of the 6 pictures look alike.*--validation"):
+    with pytest.raises(DataError, match=r"val_share 0\.5: too many of the 6 pictures look alike.*validation=FOLDER"):
         hold_out(whole, 0.5, 0, never=[0, 1, 4, 5])
 
 
