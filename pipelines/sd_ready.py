@@ -48,6 +48,7 @@ from visionlora.report.resume import Start
 from visionlora.training.loop import new_accelerator
 from visionlora.training.settings import (
     adapter_config,
+    cut_warmup,
     in_steps,
     left_aside,
     suited,
@@ -133,6 +134,8 @@ def prepare(start: Start[TrainSDConfig], tell: Listener) -> Ready:
         epochs, pass_ = config.epochs, one_pass(config, folder.items)
         config = in_steps(config, pass_, accelerator.num_processes)
         tell.say(f"{epochs:g} epochs of {pass_} pictures are {config.steps} steps.")
+    if line := cut_warmup(config):
+        tell.say(line)
     check_attention(config.attention, accelerator.device, accelerator.mixed_precision)
     check_base_precision(config, accelerator.mixed_precision)
     prepare_encoders(base, config, accelerator.device, accelerator.mixed_precision)

@@ -55,6 +55,12 @@ EMBEDDED_SD = "emoji-64"
 """The Stable Diffusion that comes with visionlora."""
 WHOLE = {"full": "every parameter", "linear-probe": "the head alone"}
 """What trains by the methods that adapt no layers."""
+WITHOUT = {
+    **dict.fromkeys(WHOLE, ("targets", "rank", "alpha", "dropout")),
+    "ia3": ("rank", "alpha", "dropout"),
+    "vera": ("alpha",),
+}
+"""Settings of adapters that methods have no use for."""
 WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 """Of files that may hold an adapter, or weights."""
 TRACKERS = ("tensorboard", "trackio", "wandb")

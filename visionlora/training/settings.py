@@ -9,13 +9,14 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from visionlora.config import OPTIMIZERS, TrainingConfig, budget_of
-from visionlora.config.choices import WHOLE
+from visionlora.config import OPTIMIZERS, TrainingConfig, budget_of, given_names
+from visionlora.config.choices import WHOLE, WITHOUT
 from visionlora.errors import ConfigError
 from visionlora.lora.config import AdapterConfig
 from visionlora.lora.rank import Part, RankChoice, choose_ranks, narrowest, numbers_at, uniform_rank
 from visionlora.training.loop import LoopConfig, Task, process_state
 from visionlora.training.order import generator_at, positions_at
+from visionlora.training.schedules import warmup_of
 
 C = TypeVar("C", bound=TrainingConfig)
 CALIBRATION_BATCHES = 16
@@ -27,14 +28,44 @@ def targets_of(config: TrainingConfig) -> str:
     return WHOLE.get(config.method) or (f"those of {config.start_from}" if config.start_from else config.targets)
 
 
+OF_OTHERS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
+    "rank_budget": ("of rank auto", lambda c: c.rank == "auto"),
+    "schedule_cycles": ("of schedule cosine-restarts", lambda c: c.schedule == "cosine-restarts"),
+    "schedule_power": ("of schedule polynomial", lambda c: c.schedule == "polynomial"),
+    "keep_tags": ("of shuffle_tags and tag_dropout", lambda c: c.shuffle_tags or c.tag_dropout),
+    "picture_variants": ("of random_crop and colour_jitter", lambda c: c.random_crop or c.colour_jitter),
+    "bucket_step": ("of buckets", lambda c: c.buckets),
+    "upscale": ("of buckets", lambda c: c.buckets),
+    "prior_weight": ("of prior_prompt", lambda c: c.prior_prompt is not None),
+    "prior_count": ("of prior_images", lambda c: c.prior_images is not None),
+    "sample_prompts": ("of the sample grid", lambda c: c.sample_columns),
+    "sample_steps": ("of the sample grid", lambda c: c.sample_columns),
+    "guidance_scale": ("of what is drawn", lambda c: c.sample_columns or c.prior_images is not None),
+}
+"""Settings that are for others alone: what they are of, and whether that is so."""
+
+
 def left_aside(config: TrainingConfig) -> tuple[str, ...]:
-    """A line about settings of layers that were given to a method without any, to tell before the run."""
+    """Lines about settings that were given and change nothing, to tell before the run."""
     usual = {f.name: f.default for f in dataclasses.fields(config)}
-    of_layers = {name: getattr(config, name) for name in ("targets", "rank", "alpha", "dropout")}
-    given = [f"{name}={value}" for name, value in of_layers.items() if value != usual[name]]
-    if config.method not in WHOLE or not given:
-        return ()
-    return (f"Method {config.method} trains {WHOLE[config.method]}, so this is left aside: {', '.join(given)}.",)
+    given = {name: value for name in usual if (value := getattr(config, name)) != usual[name]}
+    lines = []
+    if of_layers := [f"{name}={given[name]}" for name in WITHOUT.get(config.method, ()) if name in given]:
+        why = f"trains {WHOLE[config.method]}" if config.method in WHOLE else "has none of its own"
+        lines.append(f"Method {config.method} {why}, so this is left aside: {', '.join(of_layers)}.")
+    if idle := [f"{name} is {of}" for name, (of, so) in OF_OTHERS.items() if name in given and not so(config)]:
+        lines.append(f"Without effect in this run: {', '.join(idle)}.")
+    return tuple(lines)
+
+
+def cut_warmup(config: TrainingConfig) -> str:
+    """A line about a warm-up that was given and is longer than runs of these steps have; nothing where it is not."""
+    least = warmup_of(loop_config(config))
+    if "warmup_steps" not in given_names(config) or least == config.warmup_steps:
+        return ""
+    return (
+        f"The warm-up takes a tenth of a run at most: {least} of these {config.steps} steps, not {config.warmup_steps}."
+    )
 
 
 def adapter_config(config: TrainingConfig, **more: Any) -> AdapterConfig:
