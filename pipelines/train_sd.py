@@ -111,7 +111,7 @@ def train_sd(config: TrainSDConfig, listener: Listener | None = None) -> RunResu
         seconds = time.monotonic() - started
         report(
             run, config, loop, base, ready.folder, learning.handle, sheet, history, fitting.evaluations, seconds,
-            fitting.log.changes, material.data, adapter,
+            fitting.log.changes, material.data, adapter, sum(p.numel() for p in fitting.fit.trained),
         )  # fmt: skip
         if fitting.evaluations:
             tell.say(verdict(fitting.evaluations))

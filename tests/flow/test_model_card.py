@@ -36,6 +36,41 @@ def executed(run: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return names
 
 
+def facts_in(run: Path) -> dict[str, str]:
+    """The table of a card, without its head."""
+    rows = re.findall(r"^\| ([A-Z].*?) \| (.*) \|$", (run / "README.md").read_text(), re.MULTILINE)
+    return dict(rows)
+
+
+def test_all_that_learned_is_counted_and_named(tiny_model: Path, dogs: Path, tmp_path: Path) -> None:
+    alone = facts_in(trained(dogs, tiny_model, tmp_path / "alone"))
+    assert alone["Method"] == "lora, rank 2, alpha 2, targets attn"
+    run = trained(
+        dogs, tiny_model, tmp_path / "all", "token=<it>", "prompt=a <it> dog", "token_vectors=2", "train_text_encoder=true",
+        "text_encoder_stop=0.5", "prior_prompt=a dog",
+    )  # fmt: skip
+    found, adapter = facts_in(run), vl.load_adapter(run)
+    numbers = sum(t.numel() for m in adapter.modules.values() for t in m.tensors.values())
+    numbers += sum(t.numel() for parts in adapter.embeddings.values() for t in parts.values())
+    assert found.pop("Trained parameters") == f"{numbers:,}"
+    assert {name: found[name] for name in found.keys() - alone.keys()} == {
+        "Text encoders": "trained too, at 0.05, for 50% of the steps",
+        "Learned word": r"\<it\>, 2 x, at 0.5",
+        "Class": "a dog, kept by the base's predictions, weight 1",
+    }
+
+
+def test_what_a_method_has_not_is_not_said(tiny_model: Path, dogs: Path, tmp_path: Path) -> None:
+    assert facts_in(trained(dogs, tiny_model, tmp_path / "a", "method=ia3"))["Method"] == "ia3, targets attn"
+
+
+def test_a_run_that_stopped_early_says_its_own_steps(tiny_model: Path, dogs: Path, tmp_path: Path) -> None:
+    early = ("learning_rate=100", "val_share=0.3", "patience=1", "checkpoints=5", "steps=5", "sample_columns=1")
+    run = trained(dogs, tiny_model, tmp_path / "a", *early, "sample_steps=1")
+    done = len((run / "metrics.jsonl").read_text().splitlines())
+    assert done < 5 and facts_in(run)["Steps"] == f"{done} of 3 pictures"
+
+
 def drawn(pipe: Any, prompt: str = "a <it> dog") -> np.ndarray:
     generator = torch.Generator().manual_seed(0)
     return pipe(prompt, num_inference_steps=4, guidance_scale=3.0, generator=generator, output_type="np").images[0]

@@ -11,7 +11,7 @@ from typing import Any
 
 from visionlora import __version__
 from visionlora.config import TrainSDConfig
-from visionlora.config.choices import WHOLE
+from visionlora.config.choices import WHOLE, WITHOUT
 from visionlora.data.folder import ImageFolder, ImageItem
 from visionlora.data.learned import Learned, history
 from visionlora.data.tags import tag_counts, whole_caption
@@ -165,20 +165,44 @@ def public_metadata(
     }
 
 
-def facts(
-    config: TrainSDConfig, loop: LoopConfig, base: BaseModel, folder: ImageFolder, handle: Handle
-) -> dict[str, str]:
-    """How it was trained, for the model card."""
+def method_of(config: TrainSDConfig, handle: Handle) -> str:
+    """The method with those of its settings that it has."""
+    if config.method in WHOLE:
+        return config.method
     adapter, before = handle.config or adapter_config(config), config.start_from and Path(config.start_from).name
+    words = {"rank": ranks_of(config, handle), "alpha": alpha_of(config, adapter)}
+    own = [word for name, word in words.items() if name not in WITHOUT.get(config.method, ())]
+    return ", ".join([config.method, *own, f"targets {f'of {before}' if before else config.targets}"])
+
+
+def beside_unet(config: TrainSDConfig, loop: LoopConfig) -> dict[str, str]:
+    """What learned with the UNet and what it was held to, for the model card."""
+    found = {}
+    if config.train_text_encoder:
+        rate = config.text_encoder_learning_rate or loop.learning_rate / 2
+        until = f", for {config.text_encoder_stop:.0%} of the steps" if config.text_encoder_stop < 1 else ""
+        found["Text encoders"] = f"trained too, at {rate:g}{until}"
+    if config.token is not None:
+        rate = config.token_learning_rate or 5 * loop.learning_rate
+        found["Learned word"] = f"{config.token}, {config.token_vectors} x, at {rate:g}"
+    if config.prior_prompt is not None:
+        how = "the base's predictions" if config.prior_images is None else "pictures"
+        found["Class"] = f"{config.prior_prompt}, kept by {how}, weight {config.prior_weight:g}"
+    return found
+
+
+def facts(
+    config: TrainSDConfig, loop: LoopConfig, base: BaseModel, folder: ImageFolder, handle: Handle, trained: int, step: int
+) -> dict[str, str]:  # fmt: skip
+    """How it was trained, for the model card; `trained` counts the parameters of all that learned, `step` its steps."""
+    before = config.start_from and Path(config.start_from).name
     return {
         "Base model": base.id,
         "Pictures": str(len(folder.items)),
-        "Method": config.method
-        if config.method in WHOLE
-        else f"{config.method}, {ranks_of(config, handle)}, {alpha_of(config, adapter)}, "
-        f"targets {f'of {before}' if before else config.targets}",
-        "Trained parameters": f"{handle.report.trained_parameters:,}",
-        "Steps": f"{loop.steps} of {pictures_per_step(loop)} pictures",
+        "Method": method_of(config, handle),
+        **beside_unet(config, loop),
+        "Trained parameters": f"{trained:,}",
+        "Steps": f"{step} of {pictures_per_step(loop)} pictures",
         **({"Learned on from": before} if before else {}),
         "Learning rate": f"{loop.learning_rate:g}",
         "Seed": str(config.seed),
@@ -255,11 +279,13 @@ def report(
     changes: Sequence[Mapping[str, Any]],
     data: Encoded,
     written: Adapter,
+    trained: int,
 ) -> None:
     """grid.png, loss.png, README.md and run.json."""
-    name = config.title
+    name, steps = config.title, history[-1].step
     if sheet.columns:
-        run.write_picture("grid.png", sheet.grid(f"{name}: {loop.steps} steps, {ranks_of(config, handle)}"))
+        how = ranks_of(config, handle) if handle.report.ranks else config.method
+        run.write_picture("grid.png", sheet.grid(f"{name}: {steps} steps, {how}"))
     draw_curves(
         run.path / "loss.png",
         {"training" if evaluations else "loss": [(p.step, p.loss) for p in history]}
@@ -274,7 +300,7 @@ def report(
             title=name,
             base_model=base.id,
             trigger=config.token or trigger(folder),
-            facts=facts(config, loop, base, folder, handle) | changed(changes),
+            facts=facts(config, loop, base, folder, handle, trained, steps) | changed(changes),
             samples=sheet.last_samples() if sheet.columns else [],
             usage=usage(base, written, run.path, sheet.prompts[0]),
             images_note=f"{len(folder.items)} pictures; {folder.caption_source}",
