@@ -40,9 +40,8 @@ OF_OTHERS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "prior_count": ("of prior_images", lambda c: c.prior_images is not None),
     "sample_prompts": ("of the sample grid", lambda c: c.sample_columns),
     "sample_steps": ("of the sample grid", lambda c: c.sample_columns),
-    "guidance_scale": ("of what is drawn", lambda c: c.sample_columns or c.prior_images is not None),
 }
-"""Settings that are for others alone: what they are of, and whether that is so."""
+"""Settings that are for others alone: what they are of, and whether that is so. None of them is filled in by a run."""
 
 
 def left_aside(config: TrainingConfig) -> tuple[str, ...]:

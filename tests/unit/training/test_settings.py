@@ -31,15 +31,14 @@ def test_settings_without_effect_are_said() -> None:
     idle = {
         "rank_budget": "300k", "schedule_cycles": 2, "schedule_power": 3.0, "keep_tags": 2, "picture_variants": 4,
         "bucket_step": 32, "upscale": True, "prior_weight": 0.5, "prior_count": 9, "sample_prompts": ("a",),
-        "sample_steps": 5, "guidance_scale": 3.0,
+        "sample_steps": 5,
     }  # fmt: skip
     fixed = {"images": "x", "buckets": False, "sample_columns": 0}
     assert left_aside(TrainSDConfig(**fixed, **idle)) == (
         "Without effect in this run: rank_budget is of rank auto, schedule_cycles is of schedule cosine-restarts, "
         "schedule_power is of schedule polynomial, keep_tags is of shuffle_tags and tag_dropout, picture_variants is of "
         "random_crop and colour_jitter, bucket_step is of buckets, upscale is of buckets, prior_weight is of prior_prompt, "
-        "prior_count is of prior_images, sample_prompts is of the sample grid, sample_steps is of the sample grid, "
-        "guidance_scale is of what is drawn.",
+        "prior_count is of prior_images, sample_prompts is of the sample grid, sample_steps is of the sample grid.",
     )
     assert {*idle} == {*OF_OTHERS}
     used = {"rank": "auto", "schedule": "polynomial", "shuffle_tags": True, "colour_jitter": 0.1, "prior_prompt": "a"}
