@@ -54,6 +54,7 @@ class Progress:
     loss: float
     """Mean over the step's pictures on all processes."""
     learning_rate: float
+    """Of the step; with prodigy what it has found times the factor."""
     grad_norm: float
     images_seen: int
     images_per_second: float
@@ -315,7 +316,7 @@ class Fit:
             spent += time.monotonic() - start  # what `on_step` draws and writes is not training
             speed = (self.step - first) * self.images_per_step / max(1e-9, spent)
             try:
-                rate = rate_at(self.step - 1, self.config)
+                rate = rate_at(self.step - 1, self.config) * float(self.optimizer.param_groups[0].get("d", 1.0))
                 on_step(Progress(self.step, loss, rate, norm, self.images_seen, speed, self.noise_scale))
             except StopTraining:
                 self.whole = True

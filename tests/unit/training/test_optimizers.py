@@ -111,6 +111,15 @@ def test_prodigy_with_rates_of_its_own_is_prodigy_on_rescaled_parameters() -> No
         assert torch.allclose(p, q * f, rtol=1e-3, atol=1e-4)
 
 
+def test_the_rate_that_prodigy_has_found_is_told() -> None:
+    torch.manual_seed(0)
+    config = replace(configured("prodigy", steps=200), learning_rate=0.5)
+    fit, told = Fit(Accelerator(cpu=True), Learner(nn.Linear(6, 1)), config), []
+    fit.run(Plane(), lambda progress: told.append(progress.learning_rate))
+    assert told[-1] == pytest.approx(0.5 * fit.optimizer.param_groups[0]["d"])
+    assert 0 < told[0] < 1e-5 < told[-1]
+
+
 def test_schedulefree_shows_its_average_and_trains_on_as_before() -> None:
     torch.manual_seed(0)
     fit, _ = fitted(configured("schedulefree", steps=5), Learner(nn.Linear(6, 64)))  # enough for its way back to round
