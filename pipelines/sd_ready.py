@@ -20,9 +20,11 @@ from visionlora.data.augment import check_masks
 from visionlora.data.folder import ImageFolder, ImageItem, read_image_folder, read_pictures
 from visionlora.data.learned import Learned
 from visionlora.data.source_captions import trigger_caption
+from visionlora.data.wording import count_of
 from visionlora.diffusion.denoiser import LearnedWord
 from visionlora.diffusion.encode import cut_captions
 from visionlora.diffusion.prior import check_class_folder
+from visionlora.diffusion.prompts import read_otherwise
 from visionlora.diffusion.settings import (
     captions_of,
     check_attention,
@@ -141,7 +143,7 @@ def prepare(start: Start[TrainSDConfig], tell: Listener) -> Ready:
     prepare_encoders(base, config, accelerator.device, accelerator.mixed_precision)
     word = new_word(config, base, folder, first)
     captions = captions_of(config, folder.items)
-    say_what_is_cut(base, captions, config, tell)
+    say_how_read(base, captions, config, tell)
     return Ready(
         config,
         folder,
@@ -185,9 +187,15 @@ def pictures_of(
     return folder, apart
 
 
-def say_what_is_cut(base: BaseModel, captions: Sequence[Sequence[str]], config: TrainSDConfig, tell: Listener) -> None:
-    """Names captions that are longer than the model reads."""
+def say_how_read(base: BaseModel, captions: Sequence[Sequence[str]], config: TrainSDConfig, tell: Listener) -> None:
+    """Names captions that are longer than the model reads, or are learned otherwise than they read as prompts."""
     longest = [max(variants, key=len) for variants in captions]
+    if marked := [caption for caption in dict.fromkeys(longest) if read_otherwise(caption)]:
+        shown = marked[0] if len(marked[0]) <= WIDTH else f"{marked[0][:WIDTH]}…"
+        tell.say(
+            f"{count_of(len(marked), 'caption')} with weights or backslashes, the first {shown!r}: they are learned to the "
+            "letter, while `generate` reads (word:1.2) as a weight and \\( as a bracket. Write the words alone."
+        )
     cut = cut_captions(base, longest)
     for caption, lost in cut[:SHOWN]:
         caption, lost = (text if len(text) <= WIDTH else f"{text[:WIDTH]}…" for text in (caption, lost))

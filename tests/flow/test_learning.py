@@ -86,6 +86,17 @@ def test_many_captions_that_are_too_long_are_counted(train, dogs: Path) -> None:
     assert len(lines) == 3 and max(map(len, lines)) < 260 and "So are 2 captions more." in told
 
 
+def test_captions_that_prompts_would_read_otherwise_are_said(train, dogs: Path) -> None:
+    captions = ["a (red:1.3) dog", r"dog \(toy\)", "a dog (red)"]
+    for picture, caption in zip(sorted(dogs.glob("*.png")), captions, strict=True):
+        picture.with_suffix(".txt").write_text(caption)
+    told, _ = train("steps=1", "sample_columns=0")
+    assert (
+        "2 captions with weights or backslashes, the first 'a (red:1.3) dog': they are learned to the letter, while "
+        "`generate` reads (word:1.2) as a weight and \\( as a bracket. Write the words alone."
+    ) in told
+
+
 def test_as_many_pictures_at_once_as_fit(train) -> None:
     out, run = train("auto_batch=true", "gradient_accumulation=3", name="a")
     assert "6 of the 6 pictures of a step at once" in out

@@ -21,6 +21,8 @@ from visionlora.data.wording import (
 )
 from visionlora.errors import DataError
 
+OF_ALL = ("caption", "captions", "meta_cap", "metadata")
+"""Names by which other trainers keep the captions of all pictures in one file of JSON or text."""
 TRIGGER = "sks"
 """A rare word, free to get a meaning in training."""
 
@@ -63,7 +65,7 @@ def texts_of(source: Source) -> tuple[dict[str, str], Captions]:
 
 
 def unread(source: Source, captions: Captions) -> list[str]:
-    """A note on files that may hold captions, where pictures have none: JSON beside them, tables of other names."""
+    """A note on files that may hold captions, where pictures have none: JSON beside them, tables and texts of other names."""
     lacking = {name for name in source.pictures if name not in captions.texts}
     owners = lacking | {PurePosixPath(name).with_suffix("").as_posix() for name in lacking}
     files = [
@@ -71,6 +73,7 @@ def unread(source: Source, captions: Captions) -> list[str]:
         for f in source.listing.others
         if (suffix_of(f) == ".json" and f[: -len(".json")] in owners)
         or (lacking and suffix_of(f) in (".csv", ".jsonl", ".tsv") and PurePosixPath(f).name not in METADATA_FILES)
+        or (lacking and suffix_of(f) in (".json", ".txt") and PurePosixPath(f).stem.lower() in OF_ALL)
     ]
     where = f"{' and '.join(SIDECAR_SUFFIXES)} files, {' and '.join(METADATA_FILES)}"
     return [f"not read: {first_names(files)}; captions are read from {where}"] if files else []

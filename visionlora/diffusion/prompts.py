@@ -28,6 +28,15 @@ def has_weights(prompt: str) -> bool:
     return WEIGHT.search(prompt) is not None
 
 
+def read_otherwise(caption: str) -> bool:
+    r"""Whether a caption means something else as a prompt: it has weights, or backslashes before brackets.
+
+    >>> read_otherwise("a (red:1.3) heart"), read_otherwise(r"miku \(sitting\)"), read_otherwise("a heart (red)")
+    (True, True, False)
+    """
+    return has_weights(caption) or unescaped(caption) != caption
+
+
 def unescaped(text: str) -> str:
     r"""A text without the backslashes that tell brackets from those of weights, as A1111 reads it.
 

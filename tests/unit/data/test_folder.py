@@ -135,6 +135,14 @@ def test_json_beside_pictures_is_not_read_and_that_is_said(tmp_path: Path) -> No
     assert note.format("Metadata.jsonl, a.json") in read_image_folder(tmp_path, skip_broken=True).notes
 
 
+@pytest.mark.parametrize("name", ["metadata.json", "meta_cap.json", "captions.txt", "Caption.txt"])
+def test_one_file_for_all_captions_is_not_read_and_that_is_said(tmp_path: Path, name: str) -> None:
+    picture(tmp_path / "sub" / "a.png", 0)
+    (tmp_path / name).write_text("{}")
+    (note,) = read_image_folder(tmp_path).notes
+    assert note.startswith(f"not read: {name}; captions are read from .txt")
+
+
 def test_among_several_folders_settings_say_repeats(tmp_path: Path) -> None:
     for seed, name in enumerate(["in/10_sks dog/a.png", "more/b.png"]):
         picture(tmp_path / name, seed)
