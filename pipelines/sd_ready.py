@@ -22,7 +22,7 @@ from visionlora.data.learned import Learned
 from visionlora.data.source_captions import trigger_caption
 from visionlora.data.wording import count_of
 from visionlora.diffusion.denoiser import LearnedWord
-from visionlora.diffusion.encode import cut_captions
+from visionlora.diffusion.encode import cut_captions, unread_letters
 from visionlora.diffusion.prior import check_class_folder
 from visionlora.diffusion.prompts import read_otherwise
 from visionlora.diffusion.settings import (
@@ -59,6 +59,8 @@ from visionlora.training.settings import (
 
 SHOWN, WIDTH = 3, 80
 """Captions that are too long: how many are shown, and how many letters of each."""
+MOST_LETTERS = 20
+"""Letters without tokens that are shown."""
 
 
 @dataclass(frozen=True)
@@ -195,6 +197,12 @@ def say_how_read(base: BaseModel, captions: Sequence[Sequence[str]], config: Tra
         tell.say(
             f"{count_of(len(marked), 'caption')} with weights or backslashes, the first {shown!r}: they are learned to the "
             "letter, while `generate` reads (word:1.2) as a weight and \\( as a bracket. Write the words alone."
+        )
+    if letters := unread_letters(base, longest):
+        more = f" and {len(letters) - MOST_LETTERS} more" if len(letters) > MOST_LETTERS else ""
+        tell.say(
+            f"{base.id} has no tokens for {' '.join(letters[:MOST_LETTERS])}{more}: captions that differ in these alone "
+            "are the same to it. Write numbers as words, and words in letters that it knows."
         )
     cut = cut_captions(base, longest)
     for caption, lost in cut[:SHOWN]:

@@ -166,6 +166,13 @@ def test_odd_but_usable_pictures_train_and_are_mentioned(train, dogs: Path, tmp_
     assert len(record["images"]) == 3 + 5
 
 
+def test_letters_without_tokens_are_said(train, dogs: Path) -> None:
+    (dogs / "0.txt").write_text("dog " + "".join(chr(0x4E00 + i) for i in range(22)))
+    code, out, err = train("--skip-broken", "--dry-run")
+    assert code == 0, err
+    assert " has no tokens for \u4e00 \u4e01 " in out and " \u4e13 and 2 more: captions that differ in these" in out
+
+
 FOLDER_CASES = {
     "a misspelt key": (
         'folders=[{path: dog, promt: "a dog"}]',

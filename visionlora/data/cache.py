@@ -29,7 +29,7 @@ from visionlora.atomic import replace_file
 def default_cache_folder() -> Path:
     """`$VISIONLORA_CACHE`, else the user's cache folder."""
     if folder := os.environ.get("VISIONLORA_CACHE"):
-        return Path(folder)
+        return Path(folder).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "visionlora"
 
 

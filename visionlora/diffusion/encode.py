@@ -178,6 +178,17 @@ def cut_captions(base: BaseModel, captions: Sequence[str]) -> list[tuple[str, st
     return cut
 
 
+def unread_letters(base: BaseModel, captions: Sequence[str]) -> list[str]:
+    """Letters and digits of captions for which a model has no token, as small ones may: they read alike."""
+    tokenizer = base.pipe.tokenizer
+
+    def unread(text: str) -> bool:
+        return tokenizer.unk_token_id in all_ids(base.pipe, tokenizer, text)[1:-1]
+
+    letters = {letter for caption in dict.fromkeys(captions) if unread(caption) for letter in caption.lower()}
+    return sorted(letter for letter in letters if letter.isalnum() and unread(letter))
+
+
 @torch.no_grad()
 def encode_text(base: BaseModel, captions: Sequence[str]) -> list[dict[str, Tensor]]:
     """Of each caption `text` (tokens, width) and for SDXL `pooled` (width), as the pipeline computes them.

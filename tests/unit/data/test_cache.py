@@ -86,6 +86,9 @@ def test_the_folder_follows_the_environment(monkeypatch, tmp_path: Path) -> None
     monkeypatch.delenv("VISIONLORA_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert default_cache_folder() == tmp_path / "visionlora"
+    monkeypatch.setenv("VISIONLORA_CACHE", "~/of its own")
+    assert default_cache_folder() == Path.home() / "of its own"
+    monkeypatch.delenv("VISIONLORA_CACHE")
     for unset in ("", None):
         monkeypatch.setenv("XDG_CACHE_HOME", "") if unset == "" else monkeypatch.delenv("XDG_CACHE_HOME")
         assert default_cache_folder() == Path.home() / ".cache" / "visionlora"

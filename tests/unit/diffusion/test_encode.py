@@ -21,6 +21,7 @@ from visionlora.diffusion.encode import (
     encode_text,
     latent_keys,
     text_keys,
+    unread_letters,
 )
 from visionlora.errors import ConfigError, ModelError
 from visionlora.models.base import open_base
@@ -83,6 +84,12 @@ def test_captions_that_are_too_long_are_named_with_what_is_lost(tiny_model: Path
     base = open_base(str(tiny_model))
     long = "a b c d e f g h i j k l m n o p"
     assert cut_captions(base, ["a b", long, long]) == [(long, "o p")]
+
+
+def test_letters_that_a_small_tokenizer_has_not_are_found() -> None:
+    base = open_base("emoji-64")
+    assert unread_letters(base, ["a dog, (sitting)", "sks dog", "DOG"]) == []
+    assert unread_letters(base, ["dog 15", "dog 51", "\u72d7 dog"]) == ["1", "5", "\u72d7"]
 
 
 def test_a_second_start_computes_nothing_and_another_model_everything(
