@@ -17,6 +17,7 @@ from visionlora.config import to_yaml
 from visionlora.config.choices import WHOLE
 from visionlora.data.images import printable
 from visionlora.data.learned import Learned, history
+from visionlora.data.wording import count_of
 from visionlora.lora.adapter import Adapter
 from visionlora.lora.config import AdapterConfig
 from visionlora.models.vision import EMBEDDED
@@ -32,7 +33,14 @@ from visionlora.report.runfolder import RunFolder
 from visionlora.training.loop import Progress, process_state
 from visionlora.vision.explain import attention_rollout, grad_cam, overlay, supports
 from visionlora.vision.material import Material
-from visionlora.vision.metrics import AnyMetrics, Bin, Metrics, expected_calibration_error, reliability
+from visionlora.vision.metrics import (
+    AnyMetrics,
+    Bin,
+    Metrics,
+    MultiLabelMetrics,
+    expected_calibration_error,
+    reliability,
+)
 
 SHOWN = 12
 """Pictures on a sheet at most."""
@@ -256,26 +264,43 @@ def warnings_of(material: Material, finished: Sequence[Finished]) -> tuple[str, 
     """What a user should know before using the adapter."""
     found = []
     by_name = {f.contender.name: f for f in finished}
-    probe, own = by_name.get("linear-probe"), finished[0]
+    probe, own, select = by_name.get("linear-probe"), finished[0], material.config.select_by
     if probe is not None and probe is not own:
-        before = material.selected(probe.metrics)
-        gain = material.selected(own.metrics) - before
-        if before + PAYS > 1 and gain > -PAYS:
+        before, after = material.selected(probe.metrics), material.selected(own.metrics)
+        best = 0.0 if select == "loss" else 1.0
+        if before + PAYS > best and after - before > -PAYS:
             found.append(
-                f"The linear probe, which trains the head alone, has a {material.config.select_by} of {before:.3f} already "
+                f"The linear probe, which trains the head alone, has a {select} of {abs(before):.3f} already "
                 f"(baselines/probe.safetensors): on these pictures {own.contender.name} cannot be seen to be better."
             )
-        elif gain < PAYS:
+        elif after - before < PAYS:
             found.append(
-                f"{own.contender.name} does not pay on this backbone: {material.config.select_by} is {gain:+.3f} against the "
+                f"{own.contender.name} does not pay on this backbone: {select} is {abs(after) - abs(before):+.3f} against the "
                 f"linear probe, which trains the head alone (baselines/probe.safetensors). {what_to_try(material, own)}"
             )
+        found += worse_labels(material, own, probe)
     full = by_name.get("full")
     if full is not None and material.selected(full.metrics) - material.selected(own.metrics) > 2 * PAYS:
         found.append("Full fine-tuning is clearly better here: a higher rank or more targets may close the gap.")
     if len(material.looked_at) < 100:
-        found.append(f"Only {len(material.looked_at)} {material.looked_at_side} pictures: the figures are uncertain.")
+        side = material.looked_at_side
+        pictures = count_of(len(material.looked_at), f"{side} picture", f"{side} pictures")
+        found.append(f"Only {pictures}: the figures are uncertain.")
     return tuple(found)
+
+
+def worse_labels(material: Material, own: Finished, probe: Finished) -> list[str]:
+    """A warning where the moment that ranks the pictures best gives them worse labels than a linear probe."""
+    select, ours, theirs = material.config.select_by, own.metrics, probe.metrics
+    if not (isinstance(ours, MultiLabelMetrics) and isinstance(theirs, MultiLabelMetrics)) or select != "map":
+        return []
+    if theirs.micro_f1 - ours.micro_f1 <= 2 * PAYS:
+        return []
+    return [
+        f"The labels that {own.contender.name} gives, those above one half, are worse than the linear probe's: micro_f1 is "
+        f"{ours.micro_f1:.3f} against {theirs.micro_f1:.3f}. The best moment was chosen by map, which sees the order of the "
+        "pictures alone: select_by=micro_f1 chooses by the labels."
+    ]
 
 
 def what_to_try(material: Material, own: Finished) -> str:

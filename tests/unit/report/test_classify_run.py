@@ -10,6 +10,7 @@ from torch import Tensor
 from visionlora.config import ClassifyConfig
 from visionlora.report.classify_run import decisions, warnings_of, what_to_try, wording
 from visionlora.vision.material import Material
+from visionlora.vision.metrics import evaluate_multi_label
 from visionlora.vision.task import Objective
 
 CLASSES = ("red", "round", "big")
@@ -71,6 +72,49 @@ def test_an_adapter_is_blamed_only_where_it_could_have_been_better(probe: float,
     ]
     found = warnings_of(judged, finished)
     assert said in "".join(found) and len(found) == bool(said)
+
+
+@pytest.mark.parametrize(
+    ("probe", "own", "said"),
+    [
+        (0.2, 0.3, "lora does not pay on this backbone: loss is +0.100 against the linear probe"),
+        (0.2, 0.2, "lora does not pay on this backbone: loss is +0.000 against the linear probe"),
+        (0.003, 0.004, "has a loss of 0.003 already"),
+        (0.3, 0.2, ""),
+    ],
+)
+def test_a_loss_is_told_as_it_is_and_zero_is_the_best_there_is(probe: float, own: float, said: str) -> None:
+    judged: Any = SimpleNamespace(
+        selected=lambda loss: -loss, config=ClassifyConfig(images="pets", select_by="loss"), looked_at=range(100),
+    )  # fmt: skip
+    finished: Any = [
+        SimpleNamespace(contender=SimpleNamespace(name=name), metrics=loss, step=20)
+        for name, loss in (("lora", own), ("linear-probe", probe))
+    ]
+    found = warnings_of(judged, finished)
+    assert said in "".join(found) and len(found) == bool(said)
+
+
+@pytest.mark.parametrize(("select", "warned"), [("map", True), ("micro_f1", False)])
+def test_a_moment_that_ranks_well_but_gives_wrong_labels_is_told(select: str, warned: bool) -> None:
+    targets = torch.tensor([[1.0, 0.0, 1.0], [0.0, 1.0, 0.0]] * 50)
+    probe, own = (evaluate_multi_label((targets - by).numpy(), targets.numpy(), CLASSES) for by in (0.5, -0.5))
+    judged: Any = SimpleNamespace(
+        selected=lambda found: found.mean_average_precision, config=ClassifyConfig(images="pets", select_by=select),
+        looked_at=range(100),
+    )  # fmt: skip
+    finished: Any = [
+        SimpleNamespace(contender=SimpleNamespace(name=name), metrics=found, step=20)
+        for name, found in (("lora", own), ("linear-probe", probe))
+    ]
+    said = "worse than the linear probe's: micro_f1 is 0.667 against 1.000. The best moment was chosen by map"
+    assert (said in "".join(warnings_of(judged, finished))) == warned
+
+
+def test_a_single_picture_to_judge_by_is_counted_as_one() -> None:
+    judged: Any = SimpleNamespace(looked_at=range(1), looked_at_side="test", config=ClassifyConfig(images="pets"))
+    own: Any = SimpleNamespace(contender=SimpleNamespace(name="lora"))
+    assert warnings_of(judged, [own]) == ("Only 1 test picture: the figures are uncertain.",)
 
 
 @pytest.mark.parametrize(
