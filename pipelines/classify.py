@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from visionlora.data.cache import default_cache_folder
 from visionlora.data.classes import read_labelled
 from visionlora.data.decoded import check_pictures
 from visionlora.data.learned import Learned
-from visionlora.data.splits import split
+from visionlora.data.splits import Splits, of_two_classes, split
 from visionlora.data.wording import first_names
 from visionlora.errors import ConfigError, DataError, ProcessLost, TrainingError
 from visionlora.lora.adapter import Adapter
@@ -276,14 +276,12 @@ def prepare(
     trained, chosen = learned.positions(checked.sha256)
     barred = {"val": trained, "test": trained | chosen}
     splits = split(data, components, config.val_share, config.test_share, config.seed, barred)
-    sizes = Counter(components.tolist()).values()
-    largest, together = max(sizes), ""
-    if tied := sum(size for size in sizes if size > 1):
-        together = (
-            f"{tied} pictures stay with others on one side (near duplicates or a group); the largest set has {largest}"
-        )
-    more = tuple(line for line in (together, not_known) if line)
-    splits = dataclasses.replace(splits, notes=(*splits.notes, *more))
+    largest = max(Counter(components.tolist()).values())
+    more = [together(components.tolist(), splits), not_known]
+    if config.near_duplicates:
+        own = linked(checked.hashes, checked.thumbnails, checked.sha256, [None] * len(groups))
+        more += of_two_classes(data, own)
+    splits = dataclasses.replace(splits, notes=(*splits.notes, *filter(None, more)))
     for note in (*data.notes, *checked.notes, *splits.notes):
         tell.say(note)
     tell.say(
@@ -315,6 +313,18 @@ def prepare(
     )
     select = config.select_by or ("map" if data.multi_label else "top1")
     return Material(checked, splits, targets, objective, backbone, dataclasses.replace(config, select_by=select))
+
+
+def together(components: Sequence[int], splits: Splits) -> str:
+    """How many pictures stay with others on one side; empty for none. Sides that the data names may tear some apart."""
+    sets: dict[int, Counter[str]] = {}
+    for side in ("train", "val", "test"):
+        for i in getattr(splits, side):
+            sets.setdefault(components[i], Counter())[side] += 1
+    sizes = [size for held in sets.values() if len(held) == 1 and (size := held.total()) > 1]
+    if not sizes:
+        return ""
+    return f"{sum(sizes)} pictures stay with others on one side (near duplicates or a group); the largest set has {max(sizes)}"
 
 
 # ------------------------------------------------------------------------------------------------ adapter, baselines

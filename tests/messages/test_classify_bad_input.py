@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from visionlora.pipelines.classify_dry_run import classify_dry_run
 from visionlora.pipelines.export import export
 from visionlora.pipelines.predict import predict
 
@@ -151,6 +152,25 @@ def test_broken_pictures_are_left_out_on_request(classify, own: Path, tmp_path: 
     broken_picture(own)
     classify(skip_broken=True, baselines=("none",))
     assert "cross/00.png" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_a_picture_saved_again_in_another_class_is_named(own: Path, tiny_vit: Path) -> None:
+    Image.open(own / "cross" / "00.png").save(own / "square" / "copy.jpg", quality=90)
+    ears = Ears()
+    classify_dry_run(ClassifyConfig(images=str(own), model=str(tiny_vit), steps=1), ears)
+    assert (
+        "1 picture looks like one of another class, so that one of the labels may be wrong: cross/00.png (cross) and "
+        "square/copy.jpg (square)"
+    ) in ears.lines
+
+
+def test_what_the_data_tears_apart_is_not_said_to_stay_together(own: Path, tiny_vit: Path, tmp_path: Path) -> None:
+    for side in ("train", "test"):
+        shutil.copytree(own, tmp_path / "named" / side)
+    ears = Ears()
+    classify_dry_run(ClassifyConfig(images=str(tmp_path / "named"), model=str(tiny_vit), steps=1), ears)
+    said = "\n".join(ears.lines)
+    assert "60 pictures are linked with one of another split" in said and "stay with others on one side" not in said
 
 
 def test_a_used_output_folder_is_refused(classify, tmp_path: Path) -> None:

@@ -206,8 +206,8 @@ def _judged(data: LabelledData, facts: Mapping[int, Fact], broken: Sequence[str]
     notes = [f"{note}: {first_names(names)}" for note, names in converted.items()] + notes
     if copies:
         notes.append(
-            f"{count_of(copies, 'picture is', 'pictures are')} an exact copy of another of the same class; copies stay on "
-            "one side of a split"
+            f"{count_of(copies, 'picture is', 'pictures are')} an exact copy of another of the same class"
+            + ("" if any(item.split for item in data.items) else "; copies stay on one side of a split")
         )
     return notes + left_out(broken)
 

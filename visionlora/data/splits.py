@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from visionlora.data.images import printable
 from visionlora.data.labelled import LabelledData
 from visionlora.data.wording import count_of, first_names, problem_report
 from visionlora.errors import ConfigError, DataError
@@ -106,10 +107,7 @@ def _drawn(
     Components are placed from the largest to the smallest, each on a side that still needs all of it, drawn by how
     much the side needs; where no side does, on the one that it overfills least. Those that may not be everywhere come first.
     """
-    bundles: dict[int, list[int]] = {}
-    for i in pool:
-        bundles.setdefault(components[i], []).append(i)
-    members = list(bundles.values())
+    members = _bundles(pool, components)
     contents = [Counter(c for i in bundle for c in _strata(data, i)) for bundle in members]
     totals: Counter[int] = Counter()
     for content in contents:
@@ -232,20 +230,55 @@ def _notes(data: LabelledData, sides: Sequence[str], shares: dict[str, float], n
 
 def _leaks(data: LabelledData, order: Sequence[int], sides: Sequence[str], components: Sequence[int]) -> Iterator[str]:
     """A note on pictures that are linked across the sides that the data names."""
-    bundles: dict[int, list[int]] = {}
-    for i in order:
-        bundles.setdefault(components[i], []).append(i)
     pairs = []
-    for bundle in bundles.values():
+    for bundle in _bundles(order, components):
         first = min(bundle, key=lambda i: _SIDES.index(sides[i]))
         pairs += [(first, i) for i in bundle if sides[i] != sides[first]]
     if pairs:
-        shown = [
-            f"{first_names([data.name_of(i)])} ({sides[i]}) and {first_names([data.name_of(j)])} ({sides[j]})"
-            for i, j in pairs[:_MAX_PAIRS]
-        ]
-        more = f" and {len(pairs) - _MAX_PAIRS:,} more" if len(pairs) > _MAX_PAIRS else ""
         yield (
             f"{count_of(len(pairs), 'picture is', 'pictures are')} linked with one of another split (near duplicates, or "
-            f"the same group), so that scores may be too good: {', '.join(shown)}{more}"
+            f"the same group), so that scores may be too good: {_first_pairs(data, pairs, sides)}"
         )
+
+
+def of_two_classes(data: LabelledData, alike: Sequence[int] | npt.NDArray[np.int64]) -> list[str]:
+    """A note on pictures that look alike and have different classes, if there are any: one of the labels may be wrong.
+
+    Args:
+        data: the pictures; with several labels each, frames of one film may well differ, and nothing is said.
+        alike: from `alike.linked`, of what looks alike as it is: a mirrored arrow is another arrow.
+    """
+    if data.multi_label:
+        return []
+    order = sorted(range(len(data.items)), key=lambda i: data.items[i].path.as_posix())
+    class_of = [data.classes[item.labels[0]] for item in data.items]
+    pairs = [
+        (bundle[0], i)
+        for bundle in _bundles(order, [int(c) for c in alike])
+        for i in bundle
+        if class_of[i] != class_of[bundle[0]]
+    ]
+    if not pairs:
+        return []
+    return [
+        f"{count_of(len(pairs), 'picture looks', 'pictures look')} like one of another class, so that one of the labels may be "
+        f"wrong: {_first_pairs(data, pairs, class_of)}"
+    ]
+
+
+def _bundles(order: Sequence[int], components: Sequence[int]) -> list[list[int]]:
+    """The positions of each component, in this order."""
+    bundles: dict[int, list[int]] = {}
+    for i in order:
+        bundles.setdefault(components[i], []).append(i)
+    return list(bundles.values())
+
+
+def _first_pairs(data: LabelledData, pairs: Sequence[tuple[int, int]], told: Sequence[str]) -> str:
+    """The first pairs of positions, each with what is told of it in brackets."""
+    shown = [
+        " and ".join(f"{first_names([data.name_of(i)])} ({printable(told[i])})" for i in pair)
+        for pair in pairs[:_MAX_PAIRS]
+    ]
+    more = f" and {len(pairs) - _MAX_PAIRS:,} more" if len(pairs) > _MAX_PAIRS else ""
+    return ", ".join(shown) + more

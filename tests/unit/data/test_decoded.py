@@ -301,6 +301,15 @@ def test_copies_of_one_class_are_counted(pets: Path, cache: Path) -> None:
     )
 
 
+def test_copies_need_not_stay_together_where_the_data_names_its_splits(tmp_path: Path) -> None:
+    paths = [picture(tmp_path / f"{i}.png", 0) for i in range(2)]
+    items = (LabelledItem(paths[0], (0,), "train"), LabelledItem(paths[1], (0,), "test"))
+    data = LabelledData(tmp_path, ("a",), items, False, (), "")
+    assert check_pictures(data, SMALL, tmp_path / "cache").notes == (
+        "1 picture is an exact copy of another of the same class",
+    )
+
+
 def test_the_same_picture_with_different_labels(tmp_path: Path) -> None:
     paths = [picture(tmp_path / f"{i}.png", 0) for i in range(2)]
     items = (LabelledItem(paths[0], (0, 1)), LabelledItem(paths[1], (0,)))

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from visionlora.data.labelled import LabelledData, LabelledItem
-from visionlora.data.splits import Splits, split
+from visionlora.data.splits import Splits, of_two_classes, split
 from visionlora.errors import ConfigError, DataError
 
 SIDES = ("train", "val", "test")
@@ -193,6 +193,16 @@ def test_shares_that_leave_nothing() -> None:
     assert str(caught.value) == (
         "val_share and test_share are 0.5 and 0.5, which leaves nothing to train on; together they must be below 1."
     )
+
+
+def test_look_alikes_of_two_classes_are_named() -> None:
+    data = data_of([0, 0, 1, 1, 2, 0, 1])
+    assert of_two_classes(data, [0, 1, 0, 2, 2, 1, 6]) == [
+        "2 pictures look like one of another class, so that one of the labels may be wrong: 0000.png (a) and 0002.png (b), "
+        "0003.png (b) and 0004.png (c)"
+    ]
+    assert of_two_classes(data, alone(data)) == []
+    assert of_two_classes(data_of([(0,), (1,)], multi_label=True), [0, 0]) == []
 
 
 # Splits of the data's own.
