@@ -50,7 +50,7 @@ def trained(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_leaves_everything(trained: Path) -> None:
     assert {p.name for p in trained.iterdir()} >= {
         "asked.yaml", "config.yaml", "metrics.jsonl", "adapter.safetensors", "baselines", "checkpoints", "loss.png",
-        "confusion.png", "reliability.png", "overlays.png", "metrics.json", "report.html", "README.md", "run.json",
+        "score.png", "confusion.png", "reliability.png", "overlays.png", "metrics.json", "report.html", "README.md", "run.json",
     }  # fmt: skip
     metrics = json.loads((trained / "metrics.json").read_text())
     assert metrics["evaluated_on"] == "test" and metrics["pictures"] == 9

@@ -16,7 +16,7 @@ from visionlora.data.images import printable
 from visionlora.report.html_page import html_page
 from visionlora.vision.metrics import AnyMetrics, Bin, Metrics
 
-PICTURES = ("curves", "confusion", "reliability", "mistakes", "overlays")
+PICTURES = ("curves", "scores", "confusion", "reliability", "mistakes", "overlays")
 """What a report can show, by name."""
 PROBE = "linear-probe"
 METHODS = {PROBE: "linear probe", "full": "full fine-tuning"}
@@ -26,8 +26,13 @@ MISTAKES = (
     "Pictures whose prediction is wrong and most certain. Look here first for wrong labels, doubles and classes that "
     "overlap."
 )
+CURVES = (
+    "Loss over the steps. In training it is that of changed pictures, with smoothing, mixing and weights where these are set; "
+    "on the validation pictures it is plain."
+)
 OVERLAYS = (
-    "Where attention from the output to the picture is strong (warm). It shows where information comes from, not why."
+    "Warm is where it looks. Grad-CAM shows places whose features speak for the class; attention rollout those from which "
+    "attention reaches the output, whatever the class. Both show where information comes from, not why."
 )
 
 STYLE = """*{box-sizing:border-box}
@@ -132,7 +137,8 @@ def report_page(report: ClassifyReport) -> str:
     """The whole page."""
     parts = [
         _top(report), _comparison(report), _tiles(report),
-        _picture(report, "curves", "Learning curves", "Loss and scores over the steps of training."),
+        _picture(report, "curves", "Learning curves", CURVES),
+        _picture(report, "scores", "Score of the validation pictures", "By it the best moment was chosen, which is kept."),
         _classes_table(report), _confusion(report), _reliability(report),
         _picture(report, "mistakes", "Most confident mistakes", MISTAKES),
         _picture(report, "overlays", "What it looks at", OVERLAYS),
@@ -242,9 +248,10 @@ def _calibration(report: ClassifyReport) -> str:
 
 
 def _classes_table(report: ClassifyReport) -> str:
-    found = report.metrics
+    found, recall = report.metrics, ("Recall", "Recall and its 95 % interval", "from", "to")
+    wide = "The interval is Wilson's: it is wide for classes with few pictures, whose recall says little."
     if isinstance(found, Metrics):
-        heads = ["#", "Class", "Pictures", "Precision", "F1", "Recall", "Recall and its 95 % interval", "from", "to"]
+        heads = ["#", "Class", "Pictures", "Precision", "F1", *recall]
         weakest = sorted(enumerate(found.per_class, 1), key=lambda e: (e[1].pictures == 0, e[1].recall, e[1].f1))
         rows = [
             _class_row(
@@ -253,20 +260,22 @@ def _classes_table(report: ClassifyReport) -> str:
             )
             for number, row in weakest
         ]  # fmt: skip
-        about = "The interval is Wilson's: it is wide for classes with few pictures, whose recall says little."
+        about = wide
     else:
-        heads = ["#", "Class", "Positives", "Precision", "Recall", "F1", "Average precision", ""]
+        heads = ["#", "Class", "Positives", "Precision", "F1", "Average precision", *recall]
         by_precision = sorted(
             enumerate(found.per_class, 1), key=lambda e: (e[1].positives == 0, e[1].average_precision, e[1].f1)
         )
         rows = [
             _class_row(
-                number, row.name, row.positives, (row.precision, row.recall, row.f1, row.average_precision),
-                _bar_cell(row.average_precision), (),
+                number, row.name, row.positives, (row.precision, row.f1, row.average_precision, row.recall),
+                _bar_cell(row.recall, row.low, row.high), (row.low, row.high),
             )
             for number, row in by_precision
         ]  # fmt: skip
-        about = "A label is given when its probability is above one half; average precision weighs all thresholds."
+        about = (
+            f"A label is given when its probability is above one half; average precision weighs all thresholds. {wide}"
+        )
     return (
         f'<h2>Classes</h2><p class="soft">Weakest first; a click on a heading sorts. {about}</p>{_table(heads, rows)}'
     )

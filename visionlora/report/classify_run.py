@@ -411,6 +411,11 @@ def charts(run: RunFolder, material: Material, own: Finished) -> dict[str, bytes
     }
     if own.history and draw_curves(run.path / "loss.png", curves, xlabel="step", ylabel="loss"):
         found["curves"] = (run.path / "loss.png").read_bytes()
+    select = material.config.select_by or ""
+    scores = [(step, score) for step, score, _ in own.evaluations]
+    axes = {"xlabel": "step", "ylabel": select, "title": f"Kept: step {own.step}"}
+    if own.history and select != "loss" and draw_curves(run.path / "score.png", {"validation": scores}, **axes):
+        found["scores"] = (run.path / "score.png").read_bytes()
     if isinstance(own.metrics, Metrics):
         found["confusion"] = draw_confusion(own.metrics.confusion, material.data.classes)
         run.write_bytes("confusion.png", found["confusion"])

@@ -94,6 +94,10 @@ class LabelRow:
     f1: float
     average_precision: float
     """Area below the precision-recall curve; 0 without positives."""
+    low: float
+    """Lower end of the recall's 95 % interval (Wilson)."""
+    high: float
+    """Upper end of the recall's 95 % interval (Wilson)."""
 
 
 @dataclass(frozen=True)
@@ -220,8 +224,16 @@ def evaluate_multi_label(
         loss=_binary_nll(scores, truth, temperature),
         pictures=len(truth),
         per_class=tuple(
-            LabelRow(name, int(actual[i]), float(precision[i]), float(recall[i]), float(f1[i]), float(found[i]))
-            for i, name in enumerate(classes)
+            LabelRow(
+                name,
+                int(actual[i]),
+                float(precision[i]),
+                float(recall[i]),
+                float(f1[i]),
+                float(found[i]),
+                *wilson(*counts),
+            )
+            for i, (name, *counts) in enumerate(zip(classes, hits.tolist(), actual.tolist(), strict=True))
         ),
     )
 

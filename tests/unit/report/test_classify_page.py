@@ -109,6 +109,7 @@ def test_sections_come_in_order_and_every_tag_is_closed() -> None:
         "Comparison",
         "Figures",
         "Learning curves",
+        "Score of the validation pictures",
         "Classes",
         "Confusion matrix",
         "Reliability",
@@ -202,7 +203,8 @@ def test_counts_are_summed_over_the_sides() -> None:
 
 def test_several_labels_have_their_own_figures() -> None:
     page = Page(report_page(multi_label()))
-    assert {"mAP on test", "Positives", "Average precision"} <= set(page.texts["th"])
+    assert {"mAP on test", "Positives", "Average precision", "Recall and its 95 % interval"} <= set(page.texts["th"])
+    assert page.texts["td"][page.texts["td"].index("cat") :][5:9] == ["100.0 %", "", "56.6 %", "100.0 %"], "recall"
     assert page.row("lora")[3] == "loss 0.250", "the negated loss is shown as a loss"
     assert "Reliability" not in page.texts["h2"]
 

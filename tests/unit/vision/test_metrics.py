@@ -109,6 +109,7 @@ def test_several_labels_a_picture() -> None:
     assert (a.positives, a.precision, a.recall) == (3, 1.0, pytest.approx(2 / 3))
     assert (b.positives, b.precision, b.recall, b.average_precision) == (1, 0.5, 1.0, 1.0)
     assert (never.positives, never.f1, never.average_precision) == (0, 0.0, 0.0)
+    assert [(row.low, row.high) for row in found.per_class] == [wilson(2, 3), wilson(1, 1), (0.0, 1.0)]
     assert found.micro_f1 == pytest.approx(2 * 3 / (4 + 4))
     assert found.macro_f1 == pytest.approx((a.f1 + b.f1) / 2)
     assert found.mean_average_precision == pytest.approx((a.average_precision + b.average_precision) / 2)
