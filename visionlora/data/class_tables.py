@@ -99,7 +99,7 @@ def _from_rows(
         own = {int(row.rpartition(" ")[2]): file for row, file in unpacked.pictures.items()}
         table = read_table(path, name)
         rows = [(line, {**cells, OWN_PICTURE: own[line].name}) for line, cells in table.rows if line in own]
-        tables[place] = Table(table.shown, [*table.columns, OWN_PICTURE], rows, unpacked.problems)
+        tables[place] = Table(table.shown, [*table.columns, OWN_PICTURE], rows, unpacked.problems, table.embedded)
         shown |= {place + file.name: row for row, file in unpacked.pictures.items()}
         split_by[place] = splits[name]
     if not tables:
@@ -415,12 +415,18 @@ def _label_columns(table: Table, wanted: Wanted) -> list[str]:
     if wanted.labels:
         if len(set(wanted.labels)) < len(wanted.labels):
             raise ConfigError(f"label_columns names a column twice: {first_names(wanted.labels)}.")
+        parts = [part.strip() for part in wanted.labels[0].split(",")]
+        if len(wanted.labels) == 1 < len(parts) and set(parts) <= set(table.columns):
+            raise ConfigError(f"label_columns: several are written in brackets: label_columns=[{','.join(parts)}].")
         return [table.given(name, "label_columns") for name in wanted.labels]
     if wanted.label is not None:
         return [table.given(wanted.label, "label_column")]
     if (column := table.guess(LABEL_COLUMNS)) is None:
+        there = quoted([name for name in table.columns if name != OWN_PICTURE])
+        if table.embedded:
+            there += f"; {quoted(table.embedded)} {'holds' if len(table.embedded) == 1 else 'hold'} no plain values"
         raise DataError(
-            f"{table.shown} has no column of labels (it has {quoted(table.columns)}); name it with "
+            f"{table.shown} has no column of labels (it has {there}); name it with "
             'label_column=NAME, or call it "label"; for one column of 0 and 1 a class, name them with label_columns=[A,B].'
         )
     return [column]
@@ -440,8 +446,9 @@ def _split_column(table: Table, wanted: Wanted, found: Found) -> str | None:
         return None
     values = {value if isinstance(value := cells.get(column or ""), str) else "" for _, cells in table.rows}
     splits = {split_of(value) for value in values}
-    if wanted.split is None and (None in splits or "train" not in splits):
-        # "set" can mean many things; only a column that was asked for must hold splits.
+    doubtful = "train" not in splits or splits.isdisjoint(("val", "test"))
+    if wanted.split is None and doubtful and (None in splits or "train" not in splits):
+        # "set" can mean many things; where train stands beside val or test, other words are mistakes.
         found.notes.append(f'the column "{printable(column or "")}" is not used: it does not name train, val and test')
         return None
     if "train" not in splits:

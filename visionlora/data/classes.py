@@ -304,10 +304,13 @@ def _name_clashes(names: Iterable[str], kind: str) -> Iterator[str]:
         if not clean:
             yield f"a {kind} has a name of only spaces; rename it"
             continue
-        other = before.setdefault(unicodedata.normalize("NFC", clean.casefold()), name)
+        whole = re.fullmatch(r"(-?\d+)\.0+", clean)
+        other = before.setdefault(whole[1] if whole else unicodedata.normalize("NFC", clean.casefold()), name)
         if other == name:
             continue
-        if cleaned(other) != clean:
+        if whole or re.fullmatch(r"-?\d+\.0+", cleaned(other)):
+            pair, reason = (quoted([other]), quoted([name])), "how the number is written"
+        elif cleaned(other) != clean:
             pair, reason = (quoted([other]), quoted([name])), "case"
         elif other.strip() != name.strip():
             # Both would look the same.

@@ -207,6 +207,15 @@ def test_class_names_that_look_the_same(tmp_path: Path) -> None:
     ]
 
 
+def test_whole_numbers_of_which_some_became_fractions(flat: Path) -> None:
+    path = table(flat, "path,label\n0.png,1.0\n1.png,2\n2.png,1\n3.png,01\n")
+    assert problems(flat, table=path) == [
+        'the class names "1" and "1.0" differ only in how the number is written; give both the same name'
+    ]
+    path = table(flat, "path,label\n0.png,1.0\n1.png,2.5\n2.png,2.0\n3.png,01\n")
+    assert read_labelled(path).classes == ("01", "1.0", "2.0", "2.5")
+
+
 def test_a_class_name_is_composed_and_without_spaces_around(tmp_path: Path) -> None:
     files(tmp_path, unicodedata.normalize("NFD", "café /1.png"), "dog/1.png")
     assert read_labelled(tmp_path).classes == ("café", "dog")
@@ -410,6 +419,9 @@ def test_columns_that_are_not_there(flat: Path) -> None:
     assert said(table(flat, "0.png,cat\n1.png,dog\n")) == (
         f'{path} has no column of picture paths (it has "0.png", "cat"); name it with path_column=NAME, or call it "path".'
     )
+    assert said(table(flat, "file,kind\n0.png,1\n"), ConfigError, label_columns=("file,kind",)) == (
+        "label_columns: several are written in brackets: label_columns=[file,kind]."
+    )
     for wrong in ({"label_column": "a", "label_columns": ("b",)}, {"label_columns": ("kind", "kind")}):
         assert "label_columns" in said(table(flat, "file,kind\n"), ConfigError, **wrong)
 
@@ -426,6 +438,17 @@ def test_a_column_that_sounds_like_groups_is_pointed_out(flat: Path) -> None:
     assert read_labelled(table(flat, "\n".join(["path,label,patient,split", *split]))).notes == ()
     each_its_own = [f"{i}.png,{i % 2},{i}" for i in range(4)]
     assert read_labelled(table(flat, "\n".join(["path,label,patient", *each_its_own]))).notes == ()
+
+
+def test_a_split_that_is_misspelt_or_missing_is_no_reason_to_draw_others(flat: Path) -> None:
+    text = "path,label,split\n" + "".join(
+        f"{i}.png,{i % 2},{side}\n" for i, side in enumerate(("train", "tets", "", "test"))
+    )
+    path = table(flat, text)
+    assert problems(flat, table=path) == [
+        f'{path} line 3 has "tets" in "split"; allowed are train, val and test',
+        f'{path} line 4 has nothing in "split"; allowed are train, val and test',
+    ]
 
 
 def test_a_column_that_only_sounds_like_splits(flat: Path) -> None:
@@ -556,6 +579,20 @@ def test_pictures_within_a_parquet_table(flat: Path) -> None:
     assert said(flat, table=path) == (
         f'{path} has no column of picture paths (it has "label", "split"); for pictures in "image", give the table itself as '
         '--images; name it with path_column=NAME, or call it "path".'
+    )
+
+
+@pytest.mark.skipif(importlib.util.find_spec("pyarrow") is None, reason="reads with pyarrow")
+def test_labels_in_lists_are_not_read(flat: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    path = flat / "labels.parquet"
+    rows = {"image": [{"bytes": b"x", "path": "a.png"}] * 2, "labels": [[1, 2], [3]]}
+    pyarrow.parquet.write_table(pyarrow.table(rows), path)
+    assert said(path) == (
+        f'{path} has no column of labels (it has nothing; "image", "labels" hold no plain values); name it with '
+        'label_column=NAME, or call it "label"; for one column of 0 and 1 a class, name them with label_columns=[A,B].'
     )
 
 
