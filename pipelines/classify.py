@@ -53,7 +53,7 @@ from visionlora.training.settings import (
     with_kept_ranks,
 )
 from visionlora.vision.material import Material, class_weights, targets_of
-from visionlora.vision.metrics import AnyMetrics
+from visionlora.vision.metrics import AnyMetrics, check_score
 from visionlora.vision.probe import Probe
 from visionlora.vision.task import Objective
 
@@ -312,6 +312,7 @@ def prepare(
         class_weights(config.class_weights, targets[list(splits.train)], data.classes, data.multi_label),
     )
     select = config.select_by or ("map" if data.multi_label else "top1")
+    check_score(select, data.multi_label)
     return Material(checked, splits, targets, objective, backbone, dataclasses.replace(config, select_by=select))
 
 

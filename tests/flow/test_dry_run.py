@@ -99,6 +99,15 @@ def test_what_cannot_train_is_refused_as_the_run_would(cli, tiny_model: Path, do
     assert code == 2 and "A resolution of 33 px does not fit" in err
 
 
+def test_a_figure_that_the_labels_have_not_is_refused_as_by_the_run(cli, tiny_vit: Path, shapes: Path) -> None:
+    code, _, err = cli("classify", "--images", shapes, "--model", tiny_vit, "--dry-run", "select_by=map")
+    assert (
+        code == 2
+        and "'map' does not apply to pictures with one label each. Allowed: balanced_accuracy, loss, macro_f1, top1."
+        in err
+    )
+
+
 MEASURED = """
 import resource, sys
 from visionlora.cli.main import app

@@ -238,6 +238,17 @@ def evaluate_multi_label(
     )
 
 
+def check_score(name: str, several: bool) -> None:
+    """Raises ConfigError where no figure of this name is known of pictures with one label, or with several, each."""
+    allowed, others = (
+        (MULTI_LABEL_SCORES, SINGLE_LABEL_SCORES) if several else (SINGLE_LABEL_SCORES, MULTI_LABEL_SCORES)
+    )
+    if name not in allowed:
+        kind = "pictures with several labels" if several else "pictures with one label each"
+        what = f"{name!r} does not apply to {kind}." if name in others else f"There is no metric {name!r} for {kind}."
+        raise ConfigError(f"{what} {nearest(name, allowed)}")
+
+
 def score(metrics: Metrics | MultiLabelMetrics, name: str) -> float:
     """The figure that a run is chosen by; larger is better, so the loss is negated.
 
@@ -248,14 +259,7 @@ def score(metrics: Metrics | MultiLabelMetrics, name: str) -> float:
     Raises:
         ConfigError: the name is unknown, or means nothing for this kind of labels.
     """
-    several = isinstance(metrics, MultiLabelMetrics)
-    allowed, others = (
-        (MULTI_LABEL_SCORES, SINGLE_LABEL_SCORES) if several else (SINGLE_LABEL_SCORES, MULTI_LABEL_SCORES)
-    )
-    if name not in allowed:
-        kind = "pictures with several labels" if several else "pictures with one label each"
-        what = f"{name!r} does not apply to {kind}." if name in others else f"There is no metric {name!r} for {kind}."
-        raise ConfigError(f"{what} {nearest(name, allowed)}")
+    check_score(name, isinstance(metrics, MultiLabelMetrics))
     value = float(getattr(metrics, "mean_average_precision" if name == "map" else name))
     return -value if name == "loss" else value
 
