@@ -93,7 +93,8 @@ def export(
     check_classifies(loaded, adapter)
     base = loaded.info.get("base", {})
     chosen = weights or (base.get("weights") if model is None else None)
-    backbone = open_backbone(model or str(base.get("id", "auto")), chosen, base.get("image_size"))
+    named_by = None if model else "the adapter"
+    backbone = open_backbone(model or str(base.get("id", "auto")), chosen, base.get("image_size"), named_by)
     task = ClassTask.of(loaded, backbone.head).with_temperature_in_head()
     check_fingerprints(loaded, backbone.id, backbone.fingerprints(), force, backbone.fingerprints(older=True))
     if to in ("timm", "transformers") and backbone.library != to:

@@ -47,6 +47,17 @@ def trained(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
+def test_a_backbone_named_from_here_is_found_from_elsewhere(
+    shapes: Path, tiny_vit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The path as it was given would be looked for below another folder, or on the Hub."""
+    monkeypatch.chdir(tiny_vit.parent)
+    asked = {"images": str(shapes), "model": tiny_vit.name, "steps": 1, "baselines": ("none",)}
+    run = vl.classify(vl.ClassifyConfig(**asked, output=str(tmp_path / "run"))).folder
+    monkeypatch.chdir(tmp_path)
+    assert len(vl.load_classifier(run).predict(sorted(shapes.rglob("*.png"))[:2])) == 2
+
+
 def test_a_run_leaves_everything(trained: Path) -> None:
     assert {p.name for p in trained.iterdir()} >= {
         "asked.yaml", "config.yaml", "metrics.jsonl", "adapter.safetensors", "baselines", "checkpoints", "loss.png",

@@ -256,7 +256,9 @@ def test_a_wrong_or_missing_backbone_is_refused(finished: Path, shapes: Path, tm
     moved = finished / "vit"
     moved.rename(finished / "moved")
     try:
-        check_refused(lambda: predict(finished / "run", [good]), tmp_path, "There is no backbone", str(moved))
+        said = f"The backbone that the adapter names, {moved}, is not there: say with --model where it is now."
+        check_refused(lambda: predict(finished / "run", [good]), tmp_path, said)
+        check_refused(lambda: export(finished / "run", tmp_path / "m.onnx", "onnx"), tmp_path, said)
         assert predict(finished / "run", [good], model=str(finished / "moved"))
     finally:
         (finished / "moved").rename(moved)

@@ -212,6 +212,8 @@ def open_backbone(
             cannot read pictures of that size.
     """
     chosen, why = choose("Backbone", model, EMBEDDED, DEFAULT_ON_GPU, fetch_default, named_by)
+    if named_by is not None and (path := Path(chosen)).is_absolute() and not path.exists():
+        raise ModelError(f"The backbone that {named_by} names, {path}, is not there: say with --model where it is now.")
     with torch.random.fork_rng(devices=[]):  # so that `random` is the same model whenever it is opened
         torch.manual_seed(0)
         opened = named(chosen, weights)
@@ -252,7 +254,7 @@ def named(chosen: str, weights: str | None) -> VisionModel:
     if chosen.startswith(TORCHVISION):
         return from_torchvision(chosen, weights)
     if (path := Path(chosen).expanduser()).is_dir():
-        return from_folder(path, weights)
+        return from_folder(path.absolute(), weights)  # the adapter may be used from another folder
     if path.is_file():
         raise ModelError(
             f"{path} is a file, which does not say what backbone it is of. Give the weights of one with --weights, a finished "
