@@ -56,7 +56,7 @@ def command(
         Optional[bool], typer.Option("--flip/--no-flip", help="Mirror pictures; not for letters and digits.")  # noqa: UP045
     ] = None,
     class_weights: Annotated[
-        Optional[str], typer.Option(help="auto: rare classes count more.")  # noqa: UP045
+        Optional[str], typer.Option(help="auto: rare classes count more; or {cat: 2, dog: 1}.")  # noqa: UP045
     ] = None,
     baselines: Annotated[
         Optional[list[str]], typer.Option(help="probe, full or none; repeat for more.")  # noqa: UP045

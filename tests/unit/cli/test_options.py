@@ -84,6 +84,13 @@ def test_what_is_given_twice_alike_is_one() -> None:
         )
 
 
+    ("flag", "weights"),
+    [("auto", "auto"), ("{cat: 2, 1: .5}", {"cat": 2.0, "1": 0.5}), (' {"a, b": 3}', {"a, b": 3.0})],
+)
+def test_weights_of_classes_may_be_an_option_too(flag: str, weights: object) -> None:
+    assert resolved(ClassifyConfig, {"images": ".", "class_weights": flag}).class_weights == weights
+
+
 def test_a_config_of_another_command_is_said_to_be_one(tmp_path: Path) -> None:
     (tmp_path / "my own.yaml").write_text("sample_prompts: [dog]\nrank: 4\n")
     for kind, name, words in (
