@@ -61,7 +61,8 @@ def test_a_backbone_named_from_here_is_found_from_elsewhere(
 def test_a_run_leaves_everything(trained: Path) -> None:
     assert {p.name for p in trained.iterdir()} >= {
         "asked.yaml", "config.yaml", "metrics.jsonl", "adapter.safetensors", "baselines", "checkpoints", "loss.png",
-        "score.png", "confusion.png", "reliability.png", "overlays.png", "metrics.json", "report.html", "README.md", "run.json",
+        "score.png", "confusion.png", "reliability.png", "overlays.png", "metrics.json", "predictions.csv",
+        "report.html", "README.md", "run.json",
     }  # fmt: skip
     metrics = json.loads((trained / "metrics.json").read_text())
     assert metrics["evaluated_on"] == "test" and metrics["pictures"] == 9
@@ -102,6 +103,13 @@ def test_predictions_are_those_of_the_test(cli, trained: Path, tmp_path: Path) -
     assert code == 0, err
     rows = list(csv.DictReader((tmp_path / "p.csv").read_text().splitlines()))
     assert [r["path"] for r in rows] == files
+    own = list(csv.DictReader((trained / "predictions.csv").read_text().splitlines()))
+    assert [(r["path"], r["predicted"], Path(r["path"]).parent.name) for r in own] == [
+        (r["path"], r["label"], o["label"]) for r, o in zip(rows, own, strict=True)
+    ]
+    assert [float(r["probability"]) for r in own] == pytest.approx([float(r["probability"]) for r in rows], abs=1e-5)
+    loss = json.loads((trained / "metrics.json").read_text())["loss"]
+    assert -sum(math.log(float(r["probability_of_label"])) for r in own) / len(own) == pytest.approx(loss)
     right = sum(Path(r["path"]).parent.name == r["label"] for r in rows)
     assert right / len(rows) == pytest.approx(json.loads((trained / "metrics.json").read_text())["top1"])
     assert all(float(r["probability"]) >= float(r["probability_2"]) >= float(r["probability_3"]) for r in rows)
@@ -622,6 +630,10 @@ def test_several_labels_from_a_table(cli, shapes: Path, tiny_vit: Path, tmp_path
                          tiny_vit, "--steps", 4, "--output", "run")  # fmt: skip
     assert code == 0, err
     assert "map on" in out and load_adapter(tmp_path / "run").info["classifier"]["multi_label"] is True
+    own = list(csv.DictReader((tmp_path / "run" / "predictions.csv").read_text().splitlines()))
+    right = [all((float(r[f"p_{c}"]) > 0.5) == (r[c] == "1") for c in ("dark", "round")) for r in own]
+    kept = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert sum(right) / len(own) == pytest.approx(kept["subset_accuracy"]) and len(own) == kept["pictures"]
     code, out, err = cli("predict", "--adapter", "run", shapes, "--json")
     assert code == 0 and all({t["label"] for t in p["top"]} <= {"dark", "round"} for p in json.loads(out)), err
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -324,7 +325,10 @@ def report(
     run: RunFolder, material: Material, finished: Sequence[Finished], seconds: float, tell: Listener,
     changes: Sequence[Mapping[str, Any]] = (), missing: Sequence[str] = (),
 ) -> None:  # fmt: skip
-    """report.html, metrics.json, the charts, README.md and run.json; `missing` says which baselines are, and why."""
+    """report.html, metrics.json, predictions.csv, the charts, README.md and run.json.
+
+    `missing` says which baselines are missing, and why.
+    """
     own, data, config = finished[0], material.data, material.config
     pictures = charts(run, material, own)
     bins: dict[str, tuple[Bin, ...]] = {"before": (), "after": ()}
@@ -371,6 +375,7 @@ def report(
             **own.metrics.to_dict(),
         },
     )
+    run.write_text("predictions.csv", told_of_each(material, own))
     write_card(run, material, finished, changes)
     run.write_json(
         "run.json",
@@ -382,12 +387,38 @@ def report(
             "seconds": round(seconds, 1),
             "noise_scale": own.history[-1].noise_scale if own.history else None,
             "changes": list(changes),
-            "splits": {
-                side: [printable(data.items[i].name or data.items[i].path) for i in getattr(material.splits, side)]
-                for side in SIDES
-            },
+            "splits": {side: called(material, getattr(material.splits, side)) for side in SIDES},
         },
     )
+
+
+def told_of_each(material: Material, own: Finished) -> str:
+    """CSV: what is said of each picture that the report is about, by which every figure can be computed again.
+
+    A column each for the picture, its label, what is predicted, and the probabilities of both; with several labels, for each
+    class whether the picture has it (`CLASS`) and its probability (`p_CLASS`).
+    """
+    data, scaled = material.data, own.logits.double() / own.temperature
+    names = called(material, material.looked_at)
+    truth = material.labels(material.looked_at)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    if data.multi_label:
+        writer.writerow(["path", *data.classes, *(f"p_{name}" for name in data.classes)])
+        for name, labels, p in zip(names, truth.tolist(), scaled.sigmoid().tolist(), strict=True):
+            writer.writerow([name, *labels, *p])
+        return text.getvalue()
+    writer.writerow(["path", "label", "predicted", "probability", "probability_of_label"])
+    for name, label, p in zip(names, truth.tolist(), scaled.softmax(1), strict=True):
+        said = int(p.argmax())
+        writer.writerow([name, data.classes[label], data.classes[said], float(p[said]), float(p[label])])
+    return text.getvalue()
+
+
+def called(material: Material, side: Sequence[int]) -> list[str]:
+    """How files of the run call the pictures of a side: by their paths, with which `predict` finds them."""
+    items = material.data.items
+    return [printable(items[i].name or items[i].path) for i in side]
 
 
 def described(finished: Finished) -> dict[str, Any]:
