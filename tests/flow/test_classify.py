@@ -58,6 +58,17 @@ def test_a_backbone_named_from_here_is_found_from_elsewhere(
     assert len(vl.load_classifier(run).predict(sorted(shapes.rglob("*.png"))[:2])) == 2
 
 
+def test_a_head_that_the_targets_reach_is_trained_in_full_alone(shapes: Path, tiny_vit: Path, tmp_path: Path) -> None:
+    """It would be twice in the file, which then fits no backbone."""
+    asked = {"images": str(shapes), "model": str(tiny_vit), "steps": 1, "rank": 2, "baselines": ("none",)}
+    run = vl.classify(vl.ClassifyConfig(**asked, targets="head,attn.q", output=str(tmp_path / "run"))).folder
+    assert {n: m.kind for n, m in load_adapter(run).modules.items() if "head" in n} == {
+        "model.head.weight": "full",
+        "model.head.bias": "full",
+    }
+    assert len(vl.load_classifier(run).predict(sorted(shapes.rglob("*.png"))[:2])) == 2
+
+
 def test_a_run_leaves_everything(trained: Path) -> None:
     assert {p.name for p in trained.iterdir()} >= {
         "asked.yaml", "config.yaml", "metrics.jsonl", "adapter.safetensors", "baselines", "checkpoints", "loss.png",

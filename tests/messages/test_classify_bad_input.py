@@ -120,6 +120,7 @@ SETTINGS = {
     "weight": ({"class_weights": {"circle": -1.0}}, ["it must be positive"]),
     "weights": ({"class_weights": "atuo"}, ["write auto, or a mapping"]),
     "targets": ({"targets": "atn.q"}, ["Did you mean 'attn.q'?"]),
+    "the head": ({"targets": "head"}, ["Targets head reach no layer that can be adapted: head (it trains in full)"]),
     "rank": ({"rank": 500}, ["Rank 500 is larger than layer"]),
     "two rates": ({"find_rate": True, "learning_rate": 1.0}, ["leave one of them out"]),
     "a rate for the head": ({"find_rate": True, "head_learning_rate": 1.0}, ["find_rate finds one for the head too"]),

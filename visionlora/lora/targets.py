@@ -220,6 +220,8 @@ def resolve(model: nn.Module, config: AdapterConfig) -> Resolution:
         reached.update(found)
         if out := [t for t, test in excluded.items() if test(site)]:
             skipped.append((site.name, f"excluded by {out[0]!r}"))
+        elif trains_in_full(site, config):
+            skipped.append((site.name, "it trains in full"))
         elif site.name not in found and any(ends_on_boundary(site.name, p) for p in patch_embeddings()):
             if found[0] in ROLES or found[0] in GROUPS:
                 continue
@@ -242,10 +244,13 @@ def resolve(model: nn.Module, config: AdapterConfig) -> Resolution:
     return Resolution(tuple(hits), tuple(skipped))
 
 
+def trains_in_full(site: Site, config: AdapterConfig) -> bool:
+    """Whether a layer, such as a classifier's new head, is kept whole beside the adapter, which could but repeat it."""
+    return any(f".{word}." in f".{site.name}." for word in config.train_list)
+
+
 def not_for_all(site: Site, config: AdapterConfig) -> str:
     """Why `all` leaves out a layer of a model without attention; empty where it does not."""
-    if any(f".{word}." in f".{site.name}." for word in config.train_list):
-        return "it trains in full"
     if config.method not in UNBOUNDED and config.rank_of(site.name) > smaller_side(site):
         return f"its smaller side, {smaller_side(site)}, is below the rank"
     return ""
