@@ -26,7 +26,7 @@ from visionlora.data.classes import read_labelled
 from visionlora.data.decoded import check_pictures
 from visionlora.data.learned import Learned
 from visionlora.data.splits import Splits, of_two_classes, split
-from visionlora.data.wording import first_names
+from visionlora.data.wording import count_of, first_names
 from visionlora.errors import ConfigError, DataError, ProcessLost, TrainingError
 from visionlora.lora.adapter import Adapter
 from visionlora.lora.config import AdapterConfig
@@ -284,9 +284,9 @@ def prepare(
     splits = dataclasses.replace(splits, notes=(*splits.notes, *filter(None, more)))
     for note in (*data.notes, *checked.notes, *splits.notes):
         tell.say(note)
+    classes = count_of(len(data.classes), "class", "classes")
     tell.say(
-        f"{len(data.classes)} classes; {len(splits.train)} pictures to train on, {len(splits.val)} to choose by, "
-        f"{len(splits.test)} to test on."
+        f"{classes}; {len(splits.train)} pictures to train on, {len(splits.val)} to choose by, {len(splits.test)} to test on."
     )
     if not splits.val and trained:
         raise DataError(

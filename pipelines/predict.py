@@ -148,7 +148,12 @@ def predict(
         tell.say(note)
     total = len(given.pictures) + len(given.problems)
     classifier = load_classifier(adapter, model, device, force, weights)
-    tell.say(f"{classifier.backbone.why} {len(classifier.tasks[classifier.names[0]].classes)} classes.")
+    (task,) = classifier.tasks.values()
+    tell.say(f"{classifier.backbone.why} {count_of(len(task.classes), 'class', 'classes')}.")
+    if threshold != 0.5 and not task.multi_label:
+        tell.say(f"threshold {threshold:g} has no effect: this adapter gives each picture its likeliest class.")
+    if top_k != 1 and task.multi_label and target is not None and target.suffix != ".json":
+        tell.say(f"top_k {top_k} has no effect on a {target.suffix} file: it holds the labels above the threshold.")
     batches = in_batches(
         classifier, given.pictures, batch_size, (rank, processes), tell,
         top_k=top_k, threshold=threshold, all_scores=all_scores,

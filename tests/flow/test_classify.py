@@ -220,6 +220,27 @@ def test_every_probability_has_a_column_where_asked_for(cli, trained: Path, shap
     assert code == 0 and all(f"{name} 0." in out for name in ("circle", "square")), err
 
 
+@pytest.mark.parametrize(
+    ("multi_label", "asked", "said"),
+    [
+        (
+            False,
+            {"threshold": 0.9},
+            "threshold 0.9 has no effect: this adapter gives each picture its likeliest class.",
+        ),
+        (True, {"top_k": 2}, "top_k 2 has no effect on a .csv file: it holds the labels above the threshold."),
+    ],
+)
+def test_what_has_no_effect_on_predictions_is_said(
+    multi_label: bool, asked: dict, said: str, shapes: Path, tiny_vit: Path, tmp_path: Path
+) -> None:
+    for several in (True, False):
+        adapter, ears = adapter_of(tiny_vit, ("label", "2"), multi_label=several), Ears()
+        native.write(adapter, tmp_path / "adapter.safetensors")
+        vl.predict(tmp_path, shapes / "cross" / "00.png", tmp_path / f"{several}.csv", **asked, listener=ears)
+        assert (said in ears.lines) == (several == multi_label)
+
+
 def test_several_labels_have_their_probabilities_below_the_threshold_too(
     cli, shapes: Path, tiny_vit: Path, tmp_path: Path
 ) -> None:

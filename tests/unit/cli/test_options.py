@@ -84,6 +84,7 @@ def test_what_is_given_twice_alike_is_one() -> None:
         )
 
 
+@pytest.mark.parametrize(
     ("flag", "weights"),
     [("auto", "auto"), ("{cat: 2, 1: .5}", {"cat": 2.0, "1": 0.5}), (' {"a, b": 3}', {"a, b": 3.0})],
 )
