@@ -169,6 +169,11 @@ def test_a_setting_that_is_given_twice_in_words(words: list[str], message: str) 
         parse_words(words, TrainSDConfig)
 
 
+def test_a_folder_without_its_option_is_told_it(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"options start with --. Pictures are named so: --images {tmp_path}$"):
+        parse_words([str(tmp_path)], ClassifyConfig)
+
+
 @pytest.mark.parametrize("text", ["rex dog #1 best", "10:30", "photo of x: best", "2024-13-45", "", "yes", "[a, b]"])
 def test_texts_in_words_are_taken_as_they_are(text: str) -> None:
     assert parse_words([f"prompt={text}", f"token-initializer={text}"], TrainSDConfig) == {

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path, PurePath
@@ -333,7 +334,13 @@ def parse_words(words: Iterable[str], kind: type) -> dict[str, Any]:
     for word in words:
         key, equals, value = word.partition("=")
         if not equals or not key:
-            raise ConfigError(f"{word!r} is not understood: settings are written key=value, options start with --.")
+            there = "images" in hints and os.path.exists(
+                os.path.expanduser(word)
+            )  # also where no file could have this name
+            pictures = f" Pictures are named so: --images {word}" if there else ""
+            raise ConfigError(
+                f"{word!r} is not understood: settings are written key=value, options start with --.{pictures}"
+            )
         if (name := key.replace("-", "_")) in (given := {k.replace("-", "_"): v for k, v in settings.items()}):
             several = get_origin(hints.get(name)) in LISTS
             how = f", or write them as one list: {name}='[…, …]'" if several else ""
