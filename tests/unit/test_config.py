@@ -172,6 +172,9 @@ def test_a_setting_that_is_given_twice_in_words(words: list[str], message: str) 
 def test_a_folder_without_its_option_is_told_it(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=f"options start with --. Pictures are named so: --images {tmp_path}$"):
         parse_words([str(tmp_path)], ClassifyConfig)
+    for word in ("a" * 5000, "a\0b"):  # no path can be so
+        with pytest.raises(ConfigError, match=r"options start with --\.$"):
+            parse_words([word], ClassifyConfig)
 
 
 @pytest.mark.parametrize("text", ["rex dog #1 best", "10:30", "photo of x: best", "2024-13-45", "", "yes", "[a, b]"])

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path, PurePath
@@ -319,6 +318,14 @@ def lines_of(mapping: Any) -> tuple[dict[str, int], list[tuple[int, str]]]:
     return lines, twice
 
 
+def is_there(word: str) -> bool:
+    """Whether a word is the path of something; not where no path could be so."""
+    try:
+        return Path(word).expanduser().exists()
+    except (OSError, ValueError, RuntimeError):
+        return False
+
+
 def parse_words(words: Iterable[str], kind: type) -> dict[str, Any]:
     """`key=value` words; values are read as YAML, so that numbers, true/false and lists work, but texts are taken as they are.
 
@@ -334,9 +341,7 @@ def parse_words(words: Iterable[str], kind: type) -> dict[str, Any]:
     for word in words:
         key, equals, value = word.partition("=")
         if not equals or not key:
-            there = "images" in hints and os.path.exists(
-                os.path.expanduser(word)
-            )  # also where no file could have this name
+            there = "images" in hints and is_there(word)
             pictures = f" Pictures are named so: --images {word}" if there else ""
             raise ConfigError(
                 f"{word!r} is not understood: settings are written key=value, options start with --.{pictures}"
