@@ -20,25 +20,29 @@ C = TypeVar("C", bound=TrainingConfig)
 
 
 class TrainingCommand(TyperCommand):
-    """A training verb: settings that are written like options are explained, and nothing is given twice in silence."""
+    """A training verb: settings that are written like options are explained, and of two folders none is left out in silence.
+
+    Of other options that are given twice the last counts, as everywhere: scripts append what they change.
+    """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """See click.
 
         Raises:
-            ConfigError: for a setting that is written like an option, and for an option that is given twice.
+            ConfigError: for a setting that is written like an option, and for two folders of pictures.
         """
         options = {word: p for p in self.params for word in getattr(p, "opts", ()) if word.startswith("--")}
         known = {f.name for f in fields(COMMANDS[self.name or ""])}
-        found: dict[str, str] = {}
+        images: str | None = None
         for i, arg in enumerate(args[: args.index("--") if "--" in args else None]):
             word, equals, value = arg.partition("=")
             name, value = word.removeprefix("--").replace("-", "_"), value if equals else "".join(args[i + 1 : i + 2])
-            if word in options:
-                once = not (getattr(options[word], "multiple", False) or getattr(options[word], "is_flag", False))
-                if once and found.get(word, value) != value:
-                    raise ConfigError(_twice(word, found[word], value, several="folders" in known))
-                found[word] = value
+            if word == "--images":
+                if images not in (None, value):
+                    raise ConfigError(_twice(images, value, several="folders" in known))
+                images = value
+            elif word in options:
+                continue
             elif word.startswith("--") and (own := f"--{name.replace('_', '-')}") in options:
                 raise ConfigError(f"{word} is not an option; it is written {own}.")
             elif word.startswith("--") and name in known:
@@ -49,13 +53,13 @@ class TrainingCommand(TyperCommand):
         return super().parse_args(ctx, args)
 
 
-def _twice(option: str, first: str, second: str, several: bool) -> str:
-    """What to say of an option that is given twice; `several` is whether there may be several folders."""
+def _twice(first: str, second: str, several: bool) -> str:
+    """What to say of two folders of pictures; `several` is whether there may be as many."""
     how = "leave one of them out."
-    if option == "--images" and several:
+    if several:
         both = f"folders=[{{path: {first}}}, {{path: {second}}}]"
         how = f"several folders are one setting, each with its own prompt, captions and repeats: {shlex.quote(both)}"
-    return f"{option} is given twice, as {first!r} and {second!r}: {how}"
+    return f"--images is given twice, as {first!r} and {second!r}: {how}"
 
 
 Settings = Annotated[

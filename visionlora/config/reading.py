@@ -334,7 +334,7 @@ def parse_words(words: Iterable[str], kind: type) -> dict[str, Any]:
         kind: of configuration, which says what is text.
 
     Raises:
-        ConfigError: for a word without `=`, and for a setting that is given twice.
+        ConfigError: for a word without `=`, and for a list that is given twice.
     """
     settings: dict[str, Any] = {}
     hints = get_type_hints(kind)
@@ -346,12 +346,15 @@ def parse_words(words: Iterable[str], kind: type) -> dict[str, Any]:
             raise ConfigError(
                 f"{word!r} is not understood: settings are written key=value, options start with --.{pictures}"
             )
-        if (name := key.replace("-", "_")) in (given := {k.replace("-", "_"): v for k, v in settings.items()}):
-            several = get_origin(hints.get(name)) in LISTS
-            how = f", or write them as one list: {name}='[…, …]'" if several else ""
-            raise ConfigError(f"{name} is given twice, as {given[name]!r} and {value!r}: leave one of them out{how}.")
+        name, given = key.replace("-", "_"), {k.replace("-", "_"): v for k, v in settings.items()}
+        if name in given and get_origin(hints.get(name)) in LISTS:  # of others the last counts
+            raise ConfigError(
+                f"{name} is given twice, as {given[name]!r} and {value!r}: leave one of them out, or write them as one list: "
+                f"{name}='[…, …]'."
+            )
+        settings = {k: v for k, v in settings.items() if k.replace("-", "_") != name}
         settings[key] = value
-        if hints.get(key.replace("-", "_")) in (str, str | None):
+        if hints.get(name) in (str, str | None):
             continue
         with contextlib.suppress(yaml.YAMLError, ValueError):
             settings[key] = yaml.safe_load(value)
