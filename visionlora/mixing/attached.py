@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +40,10 @@ class Attached:
         Raises:
             ConfigError: when the target is neither.
         """
-        self.target, self.allow_partial, self.mix = target, allow_partial, mix
+        self.target, self.allow_partial = target, allow_partial
+        self._mix = weakref.ref(
+            mix
+        )  # in a circle the two, and with them the target, would wait for the garbage collector
         self.parts = parts_of(target)
         self.words = Words(target, allow_partial)
         self.handles: dict[str, list[tuple[str, Handle]]] = {}
@@ -48,6 +52,13 @@ class Attached:
         """What is attached, by name, and what it is called on the layers."""
         self._in_file: dict[tuple[str, str, str], str] = {}
         """How files spell the layers that they spell otherwise, by name, component and layer."""
+
+    @property
+    def mix(self) -> Mix:
+        """Whose they are."""
+        mix = self._mix()
+        assert mix is not None  # it is asked by its own methods alone
+        return mix
 
     @property
     def all_handles(self) -> list[Handle]:

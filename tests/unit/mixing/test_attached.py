@@ -1,5 +1,8 @@
 """What is put on a model, what may stay on it, and what must be put on anew."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -38,6 +41,19 @@ def test_in_another_order_all_is_put_on_anew(model: nn.Module) -> None:
     before = attached.all_handles
     assert attached.exchange({n: adapters[n] for n in "ba"}, adapters) is None
     assert attached.all_handles == before, "and nothing was done"
+
+
+def test_what_was_on_a_model_does_not_keep_it() -> None:
+    gc.disable()  # a GPU's memory is not given back by it in time
+    try:
+        target = nn.Sequential(nn.Linear(4, 4))
+        seen = weakref.ref(target)
+        mix = vl.attach(target, {"a": lora("0", 0)})
+        mix.detach()
+        del target, mix
+        assert seen() is None
+    finally:
+        gc.enable()
 
 
 def test_cleared_the_model_knows_nothing_of_it(model: nn.Module) -> None:
