@@ -91,6 +91,10 @@ def test_inspect_says_how_it_was_trained(files: Path, tmp_path: Path) -> None:
     assert re.search("^tags     in so many captions: sks dog 20, red collar 7$", text, re.M)
     run("merge", f"{files / 'dog.safetensors'}:0.5", files / "ink.safetensors", "-o", tmp_path / "m.safetensors")
     assert "trained  merged sum at 0.5 and 1" in run("inspect", tmp_path / "m.safetensors")
+    sides = {k: (torch.ones(k, 2), torch.ones(2, k)) for k in (1, 3, 2)}
+    several = {f"unet.{n}.{k}": AdapterModule.lora(*sides[k], k / 2) for k in sides for n in range(k)}
+    vl.save_adapter(Adapter(several), tmp_path / "ranks.safetensors")
+    assert re.search(r"^rank     1, 2, 3\nalpha    0.5, 1, 1.5$", run("inspect", tmp_path / "ranks.safetensors"), re.M)
     head = Adapter({"model.head.bias": AdapterModule("full", {"value": torch.ones(2)}, 1.0)},
                    {"classifier": {"classes": ["cat", "dog"]}})  # fmt: skip
     vl.save_adapter(head, tmp_path / "c.safetensors")
