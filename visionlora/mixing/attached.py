@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -29,21 +28,19 @@ if TYPE_CHECKING:
 class Attached:
     """The adapters that a mix has put on its target; their scales are the mix's."""
 
-    def __init__(self, target: Any, allow_partial: bool, mix: Mix) -> None:
+    def __init__(self, target: Any, allow_partial: bool) -> None:
         """Nothing is attached yet.
 
         Args:
             target: a pipeline of diffusers, or any module.
             allow_partial: leave out modules that do not fit.
-            mix: whose they are; models under adapters know it.
 
         Raises:
             ConfigError: when the target is neither.
         """
         self.target, self.allow_partial = target, allow_partial
-        self._mix = weakref.ref(
-            mix
-        )  # in a circle the two, and with them the target, would wait for the garbage collector
+        self.mix: Mix | None = None
+        """Whose they are, while there are any: in a circle the two, and the target, would wait for the garbage collector."""
         self.parts = parts_of(target)
         self.words = Words(target, allow_partial)
         self.handles: dict[str, list[tuple[str, Handle]]] = {}
@@ -52,13 +49,6 @@ class Attached:
         """What is attached, by name, and what it is called on the layers."""
         self._in_file: dict[tuple[str, str, str], str] = {}
         """How files spell the layers that they spell otherwise, by name, component and layer."""
-
-    @property
-    def mix(self) -> Mix:
-        """Whose they are."""
-        mix = self._mix()
-        assert mix is not None  # it is asked by its own methods alone
-        return mix
 
     @property
     def all_handles(self) -> list[Handle]:
@@ -94,7 +84,7 @@ class Attached:
     def check_bare(self) -> None:
         """Raises TargetError when what is taken off could not be put on again, as others have adapters around the layers."""
         for part in self.parts.values():
-            if mix_on(part) is self.mix:
+            if self.mix is not None and mix_on(part) is self.mix:
                 check_bare(part)
 
     def clear(self) -> None:
@@ -104,7 +94,7 @@ class Attached:
             handle.eject()
         self.words.remove()
         for part in self.parts.values():
-            if mix_on(part) is self.mix:
+            if self.mix is not None and mix_on(part) is self.mix:
                 let_go(part)
         allow_saving(self.target)
         self.handles, self._in_file, self._called = {}, {}, {}
@@ -196,5 +186,6 @@ class Attached:
                 f"Adapters of an earlier vl.attach are on this {type(part).__name__} ({', '.join(there.members)}): add to that "
                 "mix (mix.add), or take it off first (mix.detach(), or vl.detach(…) of the pipeline or model)."
             )
+        assert self.mix is not None
         hold(part, self.mix)
         refuse_saving(self.target)

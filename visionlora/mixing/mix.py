@@ -81,7 +81,7 @@ class Mix:
             raise ConfigError(f"mode is {mode!r}. {nearest(mode, MODES)}")
         self.target, self.mode, self.allow_partial = target, mode, allow_partial
         self.composition = composition(compose, **options)
-        self.attached = Attached(target, allow_partial, self)
+        self.attached = Attached(target, allow_partial)
         self.parts = self.attached.parts
         self.members: dict[str, Member] = {}
         self.running = "stacked"
@@ -237,7 +237,7 @@ class Mix:
     def detach(self) -> None:
         """Takes everything off; the base is bit for bit as before."""
         self._clear()
-        self.members = {}
+        self.members, self.attached.mix = {}, None
 
     # ------------------------------------------------------------------------------------------------------ building
 
@@ -256,9 +256,11 @@ class Mix:
     def _rebuild(self, prepared: Mapping[str, Adapter] | None = None) -> None:
         """Attaches the adapters as the composition wants them, which may be known already: it can take its time over it."""
         if self.members:
+            self.attached.mix = self
             self.attached.check_bare()
         self._clear()
         if not self.members:
+            self.attached.mix = None
             return
         self.attached.put(prepared or self._prepare(), {n: m.adapter for n, m in self.members.items()})
         for member in self.members.values():
