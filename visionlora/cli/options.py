@@ -107,8 +107,8 @@ def resolved(kind: type[C], given: Mapping[str, Any]) -> C:
         ConfigError: for what cannot be used.
     """
     flags = {k: v for k, v in given.items() if k not in ("settings", "config") and v is not None}
-    if str(flags.get("class_weights")).lstrip().startswith("{"):  # a mapping, as YAML writes it
-        flags |= parse_words([f"class_weights={flags['class_weights']}"], kind)
+    mappings = (f"{k}={v}" for k, v in flags.items() if isinstance(v, str) and v.lstrip().startswith("{"))
+    flags |= parse_words(mappings, kind)  # as YAML writes them; texts stay as they are
     files = [settings_for(kind, name) for name in given.get("config") or []]
     words = parse_words(given.get("settings") or [], kind)
     layers = [*files, words, flags]

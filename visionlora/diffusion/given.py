@@ -6,6 +6,7 @@ import hashlib
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,16 @@ def named(path: Path | None, what: str) -> tuple[str, str]:
     if path is None:
         return "", ""
     try:
-        return str(path), hashlib.sha256(path.read_bytes()).hexdigest()
+        state = path.stat()
+        return str(path), _sha256_in_state(path, state.st_size, state.st_mtime_ns)
     except OSError as e:
         raise DataError(f"The {what} cannot be read: {path}: {e.strerror or e}.") from None
+
+
+@lru_cache(maxsize=1024)
+def _sha256_in_state(path: Path, size: int, changed: int) -> str:
+    """Of a file with this size and time of change, which every cell of a grid may name."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def opened(path: Path, what: str) -> Decoded:
