@@ -48,6 +48,20 @@ def test_a_mistake_with_one_label_is_a_picture_of_another_class() -> None:
     assert wording(shown, found[0], sure=False) == "round, is red"
 
 
+def warned_of(select_by: str, probe: float, own: float) -> tuple[str, ...]:
+    """The warnings about an adapter beside a probe, with these figures on a hundred pictures."""
+    judged: Any = SimpleNamespace(
+        selected=lambda figure: -figure if select_by == "loss" else figure,
+        config=ClassifyConfig(images="pets", select_by=select_by),
+        looked_at=range(100),
+    )
+    finished: Any = [
+        SimpleNamespace(contender=SimpleNamespace(name=name), metrics=figure, step=20)
+        for name, figure in (("lora", own), ("linear-probe", probe))
+    ]
+    return warnings_of(judged, finished)
+
+
 @pytest.mark.parametrize(
     ("probe", "own", "said"),
     [
@@ -62,15 +76,7 @@ def test_a_mistake_with_one_label_is_a_picture_of_another_class() -> None:
     ],
 )
 def test_an_adapter_is_blamed_only_where_it_could_have_been_better(probe: float, own: float, said: str) -> None:
-    judged: Any = SimpleNamespace(
-        selected=lambda top1: top1, config=SimpleNamespace(select_by="top1"), splits=SimpleNamespace(test=range(100)),
-        data=SimpleNamespace(multi_label=False), looked_at=range(100),
-    )  # fmt: skip
-    finished: Any = [
-        SimpleNamespace(contender=SimpleNamespace(name=name), metrics=top1, step=20)
-        for name, top1 in (("lora", own), ("linear-probe", probe))
-    ]
-    found = warnings_of(judged, finished)
+    found = warned_of("top1", probe, own)
     assert said in "".join(found) and len(found) == bool(said)
 
 
@@ -84,14 +90,7 @@ def test_an_adapter_is_blamed_only_where_it_could_have_been_better(probe: float,
     ],
 )
 def test_a_loss_is_told_as_it_is_and_zero_is_the_best_there_is(probe: float, own: float, said: str) -> None:
-    judged: Any = SimpleNamespace(
-        selected=lambda loss: -loss, config=ClassifyConfig(images="pets", select_by="loss"), looked_at=range(100),
-    )  # fmt: skip
-    finished: Any = [
-        SimpleNamespace(contender=SimpleNamespace(name=name), metrics=loss, step=20)
-        for name, loss in (("lora", own), ("linear-probe", probe))
-    ]
-    found = warnings_of(judged, finished)
+    found = warned_of("loss", probe, own)
     assert said in "".join(found) and len(found) == bool(said)
 
 
