@@ -18,11 +18,11 @@ from visionlora.diffusion.uses import check_once
 from visionlora.errors import ConfigError, ModelError
 from visionlora.formats.embeddings import files_beside, write_beside
 from visionlora.formats.header import hashed, write_file
-from visionlora.loaders import apply, check_draws, follow_noise, load_adapter, words_elsewhere
+from visionlora.loaders import apply, check_draws, follow_noise, load_adapter, open_for, words_elsewhere
 from visionlora.lora.handle import Handle
 from visionlora.lora.merge import bake as bake_handles
 from visionlora.mixing.scales import Scale, block_factors, scale_in_file
-from visionlora.models.base import BaseModel, open_base, quiet
+from visionlora.models.base import BaseModel, quiet
 from visionlora.models.single_file import single_file
 
 INDEX = "model_index.json"
@@ -67,9 +67,7 @@ def bake(
     beside = files_beside(output, words) if output.suffix == ".safetensors" else {}
     for file in beside.values():
         check_new(file, overwrite)
-    if model == "auto" and loaded:
-        model = str(loaded[0][0].info.get("base", {}).get("id", "auto"))
-    base = open_base(model)
+    base = open_for([adapter for adapter, _ in loaded], model)
     if follow_noise(base, [adapter for adapter, _ in loaded]):
         say("The noise levels of the model end at nothing but noise, as an adapter was trained (zero_terminal_snr).")
     if not base.is_xl and (skips := sorted({a.clip_skip for a, _ in loaded} - {1})):

@@ -34,7 +34,7 @@ def states_of(model: str) -> tuple[States, dict[str, object]]:
             return {"model": {k: t for k, t in tensors.items() if t.is_floating_point()}}, {"id": str(model)}
     base = open_base(model)
     return {n: part.state_dict() for n, part in base.components().items()}, {
-        "id": base.id,
+        "id": base.address,
         "fingerprints": base.fingerprints(),
     }
 

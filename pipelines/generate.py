@@ -16,10 +16,10 @@ from visionlora.diffusion.recipe import LoraUse, Recipe, take_tags
 from visionlora.diffusion.settings import BASE_DTYPES
 from visionlora.diffusion.uses import check_once, names_of, uses_of
 from visionlora.errors import ConfigError, nearest
-from visionlora.loaders import check_base, check_draws, ends_in_noise, load_adapter, words_elsewhere
+from visionlora.loaders import check_base, check_draws, ends_in_noise, load_adapter, open_for, words_elsewhere
 from visionlora.lora.adapter import Adapter
 from visionlora.mixing.compose import composition
-from visionlora.models.base import EMBEDDED, BaseModel, open_base, open_controlnet, quiet
+from visionlora.models.base import EMBEDDED, BaseModel, open_controlnet, quiet
 from visionlora.models.devices import process_of, usable_device
 from visionlora.models.fingerprint import weights_fingerprint
 from visionlora.report.runfolder import check_place
@@ -75,10 +75,7 @@ def opened(config: GenerateConfig, say: Callable[[str], None]) -> Opened:
     device, precision = place_of(config)
     paths = dict.fromkeys(use.path for prompt in config.prompts for use in uses_of(prompt, config))
     adapters = {path: loaded(path, config) for path in paths}
-    model = config.model
-    if model == "auto" and adapters:
-        model = str(next(iter(adapters.values())).info.get("base", {}).get("id", "auto"))
-    base = open_base(model, named_by=None if model == config.model else "the adapter")
+    base = open_for(adapters.values(), config.model)
     say(base.why)
     base.weights_hash  # noqa: B018  before the cast, after which it would be another
     with quiet("diffusers", "transformers"):

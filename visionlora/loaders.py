@@ -382,6 +382,17 @@ def scales_of(scales: Any, adapters: Iterable[str]) -> Mapping[str, Any]:
     return by_name
 
 
+def open_for(adapters: Iterable[Adapter], model: str = "auto") -> BaseModel:
+    """Opens `model`; for `auto` the one that the first of the adapters names.
+
+    Raises:
+        ModelError: see `open_base`.
+    """
+    first = next(iter(adapters), None)
+    own = None if first is None else (first.info.get("base") or {}).get("id")
+    return open_base(str(own), named_by="the adapter") if model == "auto" and own else open_base(model)
+
+
 def load_pipeline(
     adapters: Mapping[str, str | Path | Adapter] | str | Path | Adapter,
     model: str = "auto",
@@ -408,9 +419,7 @@ def load_pipeline(
     loaded = {n: a if isinstance(a, Adapter) else load_adapter(a) for n, a in adapters.items()}
     for name, adapter in loaded.items():
         check_draws(adapter, name)
-    if model == "auto" and loaded:
-        model = str(next(iter(loaded.values())).info.get("base", {}).get("id", "auto"))
-    base = open_base(model)
+    base = open_for(loaded.values(), model)
     follow_noise(base, loaded.values())
     inner = inner_names(loaded)
     for name, adapter in loaded.items():

@@ -72,17 +72,23 @@ def test_the_backbone_is_the_one_that_the_adapter_names(first: Path, two: Path, 
     assert load_adapter(folder).info["base"]["id"] == str(tiny_vit)
 
 
-def test_the_base_is_the_one_that_the_adapter_names(tiny_model: Path, dogs: Path, tmp_path: Path) -> None:
-    """It was said to be chosen with --model, which nobody had given."""
+def test_the_base_is_the_one_that_the_adapter_names(
+    tiny_model: Path, dogs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was said to be chosen with --model, which nobody had given; and one named by a path from there was lost elsewhere."""
     settings = {"images": dogs, "steps": 1, "rank": 2, "sample_columns": 0}
     moved = tmp_path / "base"
     shutil.copytree(tiny_model, moved)
-    before = train_sd(TrainSDConfig(**settings, output=tmp_path / "a", model=moved)).folder
+    monkeypatch.chdir(tmp_path)
+    before = train_sd(TrainSDConfig(**settings, output=tmp_path / "a", model="base")).folder
+    monkeypatch.chdir(dogs)
     ears = Ears()
     train_sd(TrainSDConfig(**settings, output=tmp_path / "b", start_from=before), ears)
     assert f"Base model: {moved}, which {before} names. Choose with --model." in ears.lines
     moved.rename(tmp_path / "elsewhere")
-    with pytest.raises(ModelError, match=f"There is no model at {moved}, which {before} names"):
+    with pytest.raises(
+        ModelError, match=f"The base model that {before} names, {moved}, is not there: say with --model"
+    ):
         train_sd(TrainSDConfig(**settings, output=tmp_path / "c", start_from=before))
 
 

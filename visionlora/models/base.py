@@ -70,7 +70,7 @@ class BaseModel:
     id: str
     """As a user would name it again: `emoji-64`, a folder or a Hub id."""
     source: str
-    """Where the weights were read from."""
+    """Where the weights were read from; absolute where that is a path."""
     why: str
     """One line: which model was taken, why, and how to choose another."""
     pipe: Any
@@ -82,6 +82,11 @@ class BaseModel:
     """Windows of the text encoder that captions may fill; what is longer is cut."""
     variant: str | None = None
     """Which files of a folder or Hub id were read, where they are not the plain ones: fp16."""
+
+    @property
+    def address(self) -> str:
+        """How an adapter names it, which may be used from another folder: `emoji-64`, an absolute path or a Hub id."""
+        return self.id if self.id == EMBEDDED else self.source
 
     def reading(self, clip_skip: int, windows: int = 1) -> BaseModel:
         """The same model, its text read so many layers from the end, in so many windows at most.
@@ -225,7 +230,14 @@ def choose(
         on_gpu: the one that is taken where there is a CUDA GPU.
         fetch: raises when `on_gpu` cannot be had.
         named_by: what names the model, where it is not the user.
+
+    Raises:
+        ModelError: when the path that something else names is not there.
     """
+    if named_by is not None and (path := Path(model)).is_absolute() and not path.exists():
+        raise ModelError(
+            f"The {what.lower()} that {named_by} names, {path}, is not there: say with --model where it is now."
+        )
     if model != "auto" and named_by is not None:
         return model, f"{what}: {model}, which {named_by} names. Choose with --model."
     if model != "auto":
@@ -272,7 +284,7 @@ def open_base(model: str = "auto", dtype: torch.dtype = torch.float32, named_by:
         if path.suffix.lower() not in SINGLE_FILE_SUFFIXES:
             raise ModelError(f"{path} is not a model: a single file ends in {' or '.join(SINGLE_FILE_SUFFIXES)}.")
         pipe, said = load_single_file(path, dtype)
-        return _opened(str(path), str(path), why + said, pipe)
+        return _opened(str(path), str(path.absolute()), why + said, pipe)
     if path.is_dir():
         if not (path / INDEX).is_file():
             if any((path / name).is_file() for name in FOLDER_FILES):
@@ -281,7 +293,7 @@ def open_base(model: str = "auto", dtype: torch.dtype = torch.float32, named_by:
                 f"{path} is not a diffusers model: it has no model_index.json. "
                 "Name the folder that holds model_index.json, unet, vae and text_encoder."
             )
-        return _opened(str(path), str(path.resolve()), why, *load_folder(str(path), dtype))
+        return _opened(str(path), str(path.absolute()), why, *load_folder(str(path), dtype))
     if may_be_on_hub(chosen):
         return _opened(chosen, chosen, why, *load_folder(chosen, dtype))
     named = f", which {named_by} names" if named_by else ""

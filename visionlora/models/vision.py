@@ -212,8 +212,6 @@ def open_backbone(
             cannot read pictures of that size.
     """
     chosen, why = choose("Backbone", model, EMBEDDED, DEFAULT_ON_GPU, fetch_default, named_by)
-    if named_by is not None and (path := Path(chosen)).is_absolute() and not path.exists():
-        raise ModelError(f"The backbone that {named_by} names, {path}, is not there: say with --model where it is now.")
     with torch.random.fork_rng(devices=[]):  # so that `random` is the same model whenever it is opened
         torch.manual_seed(0)
         opened = named(chosen, weights)

@@ -93,7 +93,7 @@ def header(
     learned, before = Learned.of(item.sha256 for item in folder.items), None if first is None else first.info
     return {
         "version": __version__,
-        "base": {"id": base.id, "fingerprints": dict(fingerprints)},
+        "base": {"id": base.address, "fingerprints": dict(fingerprints)},
         "method": config.method,
         "config": adapter.to_dict(),
         "trigger": config.token or trigger(folder),
@@ -144,7 +144,7 @@ def public_metadata(
         "ss_network_alpha": str(adapter.effective_alpha),
         "ss_base_model_version": family.kohya_version,
         "ss_v2": str(second),
-        "ss_sd_model_name": base.id,
+        "ss_sd_model_name": base.address,
         "ss_learning_rate": str(loop.learning_rate),
         "ss_steps": str(step),
         "ss_seed": str(config.seed),
@@ -221,7 +221,7 @@ def usage(base: BaseModel, adapter: Adapter, run: Path, prompt: str) -> str:
         run: its folder.
         prompt: what to draw.
     """
-    name, source = run.resolve().name, base.id if base.id == EMBEDDED else base.source
+    name, source = run.resolve().name, base.address
     if why := beyond_diffusers(base, adapter, prompt):
         return (
             f"import visionlora as vl  # diffusers alone draws otherwise: {why}\n\n"
