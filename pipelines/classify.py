@@ -7,7 +7,6 @@ Letters in shapes: n pictures, c classes.
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -74,6 +73,7 @@ class ClassifyResult:
     contenders: tuple[Contender, ...]
     """What was trained, then the baselines."""
     seconds: float
+    """Of the run, also before it was resumed."""
 
 
 @holding
@@ -84,7 +84,6 @@ def classify(config: ClassifyConfig, listener: Listener | None = None) -> Classi
         VisionLoRAError: any of its kinds, each with a message for the user.
         KeyboardInterrupt: after a checkpoint was saved, from which `resume` goes on.
     """
-    started = time.monotonic()
     main = process_state().is_main_process
     tell = (listener or Listener()) if main else Listener()
     start = begin(config, "classify", tell)
@@ -121,7 +120,7 @@ def classify(config: ClassifyConfig, listener: Listener | None = None) -> Classi
         finished += others
 
         # Report
-        seconds = time.monotonic() - started
+        seconds = fitting.log.seconds
         if main:
             report(run, fitting.material, finished, seconds, tell, fitting.log.changes, missing)
     except KeyboardInterrupt:

@@ -5,7 +5,6 @@ The whole of `visionlora train-sd`, one stage after the other; each stage hands 
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,6 +45,7 @@ class RunResult:
     first_loss: float
     last_loss: float
     seconds: float
+    """Of the run, also before it was resumed."""
 
 
 @holding
@@ -56,7 +56,6 @@ def train_sd(config: TrainSDConfig, listener: Listener | None = None) -> RunResu
         VisionLoRAError: any of its kinds, each with a message for the user.
         KeyboardInterrupt: after adapter and state were saved under `checkpoints/`, from which `resume` goes on.
     """
-    started = time.monotonic()
     tell = (listener or Listener()) if process_state().is_main_process else Listener()
     start = begin(config, "sd", tell)
     ready = prepare(start, tell)
@@ -108,16 +107,14 @@ def train_sd(config: TrainSDConfig, listener: Listener | None = None) -> RunResu
     if accelerator.is_main_process:
         with fitting.fit.averaged():
             adapter = fitting.write(history[-1].step, adapter_path)
-        seconds = time.monotonic() - started
         report(
-            run, config, loop, base, ready.folder, learning.handle, sheet, history, fitting.evaluations, seconds,
+            run, config, loop, base, ready.folder, learning.handle, sheet, history, fitting.evaluations, fitting.log.seconds,
             fitting.log.changes, material.data, adapter, sum(p.numel() for p in fitting.fit.trained),
         )  # fmt: skip
         if fitting.evaluations:
             tell.say(verdict(fitting.evaluations))
-    seconds = time.monotonic() - started
     grid = run.path / "grid.png" if config.sample_columns else None
-    return RunResult(run.path, adapter_path, grid, history[0].loss, recent_loss(history), seconds)
+    return RunResult(run.path, adapter_path, grid, history[0].loss, recent_loss(history), fitting.log.seconds)
 
 
 def default_prompts(config: TrainSDConfig, folder: ImageFolder) -> tuple[str, ...]:

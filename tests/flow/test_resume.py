@@ -256,6 +256,18 @@ def test_values_that_are_not_finite_from_the_first_step_on_are_not_blamed_on_the
     assert "--resume" not in str(caught.value) and "too high" not in str(caught.value)
 
 
+def test_the_seconds_of_a_run_are_of_all_its_parts(tiny_model: Path, dogs: Path, tmp_path: Path) -> None:
+    """They were those since it was resumed."""
+    folder = tmp_path / "run"
+    with pytest.raises(Killed):
+        train_sd(config(tiny_model, dogs, folder, sample_columns=0), Killer(15))
+    state = read_state(folder / "checkpoints" / "state.pt")
+    assert state["run_seconds"] > 0
+    write_state(folder / "checkpoints" / "state.pt", state | {"run_seconds": 1000.0})
+    result = train_sd(resumed(folder))
+    assert result.seconds > 1000 and json.loads((folder / "run.json").read_text())["seconds"] > 1000
+
+
 def test_no_fewer_steps_than_are_done(tiny_model: Path, dogs: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     with pytest.raises(Killed):

@@ -57,20 +57,6 @@ def sum_row_norms(weight: Tensor, squares: Tensor, lora_A: Tensor, lora_B: Tenso
     return (squares + 2 * scaling * cross + scaling**2 * own).clamp(min=0).sqrt()
 
 
-def factorise(delta: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The best rank-r factors of a dense ΔW (Eckart-Young), in fp32; singular values are shared evenly.
-
-    Returns:
-        lora_A (r, i) or (r, i/g, *k) and lora_B (o, r) or (o, r, 1, ...).
-
-    >>> down, up = factorise(torch.eye(3)[:, :2] * 2, 2)
-    >>> torch.allclose(delta_weight(down, up, 1.0), torch.eye(3)[:, :2] * 2, atol=1e-6)
-    True
-    """
-    u, s, v = torch.linalg.svd(delta.float().flatten(1), full_matrices=False)
-    return truncate(u, s, v, rank, delta.shape)
-
-
 def decompose(lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The singular value decomposition of B·A by QR of the factors: no dense ΔW is built.
 

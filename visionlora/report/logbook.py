@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import shlex
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -46,11 +47,18 @@ class Logbook:
     """What was changed by force when the run went on: `step`, and `what` in words."""
     kept: int = 0
     """Step of the last checkpoint."""
+    spent: float = 0.0
+    """Seconds that the run had taken up to the checkpoint that it went on from."""
     owed: bool = False
     """Whether the step of the last moment was lost, so that the weights have still to be looked at."""
 
     def __post_init__(self) -> None:
         self.trackers = Trackers(self.fit.accelerator, self.run, self.tell, plain(self.config))
+
+    @property
+    def seconds(self) -> float:
+        """Of the whole run so far: up to the checkpoint that it went on from, and since it was started again."""
+        return self.spent + time.monotonic() - self.start.began
 
     def measured(self, step: int, **values: float) -> None:
         """Numbers that are not of every step, such as a loss on the validation pictures: told to the trackers alone."""
@@ -191,6 +199,7 @@ class Logbook:
             "processes": self.fit.accelerator.num_processes,
             "images_per_step": self.fit.images_per_step,
             "owed": self.owed,
+            "run_seconds": self.seconds,
             **self.data.state(),
             **more,
         }
@@ -236,6 +245,7 @@ class Logbook:
             )
         self.fit.restore({"images_seen": seen, **kept["fit"]})
         self.kept, self.owed = self.fit.step, bool(kept.get("owed"))
+        self.spent = float(kept.get("run_seconds", 0.0))  # older checkpoints do not have it
         self.changes = [dict(change) for change in kept.get("changes", ())]
         what = [*self.start.changes, *filter(None, (other, batch))]
         if what:

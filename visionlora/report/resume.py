@@ -9,8 +9,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import shlex
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic, Literal, ParamSpec, TypeVar
@@ -136,6 +137,8 @@ class Start(Generic[C]):
     """The folder holds the beginning of a run that had not done a step."""
     from_previous: bool = False
     """The state is the one before the last, which cannot be read."""
+    began: float = field(default_factory=time.monotonic)
+    """When this start of the run was, on the clock that never goes back."""
 
     def open(self, config: C) -> RunFolder:
         """Makes the folder of a new run, or tidies that of an old one.
