@@ -28,6 +28,9 @@ SPLIT_COLUMNS = ("split", "subset", "set")
 GROUP_COLUMNS = ("group", "group_id", "patient", "patient_id", "subject", "subject_id")
 """Columns that look like groups; they are used when they are named, else pointed out."""
 
+MISSING = ("nan", "NaN", "<NA>")
+"""What pandas writes where a label is missing, in text that it made of it."""
+
 OWN_PICTURE = "the picture of the row"
 """A column of the files to which the pictures of a parquet table were written."""
 
@@ -314,6 +317,12 @@ def _notes(told: _Told, wanted: Wanted, found: Found, listing: Listing) -> Itera
             "one class; for several labels a picture, make a column of 0 and 1 for each class and name them with "
             "label_columns=[A,B]"
         )
+    for name in MISSING:
+        if count := sum(row.labels == (name,) for row in found.rows) if not found.multi_label else 0:
+            yield (
+                f'"{name}" is a class here, of {count_of(count, "picture")}; it is also how pandas writes a label that is '
+                "missing: remove such rows if that is what it is"
+            )
 
 
 def _labels(cells: Mapping[str, Any], columns: Sequence[str], *, multi: bool) -> tuple[str, ...]:

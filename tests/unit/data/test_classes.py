@@ -523,6 +523,13 @@ def test_several_labels_in_one_cell_are_mentioned(flat: Path) -> None:
     )
 
 
+def test_a_class_that_may_be_a_missing_label_is_mentioned(flat: Path) -> None:
+    data = read_labelled(table(flat, FOUR.replace("cat", "nan")))
+    assert data.classes == ("dog", "nan")
+    (note,) = data.notes
+    assert note.startswith('"nan" is a class here, of 2 pictures; it is also how pandas writes a label that is missing')
+
+
 def test_numbers_are_labels_too(flat: Path) -> None:
     rows = [{"path": f"{i}.png", "label": [10, 2.0, True, 0.5][i]} for i in range(4)]
     path = table(flat, "".join(json.dumps(row) + "\n" for row in rows), "labels.jsonl")
