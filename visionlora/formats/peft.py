@@ -85,32 +85,85 @@ def read(
     Raises:
         AdapterFileError: when a file is missing or broken, the method cannot be read, or a tensor fits nothing.
     """
+    config = config_in(folder)
+    contents = open_file(weights_in(folder, weights))
+    tensors, values = without_saved(contents.tensors, config)
+    modules, unused = modules_of(folder, tensors, config)
+    check_finite(folder, values)
+    check_used(folder, unused, bool(modules or values), allow_partial)
+    found = sorted({name.split(".", 1)[0] for name in modules}) or ["model"]
+    modules |= {f"{found[0]}.{n}": m for n, m in values.items()}
+    component = component or COMPONENT_OF.get(str((config.get("auto_mapping") or {}).get("base_model_class")))
+    if component is not None:
+        modules = {f"{component}.{with_text_model(component, n.partition('.')[2])}": m for n, m in modules.items()}
+    info: dict[str, Any] = {**info_in(contents.metadata), "method": config["peft_type"].lower()}
+    if config["peft_type"] == "ADALORA":
+        modules = with_kernels(modules)
+        flat = [n for n, m in modules.items() if len(m.shape() or ()) == 2 and CONVOLUTION.search(n)]
+        if flat:
+            info["odd_layers"] = {n.partition(".")[2]: FLAT for n in flat}
+    if base := config.get("base_model_name_or_path"):
+        info["base"] = {"id": base}
+    return Adapter(modules, info, format="peft", metadata=contents.metadata, unused=tuple(unused))
+
+
+def config_in(folder: Path) -> dict[str, Any]:
+    """The config of a folder; `alpha` and `peft_type` are in every one.
+
+    Raises:
+        AdapterFileError: when it cannot be read, or says that the weights are of a kind that is not read here.
+    """
     try:
         config = dict(json.loads((folder / PEFT_CONFIG).read_text(encoding="utf-8")))
-        alpha = float(config.get("lora_alpha") or config.get("alpha") or 0)
-        saved, kind = set(config.get("modules_to_save") or []), str(config.get("peft_type"))
+        config["alpha"] = float(config.get("lora_alpha") or config.get("alpha") or 0)
+        config["modules_to_save"] = tuple(config.get("modules_to_save") or ())
     except (OSError, ValueError, TypeError) as e:
         raise AdapterFileError(
             f"{folder / PEFT_CONFIG} cannot be read ({e}). Copy or download the folder again."
         ) from None
-    if kind not in READABLE:
-        raise AdapterFileError(f"{folder} holds PEFT's {kind}; {', '.join(READABLE)} are read.")
+    config["peft_type"] = str(config.get("peft_type"))
+    if config["peft_type"] not in READABLE:
+        raise AdapterFileError(f"{folder} holds PEFT's {config['peft_type']}; {', '.join(READABLE)} are read.")
     check_start(folder, config.get("init_lora_weights"))
     if variant := next((title for entry, title in VARIANTS.items() if config.get(entry)), None):
         raise AdapterFileError(f"{folder} holds PEFT's {variant}, which visionlora does not read.")
+    return config
+
+
+def weights_in(folder: Path, weights: Path | None) -> Path:
+    """The file of the weights, which may be named; raises AdapterFileError where there is none."""
     named = (weights,) if weights is not None else (folder / WEIGHTS, folder / "adapter_model.bin")
-    weights = next((file for file in named if file.is_file()), None)
-    if weights is None:
-        raise AdapterFileError(f"{folder} has no {WEIGHTS}: copy the whole folder that PEFT saved.")
-    contents = open_file(weights)
-    tensors: dict[str, Tensor] = {}
+    for file in named:
+        if file.is_file():
+            return file
+    raise AdapterFileError(f"{folder} has no {WEIGHTS}: copy the whole folder that PEFT saved.")
+
+
+def without_saved(
+    tensors: Mapping[str, Tensor], config: Mapping[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, AdapterModule]]:
+    """The tensors of the method, and by layer what PEFT has saved as it is."""
+    rest: dict[str, Tensor] = {}
     values: dict[str, AdapterModule] = {}
-    for key, tensor in contents.tensors.items():
+    for key, tensor in tensors.items():
         name = key.removeprefix(PREFIX)
-        if split_key(name) in (None, (name.removesuffix(".weight"), "weight")) and is_saved(name, saved, config):
+        plain = split_key(name) in (None, (name.removesuffix(".weight"), "weight"))
+        if plain and is_saved(name, config["modules_to_save"], config):
             values[name.replace(".base_layer.", ".")] = AdapterModule("full", {"value": tensor}, 1.0)
         else:
-            tensors[name] = tensor
+            rest[name] = tensor
+    return rest, values
+
+
+def modules_of(
+    folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]
+) -> tuple[dict[str, AdapterModule], list[str]]:
+    """The layers by the rules of the config's method, and the keys that fit none.
+
+    Raises:
+        AdapterFileError: when PEFT would apply something else than the factors say, or a part of a layer is missing.
+    """
+    kind, alpha = config["peft_type"], config["alpha"]
     if kind == "LORA":
         check_pairs(folder, tensors)
     if kind == "VERA":
@@ -128,22 +181,7 @@ def read(
         modules = {n: on_its_side(n, m, config.get("feedforward_modules")) for n, m in modules.items()}
     if kind == "LOKR":
         modules = {n: scaled_when_full(n, m, config, alpha) for n, m in modules.items()}
-    check_finite(folder, values)
-    check_used(folder, unused, bool(modules or values), allow_partial)
-    found = sorted({name.split(".", 1)[0] for name in modules}) or ["model"]
-    modules |= {f"{found[0]}.{n}": m for n, m in values.items()}
-    component = component or COMPONENT_OF.get(str((config.get("auto_mapping") or {}).get("base_model_class")))
-    if component is not None:
-        modules = {f"{component}.{with_text_model(component, n.partition('.')[2])}": m for n, m in modules.items()}
-    info: dict[str, Any] = {**info_in(contents.metadata), "method": kind.lower()}
-    if kind == "ADALORA":
-        modules = with_kernels(modules)
-        flat = [n for n, m in modules.items() if len(m.shape() or ()) == 2 and CONVOLUTION.search(n)]
-        if flat:
-            info["odd_layers"] = {n.partition(".")[2]: FLAT for n in flat}
-    if base := config.get("base_model_name_or_path"):
-        info["base"] = {"id": base}
-    return Adapter(modules, info, format="peft", metadata=contents.metadata, unused=tuple(unused))
+    return modules, unused
 
 
 def is_saved(name: str, saved: Iterable[str], config: Mapping[str, Any]) -> bool:
