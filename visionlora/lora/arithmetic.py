@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -155,20 +155,12 @@ def merge_adapters(
         ConfigError: when there is no such method, it does not read an option, there is no adapter, or a scale is not finite.
         AdapterFileError: when a module's ΔW depends on the base model, or shapes differ between adapters.
     """
-    if not adapters:
-        raise ConfigError("There is nothing to merge: give at least one adapter.")
-    pairs = [pair if isinstance(pair, (tuple, list)) and len(pair) == 2 else (pair, 1.0) for pair in adapters]
-    for k, (_, scale) in enumerate(pairs, 1):
-        if isinstance(scale, (str, Path, Adapter, Result)):
-            raise ConfigError("Give a list of pairs of adapter and scale: [(first, 0.8), (second, 0.5)].")
-        check_scale(f"number {k}", scale)
+    pairs = pairs_of(adapters)
     combine, options, size = combination(method), options or Options(), size or Size()
     check_options(method, options)
-    spelled = in_one_spelling([adapter_of(a) for a, _ in pairs])
-    adapters = [(a, scale) for a, (_, scale) in zip(spelled, pairs, strict=True)]
-    embeddings = words_of([a for a, _ in adapters])
+    embeddings = words_of([a for a, _ in pairs])
     # What is at scale 0 has no say: not in how many a mean is of, nor, by its rounding, in Iso-C's singular values.
-    acting = [pair for pair in adapters if pair[1]] or adapters
+    acting = [pair for pair in pairs if pair[1]] or pairs
     names = list(dict.fromkeys(n for a, _ in acting for n in a.modules))
     modules: dict[str, AdapterModule] = {}
     errors: dict[str, float] = {}
@@ -186,23 +178,44 @@ def merge_adapters(
             modules[name], errors[name] = sized(lora_A, lora_B, within)
         if progress is not None:
             progress(done, len(names))
-    info = merged_info(adapters, method)
+    info = merged_info(pairs, method)
     if odd := {name: why for a, _ in acting for name, why in a.odd_layers.items()}:
         info["odd_layers"] = odd
-    notes: tuple[str, ...] = ()
-    if len(skips := sorted({a.clip_skip for a, _ in adapters})) > 1:
-        notes = (
+    merged = Adapter(modules, info, embeddings)
+    return Result(merged, errors, tuple(notes_on(pairs, merged)))
+
+
+def pairs_of(adapters: Sequence[Any]) -> list[tuple[Adapter, float]]:
+    """Adapters and their scales, with modules that they share under one name.
+
+    Raises:
+        ConfigError: when there is none, one is no adapter, or a scale is not finite.
+    """
+    if not adapters:
+        raise ConfigError("There is nothing to merge: give at least one adapter.")
+    pairs = [pair if isinstance(pair, (tuple, list)) and len(pair) == 2 else (pair, 1.0) for pair in adapters]
+    for k, (_, scale) in enumerate(pairs, 1):
+        if isinstance(scale, (str, Path, Adapter, Result)):
+            raise ConfigError("Give a list of pairs of adapter and scale: [(first, 0.8), (second, 0.5)].")
+        check_scale(f"number {k}", scale)
+    spelled = in_one_spelling([adapter_of(a) for a, _ in pairs])
+    return [(a, scale) for a, (_, scale) in zip(spelled, pairs, strict=True)]
+
+
+def notes_on(pairs: Sequence[tuple[Adapter, float]], merged: Adapter) -> Iterator[str]:
+    """What a person should know of a merged adapter, which it does not say itself."""
+    if len(skips := sorted({a.clip_skip for a, _ in pairs})) > 1:
+        yield (
             f"The adapters were trained with clip_skip {' and '.join(map(str, skips))}, and the merged one can say but one: it "
-            f"says none. Draw with --clip-skip {skips[-1]} or without, whichever looks better.",
+            f"says none. Draw with --clip-skip {skips[-1]} or without, whichever looks better."
         )
-    if elsewhere := [word for word in info.get("words", ()) if word not in embeddings]:
-        notes += (
+    if elsewhere := [word for word in merged.info.get("words", ()) if word not in merged.embeddings]:
+        yield (
             f"The vectors of {', '.join(elsewhere)} are in none of the adapters: they stay in files of their own, which are "
-            "needed to draw with those words.",
+            "needed to draw with those words."
         )
-    if not any(scale for _, scale in adapters):
-        notes += ("Every scale is 0, so the merged adapter changes nothing.",)
-    return Result(Adapter(modules, info, embeddings), errors, notes)
+    if not any(scale for _, scale in pairs):
+        yield "Every scale is 0, so the merged adapter changes nothing."
 
 
 def matching(name: str, present: Sequence[tuple[AdapterModule, float]]) -> list[Factors]:
