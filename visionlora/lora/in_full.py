@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from visionlora.lora.adapted import AdaptedLayer
 from visionlora.lora.functional import wide
 from visionlora.lora.guards import check_loading
-from visionlora.lora.merge import merge_anew
+from visionlora.lora.merge import merge_anew, overwrite
 
 
 @dataclass
@@ -149,7 +149,7 @@ class InFull:
         """Makes a change of the parts or their scales, and writes what follows from it."""
         self._hold()
         change(self._changed.parts)
-        self._unmerged.copy_(self._sum(self._changed.parts))
+        overwrite(self._unmerged, self._sum(self._changed.parts))
         if isinstance(self.owner, AdaptedLayer) and self.name in self.owner.originals:
             merge_anew(self.owner)
         for part in self._changed.parts:

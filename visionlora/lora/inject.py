@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import cast
 
@@ -191,7 +192,8 @@ def attach(
         if len(adapter.components) != 1:
             raise ConfigError(f"The adapter has parts for {', '.join(adapter.components)}: say which to attach.")
         (component,) = adapter.components
-    handle, modules = Handle(model, name), cut_modules(model, adapter.component(component))
+    modules = {path: trackable(m) for path, m in adapter.component(component).items()}
+    handle, modules = Handle(model, name), cut_modules(model, modules)
     methods, replaced, skipped = fit(model, modules, component)
     if skipped and (not allow_partial or len(skipped) == len(modules)):
         raise misfits(model, component, skipped, len(modules))
@@ -232,6 +234,13 @@ def cut_modules(model: nn.Module, modules: Mapping[str, AdapterModule]) -> dict[
         else:
             cut[name] = m
     return cut
+
+
+def trackable(module: AdapterModule) -> AdapterModule:
+    """Itself, without tensors of `torch.inference_mode`, of which there are no parameters elsewhere."""
+    if not any(t.is_inference() for t in module.tensors.values()):
+        return module
+    return replace(module, tensors={n: t.clone() if t.is_inference() else t for n, t in module.tensors.items()})
 
 
 def in_half(module: AdapterModule) -> tuple[AdapterModule, AdapterModule] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -72,7 +72,9 @@ def write_weights(handles: Sequence[Handle], silent: Collection[Method] = ()) ->
         restore_all_but(layer, (name,))
         original = keep_original(layer, name)
         layer._written = None
-        torch.addmm(original.flatten(1), up, down, out=cast(Tensor, getattr(layer, name)).flatten(1))
+        weight: Tensor = getattr(layer, name)
+        with writing(weight):
+            torch.addmm(original.flatten(1), up, down, out=weight.flatten(1))
         remember(layer)
     for layer, values in new:
         write(layer, values)
@@ -110,13 +112,24 @@ def merge_anew(layer: AdaptedLayer) -> None:
     write(layer, with_adapters(layer, [m for m in layer.methods() if m.merged]))
 
 
+def writing(tensor: Tensor) -> AbstractContextManager[object]:
+    """In which a tensor can be written; one that was made under `torch.inference_mode` can nowhere else."""
+    return torch.inference_mode() if tensor.is_inference() else nullcontext()
+
+
+def overwrite(tensor: Tensor, value: Tensor) -> None:
+    """Puts other values into a tensor."""
+    with writing(tensor):
+        tensor.copy_(value)
+
+
 def write(layer: AdaptedLayer, values: Mapping[str, Tensor]) -> None:
     """Writes these parameters of a layer; the others are the originals."""
     layer._written = None
     restore_all_but(layer, values)
     for name, value in values.items():
         keep_original(layer, name)
-        cast(Tensor, getattr(layer, name)).copy_(value)
+        overwrite(getattr(layer, name), value)
     remember(layer)
 
 
@@ -160,7 +173,7 @@ def direct_update(layer: AdaptedLayer, merged: Sequence[Method]) -> tuple[str, T
 def restore_all_but(layer: AdaptedLayer, names: Container[str]) -> None:
     """Puts back the parameters that no merged adapter changes any more."""
     for name in [n for n in layer.originals if n not in names]:
-        cast(Tensor, getattr(layer, name)).copy_(layer.originals[name])
+        overwrite(getattr(layer, name), layer.originals[name])
         del layer.originals[name]
 
 
