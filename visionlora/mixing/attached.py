@@ -11,7 +11,7 @@ from visionlora.errors import ConfigError
 from visionlora.lora.adapted import AdaptedLayer, modules_of_base
 from visionlora.lora.adapter import Adapter
 from visionlora.lora.classes import is_hooked
-from visionlora.lora.guards import allow_saving, refuse_saving
+from visionlora.lora.guards import allow_saving, refuse_saving, uncompiled
 from visionlora.lora.handle import Handle
 from visionlora.lora.inject import IN_PLACE, check_bare, inner_names
 from visionlora.lora.inject import attach as attach_one
@@ -72,6 +72,18 @@ class Attached:
     def in_file(self, name: str, component: str, layer: str) -> str:
         """The layer as the adapter's file spells it."""
         return self._in_file.get((name, component, layer), layer)
+
+    def check_there(self) -> None:
+        """Raises ConfigError when the pipeline draws with another part than that which has the adapters."""
+        for name, part in self.parts.items():
+            now = getattr(self.target, name) if name else part
+            if now is part or not isinstance(now, nn.Module):  # text encoders are let go once prompts are encoded
+                continue
+            if all(m is not uncompiled(part) for m in now.modules()):
+                raise ConfigError(
+                    f"The {name} of this {type(self.target).__name__} is no longer the one that these adapters are on: take them "
+                    "off (mix.detach()) and attach them to the pipeline as it is now."
+                )
 
     def check_free(self) -> None:
         """Raises ConfigError when others hold layers that are to be changed, so that nothing is half changed."""

@@ -187,6 +187,7 @@ class Mix:
 
     def change(self, members: dict[str, Member]) -> None:
         """Attaches these members in place of those that are there; on an error everything is as before."""
+        self.attached.check_there()
         self.attached.check_free()
         before = self.members
         try:
@@ -206,6 +207,7 @@ class Mix:
         scales = scales if isinstance(scales, Mapping) else dict.fromkeys(self.members, scales)
         for name in scales:
             self.known(name)
+        self.attached.check_there()
         self.attached.check_free()
         changed = {n: Member(m.adapter, as_scale(scales[n])) if n in scales else m for n, m in self.members.items()}
         before, self.members = self.members, changed
@@ -221,6 +223,7 @@ class Mix:
 
     def set_composition(self, compose: str | Composition, **options: Any) -> None:
         """Another way to compose, see `visionlora.mixing.compose`."""
+        self.attached.check_there()
         self.attached.check_free()
         before, self.composition = self.composition, composition(compose, **options)
         try:

@@ -2,14 +2,19 @@
 
 import gc
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 import visionlora as vl
+from visionlora.errors import ConfigError
 from visionlora.lora.adapter import Adapter, AdapterModule
 from visionlora.mixing.holder import mix_on
+from visionlora.models.base import open_base
+
+from .test_mix import adapter
 
 
 def lora(layer: str, seed: int) -> Adapter:
@@ -63,3 +68,20 @@ def test_cleared_the_model_knows_nothing_of_it(model: nn.Module) -> None:
     attached.clear()
     assert mix_on(model) is None and not attached.handles
     assert all(torch.equal(before[n], p) for n, p in model.named_parameters())
+
+
+def test_a_part_that_was_exchanged_is_noticed(tiny_model: Path) -> None:
+    """Scales were set on the model that was there before, and the pictures were those of the base."""
+    pipe, other = (open_base(str(tiny_model)).pipe for _ in range(2))
+    mix = vl.attach(pipe, {"a": adapter(pipe, 0)})
+    plain, pipe.unet = pipe.unet, other.unet
+    for change in (lambda: mix.set_scales(0.5), lambda: mix.remove("a"), lambda: mix.set_composition("balanced")):
+        with pytest.raises(ConfigError, match=r"The unet of this .*Pipeline is no longer the one .*mix.detach\(\)"):
+            change()
+    pipe.unet = torch.compile(plain)
+    mix.set_scales(0.5)
+    pipe.text_encoder = None
+    mix.set_scales(0.25)
+    pipe.unet = other.unet
+    mix.detach()
+    assert mix_on(plain) is None
