@@ -311,7 +311,10 @@ def misfits(model: nn.Module, component: str, skipped: Sequence[tuple[str, str]]
         more = ", ".join(n for n, _ in skipped[1:4]) + (" …" if len(skipped) > 4 else "")
         why += f" So it is with {len(skipped)} of its {total} modules ({more})."
     hint = "" if len(skipped) == total else " Nothing was loaded; allow_partial=True (--allow-partial) takes what fits."
-    return TargetError(f"{why} It was made for another base model.{hint}")
+    there = dict(model.named_modules())
+    if not all(name in there and forward_of_its_own(there[name]) for name, _ in skipped):
+        why += " It was made for another base model."
+    return TargetError(f"{why}{hint}")
 
 
 def check_bare(model: nn.Module) -> None:

@@ -1,6 +1,7 @@
 """Layers that compute otherwise than torch's, and modules of classes made on the fly."""
 
 import pickle
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visionlora.errors import TargetError
-from visionlora.lora.adapter import Adapter
+from visionlora.lora.adapter import Adapter, AdapterModule
 from visionlora.lora.classes import adapted_class, forward_of_its_own
 from visionlora.lora.config import AdapterConfig
 from visionlora.lora.inject import attach, inject
@@ -87,3 +88,14 @@ def test_what_was_mixed_in_twice_is_pickled() -> None:
     x = torch.randn(1, 2, 3, 3)
     assert isinstance(copy[0], AdaptedConv) and isinstance(copy[0], HeavyByMatmul)
     assert torch.equal(copy(x), model(x))
+
+
+def test_what_others_have_put_on_the_layers_says_nothing_of_the_base() -> None:
+    """The adapter was blamed for another base where layers are offloaded one by one."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    made = Adapter({f"model.{k}": AdapterModule.lora(torch.ones(1, 2), torch.ones(2, 1), 1.0) for k in "01"})
+    for layer in model:
+        layer.forward = partial(type(layer).forward, layer)  # type: ignore[method-assign]
+    with pytest.raises(TargetError, match="offload whole models. So it is with 2 of its 2 modules") as caught:
+        attach(model, made)
+    assert "another base" not in str(caught.value)
