@@ -81,8 +81,8 @@ class Attached:
                 continue
             if all(m is not uncompiled(part) for m in now.modules()):
                 raise ConfigError(
-                    f"The {name} of this {type(self.target).__name__} is no longer the one that these adapters are on: take them "
-                    "off (mix.detach()) and attach them to the pipeline as it is now."
+                    f"The {name} of this {type(self.target).__name__} is no longer the one that these adapters are on: take "
+                    "them off (mix.detach()) and attach them to the pipeline as it is now."
                 )
 
     def check_free(self) -> None:

@@ -96,6 +96,6 @@ def test_what_others_have_put_on_the_layers_says_nothing_of_the_base() -> None:
     made = Adapter({f"model.{k}": AdapterModule.lora(torch.ones(1, 2), torch.ones(2, 1), 1.0) for k in "01"})
     for layer in model:
         layer.forward = partial(type(layer).forward, layer)  # type: ignore[method-assign]
-    with pytest.raises(TargetError, match="offload whole models. So it is with 2 of its 2 modules") as caught:
+    with pytest.raises(TargetError, match=r"offload whole models\. So it is with 2 of its 2 modules") as caught:
         attach(model, made)
     assert "another base" not in str(caught.value)
