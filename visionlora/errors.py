@@ -77,14 +77,19 @@ def nearest(given: str, allowed: Iterable[str], most: int | None = None) -> str:
 
     >>> nearest("atn.q", ["attn.q", "attn.k"])
     "Did you mean 'attn.q'?"
+    >>> nearest("FP32", ["bf16", "fp32"])
+    "Did you mean 'fp32'?"
     >>> nearest("zzz", ["b", "a"])
     'Allowed: a, b.'
     >>> nearest("zzz", ["c", "b", "a"], most=2)
     'Allowed: a, b and 1 more.'
     """
     choices = sorted(allowed)
+    folded = {choice.casefold(): choice for choice in choices}
     if close := difflib.get_close_matches(given, choices, n=1):
         return f"Did you mean {close[0]!r}?"
+    if close := difflib.get_close_matches(given.casefold(), folded, n=1):
+        return f"Did you mean {folded[close[0]]!r}?"
     more = f" and {len(choices) - most} more" if most is not None and len(choices) > most else ""
     return f"Allowed: {', '.join(choices[:most])}{more}."
 

@@ -92,7 +92,8 @@ def missing(path: Path) -> AdapterFileError:
         )
     if not path.exists() and path.parent.is_dir():
         beside = {p.stem: p for p in sorted(path.parent.iterdir()) if p.is_dir() or p.suffix in WEIGHT_SUFFIXES}
-        close = [n for n in beside if n.startswith(path.stem)] or get_close_matches(path.stem, beside, n=1)
+        close = [n for n in (path.stem, path.name) if n in beside]
+        close = close or [n for n in beside if n.startswith(path.stem)] or get_close_matches(path.stem, beside, n=1)
         hint = f" Did you mean {beside[close[-1]]}?" if close else ""  # of runs the newest
     return AdapterFileError(f"There is no adapter file at {path}.{hint}")
 

@@ -107,9 +107,19 @@ def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
     native.write(adapter(), tmp_path / "a.safetensors")
     with pytest.raises(AdapterFileError, match=r"It is a folder with a\.safetensors: name the file"):
         native.read(tmp_path)
-    for near in ("dog-20260101.safetensors", "dog-20260102.safetensors", "notes.txt"):
+    for near in (
+        "dog-20260101.safetensors",
+        "dog-20260102.safetensors",
+        "notes.txt",
+        "v1.0.safetensors",
+        "v1.0b.safetensors",
+    ):
         (tmp_path / near).touch()
-    for given, meant in (("dog", "dog-20260102.safetensors"), ("dgo-20260101.safetensors", "dog-20260101.safetensors")):
+    for given, meant in (
+        ("dog", "dog-20260102.safetensors"),
+        ("v1.0", "v1.0.safetensors"),
+        ("dgo-20260101.safetensors", "dog-20260101.safetensors"),
+    ):
         with pytest.raises(AdapterFileError, match=rf"no adapter file at .*{given}\. Did you mean .*{meant}\?"):
             native.read(tmp_path / given)
     with pytest.raises(AdapterFileError, match=r"There is no adapter file at \S*\.$"):
