@@ -63,7 +63,7 @@ LATER = (
     "batch_size",
 )
 """Fields that are written only where they are not as usual, so that recipes from before keep their keys."""
-TAG = re.compile(r"<lora:([^:<>]+)(?::([^:<>]+))?>")
+TAG = re.compile(r"<(?i:lora|lyco):([^:<>]+)(?::([^:<>]+))?>")
 
 
 def exact(value: float) -> str:
@@ -358,7 +358,7 @@ def read_recipe(path: Path) -> Recipe:
 
 
 def take_tags(prompt: str) -> tuple[str, list[tuple[str, float]]]:
-    """The prompt without `<lora:name:scale>` tags, and the tags.
+    """The prompt without `<lora:name:scale>` tags, and the tags; `<lyco:…>` is the same in A1111 and here.
 
     Raises:
         ConfigError: when a scale is not a finite number, a tag is none of these, or two are of one adapter.
@@ -379,7 +379,7 @@ def take_tags(prompt: str) -> tuple[str, list[tuple[str, float]]]:
                 f"{match[0]}: the prompt has a tag of {match[1].strip()!r} already; leave one of them out."
             )
         found.append((match[1].strip(), scale))
-    if strange := re.search(r"<lora:[^<>]*>?", TAG.sub(" ", prompt)):
+    if strange := re.search(r"(?i)<(?:lora|lyco|hypernet):[^<>]*>?", TAG.sub(" ", prompt)):
         raise ConfigError(
             f"{strange[0]} is not understood: a tag is <lora:name:scale>. Factors of parts and blocks go to the command: "
             "--lora name:0.8@up=1.2,mid=0."

@@ -31,15 +31,33 @@ def uses_of(prompt: str, config: GenerateConfig) -> list[LoraUse]:
         if name in uses:
             uses[name] = replace(uses[name], scale=scale)
             continue
-        found = next(
-            (p for p in (config.lora_folder / f"{name}.safetensors", config.lora_folder / name) if p.exists()), None
-        )
-        if found is None:
-            there = [*uses, *(p.stem for p in config.lora_folder.glob("*.safetensors"))]
-            hint = nearest(name, there) if there else "Give it with --lora, or name its folder with --lora-folder."
-            raise ConfigError(f"The prompt names an adapter {name!r}, which is not there. {hint}")
-        uses[name] = LoraUse(name, str(found), scale)
+        uses[name] = LoraUse(name, str(tagged(name, config.lora_folder, uses)), scale)
     return [hashed(use) for use in uses.values()]
+
+
+def tagged(name: str, folder: Path, others: Iterable[str]) -> Path:
+    """The adapter that a tag names, in a folder or, as in A1111, below it.
+
+    Args:
+        name: a run, or a file without its suffix.
+        folder: to look in; below the working folder, which was not chosen for it, nothing is looked for.
+        others: names of those that are given.
+
+    Raises:
+        ConfigError: when there is none, or more than one.
+    """
+    for path in (folder / f"{name}.safetensors", folder / name):
+        if path.exists():
+            return path
+    files = sorted(folder.glob("*.safetensors" if folder == Path() else "**/*.safetensors"))
+    if len(found := [p for p in files if p.stem == name]) == 1:
+        return found[0]
+    if found:
+        several = ", ".join(f"<lora:{p.relative_to(folder).with_suffix('').as_posix()}>" for p in found)
+        raise ConfigError(f"The prompt names an adapter {name!r}, and there are several: write one of {several}.")
+    there = [*others, *(p.stem for p in files)]
+    hint = nearest(name, there) if there else "Give it with --lora, or name its folder with --lora-folder."
+    raise ConfigError(f"The prompt names an adapter {name!r}, which is not there. {hint}")
 
 
 def check_once(loras: Iterable[tuple[str, float, Mapping[str, float]]]) -> None:

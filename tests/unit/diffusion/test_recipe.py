@@ -109,6 +109,7 @@ def test_file_names_tell_pictures_apart() -> None:
         ("a dog", ("a dog", [])),
         ("<lora:a:0.5>a  dog<lora:b>", ("a dog", [("a", 0.5), ("b", 1.0)])),
         ("a <lora:x y.z:-1> b", ("a b", [("x y.z", -1.0)])),
+        ("a <lyco:x:2> <LoRA:y>", ("a", [("x", 2.0), ("y", 1.0)])),
     ],
 )
 def test_tags(prompt: str, expected: tuple) -> None:
@@ -141,6 +142,10 @@ BAD = {
     ),
     "seed": (lambda: Recipe("a", "m", 8, 8, seed=-1), "seed is -1"),
     "tag": (lambda: take_tags("<lora:a:loud>"), "'loud' is not a finite number; write <lora:name:scale>."),
+    "hypernetwork": (
+        lambda: take_tags("<hypernet:a:1>"),
+        "<hypernet:a:1> is not understood: a tag is <lora:name:scale>",
+    ),
     "block": (lambda: parse_lora_use("dog@up=loud"), "dog@up=loud: 'up=loud' is no name=number, separated by commas."),
     "option": (lambda: parse_composition("switch:tau"), "switch:tau: 'tau' is no name=number, separated by commas."),
 }
