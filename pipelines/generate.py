@@ -12,6 +12,7 @@ from visionlora.pipelines.drawing import Drawn, Opened, Progress, draw_all, sche
 
 from visionlora.config import PRECISIONS, GenerateConfig
 from visionlora.diffusion.given import PICTURES, check_given, check_regions, named, shape_of, sized
+from visionlora.diffusion.prompts import read_as_words
 from visionlora.diffusion.recipe import LoraUse, Recipe, take_tags
 from visionlora.diffusion.settings import BASE_DTYPES
 from visionlora.diffusion.uses import check_once, names_of, uses_of
@@ -84,6 +85,10 @@ def opened(config: GenerateConfig, say: Callable[[str], None]) -> Opened:
         make_fit(adapter, base, config)
     for line in words_left_behind(adapters, config.prompts, base):
         say(line)
+    if strange := read_as_words([*config.prompts, config.negative_prompt]):
+        say(
+            f"Read as words, where other programs have commands: {', '.join(strange)}. Known here are (word:1.2) and \\(."
+        )
     return Opened(base, adapters, None if config.controlnet is None else open_controlnet(config.controlnet, base))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -35,6 +35,29 @@ def read_otherwise(caption: str) -> bool:
     (True, True, False)
     """
     return has_weights(caption) or unescaped(caption) != caption
+
+
+ELSEWHERE = {
+    "BREAK": re.compile(r"\bBREAK\b"),
+    "AND": re.compile(r"\bAND\b"),
+    "((word))": re.compile(r"(?<!\\)\(\("),
+    "[word]": re.compile(r"(?<!\\)\[[^\]]+\]"),
+    "weights around weights or below 0": re.compile(r":\s*-?[\d.]+\s*\)"),
+    "{a|b}": re.compile(r"\{[^{}]*\|[^{}]*\}"),
+    "__name__": re.compile(r"__\w[\w/ *-]*__"),
+    "embedding:name": re.compile(r"\bembedding:\w"),
+}
+"""What A1111, ComfyUI and their extensions read as commands."""
+
+
+def read_as_words(prompts: Iterable[str]) -> list[str]:
+    """What of `ELSEWHERE` is in prompts, where it is text.
+
+    >>> read_as_words(["a ((red:1.3)) BREAK heart"]), read_as_words(["a (red:1.3) heart (big)"])
+    (['BREAK', '((word))'], [])
+    """
+    rest = "\n".join(WEIGHT.sub("(w)", prompt) for prompt in prompts)
+    return [what for what, pattern in ELSEWHERE.items() if pattern.search(rest)]
 
 
 def unescaped(text: str) -> str:

@@ -12,7 +12,7 @@ from transformers import CLIPTokenizer
 
 from visionlora.diffusion.denoiser import LearnedWord
 from visionlora.diffusion.encode import cut_captions, encode_text
-from visionlora.diffusion.prompts import prompt_arguments, weighted
+from visionlora.diffusion.prompts import ELSEWHERE, prompt_arguments, read_as_words, weighted
 from visionlora.diffusion.sampling import long_states
 from visionlora.errors import ConfigError
 from visionlora.models.base import BaseModel, open_base
@@ -211,3 +211,21 @@ def test_no_warning_of_a_prompt_that_is_read_to_its_end(pipe) -> None:
     finally:
         log.removeHandler(ears)
     assert read["prompt_embeds"].shape[1] > 16 and [line for line in said if "longer than" in line]
+
+
+def test_commands_of_other_programs_are_told_of() -> None:
+    """They were read as words without a word."""
+    written = {
+        "BREAK": "a dog BREAK a hat",
+        "AND": "a dog AND a hat",
+        "((word))": "((red:1.2)) hat",
+        "[word]": "a [red] hat",
+        "weights around weights or below 0": "(a (red:1.2) hat:1.1)",
+        "{a|b}": "a {red|blue} hat",
+        "__name__": "a __colours/warm__ hat",
+        "embedding:name": "embedding:bad-hands",
+    }
+    assert {what: read_as_words([text]) for what, text in written.items()} == {what: [what] for what in ELSEWHERE}
+    assert read_as_words(["(a:-1)"]) == ["weights around weights or below 0"]
+    known = ["a (red:1.2)(blue:1.1) hat (big)", r"\(\(x \[y\]", "a breakfast and a hat: 1", "", "snake_case a__b"]
+    assert not read_as_words(known)
