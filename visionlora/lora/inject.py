@@ -192,8 +192,7 @@ def attach(
         if len(adapter.components) != 1:
             raise ConfigError(f"The adapter has parts for {', '.join(adapter.components)}: say which to attach.")
         (component,) = adapter.components
-    modules = {path: trackable(m) for path, m in adapter.component(component).items()}
-    handle, modules = Handle(model, name), cut_modules(model, modules)
+    handle, modules = Handle(model, name), cut_modules(model, adapter.component(component))
     methods, replaced, skipped = fit(model, modules, component)
     if skipped and (not allow_partial or len(skipped) == len(modules)):
         raise misfits(model, component, skipped, len(modules))
@@ -294,7 +293,7 @@ def fit(
                 raise TargetError(f"{site.name} {why}.")
             shaped = m.fitted(site.weight.shape)
             check_shape(site, shaped, f"{component}.{given}")
-            methods.append(KINDS[m.kind].load(site, shaped))
+            methods.append(KINDS[m.kind].load(site, trackable(shaped)))
         except TargetError as e:
             skipped.append((given, str(e)))
     return methods, replaced, skipped

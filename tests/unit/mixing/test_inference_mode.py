@@ -54,3 +54,14 @@ def test_a_base_opened_there_takes_adapters_elsewhere(tiny_model: Path, mode: st
     assert torch.equal(run(pipe), plain)
     with vl.attach(open_base(str(tiny_model)).pipe, {"a": made}, mode=mode) as other:
         torch.testing.assert_close(run(other.target), found)
+
+
+def test_training_goes_on_from_what_was_loaded_there(pipe, tmp_path: Path) -> None:
+    made = adapter(pipe, 0, ("lora",), text=False)
+    vl.save_adapter(made, tmp_path / "a.safetensors")
+    with torch.inference_mode():
+        loaded = vl.load_adapter(tmp_path / "a.safetensors").component("unet")
+    name = next(n for n in loaded if n.endswith("attn1.to_q"))
+    handle = vl.inject(pipe.unet, vl.AdapterConfig(rank=2, targets=(name,)), start_from={name: loaded[name]})
+    assert all(p.requires_grad for p in handle.parameters())
+    assert torch.equal(handle.methods[name].lora_B, loaded[name].tensors["lora_B"])
