@@ -11,13 +11,13 @@ from visionlora.errors import ConfigError
 from visionlora.lora.adapted import AdaptedLayer, modules_of_base
 from visionlora.lora.adapter import Adapter
 from visionlora.lora.classes import is_hooked
-from visionlora.lora.guards import allow_saving, refuse_saving, uncompiled
+from visionlora.lora.guards import adapters_on, allow_saving, refuse_saving, uncompiled
 from visionlora.lora.handle import Handle
 from visionlora.lora.inject import IN_PLACE, check_bare, inner_names
 from visionlora.lora.inject import attach as attach_one
 from visionlora.lora.merge import merge_together, reads_fused, unmerge_together
 from visionlora.lora.names import resolve_names
-from visionlora.mixing.holder import hold, let_go, mix_on
+from visionlora.mixing.holder import hold, is_copy, let_go, mix_on
 from visionlora.mixing.parts import parts_of, places
 from visionlora.mixing.words import Words
 
@@ -117,7 +117,16 @@ class Attached:
         Args:
             wanted: the adapters by name.
             given: those whose words are brought, as they were before they were composed.
+
+        Raises:
+            ConfigError: for a model that is another mix's, or a copy of one, and for words that are taken.
         """
+        for part in self.parts.values():
+            if is_copy(part) and (names := adapters_on(part)):
+                raise ConfigError(
+                    f"This {type(part).__name__} is a copy that was made while adapters were on the original "
+                    f"({', '.join(names)}); they are on it for good, and would act beside these: copy it after mix.detach()."
+                )
         self.words.add(given)
         for encoder in self.words.encoders:
             self._take(encoder)

@@ -28,6 +28,11 @@ def mix_on(part: nn.Module) -> Mix | None:
     return None if holder is None else holder.mix
 
 
+def is_copy(part: nn.Module) -> bool:
+    """Whether a model was copied, or saved whole and loaded, while a mix was on it, whose adapters are on it for good."""
+    return "_mix" in vars(uncompiled(part)) and mix_on(part) is None
+
+
 def hold(part: nn.Module, mix: Mix) -> None:
     """Hangs a mix on a model."""
     vars(uncompiled(part))["_mix"] = Holder(mix)

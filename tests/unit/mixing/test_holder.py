@@ -55,6 +55,8 @@ def test_a_copy_cannot_be_rid_of_its_adapters(tiny_model: Path) -> None:
             ConfigError, match=r"on this UNet2DConditionModel \(dog\) are of no mix on it: .* copy it after"
         ):
             vl.detach(twin)
+        with pytest.raises(ConfigError, match=r"is a copy .*\(dog\); they are on it for good, .* copy it after"):
+            vl.attach(twin, {"ink": adapter(pipe, 1, ("lora",), text=False)})
     vl.detach(pipe)
     handle = vl.attach(pipe.unet, adapter(pipe, 0, ("lora",), text=False), component="unet")
     with pytest.raises(ConfigError, match=r"a handle takes its own off \(handle.eject\(\)\)"):
