@@ -5,13 +5,15 @@ No picture is opened here; those that a parquet table holds are written to the c
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from visionlora.data.files import Listing, Names, Unusable, is_hidden, list_folder
-from visionlora.data.images import printable
+from visionlora.data.files import Listing, Names, Unusable, is_hidden, list_folder, suffix_of
+from visionlora.data.images import IMAGE_SUFFIXES, printable
 from visionlora.data.labelled import Found, Row, Wanted, cleaned, split_folders, split_of, top_of, used_files
 from visionlora.data.parquet import unpack
 from visionlora.data.tables import Table, read_table, text_of, truth_of
@@ -24,6 +26,9 @@ LABEL_COLUMNS = ("label", "class", "category", "target", "label_name")
 """Names by which the column of labels is found, in order of precedence."""
 SPLIT_COLUMNS = ("split", "subset", "set")
 """Names by which the column of splits is found, in order of precedence."""
+
+ID_COLUMNS = ("image_id", "image_name", "picture", "img", "id_code", "id")
+"""Columns that may name pictures, in order of precedence; they are used when they are named, else pointed out."""
 
 GROUP_COLUMNS = ("group", "group_id", "patient", "patient_id", "subject", "subject_id")
 """Columns that look like groups; they are used when they are named, else pointed out."""
@@ -131,6 +136,9 @@ def pictures_of(
 
     Returns:
         Name for messages and file of each; and each row that gives none as one line for a person.
+
+    Raises:
+        DataError: when it names pictures, and none of them is there.
     """
     table = read_table(path)
     if _holds_pictures(table, path_column):
@@ -138,7 +146,7 @@ def pictures_of(
         return list(unpacked.pictures.items()), unpacked.problems
     root, column = path.parent, _path_column(table, path_column, "--path-column NAME")
     there = _Pictures(root, _listed(root, table, column))
-    found, problems = [], list(table.problems)
+    found, problems, absent = [], list(table.problems), []
     for line, cells in table.rows:
         where = f"{table.shown} line {line}"
         try:
@@ -147,9 +155,12 @@ def pictures_of(
             problems.append(f"{where} {error}")
             continue
         if (picture := there.find(name)) is None:
+            absent.append(name)
             problems.append(f"{where} {there.absent(name)}")
         else:
             found.append((printable(root / picture), root / picture))
+    if absent and not found:
+        raise DataError(f"{_none_there(table, absent, root)}, where the table is{there.hint(absent[0])}")
     return found, problems
 
 
@@ -160,7 +171,8 @@ def _holds_pictures(table: Table, path_column: str | None) -> bool:
 
 def _listed(root: Path, table: Table, column: str) -> Listing:
     """What lies in the folders that a table names: it may lie in a large one next to that which it is about."""
-    names = [row[column].replace("\\", "/") for _, row in table.rows if isinstance(row.get(column), str)]
+    written = (_written(row.get(column)) for _, row in table.rows)
+    names = [text.replace("\\", "/") for text in written if text]
     tops = {PurePosixPath(_relative(root, name)).parts[:1] for name in names}
     return list_folder(root, {top for parts in tops for top in parts})
 
@@ -179,11 +191,10 @@ def from_tables(root: Path, tables: Mapping[str, Table], wanted: Wanted, listing
         _read_rows(place, table, columns, there, told, found)
     if told.absent and not told.rows:
         place, table = next(iter(tables.items()))
-        name = told.absent[0][1]
-        raise DataError(
-            f"None of the {count_of(len(told.absent), 'picture')} that {table.shown} names is there; the first is "
-            f"{printable(name)}, and paths are relative to {printable(root / place)}{there.hint(name)}"
-        )
+        names = [name for _, name in told.absent]
+        name = names[0]
+        hint = f"; from {printable(above)} they are there: give that folder" if (above := _above(root, name)) else ""
+        raise DataError(_none_there(table, names, root / place) + (hint or there.hint(name)))
     found.skippable += [f"{where} {there.absent(name)}" for where, name in told.absent]
     found.rows = [row for _, row in told.rows.values()]
     told_by = (
@@ -197,6 +208,14 @@ def from_tables(root: Path, tables: Mapping[str, Table], wanted: Wanted, listing
         found.source += f", splits from {' and '.join(dict.fromkeys(split_sources))}"
     found.notes += _notes(told, wanted, found, listing)
     return found
+
+
+def _none_there(table: Table, names: Sequence[str], place: Path) -> str:
+    """What to say of a table all of whose pictures are missing from the place that its paths are relative to."""
+    return (
+        f"None of the {count_of(len(names), 'picture')} that {table.shown} names is there; the first is "
+        f"{printable(names[0])}, and paths are relative to {printable(place)}"
+    )
 
 
 @dataclass(frozen=True)
@@ -215,8 +234,21 @@ class _Pictures:
     def __init__(self, root: Path, listing: Listing) -> None:
         self.root, self.others = root, frozenset(listing.others)
         self.names = Names(listing.pictures)
-        self.find = self.names.find
         self.meant = Meant(listing.pictures)
+
+    @cached_property
+    def _bare(self) -> tuple[Names, dict[str, str]]:
+        """The names without their endings, of pictures that are the only one of theirs."""
+        count = Counter(_bare(name) for name in self.names.exact)
+        found = {bare: name for name in self.names.exact if count[bare := _bare(name)] == 1}
+        return Names(found), found
+
+    def find(self, name: str) -> str | None:
+        """The picture of a name; its ending may be left out where one picture alone is called so."""
+        if (exact := self.names.find(name)) is not None or suffix_of(name) in IMAGE_SUFFIXES:
+            return exact
+        names, found = self._bare
+        return found[bare] if (bare := names.find(name)) is not None else None
 
     def named(self, cells: Mapping[str, Any], column: str, place: str = "") -> str:
         """The picture that a row means, as a posix path relative to the root; it may not be there.
@@ -368,9 +400,8 @@ def _splits_by_folder(found: Found) -> list[str]:
 
 def _name(value: Any, column: str, root: Path, place: str) -> str:
     """The picture that a row means, as a posix path relative to the root."""
-    if not isinstance(value, str) or not value.strip():
+    if not (text := _written(value).strip()):
         raise Unusable(f'names no picture in "{printable(column)}"; write its path there, or remove the row')
-    text = value.strip()
     given = text.replace("\\", "/")  # as Windows programs write it
     name = _relative(root, given)
     path = PurePosixPath(name)
@@ -379,6 +410,22 @@ def _name(value: Any, column: str, root: Path, place: str) -> str:
     if any(is_hidden(part) for part in path.parts):
         raise Unusable(f"names {printable(text)}, which is hidden; rename it to use it")
     return path.as_posix() if name != given else (PurePosixPath(place) / path).as_posix()
+
+
+def _written(value: Any) -> str:
+    """The name of a picture in a cell, which may be a number; empty where there is none."""
+    return text_of(value, "") if isinstance(value, (str, int, float)) and not isinstance(value, bool) else ""
+
+
+def _bare(name: str) -> str:
+    """A path without its ending."""
+    return name[: len(name) - len(suffix_of(name))]
+
+
+def _above(root: Path, name: str) -> Path | None:
+    """The folder above the root, where the picture of a row is to be found from there."""
+    above = root.parent
+    return above if "/" in name and above != root and (above / name).is_file() else None
 
 
 def _relative(root: Path, name: str) -> str:
@@ -416,7 +463,8 @@ def _path_column(table: Table, given: str | None, option: str = "path_column=NAM
         text = f"{table.shown} has no column of picture paths (it has {quoted(table.columns)}); "
         if table.embedded:
             text += f"for pictures in {quoted(table.embedded)}, give the table itself as --images; "
-        raise DataError(f'{text}name it with {option}, or call it "path".')
+        like = table.guess(ID_COLUMNS) or "NAME"
+        raise DataError(f'{text}name it with {option.replace("NAME", like)}, or call it "path".')
     return column
 
 

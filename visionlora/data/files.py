@@ -53,7 +53,7 @@ def list_folder(root: Path, tops: Collection[str] | None = None) -> Listing:
 
     Args:
         root: the folder.
-        tops: the only names in it to list; all when not given.
+        tops: the only names in it to list, also those that have an ending besides; all when not given.
     """
     listing = Listing()
     wanted = None if tops is None else {composed(top) for top in tops}
@@ -68,9 +68,9 @@ def list_folder(root: Path, tops: Collection[str] | None = None) -> Listing:
                     listing.folders.remove(prefix.rstrip("/"))
                     continue
                 for entry in entries:
-                    if is_hidden(entry.name) or (
-                        not prefix and wanted is not None and composed(entry.name) not in wanted
-                    ):
+                    if is_hidden(entry.name):
+                        continue
+                    if not prefix and wanted is not None and wanted.isdisjoint(_with_and_without_ending(entry.name)):
                         continue
                     name = prefix + entry.name
                     if entry.is_dir(follow_symlinks=False):
@@ -107,6 +107,12 @@ class Names:
 def _without_spaces(name: str) -> str:
     """A path without the spaces around its parts, which no eye sees; composed."""
     return "/".join(part.strip() for part in composed(name).split("/"))
+
+
+def _with_and_without_ending(name: str) -> tuple[str, str]:
+    """A name, composed, as it is and without its ending."""
+    whole = composed(name)
+    return whole, os.path.splitext(whole)[0]  # noqa: PTH122 - as in suffix_of
 
 
 def composed(name: str) -> str:

@@ -463,7 +463,7 @@ def test_a_column_that_only_sounds_like_splits(flat: Path) -> None:
 
 def test_problems_of_rows_come_in_one_message(flat: Path) -> None:
     files(flat, "sub/7.png", "notes.txt", ".x.png")
-    names = ["0.png", "1.png", "7.png", "2", "../9.png", "/etc/9.png", "notes.txt", ".x.png", "", "q/xyz.webp"]
+    names = ["0.png", "1.png", "7.png", "2.jpg", "../9.png", "/etc/9.png", "notes.txt", ".x.png", "", "q/xyz.webp"]
     rows = "".join(f"{name},{'cd'[i % 2]}\n" for i, name in enumerate(names))
     path = table(flat, f"path,label\n{rows}3.png,\n2.png,c,d\n")
     here = f"{path} line"
@@ -471,7 +471,7 @@ def test_problems_of_rows_come_in_one_message(flat: Path) -> None:
     assert sorted(lines) == sorted(
         [
             f"{here} 4 names 7.png, which is not there; did you mean sub/7.png?",
-            f"{here} 5 names 2, which is not there; did you mean 2.png?",
+            f"{here} 5 names 2.jpg, which is not there; did you mean 2.png?",
             f"{here} 6 names ../9.png, which leaves {flat}; use a path inside it",
             f"{here} 7 names /etc/9.png, which leaves {flat}; use a path inside it",
             f"{here} 8 names notes.txt, which is no picture; pictures end in .avif, .bmp, .gif, .jfif, .jpe, .jpeg, "
@@ -500,6 +500,32 @@ def test_a_table_of_other_pictures(flat: Path) -> None:
         f"None of the 2 pictures that {path} names is there; the first is pics/0.png, and paths are relative to {flat}; "
         "did you mean 0.png?"
     )
+
+
+def test_paths_that_begin_above_the_folder(flat: Path) -> None:
+    path = table(flat.parent, "path,label\nflat/0.png,cat\nflat/1.png,dog\n")
+    assert said(flat, table=path).endswith(
+        f"paths are relative to {flat}; from {flat.parent} they are there: give that folder"
+    )
+
+
+def test_pictures_named_without_their_endings(tmp_path: Path) -> None:
+    root = files(tmp_path / "x", "1.png", "v1.2.JPG", "sub/3.png", "4.png", "4.jpg", "5.png.jpg", "6.png")
+    rows = ["1,cat", "v1.2,dog", "sub/3,cat", "4,dog", "5.png,cat", "6.png,dog"]
+    path = table(root, "\n".join(["id,label", *rows]))
+    assert "name it with path_column=id, or" in said(path)
+    for places in ({"path": path}, {"path": root, "table": path}):
+        for problem in (
+            f"{path} line 5 names 4, which is not there; did you mean 4.jpg?",
+            f"{path} line 6 names 5.png, which is not there; did you mean 5.png.jpg?",
+        ):
+            assert problem in said(**places, path_column="id")
+        data = read_labelled(**places, path_column="id", skip_broken=True)
+        assert labelled(data) == {"1.png": "cat", "6.png": "dog", "sub/3.png": "cat", "v1.2.JPG": "dog"}
+    numbers = root / "numbers.jsonl"
+    numbers.write_text('{"id": 1, "label": "cat"}\n{"id": 6.0, "label": "dog"}\n')
+    assert labelled(read_labelled(numbers, path_column="id")) == {"1.png": "cat", "6.png": "dog"}
+    assert [found[1].name for found in pictures_of(numbers, "id")[0]] == ["1.png", "6.png"]
 
 
 def test_a_picture_listed_twice(flat: Path) -> None:
@@ -720,7 +746,15 @@ def test_the_pictures_of_a_table_in_the_order_of_its_rows(flat: Path) -> None:
         f"{path} line 5 names labels.csv, which is no picture",
         f'{path} line 6 names no picture in "picture"',
     ]
-    with pytest.raises(DataError, match=r"has no column of picture paths .*name it with --path-column NAME"):
+    path = table(flat, "file\nx/1\nx/0\n")
+    with pytest.raises(DataError) as caught:
+        pictures_of(path)
+    assert str(caught.value) == (
+        f"None of the 2 pictures that {path} names is there; the first is x/1, and paths are relative to {flat}, where the "
+        "table is"
+    )
+    path = table(flat, "id;picture\n1;3.png\n")
+    with pytest.raises(DataError, match=r"has no column of picture paths .*name it with --path-column picture,"):
         pictures_of(path)
 
 
