@@ -451,6 +451,7 @@ def test_one_picture_cannot_be_mixed(name: str) -> None:
 
 
 def test_what_a_drawing_is_constructed_with_is_of_the_right_types() -> None:
+    assert GenerateConfig("a dog", {"dog": 0.8, Path("ink"): 0.5}).loras == (("dog", 0.8, {}), ("ink", 0.5, {}))
     made = GenerateConfig("a dog", [("dog", "0.8")], steps="30", compose_options={"tau": 5}, output="out")
     assert made.steps == 30 and made.loras == (("dog", 0.8, {}),) and made.output == Path("out")
     assert made.prompts == ("a dog",) and made.compose_options == (("tau", 5),)

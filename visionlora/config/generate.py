@@ -21,7 +21,8 @@ class GenerateConfig:
 
     prompts: Sequence[str]
     loras: Sequence[tuple[str, float, dict[str, float]]] = ()
-    """(path, scale, factors by block); also a path, (path, scale), or as `--lora` has it: path:scale@block=factor."""
+    """(path, scale, factors by block); also a path, (path, scale), or as `--lora` has it: path:scale@block=factor. Of all of
+    them also a mapping from path to scale."""
     lora_folder: Path = Path()
     """Where `<lora:name>` tags look for files that are not among `loras`."""
     model: str = "auto"
@@ -62,6 +63,8 @@ class GenerateConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompts", one_or_more(self.prompts))
         object.__setattr__(self, "negative_prompt", self.negative_prompt or "")
+        if isinstance(self.loras, Mapping):
+            object.__setattr__(self, "loras", tuple(self.loras.items()))
         object.__setattr__(self, "loras", tuple(use_from(given) for given in one_or_more(self.loras)))
         if isinstance(self.compose_options, Mapping):
             object.__setattr__(self, "compose_options", tuple(self.compose_options.items()))
