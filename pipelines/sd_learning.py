@@ -20,6 +20,7 @@ from visionlora.config import TrainSDConfig
 from visionlora.data.buckets import described
 from visionlora.data.cache import Share
 from visionlora.data.folder import ImageItem
+from visionlora.data.wording import count_of
 from visionlora.diffusion.denoiser import Denoiser, LearnedWord, Tokens
 from visionlora.diffusion.encode import Encoded, encode_dataset
 from visionlora.diffusion.prior import class_pictures, draw_missing
@@ -154,15 +155,17 @@ def material_of(ready: Ready, data: Encoded, kept: Encoded | None) -> Material:
 def lonely(data: Encoded, batch_size: int) -> str:
     """A line about sizes with fewer pictures than a batch: each is then several times in one batch."""
     lines = []
-    for side, what in enumerate(("pictures", "class pictures")):
+    for side, what in enumerate(("picture", "class picture")):
         own = [len(set(group.positions)) for group in data.groups if data.sides[group.positions[0]] == side]
         few = sum(count for count in own if count < batch_size)
         if few and len(own) > 1:
-            lines.append(f"{few} {what}")
+            lines.append(count_of(few, what))
     if not lines:
         return ""
+    one = len(lines) == 1 and lines[0].startswith("1 ")
+    are, them = ("is of a size that has", "it") if one else ("are of sizes that have", "them")
     return (
-        f"{' and '.join(lines)} are of sizes that have fewer pictures than a batch ({batch_size}), so a batch repeats them. "
+        f"{' and '.join(lines)} {are} fewer pictures than a batch ({batch_size}), so a batch repeats {them}. "
         "A larger bucket_step puts more pictures together; buckets=false cuts all to one size."
     )
 

@@ -403,3 +403,16 @@ def test_long_captions_are_learned_in_full(
 def test_the_most_tokens_of_a_caption(train) -> None:
     with pytest.raises(ConfigError, match="max_token_length is 100; it must be 75, 150 or 225"):
         train("max_token_length=100")
+
+
+def test_a_folder_whose_name_is_no_utf8(train, dogs: Path, tmp_path: Path) -> None:
+    """Archives of other systems leave such bytes; the run fell at its first checkpoint, when all had been learned."""
+    odd = tmp_path / "R\udcfcdi"
+    try:
+        shutil.copytree(dogs, odd)
+    except OSError:
+        pytest.skip("this disk has no such names")
+    Image.new("RGB", (64, 16), "red").save(odd / "wide.png")
+    out, run = train(f"images={odd}", "buckets=true", name="a")
+    assert "1 picture is of a size that has fewer pictures than a batch (2), so a batch repeats it. " in out
+    assert "# Rdi\n" in (run / "README.md").read_text()

@@ -136,7 +136,9 @@ class TrainingConfig:
         """What the pictures are called: the name of their folder or table, of several the first."""
         folders = getattr(self, "folders", ())
         path = Path(folders[0].path if folders else self.images).expanduser().resolve()
-        return path.name if path.is_dir() else path.stem
+        name = path.name if path.is_dir() else path.stem
+        # Archives of other systems leave bytes in names that are no UTF-8, which no file of a run could hold.
+        return name.encode("utf-8", "ignore").decode("utf-8") or "pictures"
 
     def rules(self) -> list[Rule]:
         """What must hold."""
