@@ -261,6 +261,11 @@ class Adapter:
                     f"{'model.' + name.strip('.')!r} or 'unet.conv_in'."
                 )
 
+    def __repr__(self) -> str:
+        """In words; a notebook shows what its last line gives, and the tensors are many pages."""
+        parts = f" of {', '.join(self.components)}" if self.modules else ""
+        return f"<Adapter of {len(self.modules)} modules{parts}, format {self.format!r}>"
+
     def delta_weights(self, base: nn.Module | Any = None) -> dict[str, Tensor]:
         """{module name: ΔW in fp32}, each in the shape of its base weight.
 
