@@ -65,3 +65,26 @@ def test_work_is_done_where_standard_output_was_closed(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "visionlora", "copy-config", "sd15_style", "mine.yaml"]
     done = subprocess.run(["sh", "-c", 'exec "$@" >&-', "sh", *command], cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "") and (tmp_path / "mine.yaml").exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a folder that is used cannot be removed there")
+def test_a_working_directory_that_is_gone(tmp_path: Path) -> None:
+    (gone := tmp_path / "gone").mkdir()
+    command = [sys.executable, "-m", "visionlora", "generate", "--prompt", "a dog"]
+    done = subprocess.run(
+        ["sh", "-c", 'rmdir "$PWD" && exec "$@"', "sh", *command], cwd=gone, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.endswith(
+        "Error: The folder in which this was started is not there any more; change into another one: cd ~\n"
+    )
+
+
+def test_a_time_of_the_build_that_is_none(cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A library fell over it when it was imported, and the model was said to be broken."""
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "nonsense")
+    assert cli("generate", "--prompt", "a dog") == (
+        2,
+        "",
+        "Error: SOURCE_DATE_EPOCH is 'nonsense' here; set it to seconds since 1970, or unset it.\n",
+    )

@@ -19,7 +19,7 @@ from visionlora.atomic import is_full
 from visionlora.cli import adapters, cache, classify, configs, generate, grid, inspect, overlap, plugins, train_sd
 from visionlora.cli.console import fail, file_problem, leave_to_first, speaks
 from visionlora.cli.options import TrainingCommand
-from visionlora.errors import VisionLoRAError
+from visionlora.errors import ConfigError, VisionLoRAError
 from visionlora.models.devices import leave_launch, process_lost
 from visionlora.training.interrupts import listen
 
@@ -69,8 +69,22 @@ def root(
     version: Annotated[bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print it.")] = False,
 ) -> None:
     """Fine-tunes image models with LoRA adapters and applies several of them at once."""
+    if not is_here():
+        raise ConfigError("The folder in which this was started is not there any more; change into another one: cd ~")
+    if context.invoked_subcommand in SHARED and os.environ.get("SOURCE_DATE_EPOCH"):
+        from visionlora.report.environment import began
+
+        began()  # libraries that read it too, as they are imported, say nothing that helps where it is no time
     if context.invoked_subcommand not in SHARED and not speaks():
         raise typer.Exit
+
+
+def is_here() -> bool:
+    """Whether there is a working directory; torch ends the process where there is none."""
+    try:
+        return bool(Path.cwd())
+    except FileNotFoundError:
+        return False
 
 
 def main() -> None:

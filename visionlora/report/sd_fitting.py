@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +15,7 @@ from visionlora.errors import ProcessLost, TrainingError
 from visionlora.formats import native
 from visionlora.lora.adapter import Adapter
 from visionlora.models.evaluation import in_one_pass
+from visionlora.report.environment import began
 from visionlora.report.listener import Listener
 from visionlora.report.logbook import Logbook
 from visionlora.report.resume import LearnedFrom, Start
@@ -54,7 +53,7 @@ class Fitting:
     """The ranks that were chosen, for the checkpoint."""
     evaluations: list[Evaluation] = field(default_factory=list)
     """On the validation pictures."""
-    started: float = field(default_factory=lambda: float(os.environ.get("SOURCE_DATE_EPOCH", time.time())))
+    started: float = field(default_factory=began)
     """When the run began, seconds since 1970; in reproducible builds what they say."""
 
     def __post_init__(self) -> None:
