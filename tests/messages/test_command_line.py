@@ -1,12 +1,15 @@
 """The command itself: fast help without torch, versions, unknown verbs."""
 
+import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 import visionlora
+from visionlora.config import ClassifyConfig, TrainingConfig, TrainSDConfig, build, parse_words
 
 from ..doubles import become_process
 
@@ -87,4 +90,22 @@ def test_a_time_of_the_build_that_is_none(cli, monkeypatch: pytest.MonkeyPatch) 
         2,
         "",
         "Error: SOURCE_DATE_EPOCH is 'nonsense' here; set it to seconds since 1970, or unset it.\n",
+    )
+
+
+@pytest.mark.parametrize(("command", "kind"), [("train-sd", TrainSDConfig), ("classify", ClassifyConfig)])
+def test_all_settings_are_listed_with_what_they_mean(cli, command: str, kind: type[TrainingConfig]) -> None:
+    code, out, err = cli("settings", command)
+    listed = re.findall(r"^(\w+)=.*\n    \S", out, re.M)
+    assert (code, err) == (0, "") and listed == [f.name for f in fields(kind)]
+    assert "weight_decay=0.05\n    Of the optimizer" in cli("settings", "classify")[1], "the nearest class counts"
+    assert build(kind, {"images": "x"}, parse_words(re.findall(r"^(\w+=.+)$", out, re.M)[1:], kind)) == kind(images="x")
+
+
+def test_settings_about_something(cli) -> None:
+    out = cli("settings", "train-sd", "token-")[1]
+    assert out.startswith("max_token_length=75\n") and "token_vectors=1\n    How many" in out and "epochs" not in out
+    assert cli("settings", "train-ds")[2] == "Error: 'train-ds' has no settings. Did you mean 'train-sd'?\n"
+    assert cli("settings", "classify", "zzz")[2] == (
+        "Error: No setting of classify is about 'zzz'; all of them: visionlora settings classify\n"
     )

@@ -1,11 +1,17 @@
-"""`visionlora configs`, `copy-config` and `check`: the installed recipes, and config files before they are used."""
+"""`visionlora configs`, `copy-config`, `settings` and `check`: recipes, what can be set, config files before they are used."""
 
 from __future__ import annotations
 
+import ast
+import inspect
+import json
 import shlex
+import textwrap
+from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
+from itertools import pairwise
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Optional
 
 import typer
 
@@ -47,6 +53,38 @@ def copy_config(
     target.write_text(config_text(name), encoding="utf-8")
     command, file = commands_for(read_yaml(name))[0], shlex.quote(str(target))
     typer.echo(f"Wrote {target}. Use it: visionlora {command} --images FOLDER --config {file}")
+
+
+def settings(
+    command: Annotated[str, typer.Argument(help=f"{' or '.join(COMMANDS)}.")],
+    about: Annotated[Optional[str], typer.Argument(help="Only those about this, such as caption or rate.")] = None,  # noqa: UP045
+) -> None:
+    """List what a command can be told, with defaults: `visionlora settings train-sd caption`."""
+    if command not in COMMANDS:
+        raise ConfigError(f"{command!r} has no settings. {nearest(command, COMMANDS)}")
+    kind = COMMANDS[command]
+    meant = meanings(kind)
+    word = (about or "").casefold().replace("-", "_")
+    listed = [f for f in fields(kind) if word in f.name or word in meant[f.name].casefold()]
+    if not listed:
+        raise ConfigError(f"No setting of {command} is about {about!r}; all of them: visionlora settings {command}")
+    for f in listed:
+        default = f.default if isinstance(f.default, str) else json.dumps(f.default)
+        typer.echo(f"{f.name}={default}")
+        typer.echo(textwrap.indent(textwrap.fill(meant[f.name], 92, break_on_hyphens=False), "    "))
+
+
+def meanings(kind: type[TrainingConfig]) -> dict[str, str]:
+    """What each setting means: the text below it in its class, or in the one that this is made of."""
+    found = {}
+    for cls in reversed(kind.__mro__):
+        if not is_dataclass(cls):
+            continue
+        (tree,) = ast.parse(inspect.getsource(cls)).body
+        for field, text in pairwise(getattr(tree, "body", [])):
+            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(text, ast.Expr):
+                found[field.target.id] = " ".join(str(ast.literal_eval(text.value)).split())
+    return found
 
 
 def check(

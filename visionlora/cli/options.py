@@ -64,7 +64,7 @@ def _twice(first: str, second: str, several: bool) -> str:
 
 Settings = Annotated[
     Optional[list[str]],  # noqa: UP045
-    typer.Argument(help="Any setting as key=value, for instance warmup_steps=50."),
+    typer.Argument(help="Any setting as key=value, for instance warmup_steps=50; `visionlora settings` lists them."),
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
 Output = Annotated[Optional[str], typer.Option(help="Run folder to create.")]  # noqa: UP045
