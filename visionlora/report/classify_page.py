@@ -207,8 +207,7 @@ def _against_the_probe(report: ClassifyReport) -> str:
     if ours <= theirs:
         return (
             f'<p class="warn">{_text(name)} does not beat the linear probe here ({_percent(ours)} against '
-            f"{_percent(theirs)}). The probe is simpler and smaller: use it, or try more steps, more targets or a larger "
-            "rank.</p>"
+            f"{_percent(theirs)}). The probe is simpler and smaller: use it.</p>"  # what to try is among the warnings
         )
     if isinstance(report.metrics, Metrics) and theirs >= report.metrics.top1_low:
         return (

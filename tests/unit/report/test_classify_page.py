@@ -164,7 +164,15 @@ def test_the_verdict_gives_the_interval_and_the_probe() -> None:
 
 @pytest.mark.parametrize(
     ("probe", "expected"),
-    [(70, None), (88, "may be chance"), (90, "lora does not beat the linear probe"), (None, None)],
+    [(70, None), (88, "may be chance"), (90, "(90.0 % against 90.0 %). The probe is simpler and smaller: use it."), (None, None)],
+        (70, None),
+        (88, "may be chance"),
+        (
+            90,
+            "lora does not beat the linear probe here (90.0 % against 90.0 %). The probe is simpler and smaller: use it.",
+        ),
+        (None, None),
+    ],
 )
 def test_the_probe_is_compared(probe: int | None, expected: str | None) -> None:
     told = [text for text in Page(report_page(report(probe=probe))).texts["p"] if "probe" in text][1:]
