@@ -17,7 +17,7 @@ from visionlora.pipelines.further import check_first, keep_first, learned_before
 from visionlora.pipelines.head import Before, linear_probe, new_head
 
 from visionlora.classifier import ClassTask
-from visionlora.config import ClassifyConfig
+from visionlora.config import ClassifyConfig, check_kind
 from visionlora.config.choices import WHOLE
 from visionlora.data.alike import linked
 from visionlora.data.cache import default_cache_folder
@@ -84,6 +84,7 @@ def classify(config: ClassifyConfig, listener: Listener | None = None) -> Classi
         VisionLoRAError: any of its kinds, each with a message for the user.
         KeyboardInterrupt: after a checkpoint was saved, from which `resume` goes on.
     """
+    check_kind(config, ClassifyConfig, "classify", "images='./flowers'")
     main = process_state().is_main_process
     tell = (listener or Listener()) if main else Listener()
     start = begin(config, "classify", tell)

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from visionlora.pipelines.drawing import Drawn, Opened, Progress, draw_all, scheduler_of, telling_how_far, with_others
 
-from visionlora.config import PRECISIONS, GenerateConfig
+from visionlora.config import PRECISIONS, GenerateConfig, check_kind
 from visionlora.diffusion.given import PICTURES, check_given, check_regions, named, shape_of, sized
 from visionlora.diffusion.prompts import read_as_words
 from visionlora.diffusion.recipe import LoraUse, Recipe, take_tags
@@ -44,6 +44,7 @@ def generate(
         DataError: when the picture to start from, its mask or the one to follow cannot be read.
         RunFolderError: when the output cannot be a folder.
     """
+    check_kind(config, GenerateConfig, "generate", "['a dog']")
     started = time.time()
     if config.num_images < 1:
         raise ConfigError(f"num_images is {config.num_images}; it must be at least 1.")

@@ -16,7 +16,7 @@ from visionlora.pipelines.drawing import Drawn, Opened, Progress, draw_all, reci
 from visionlora.pipelines.generate import lacking, loaded, make_fit, opened, place_of, recipes_of, settled
 
 from visionlora.atomic import replace_file
-from visionlora.config import GenerateConfig, parse_composition
+from visionlora.config import GenerateConfig, check_kind, parse_composition
 from visionlora.config.generate import one_or_more
 from visionlora.diffusion.axes import OPENED, Axis, axis_from, sheets_of
 from visionlora.diffusion.given import PICTURES, shape_of, sized
@@ -64,6 +64,7 @@ def grid(
         ConfigError: when an axis or setting cannot be used.
         AdapterFileError, ModelError, DataError, RunFolderError: see `visionlora.pipelines.generate.generate`.
     """
+    check_kind(config, GenerateConfig, "grid", "['a dog']")
     started = time.time()
     across, down = axis_from(x), None if y is None else axis_from(y)
     more = [axis_from(a) for a in one_or_more(others)]

@@ -6,6 +6,7 @@ from visionlora.config.folders import FolderConfig
 from visionlora.config.generate import GenerateConfig
 from visionlora.config.reading import (
     build,
+    check_kind,
     config_text,
     given_names,
     pairs_of,
@@ -33,6 +34,7 @@ __all__ = [
     "TrainingConfig",
     "budget_of",
     "build",
+    "check_kind",
     "config_text",
     "given_names",
     "pairs_of",

@@ -68,6 +68,22 @@ def build(cls: type[T], *layers: Mapping[str, Any]) -> T:
     return made
 
 
+def check_kind(given: Any, kind: type[Any], call: str, example: str) -> None:
+    """Raises ConfigError when what should be a configuration is something else, such as the path that it would hold.
+
+    Args:
+        given: as the caller has it.
+        kind: of configuration.
+        call: the function that takes it.
+        example: its first setting.
+    """
+    if not isinstance(given, kind):
+        other = f"{given.__name__} itself" if isinstance(given, type) else f"a {type(given).__name__}"
+        raise ConfigError(
+            f"vl.{call} takes a {kind.__name__}, and this is {other}: vl.{call}(vl.{kind.__name__}({example}, …))."
+        )
+
+
 GIVEN = "_given"
 """Where a configuration remembers which of its settings were given."""
 
