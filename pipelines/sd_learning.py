@@ -130,6 +130,12 @@ def encode(ready: Ready, tell: Listener) -> Material:
             base, ready.apart, validation_plan(plan), None, tell.progress, share=share, salt=salt, in_bf16=ready.in_bf16,
             captions=whole_captions(config, ready.apart),
         )  # fmt: skip
+    cache = data.latents.cache
+    if cache.problem:
+        tell.say(
+            f"The cache {cache.folder} cannot be written ({cache.problem}), so that every start encodes the pictures anew: "
+            "name another place by VISIONLORA_CACHE."
+        )
     return material_of(ready, data, kept)
 
 

@@ -97,6 +97,16 @@ def test_captions_that_prompts_would_read_otherwise_are_said(train, dogs: Path) 
     ) in told
 
 
+def test_a_cache_that_cannot_be_written_is_said(train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every start encoded all pictures anew, and nobody knew."""
+    (tmp_path / "file").write_text("")
+    assert "cannot be written" not in train()[0]
+    monkeypatch.setenv("VISIONLORA_CACHE", str(tmp_path / "file" / "cache"))
+    (line,) = [line for line in train(name="s")[0].splitlines() if "cannot be written" in line]
+    assert line.startswith(f"The cache {tmp_path / 'file' / 'cache'} cannot be written (")
+    assert line.endswith("so that every start encodes the pictures anew: name another place by VISIONLORA_CACHE.")
+
+
 def test_as_many_pictures_at_once_as_fit(train) -> None:
     out, run = train("auto_batch=true", "gradient_accumulation=3", name="a")
     assert "6 of the 6 pictures of a step at once" in out

@@ -7,7 +7,6 @@ never stale and never shared by two different models. Writes are atomic.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
@@ -62,6 +61,8 @@ class TensorCache:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.problem = ""
+        """Why an entry could not be written; empty where each could."""
 
     def get(self, key: str) -> dict[str, Tensor] | None:
         """The entry, or None when there is none or it is broken (a broken entry is computed again)."""
@@ -75,10 +76,12 @@ class TensorCache:
 
     def put(self, key: str, tensors: Mapping[str, Tensor]) -> None:
         """Writes an entry atomically; a cache that cannot be written is no reason to stop."""
-        with contextlib.suppress(OSError):
+        try:
             self.folder.mkdir(parents=True, exist_ok=True)
             entry = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
             replace_file(self.folder / f"{key}.safetensors", save(entry, {CHECKSUM: checksum(entry)}))
+        except OSError as e:
+            self.problem = e.strerror or str(e)
 
     def fill(
         self,
