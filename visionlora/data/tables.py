@@ -21,7 +21,8 @@ from visionlora.data.images import printable
 from visionlora.data.wording import count_of, quoted
 from visionlora.errors import ConfigError, DataError, nearest
 
-TABLE_SUFFIXES = (".csv", ".jsonl", ".parquet")
+TEXT_SUFFIXES = (".csv", ".tsv")
+TABLE_SUFFIXES = (*TEXT_SUFFIXES, ".jsonl", ".parquet")
 
 _TRUTH = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False, "1.0": True, "0.0": False}
 
@@ -79,7 +80,7 @@ def read_table(path: Path, shown: str | Path | None = None) -> Table:
     try:
         if suffix == ".parquet":
             return _parquet(path, name)
-        return _csv(read_text(path), name) if suffix == ".csv" else _json_lines(read_text(path), name)
+        return _csv(read_text(path), name) if suffix in TEXT_SUFFIXES else _json_lines(read_text(path), name)
     except Unusable as error:
         raise DataError(f"{printable(path)} {error}.") from None
 

@@ -58,6 +58,12 @@ def test_rows_of_another_length_are_problems(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("name", ["labels.tsv", "LABELS.TSV", "labels.csv"])
+def test_tabs(tmp_path: Path, name: str) -> None:
+    table = read(tmp_path, "path\tlabel\n0.png\ta, b\n", name)
+    assert table.rows == [(2, {"path": "0.png", "label": "a, b"})]
+
+
 @pytest.mark.parametrize("text", ["", "path,label\n"])
 def test_a_table_without_rows(tmp_path: Path, text: str) -> None:
     assert read(tmp_path, text).rows == []
@@ -126,7 +132,7 @@ def test_parquet(tmp_path: Path) -> None:
             b'path,label\n"0.png,cat\n',
             "has a quote in line 2 that is not closed (unexpected end of data); close it, or save the file as plain CSV.",
         ),
-        ("a.xlsx", b"PK", "is no table that can be read; tables end in .csv, .jsonl, .parquet."),
+        ("a.xlsx", b"PK", "is no table that can be read; tables end in .csv, .tsv, .jsonl, .parquet."),
     ],
 )
 def test_tables_that_cannot_be_read(tmp_path: Path, name: str, content: bytes, message: str) -> None:
