@@ -408,11 +408,77 @@ def machine_text(name: str) -> str:
     return f"Measured {'; '.join([words(found['machine']), *places])}."
 
 
+def headlines() -> str:
+    """What README says: of each kind of result a line or two, beside the peer, and where the rest is."""
+    core, mixing, training, classes = (results(name) for name in ("core", "mixing", "train_sd", "classify"))
+    rows = []
+    for part, what in (
+        ("sd15-fp32", "SD 1.5's shapes, fp32"),
+        ("sd15-bf16", "the same, bf16"),
+        ("emoji-64", "`emoji-64`"),
+    ):
+        if "seconds" in (r := training.get(part, {})):
+            own, peer = (f"{r['seconds'][who]:.0f} s, {r['peak_mib'][who]:,.0f} MiB" for who in ("ours", "peer"))
+            rows.append((f"from 8 pictures to an adapter, {r['steps']} steps, {what}", own, peer, "diffusers + PEFT"))
+    vit, unet = core["vit"], core["unet-fp32"]
+    own, peer = (
+        f"{vit['step_over_two_forwards'][f'{who} all']:.2f}, {vit['kept_mib_per_picture'][f'{who} all']:.0f} MiB a picture"
+        for who in ("our", "peft")
+    )
+    rows.append(("training step over two bare forwards, every linear layer of ViT-B/16", own, peer, "PEFT"))
+    own, peer = (f"{unet['dora_over_lora'][who]:.2f}" for who in ("ours", "peft"))
+    rows.append(("DoRA step over LoRA step, UNet of SD 1.5", own, peer, "PEFT"))
+    beside = mixing["beside-fp32"]["over_bare"], mixing["beside-bf16"]["over_bare"]
+    merged, stacked, peer = (
+        " / ".join(f"{found[key]:.2f}" for found in beside) for key in ("merged 8", "stacked 8", "diffusers 8")
+    )
+    rows.append(
+        ("forward with 8 adapters over the bare UNet, fp32 / bf16", f"{stacked}; merged {merged}", peer, "diffusers")
+    )
+    batch = mixing["beside-fp32"]["eight_pictures_over_bare"]
+    what = "8 pictures, each with another adapter, over the same batch without"
+    rows.append((what, f"{batch['batched']:.2f}", f"{batch['diffusers']:.2f}", "diffusers, one by one"))
+    scales, load = mixing["scales"], core["load"]["from_6"]
+    rows.append(
+        ("new scales for 8 merged adapters", f"{scales['ours_s']:.2f} s", f"{scales['diffusers_s']:.2f} s", "diffusers")
+    )
+    what = "an adapter read and put beside 6 others"
+    rows.append((what, f"{load['ours_s']:.3f} s", f"{load['diffusers_s']:.3f} s", "diffusers"))
+    wrong = results("formats")["dynamic"]
+    what = f"modules that act otherwise than their file says, of {wrong['modules']} of a kohya file with an alpha per module"
+    rows.append((what, str(wrong["visionlora"]), str(wrong["diffusers"]), "diffusers"))
+    for part, what in (("digits", "scikit-learn's digits"), ("styles", "the style of an emoji, concepts never seen")):
+        lora, probe, full = (
+            f"{100 * e['mean']:.1f} ± {100 * e['spread']:.1f}"
+            for e in (classes[part][n] for n in ("lora", "linear-probe", "full"))
+        )
+        share = percent_of(classes[part]["lora"]["trained_share"])
+        rows.append(
+            (
+                f"`classify`, top-1 of {what}",
+                f"{lora} ({share} trained)",
+                f"{full}, {probe}",
+                "full fine-tuning, linear probe",
+            )
+        )
+    lines = ["| | visionlora | peer | which is |", "|---|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows)]
+    used = [r["machine"] for r in (core, mixing, training)]
+    machines = dict.fromkeys(f"{machine['processor']}, {machine['threads']} threads" for machine in used)
+    style = results("style_transfer")
+    lower = [style[name]["loss_reduction"] for name in LEARNED]
+    return "\n".join(lines) + (
+        f"\n\nOn concepts that it never saw in a style, the embedded model's loss is {percent(min(lower))} to "
+        f"{percent(max(lower))} lower with an adapter of that style.\n\n"
+        f"Times and memory are of {' and '.join(machines)}. How each was measured, on which machine, and all else, also what "
+        "does not pay: "
+        "[benchmarks/RESULTS.md](benchmarks/RESULTS.md). `make bench` measures again."
+    )
+
+
 def documents() -> dict[Path, str]:
     """What each document should say between its markers."""
     both = f"{style_table()}\n\n{fidelity_text()}\n{auto_rank_text()}\n\n{machine_text('style_transfer')}"
     training = train_sd_text()
-    in_readme = "\n\n".join(filter(None, [training, classify_text()]))
     parts = [
         both,
         *(["## Training, end to end", training] if training else []),
@@ -427,7 +493,7 @@ def documents() -> dict[Path, str]:
         formats_text(),
     ]
     return {
-        ROOT / "README.md": both.replace("\n\nMeasured on", f"\n\n{in_readme}\n\nMeasured on"),
+        ROOT / "README.md": headlines(),
         ROOT / "assets" / "emoji-vit" / "README.md": f"{retrieval_text()}\n\n{machine_text('classify')}",
         ROOT / "benchmarks" / "RESULTS.md": "\n\n".join(parts),
         ROOT / "assets" / "emoji-64" / "README.md": f"{fidelity_text()}\n\n{machine_text('prompt_fidelity')}",
