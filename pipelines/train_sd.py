@@ -12,7 +12,7 @@ from visionlora.pipelines.further import keep_first
 from visionlora.pipelines.sd_learning import batch_in_memory, encode, new_adapter
 from visionlora.pipelines.sd_ready import prepare
 
-from visionlora.config import TrainSDConfig
+from visionlora.config import TrainSDConfig, check_kind
 from visionlora.data.folder import ImageFolder
 from visionlora.diffusion.sampling import sampling_of
 from visionlora.diffusion.settings import (
@@ -44,6 +44,7 @@ class RunResult:
     """None when no samples were asked for."""
     first_loss: float
     last_loss: float
+    """Mean of the last steps."""
     seconds: float
     """Of the run, also before it was resumed."""
 
@@ -56,6 +57,7 @@ def train_sd(config: TrainSDConfig, listener: Listener | None = None) -> RunResu
         VisionLoRAError: any of its kinds, each with a message for the user.
         KeyboardInterrupt: after adapter and state were saved under `checkpoints/`, from which `resume` goes on.
     """
+    check_kind(config, TrainSDConfig, "train_sd", "images='./dog'")
     tell = (listener or Listener()) if process_state().is_main_process else Listener()
     start = begin(config, "sd", tell)
     ready = prepare(start, tell)

@@ -123,7 +123,7 @@ def test_a_base_in_half_precision(
 ) -> None:
     from diffusers import DiffusionPipeline
 
-    half = DiffusionPipeline.from_pretrained(tiny_model, safety_checker=None, torch_dtype=torch.float16)
+    half = DiffusionPipeline.from_pretrained(tiny_model, safety_checker=None, dtype=torch.float16)
     half.save_pretrained(tmp_path / "half", variant=variant)
     run = trained(dogs, tmp_path / "half", tmp_path / "run")
     found = drawn(executed(run, monkeypatch)["pipe"])

@@ -137,7 +137,7 @@ def show(result: ClassifyResult, resolved: ClassifyConfig, as_json: bool) -> Non
     width = max(len(c.name) for c in result.contenders)
     for c in result.contenders:
         found = "" if c.test is None else f"{abs(score(c.test, select)):.4f}"
-        trained = f"{c.trained_parameters:,} parameters" if c.trained_parameters else "the head alone"
+        trained = f"{c.trained_parameters:,} parameters and the head" if c.trained_parameters else "the head alone"
         typer.echo(f"  {c.name:<{width}}  {found}  {trained}, {duration(c.seconds)}")
     typer.echo(f"  adapter  {result.adapter}")
     typer.echo(f"  report   {result.report}")

@@ -440,7 +440,7 @@ def open_controlnet(source: str, base: BaseModel) -> Any:
             from diffusers import ControlNetModel
 
             what = f"The ControlNet {source} cannot be opened: its weights"
-            net: Any = read_part(what, "diffusers", ControlNetModel, source, torch_dtype=base.pipe.unet.dtype)
+            net: Any = read_part(what, "diffusers", ControlNetModel, source, dtype=base.pipe.unet.dtype)
     except ModelError:
         raise
     except Exception as e:
