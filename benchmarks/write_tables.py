@@ -278,8 +278,13 @@ def classify_row(title: str, r: dict[str, Any], automatic: dict[str, Any] | None
             cells.append("–")
             continue
         share = "the head" if not e["trained_share"] else percent_of(e["trained_share"])
-        cells.append(f"{100 * e['mean']:.1f} ± {100 * e['spread']:.1f} ({share}, {e['file_bytes'] / 2**20:.1f} MiB)")
+        cells.append(f"{mean_of(e)} ({share}, {e['file_bytes'] / 2**20:.1f} MiB)")
     return "| " + " | ".join(cells) + " |"
+
+
+def mean_of(found: dict[str, Any]) -> str:
+    """Of seeds, with their spread, in percent."""
+    return f"{100 * found['mean']:.1f} ± {100 * found['spread']:.1f}"
 
 
 def percent_of(share: float) -> str:
@@ -338,20 +343,26 @@ def classify_text() -> str:
     return "\n".join(lines)
 
 
+def whole_runs() -> list[tuple[str, dict[str, Any], str, str]]:
+    """Of train-sd beside diffusers' loop, those that were measured: where, all that was, and what ours and theirs took."""
+    parts = {"sd15-fp32": "SD 1.5's shapes, fp32", "sd15-bf16": "SD 1.5's shapes, bf16", "emoji-64": "`emoji-64`, fp32"}
+    found = []
+    for part, where in parts.items():
+        if "seconds" in (r := results("train_sd").get(part, {})):
+            own, peer = (f"{r['seconds'][who]:.0f} s, {r['peak_mib'][who]:,.0f} MiB" for who in ("ours", "peer"))
+            found.append((where, r, own, peer))
+    return found
+
+
 def train_sd_rows() -> list[str]:
-    """Whole runs of train-sd beside diffusers' loop, one line for each that was measured."""
+    """One line for each whole run."""
     rows = []
-    for part, where in (
-        ("sd15-fp32", "SD 1.5's shapes, fp32"), ("sd15-bf16", "SD 1.5's shapes, bf16"), ("emoji-64", "`emoji-64`, fp32")
-    ):  # fmt: skip
-        r = results("train_sd").get(part, {})
-        if "seconds" not in r:
-            continue
-        s, m, ratio = r["seconds"], r["peak_mib"], r["ours_over_peer"]
+    for where, r, own, peer in whole_runs():
+        ratio = r["ours_over_peer"]
         runs = f"{r['turns']} runs" if r["turns"] > 1 else "one run"
         rows.append(
-            f"| {where}, {r['resolution']} px, batch {r['batch_size']}, {r['steps']} steps, {runs} | {s['ours']:.0f} s, "
-            f"{m['ours']:,.0f} MiB | {s['peer']:.0f} s, {m['peer']:,.0f} MiB | {ratio['seconds']:.2f} | {ratio['peak']:.2f} |"
+            f"| {where}, {r['resolution']} px, batch {r['batch_size']}, {r['steps']} steps, {runs} | {own} | {peer} | "
+            f"{ratio['seconds']:.2f} | {ratio['peak']:.2f} |"
         )
     return rows
 
@@ -411,15 +422,10 @@ def machine_text(name: str) -> str:
 def headlines() -> str:
     """What README says: of each kind of result a line or two, beside the peer, and where the rest is."""
     core, mixing, training, classes = (results(name) for name in ("core", "mixing", "train_sd", "classify"))
-    rows = []
-    for part, what in (
-        ("sd15-fp32", "SD 1.5's shapes, fp32"),
-        ("sd15-bf16", "the same, bf16"),
-        ("emoji-64", "`emoji-64`"),
-    ):
-        if "seconds" in (r := training.get(part, {})):
-            own, peer = (f"{r['seconds'][who]:.0f} s, {r['peak_mib'][who]:,.0f} MiB" for who in ("ours", "peer"))
-            rows.append((f"from 8 pictures to an adapter, {r['steps']} steps, {what}", own, peer, "diffusers + PEFT"))
+    rows = [
+        (f"from 8 pictures to an adapter, {r['steps']} steps, {where}", own, peer, "diffusers + PEFT")
+        for where, r, own, peer in whole_runs()
+    ]
     vit, unet = core["vit"], core["unet-fp32"]
     own, peer = (
         f"{vit['step_over_two_forwards'][f'{who} all']:.2f}, {vit['kept_mib_per_picture'][f'{who} all']:.0f} MiB a picture"
@@ -448,10 +454,7 @@ def headlines() -> str:
     what = f"modules that act otherwise than their file says, of {wrong['modules']} of a kohya file with an alpha per module"
     rows.append((what, str(wrong["visionlora"]), str(wrong["diffusers"]), "diffusers"))
     for part, what in (("digits", "scikit-learn's digits"), ("styles", "the style of an emoji, concepts never seen")):
-        lora, probe, full = (
-            f"{100 * e['mean']:.1f} ± {100 * e['spread']:.1f}"
-            for e in (classes[part][n] for n in ("lora", "linear-probe", "full"))
-        )
+        lora, probe, full = (mean_of(classes[part][name]) for name in ("lora", "linear-probe", "full"))
         share = percent_of(classes[part]["lora"]["trained_share"])
         rows.append(
             (

@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from visionlora.data.files import Listing, Names, Unusable, is_hidden, list_folder, suffix_of
+from visionlora.data.files import Listing, Names, Unusable, is_hidden, list_folder, suffix_of, without_suffix
 from visionlora.data.images import IMAGE_SUFFIXES, printable
 from visionlora.data.labelled import Found, Row, Wanted, cleaned, split_folders, split_of, top_of, used_files
 from visionlora.data.parquet import unpack
@@ -239,8 +239,8 @@ class _Pictures:
     @cached_property
     def _bare(self) -> tuple[Names, dict[str, str]]:
         """The names without their endings, of pictures that are the only one of theirs."""
-        count = Counter(_bare(name) for name in self.names.exact)
-        found = {bare: name for name in self.names.exact if count[bare := _bare(name)] == 1}
+        count = Counter(map(without_suffix, self.names.exact))
+        found = {bare: name for name in self.names.exact if count[bare := without_suffix(name)] == 1}
         return Names(found), found
 
     def find(self, name: str) -> str | None:
@@ -415,11 +415,6 @@ def _name(value: Any, column: str, root: Path, place: str) -> str:
 def _written(value: Any) -> str:
     """The name of a picture in a cell, which may be a number; empty where there is none."""
     return text_of(value, "") if isinstance(value, (str, int, float)) and not isinstance(value, bool) else ""
-
-
-def _bare(name: str) -> str:
-    """A path without its ending."""
-    return name[: len(name) - len(suffix_of(name))]
 
 
 def _above(root: Path, name: str) -> Path | None:

@@ -70,7 +70,8 @@ def list_folder(root: Path, tops: Collection[str] | None = None) -> Listing:
                 for entry in entries:
                     if is_hidden(entry.name):
                         continue
-                    if not prefix and wanted is not None and wanted.isdisjoint(_with_and_without_ending(entry.name)):
+                    whole = composed(entry.name)
+                    if not prefix and wanted is not None and wanted.isdisjoint((whole, without_suffix(whole))):
                         continue
                     name = prefix + entry.name
                     if entry.is_dir(follow_symlinks=False):
@@ -109,12 +110,6 @@ def _without_spaces(name: str) -> str:
     return "/".join(part.strip() for part in composed(name).split("/"))
 
 
-def _with_and_without_ending(name: str) -> tuple[str, str]:
-    """A name, composed, as it is and without its ending."""
-    whole = composed(name)
-    return whole, os.path.splitext(whole)[0]  # noqa: PTH122 - as in suffix_of
-
-
 def composed(name: str) -> str:
     r"""A name with its accents composed, as most systems write them; macOS and archives from it often do not.
 
@@ -136,6 +131,15 @@ def suffix_of(name: str) -> str:
     ('.jpg', '')
     """
     return os.path.splitext(name)[1].lower()  # noqa: PTH122 - a Path for each of 50,000 names takes longer than the scan
+
+
+def without_suffix(name: str) -> str:
+    """A file name, or path, without its ending.
+
+    >>> without_suffix("cats/Tom.JPG"), without_suffix("v1.2/LICENSE")
+    ('cats/Tom', 'v1.2/LICENSE')
+    """
+    return os.path.splitext(name)[0]  # noqa: PTH122 - as above
 
 
 def sha256_of(path: Path) -> str:

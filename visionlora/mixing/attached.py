@@ -73,6 +73,11 @@ class Attached:
         """The layer as the adapter's file spells it."""
         return self._in_file.get((name, component, layer), layer)
 
+    def check_changeable(self) -> None:
+        """Raises ConfigError when a change would act on another part than that which is drawn with, or others hold layers."""
+        self.check_there()
+        self.check_free()
+
     def check_there(self) -> None:
         """Raises ConfigError when the pipeline draws with another part than that which has the adapters."""
         for name, part in self.parts.items():

@@ -187,8 +187,7 @@ class Mix:
 
     def change(self, members: dict[str, Member]) -> None:
         """Attaches these members in place of those that are there; on an error everything is as before."""
-        self.attached.check_there()
-        self.attached.check_free()
+        self.attached.check_changeable()
         before = self.members
         try:
             self.members = members
@@ -207,8 +206,7 @@ class Mix:
         scales = scales if isinstance(scales, Mapping) else dict.fromkeys(self.members, scales)
         for name in scales:
             self.known(name)
-        self.attached.check_there()
-        self.attached.check_free()
+        self.attached.check_changeable()
         changed = {n: Member(m.adapter, as_scale(scales[n])) if n in scales else m for n, m in self.members.items()}
         before, self.members = self.members, changed
         try:
@@ -223,8 +221,7 @@ class Mix:
 
     def set_composition(self, compose: str | Composition, **options: Any) -> None:
         """Another way to compose, see `visionlora.mixing.compose`."""
-        self.attached.check_there()
-        self.attached.check_free()
+        self.attached.check_changeable()
         before, self.composition = self.composition, composition(compose, **options)
         try:
             self._rebuild()
